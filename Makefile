@@ -1,0 +1,39 @@
+# make demo   sets everything up, trains the tiny model, evaluates it, writes overlays
+# make test   sets everything up, runs the tests
+PYTHON ?= python3.11
+VENV ?= .venv
+TORCH ?= 2.13.0
+BIN := $(VENV)/bin
+CORE := $(VENV)/.mimo-core
+DEV := $(VENV)/.mimo-dev
+
+.PHONY: demo test lint clean
+
+demo: $(CORE)
+	$(BIN)/python launch/demo.py
+
+test: $(DEV)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .jax_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): setup.py pyproject.toml | $(BIN)/python
+	@echo "installing mimo_jax into $(VENV): a few minutes, once"
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+# torch first, and without CUDA: whatever asks for it afterwards finds it there.
+$(DEV): $(CORE)
+	@echo "installing what the tests need into $(VENV): a few minutes, once"
+	$(BIN)/python -m pip install -q "torch==$(TORCH)+cpu" 2>/dev/null || \
+		$(BIN)/python -m pip install -q "torch==$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/python -m pip install -q -e ".[dev,convert]"
+	$(BIN)/python -m pip install -q --no-deps segment-anything==1.0
+	@touch $@

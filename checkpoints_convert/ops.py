@@ -1,0 +1,33 @@
+"""How one tensor of torch becomes one parameter here, and back: named, invertible, views wherever possible.
+
+An op never changes a value or a dtype, so that import followed by export gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Op(NamedTuple):
+    to_flax: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def _transpose(*axes: int) -> Op:
+    """Permute the axes: axis i of the flax array is axis axes[i] of the torch one."""
+    back = tuple(int(i) for i in np.argsort(axes))
+    return Op(lambda a: a.transpose(axes), lambda a: a.transpose(back))
+
+
+OPS: dict[str, Op] = {
+    "identity": Op(lambda a: a, lambda a: a),
+    "linear": _transpose(1, 0),  # [out, in] <-> [in, out]
+    "conv": _transpose(2, 3, 1, 0),  # [out, in, y, x] <-> [y, x, in, out]
+    # [in, out, y, x] <-> [in, y, x, out], for the matmul and pixel shuffle of `sam_decoder.Upscale`: not flipped.
+    "conv_transpose": _transpose(0, 2, 3, 1),
+    # [1, ...] <-> [...]; the reshape fails where the first axis is not 1.
+    "squeeze": Op(lambda a: a.reshape(a.shape[1:]), lambda a: a[None]),
+}

@@ -1,0 +1,39 @@
+"""LISA's forward pass, so that its public checkpoints run: CLIP ViT-L/14, Llama-7B, SAM ViT-H, a linear projector.
+
+    mimo train --config configs/lisa_7b.py --init IMPORT --data DIR --workdir runs/lisa_7b
+
+The image's 256 patches are X_q themselves; points, boxes and scribbles are not read.
+"""
+
+from mimo_jax.config import AlignerConfig, ClipConfig, Config, LlamaConfig, LoraConfig, ModelConfig
+
+# LISA trains LoRA, every word's row, the projection of <SEG> and SAM's mask decoder; the projector stays as LLaVA left it.
+TRAINABLES = {
+    r"^clip/": None,
+    r"^prompt/": None,
+    r"^aligner/": None,
+    r"^llm/.*lora_[ab]$": 1.0,
+    r"^llm/": None,
+    r"^(embedding|lm_head)/": 1.0,
+    r"^seg_projection/": 1.0,
+    r"^sam_encoder/": None,
+    r"^sam_prompt/": None,
+    r"^sam_decoder/": 1.0,
+}
+
+
+def get_config() -> Config:
+    config = Config(name="lisa_7b", trainables=dict(TRAINABLES))
+    config.model = ModelConfig(
+        clip=ClipConfig(
+            width=1024, layers=24, heads=16, mlp_width=4096, activation="quick_gelu", feature_layer=-2, image_fit="crop"
+        ),
+        aligner=AlignerConfig(kind="linear", queries=256),
+        llm=LlamaConfig(eps=1e-6),  # its base is Vicuna v1.1 on the first Llama
+        lora=LoraConfig(rank=8, alpha=16.0),
+        seg_state="predict",
+        seg_place="after",
+    )
+    config.data.buckets = "384,512,768"
+    config.train.loss.iou = 0.0
+    return config

@@ -1,0 +1,298 @@
+"""The one command, `mimo`. Subcommands import what they need when they run, so that `--help` is quick.
+
+Exit codes: 0 done · 1 our fault · 2 the user's fault, nothing done · 3 done in part · 75 stopped on request, state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mimo_jax import __version__
+from mimo_jax.errors import UserError
+
+EXIT_DONE, EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+# What the operating system refuses because of a path, a permission or a full disk.
+_USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole flag names only, examples kept as they are typed, and errors of one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="mimo",
+        description="Ask about a medical image and get an answer whose structures are painted. Research use only.",
+        epilog="""examples:
+  mimo data phantom --out data/phantom --images 2000 --seed 0
+  mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
+  mimo eval --checkpoint runs/a --data data/phantom --split test --out report.json
+  mimo ask --checkpoint runs/a image.png "What is this?" --box 10,12,40,44 --out overlay.png""",
+    )
+    top.add_argument("--version", action="version", version=f"mimo_jax {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train or fine-tune; the same command goes on where a run stopped",
+        description="Train a model. Run the same command again to go on after a stop (exit code 75).",
+        epilog="""examples:
+  mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
+  mimo train --config configs/tiny.py --data data/phantom --workdir runs/a --config.train.steps=500
+  mimo train --config configs/tiny_lora.py --init runs/a --data my_data --workdir runs/b
+  mimo train --config configs/tiny.py --data ct=data/ct --data mr=data/mr --config.data.sources.mr.weight=2 --workdir runs/c
+
+Every setting of the config file is set by its path, as --config.train.steps=500.""",
+    )
+    train.add_argument("--config", required=True, metavar="FILE", help="a config file; packaged ones go by name, as configs/tiny.py")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="where the run writes")
+    data_help = "a folder that `mimo data` wrote, or a .jsonl manifest"
+    train.add_argument("--data", action="append", default=[], metavar="[NAME=]DIR", help=f"{data_help}; repeatable")
+    train.add_argument("--init", metavar="PATH", help="checkpoint whose weights to start from")
+    train.set_defaults(run=_train, overrides=())
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a model on a dataset",
+        description="Answer every question of a split by free-running generation; write a report and print a table.",
+        epilog="""examples:
+  mimo eval --checkpoint runs/a --data data/phantom --split test --out report.json
+  mimo eval --checkpoint runs/a/steps/500 --data my.jsonl --split val --limit 200 --overlays overlays --out report.json""",
+    )
+    _checkpoint_flags(evaluate)
+    evaluate.add_argument("--data", required=True, metavar="DIR", help=data_help)
+    evaluate.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
+    evaluate.add_argument("--out", required=True, metavar="FILE", help="where the report goes, as JSON")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    evaluate.add_argument("--overlays", metavar="DIR", help="write pictures of answers there")
+    evaluate.set_defaults(run=_eval)
+
+    ask = commands.add_parser(
+        "ask",
+        help="ask about one image",
+        description="Ask about one image. Coordinates are pixels of the image: x right, y down, integers are pixel centres.",
+        epilog="""examples:
+  mimo ask --checkpoint runs/a image.png "Segment the liver." --out overlay.png
+  mimo ask --checkpoint runs/a image.png "What is this?" --box 10,12,40,44 --json
+  mimo ask --checkpoint runs/a image.png "What is this?" --point 31,40,1 --point 5,5,0 --scribble "20,30 24,33 29,31" """,
+    )
+    _checkpoint_flags(ask)
+    ask.add_argument("image", metavar="IMAGE", help="an image file")
+    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--point", type=_point, action="append", default=[], metavar="X,Y,LABEL", help="label 1: in, 0: out; repeatable")
+    ask.add_argument("--box", type=_box, action="append", default=[], metavar="X0,Y0,X1,Y1", help="x1 and y1 are outside; repeatable")
+    ask.add_argument("--scribble", type=_scribble, action="append", default=[], metavar='"X,Y X,Y …"', help="a stroke; repeatable")
+    ask.add_argument("--base", metavar="DIR", help="where the frozen base lies, if it was moved")
+    ask.add_argument("--out", metavar="FILE", help="write the overlay (.png), the answer (.json) or the masks (.npy)")
+    ask.add_argument("--json", action="store_true", help="print the answer as JSON, masks as COCO RLE")
+    ask.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer, in tokens")
+    ask.set_defaults(run=_ask)
+
+    data = commands.add_parser("data", help="make datasets", description="Make datasets.")
+    verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
+    phantom = verbs.add_parser(
+        "phantom",
+        help="synthetic images with every kind of question",
+        description="Draw medical-looking images with organs and lesions, and every kind of question about them.",
+        epilog="""examples:
+  mimo data phantom --out data/phantom --images 2000 --seed 0
+  mimo data phantom --out data/small --images 64""",
+    )
+    phantom.add_argument("--out", required=True, metavar="DIR", help="where the dataset goes")
+    phantom.add_argument("--images", type=_positive, default=2000, metavar="N", help="default: 2000")
+    phantom.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed makes the same images; default: 0")
+    phantom.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core")
+    phantom.set_defaults(run=_phantom)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Errors that are ours are raised."""
+    warnings.formatwarning = lambda message, category, *_, **__: f"mimo: warning: {message}\n"
+    # Compiled programs outlive the process: a second `ask` starts in seconds.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "mimo_jax" / "jax"))
+    try:
+        args = _parse(_negatives_joined(sys.argv[1:] if argv is None else argv))
+        return args.run(args)
+    except UserError as error:
+        return _user_error(" ".join(str(error).split()))
+    except OSError as error:
+        if error.errno not in _USER_ERRNO:
+            raise
+        return _user_error(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+    except KeyboardInterrupt:
+        print("mimo: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags of one command; its `overrides` are the `--config.…` arguments, which only `train` takes."""
+    top = parser()
+    command = _command(top, argv)
+    known = [flag for action in command._actions for flag in action.option_strings]
+    for argument in argv:
+        flag = argument.split("=")[0]
+        takes_overrides = command.get_default("overrides") is not None
+        if flag[:2] == "--" and flag not in known and not (takes_overrides and flag.startswith(("--config.", "--noconfig."))):
+            near = difflib.get_close_matches(flag, known, 1)
+            raise UserError(f"{flag}: is unknown; {f'did you mean {near[0]}?' if near else f'see {command.prog} --help'}")
+    args, rest = top.parse_known_args(argv)
+    if rest and not hasattr(args, "overrides"):
+        raise UserError(f"{rest[0]!r}: is one argument too many; see {command.prog} --help")
+    args.overrides = rest
+    return args
+
+
+def _command(top: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command that a line begins with, or of its verb."""
+    for word in argv:
+        choices = [action.choices for action in top._actions if isinstance(action, argparse._SubParsersAction)]
+        if not choices or word not in choices[0]:
+            break
+        top = choices[0][word]
+    return top
+
+
+def _negatives_joined(argv: Sequence[str]) -> list[str]:
+    """`--box -3,4,9,9` as `--box=-3,4,9,9`: argparse takes a leading minus for a flag."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] in ("--point", "--box", "--scribble") and argument[:1] == "-" and argument[1:2].isdecimal():
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _user_error(message: str) -> int:
+    print(f"mimo: error: {message}", file=sys.stderr)
+    return EXIT_USER
+
+
+def _checkpoint_flags(command: argparse.ArgumentParser) -> None:
+    what = "a run directory (its newest whole step), one step, or an import"
+    command.add_argument("--checkpoint", required=True, metavar="PATH", help=what)
+
+
+# --- what the commands do
+
+
+def _train(args: argparse.Namespace) -> int:
+    from mimo_jax.flags import load_config
+
+    overrides = list(args.overrides)
+    if args.init:
+        overrides.append(f"--config.init.path={args.init}")
+    config = load_config(["--config", args.config, *overrides], _sources(args.data))
+
+    from mimo_jax.train.loop import train
+
+    return train(config, args.workdir)
+
+
+def _sources(flags: Sequence[str]) -> dict:
+    """`--data` values as the entries of `config.data.sources`; a folder's name is its own unless one is given."""
+    from mimo_jax.config import SourceConfig
+
+    sources: dict[str, SourceConfig] = {}
+    for flag in flags:
+        name, equals, path = flag.partition("=")
+        if not equals or os.path.exists(flag):
+            name, path = Path(os.path.abspath(flag)).stem, flag
+        if not name or not path:
+            raise UserError(f"--data {flag}: is not understood; write --data DIR or --data NAME=DIR")
+        if name in sources:
+            raise UserError(f"--data {flag}: a second dataset named {name}; name it, as --data {name}2={path}")
+        sources[name] = SourceConfig(path=os.path.abspath(path))
+    return sources
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from mimo_jax.eval.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(args.checkpoint, args.data, args.split, args.out, limit=args.limit, overlays=args.overlays)
+    return EXIT_DONE
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from mimo_jax.infer.predictor import Mimo
+
+    chat = Mimo.load(args.checkpoint, base=args.base).open(args.image)
+    answer = chat.ask(
+        args.question, points=args.point, boxes=args.box, scribbles=args.scribble, max_new_tokens=args.max_new_tokens
+    )
+    if args.json:
+        print(json.dumps(answer.to_json(), ensure_ascii=False))
+    else:
+        print(answer.describe())
+        for entity in answer.entities:
+            doubt = ", uncertain" if entity.uncertain else ""
+            print(f"  {entity.phrase or 'unnamed'}: {entity.area_px} px, box {entity.box_xyxy}, score {entity.score:.2f}{doubt}")
+    if args.out:
+        answer.save(args.out)
+        print(f"written to {args.out}", file=sys.stderr)
+    return EXIT_DONE
+
+
+def _phantom(args: argparse.Namespace) -> int:
+    from mimo_jax.data.build.phantom_set import build_phantoms
+
+    info = build_phantoms(args.out, args.images, args.seed, workers=args.workers)
+    for name, split in info["splits"].items():
+        kinds = ", ".join(f"{perspective} {count}" for perspective, count in split["perspectives"].items())
+        print(f"{args.out} {name}: {split['records']} images, {split['masks']} masks, {split['samples']} samples ({kinds})")
+    return EXIT_DONE
+
+
+# --- values of flags
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _numbers(text: str, counts: tuple[int, ...], shape: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in counts:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {shape}")
+    return values
+
+
+def _point(text: str) -> list[float]:
+    return (_numbers(text, (2, 3), "X,Y,LABEL such as 31,40,1") + [1.0])[:3]
+
+
+def _box(text: str) -> list[float]:
+    return _numbers(text, (4,), "X0,Y0,X1,Y1 such as 10,12,40,44")
+
+
+def _scribble(text: str) -> list[list[float]]:
+    points = [_numbers(pair, (2,), 'X,Y pairs such as "20,30 24,33"') for pair in text.split()]
+    if not points:
+        raise argparse.ArgumentTypeError('is empty; write X,Y pairs such as "20,30 24,33"')
+    return points
+
+
+if __name__ == "__main__":
+    sys.exit(main())

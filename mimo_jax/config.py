@@ -1,0 +1,290 @@
+"""Every setting of a run, as mutable dataclasses with one `validate()`.
+
+Values live in `configs/*.py:get_config()`; `mimo train --config configs/tiny.py --config.train.steps=500`
+overrides any field by its path. What a user overrides is a dataclass field or a dict with named
+entries, never a list. Sizes are in pixels or tokens as each comment says.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from mimo_jax.errors import UserError
+
+PERSPECTIVES = ("vqa", "I", "II", "III", "IV")
+MODALITIES = ("CT", "MR", "X-ray", "ultrasound", "fundus", "dermoscopy", "endoscopy", "pathology")
+GROUNDING_TOKENS = ("<p>", "</p>", "<SEG>")  # in this order, after the base vocabulary
+ALIGNER_KINDS = ("cross_attention", "none", "linear", "mlp")
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+class ConfigError(UserError):
+    """A setting that cannot work; the message names the field and the remedy."""
+
+
+@dataclass
+class ClipConfig:
+    """CLIP's vision tower (frozen in MIMO)."""
+
+    image_size: int = 224  # pixels
+    patch_size: int = 14
+    width: int = 1280
+    layers: int = 32
+    heads: int = 16
+    mlp_width: int = 5120
+    activation: str = "gelu"  # "gelu" (laion's ViT-H, exact) or "quick_gelu" (openai's)
+    eps: float = 1e-5
+    feature_layer: int = -2  # which hidden state is X_img, as an index into [embeddings, layer 1 .. layer n]
+    class_token: bool = False  # keep the class token as X_img's first key
+    image_fit: str = "pad"  # "pad", "stretch" or "crop" to the square
+
+    def tokens(self) -> int:
+        """I, the length of X_img."""
+        return (self.image_size // self.patch_size) ** 2 + int(self.class_token)
+
+
+@dataclass
+class PromptConfig:
+    """The visual prompt encoder: points, boxes and scribbles to X_vis [P, width]."""
+
+    width: int = 256
+    max_tokens: int = 16  # P: a point takes one, a box two, a scribble `scribble_points`
+    scribble_points: int = 8
+
+
+@dataclass
+class AlignerConfig:
+    """The Multi-modal Input Aligner (DESIGN: the paper gives no sizes)."""
+
+    kind: str = "cross_attention"
+    queries: int = 64  # Q, the length of X_q
+    blocks: int = 4
+    width: int = 1024
+    heads: int = 16
+    max_text: int = 64  # L, instruction tokens that the aligner reads
+
+
+@dataclass
+class LlamaConfig:
+    """The language model. `vocab_size` counts the base rows only; grounding tokens follow them."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    mlp_width: int = 11008
+    rope_theta: float = 10000.0
+    eps: float = 1e-5
+    max_length: int = 2048  # tokens, X_q included
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 8  # 0 makes no parameters
+    alpha: float = 8.0
+    targets: str = "q,v"  # comma-separated, of q, k, v, o, gate, up, down
+
+
+@dataclass
+class SamConfig:
+    """SAM's image encoder, prompt encoder and mask decoder."""
+
+    image_size: int = 1024  # pixels, longest side
+    patch_size: int = 16
+    width: int = 1280
+    layers: int = 32
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    window: int = 14  # tokens
+    global_every: int = 8  # each stage is (global_every - 1) windowed blocks and one global block
+    decoder_width: int = 256
+    decoder_layers: int = 2
+    decoder_heads: int = 8
+    decoder_mlp_width: int = 2048
+    iou_head_width: int = 256
+
+
+@dataclass
+class ModelConfig:
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    aligner: AlignerConfig = field(default_factory=AlignerConfig)
+    llm: LlamaConfig = field(default_factory=LlamaConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sam: SamConfig = field(default_factory=SamConfig)
+    seg_state: str = "token"  # the state of <SEG> itself, or "predict": the one that predicts it (LISA)
+    seg_place: str = "inside"  # "inside": <p>x<SEG></p>; "after": <p> x </p> <SEG> (GLaMM)
+    turns_max: int = 1  # user turns in one training sample
+    seg_max: int = 4  # S_max, <SEG> slots in one training sample
+    dtype: str = "bfloat16"  # of activations
+    frozen_dtype: str = "bfloat16"  # of parameters that do not train; trained ones are float32
+    remat: str = "full"  # "none", "full" or "dots", of the scanned layers
+
+    def query_tokens(self) -> int:
+        """Q, the fixed number of positions that one turn's X_q takes in the sequence, whatever the aligner's kind."""
+        image, a = self.clip.tokens(), self.aligner
+        return {"cross_attention": a.queries, "none": image + a.max_text + self.prompt.max_tokens}.get(a.kind, image)
+
+    def mask_side(self) -> int:
+        """M, the side of the decoder's masks in pixels: four per SAM patch."""
+        return 4 * self.sam.image_size // self.sam.patch_size
+
+
+@dataclass
+class SourceConfig:
+    path: str = ""
+    weight: float = 1.0
+    perspectives: str = "vqa,I,II,III,IV"
+
+
+@dataclass
+class DataConfig:
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    # The paper's mixture. A perspective that no source holds must have weight 0.
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"vqa": 1.0, "I": 1.0, "II": 2.0, "III": 2.0, "IV": 1.0}
+    )
+    split: str = "train"
+    batch_size: int = 8  # samples in the global batch
+    samples_per_image: int = 1  # consecutive samples of one perspective that share one image (and its encoding)
+    buckets: str = "256,512,768"  # sequence lengths, tokens
+    system_prompt: str = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    augment: bool = False  # random shift, scale and intensity; never a flip
+    seed: int = 0
+    workers: int = 0  # Grain worker processes
+    sort_window: int = 8  # batches among which samples are sorted into buckets, so that few batches need a long one; 1: none
+    cache_mb: int = 512  # resized images and masks kept in memory by each process, MB; a set that fits is decoded once
+
+
+@dataclass
+class LossConfig:
+    ce: float = 1.0
+    bce: float = 2.0
+    dice: float = 0.5
+    iou: float = 0.1
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 10000
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    final_learning_rate: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    accumulate: int = 1  # micro-batches in one step
+    loss: LossConfig = field(default_factory=LossConfig)
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    eval_every: int = 0  # 0: only at the end
+    eval_samples: int = 64
+    overlays: int = 8
+    max_bad_samples: float = 0.01  # share of unusable samples that stops the run
+
+
+@dataclass
+class MeshConfig:
+    data: int = -1  # -1: what is left of the devices
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass
+class GenerateConfig:
+    max_new_tokens: int = 128
+    batch_size: int = 16
+
+
+@dataclass
+class InitConfig:
+    path: str = ""  # a run, a step, or an import; empty: from the seed
+    # Where parameters of `path` are missing or of another shape, these groups (path regexes) start from the seed.
+    fresh: str = ""
+
+
+@dataclass
+class Config:
+    name: str = "mimo_7b"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    # What trains: ordered path regex -> learning-rate multiplier; None freezes. The first match decides,
+    # a parameter that no row matches is an error.
+    trainables: dict[str, float | None] = field(default_factory=dict)
+    tokenizer: str = ""  # path of a tokenizer.json; "train": learn one of `llm.vocab_size` from the corpus
+
+    def validate(self) -> None:
+        """Raise ConfigError, naming the field, for every combination that cannot run."""
+        m, d = self.model, self.data
+
+        def need(ok: bool, name: str, remedy: str) -> None:
+            if not ok:
+                raise ConfigError(f"config.{name}: {remedy}")
+
+        need(m.aligner.kind in ALIGNER_KINDS, "model.aligner.kind", f"is {m.aligner.kind!r}; use one of {', '.join(ALIGNER_KINDS)}")
+        need(m.seg_state in ("token", "predict"), "model.seg_state", f"is {m.seg_state!r}; use token or predict")
+        need(m.seg_place in ("inside", "after"), "model.seg_place", f"is {m.seg_place!r}; use inside or after")
+        need(m.remat in REMAT_POLICIES, "model.remat", f"is {m.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
+        need(m.clip.image_size % m.clip.patch_size == 0, "model.clip.patch_size", "must divide model.clip.image_size")
+        need(m.clip.width % m.clip.heads == 0, "model.clip.heads", "must divide model.clip.width")
+        need(m.clip.image_fit in ("pad", "stretch", "crop"), "model.clip.image_fit", f"is {m.clip.image_fit!r}; use pad, stretch or crop")
+        need(m.sam.image_size % m.sam.patch_size == 0, "model.sam.patch_size", "must divide model.sam.image_size")
+        need(m.sam.width % m.sam.heads == 0, "model.sam.heads", "must divide model.sam.width")
+        need(m.sam.layers % m.sam.global_every == 0, "model.sam.global_every", "must divide model.sam.layers")
+        need(m.sam.decoder_width % (2 * m.sam.decoder_heads) == 0, "model.sam.decoder_heads", "twice it must divide model.sam.decoder_width")
+        need(m.llm.width % m.llm.heads == 0, "model.llm.heads", "must divide model.llm.width")
+        need(m.llm.heads % m.llm.kv_heads == 0, "model.llm.kv_heads", "must divide model.llm.heads")
+        need(m.aligner.width % m.aligner.heads == 0, "model.aligner.heads", "must divide model.aligner.width")
+        need(m.lora.rank >= 0, "model.lora.rank", "must be 0 or more")
+        unknown = set(self.lora_targets()) - {"q", "k", "v", "o", "gate", "up", "down"}
+        need(not unknown, "model.lora.targets", f"{', '.join(sorted(unknown))} unknown; use q, k, v, o, gate, up, down")
+        need(bool(self.trainables), "trainables", "is empty; say which parameters train")
+        need(set(d.weights) <= set(PERSPECTIVES), "data.weights", f"name only {', '.join(PERSPECTIVES)}")
+        need(d.samples_per_image >= 1 and d.batch_size % d.samples_per_image == 0, "data.samples_per_image", "must divide data.batch_size")
+        need(d.batch_size % self.train.accumulate == 0, "train.accumulate", "must divide data.batch_size")
+        need(all(b <= m.llm.max_length for b in self.buckets()), "data.buckets", "must not exceed model.llm.max_length")
+        need(d.sort_window >= 1, "data.sort_window", "must be at least 1")
+        need(self.train.steps >= 1, "train.steps", "must be at least 1")
+
+    def buckets(self) -> tuple[int, ...]:
+        """Sequence lengths in tokens, ascending."""
+        try:
+            return tuple(sorted(int(b) for b in self.data.buckets.split(",")))
+        except ValueError:
+            raise ConfigError(f"config.data.buckets: {self.data.buckets!r} is not a list of lengths such as 256,512") from None
+
+    def lora_targets(self) -> tuple[str, ...]:
+        return tuple(t.strip() for t in self.model.lora.targets.split(",") if t.strip())
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> "Config":
+        """Inverse of `to_dict`; raises ConfigError on a field that this version does not know."""
+        return _build(Config, values, "config")
+
+
+def _build(kind: type, values: dict, where: str):
+    known = {f.name: f.type for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(known[name]):
+            value = _build(known[name], value, f"{where}.{name}")
+        elif known[name] == dict[str, SourceConfig]:
+            value = {k: _build(SourceConfig, v, f"{where}.{name}.{k}") for k, v in value.items()}
+        made[name] = value
+    return kind(**made)

@@ -1,0 +1,165 @@
+"""One image and its samples as arrays, and several of them as a batch: the same for training, evaluation and inference.
+
+Axis letters: B samples, K samples of an image, N images, T sequence bucket, R user turns, L instruction ids, P prompt
+tokens, S `<SEG>` slots, M mask side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mimo_jax.config import Config, ModelConfig, PromptConfig
+from mimo_jax.data.conversation import Rendered, SampleError, render
+from mimo_jax.data.prompts import Prompts, draw_prompts, encode_prompts
+from mimo_jax.data.schema import Record, RecordError, Sample
+from mimo_jax.data.tokenizer import Tokenizer
+from mimo_jax.data.transforms import decode_image, mask_to_frame, views
+from mimo_jax.geometry import clip_frame, sam_frame
+
+_POINTS_MOST = 4  # tokens that a drawn point prompt takes at most: three inside, one outside
+
+
+def make_example(record: Record, sample: Sample, tokenizer: Tokenizer, config: Config, rng: np.random.Generator) -> dict:
+    """One image with one sample, ready for `stack_batch`. Raises ImageError, RecordError or SampleError if it is unusable.
+
+    Keys `clip_image`, `clip_size`, `sam_image`, `sam_size` (one image), and `samples`: a list of dicts of the other arrays of
+    a batch, those along T unpadded. `rng` draws the prompts: a fixed one gives the same example.
+    """
+    image = record_image(record)
+    rendered = render(sample, tokenizer, config)
+    masks = {mask_id: record.mask(mask_id).decode() for mask_id in wanted_masks(rendered)}
+    return {**views(image, config.model), "samples": [sample_arrays(sample.sample_id, rendered, masks, image.shape[:2], config, rng)]}
+
+
+def record_image(record: Record) -> np.ndarray:
+    """uint8 RGB [H, W, 3] of a record; its `window` applies where the stored file has more than 8 bits. Raises ImageError,
+    or RecordError if the file is not of the record's size."""
+    deep = record.image[:8] == b"\x89PNG\r\n\x1a\n" and record.image[24:25] == b"\x10"  # bit depth in the PNG header
+    window = tuple(record.window) if deep and record.window else None
+    image = decode_image(record.image, window=window, name=f"record {record.id}")
+    if image.shape[:2] != (record.height, record.width):
+        raise RecordError(
+            f"record {record.id}: the image is {image.shape[1]}x{image.shape[0]}, the record says {record.width}x{record.height}"
+        )
+    return image
+
+
+def wanted_masks(rendered: Rendered) -> list[str]:
+    """Ids of the masks that a sample paints or points at, each once."""
+    return list(dict.fromkeys(mask_id for ids in [*rendered.seg_targets, *rendered.prompted] for mask_id in ids))
+
+
+def sample_arrays(
+    name: str,
+    rendered: Rendered,
+    masks: dict[str, np.ndarray],
+    size: tuple[int, int],
+    config: Config,
+    rng: np.random.Generator,
+    frames: dict[tuple[str, ...], np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """The arrays of one sample, without batch axis. `masks`: bool [H, W] by id; `size`: (H, W). `frames` keeps targets in the
+    SAM frame, by the ids of their masks, for the next call on the same image."""
+    model = config.model
+    arrays = blank_arrays(model)
+    count = len(rendered.seg_positions)
+    for turn, ids in enumerate(rendered.instructions):
+        arrays["instruction_ids"][turn, : len(ids)] = ids
+        arrays["instruction_mask"][turn, : len(ids)] = True
+    frame = clip_frame(*size, model.clip.image_size, model.clip.image_fit)
+    for turn, mask_ids in enumerate(rendered.prompted):
+        if mask_ids:
+            prompts = point_at([masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name)
+            arrays["prompt_xy"][turn], arrays["prompt_kind"][turn] = encode_prompts(prompts, frame, model.prompt)
+    side = model.mask_side()
+    frames = {} if frames is None else frames
+    for slot, mask_ids in enumerate(map(tuple, rendered.seg_targets)):
+        if mask_ids not in frames:
+            united = np.logical_or.reduce([masks[mask_id] for mask_id in mask_ids])
+            frames[mask_ids] = mask_to_frame(united, sam_frame(*size, model.sam.image_size), side)
+        arrays["masks"][slot] = frames[mask_ids]
+    arrays["seg_index"][:count] = rendered.seg_positions
+    arrays["seg_mask"][:count] = True
+    arrays["sample_weight"] = np.float32(1)
+    return {
+        **arrays,
+        "input_ids": rendered.input_ids,
+        "query_index": rendered.query_index,
+        "loss_mask": rendered.loss_mask,
+    }
+
+
+def blank_arrays(model: ModelConfig) -> dict[str, np.ndarray]:
+    """A sample of weight 0: what stands in for one that cannot be used. One position counts as real, so that attention has
+    something to look at."""
+    turns, slots, tokens, side = model.turns_max, model.seg_max, model.prompt.max_tokens, model.mask_side()
+    return {
+        "input_ids": np.zeros(1, np.int32),
+        "query_index": np.full(1, -1, np.int32),
+        "loss_mask": np.zeros(1, np.float32),
+        "instruction_ids": np.zeros((turns, model.aligner.max_text), np.int32),
+        "instruction_mask": np.zeros((turns, model.aligner.max_text), bool),
+        "prompt_xy": np.zeros((turns, tokens, 2), np.float32),
+        "prompt_kind": np.zeros((turns, tokens), np.int32),
+        "seg_index": np.zeros(slots, np.int32),
+        "seg_mask": np.zeros(slots, bool),
+        "masks": np.zeros((slots, side, side), np.uint8),
+        "sample_weight": np.float32(0),
+    }
+
+
+def blank_views(model: ModelConfig) -> dict[str, np.ndarray]:
+    """The views of a black image, for one that cannot be read."""
+    clip, sam = model.clip.image_size, model.sam.image_size
+    return views(np.zeros((1, 1, 3), np.uint8), model) | {
+        "clip_image": np.zeros((clip, clip, 3), np.uint8),
+        "sam_image": np.zeros((sam, sam, 3), np.uint8),
+    }
+
+
+def point_at(masks: Sequence[np.ndarray], rng: np.random.Generator, cfg: PromptConfig, name: str = "sample") -> Prompts:
+    """One turn's prompts, drawn on each of `masks` (bool [H, W]); of kinds that leave room for a box on each of the rest.
+    Raises SampleError where even boxes do not fit in P = cfg.max_tokens."""
+    if 2 * len(masks) > cfg.max_tokens:
+        raise SampleError(f"{name}: points at {len(masks)} masks in one turn; raise config.model.prompt.max_tokens ({cfg.max_tokens})")
+    most = {"point": _POINTS_MOST, "box": 2, "scribble": cfg.scribble_points}
+    left = cfg.max_tokens
+    drawn = []
+    for number, mask in enumerate(masks):
+        room = left - 2 * (len(masks) - number - 1)
+        prompts = draw_prompts(mask, rng, [kind for kind, tokens in most.items() if tokens <= room])
+        left -= len(prompts.points) + 2 * len(prompts.boxes) + cfg.scribble_points * len(prompts.scribbles)
+        drawn.append(prompts)
+    return Prompts(
+        points=np.concatenate([p.points for p in drawn]),
+        boxes=np.concatenate([p.boxes for p in drawn]),
+        scribbles=[s for p in drawn for s in p.scribbles],
+    )
+
+
+def smallest_bucket(length: int, buckets: Sequence[int]) -> int:
+    """The first of the ascending `buckets` that holds `length` tokens."""
+    for bucket in buckets:
+        if length <= bucket:
+            return bucket
+    raise SampleError(f"{length} tokens; the largest of config.data.buckets is {buckets[-1]}")
+
+
+def stack_batch(examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:
+    """N examples of K samples each -> a batch with T = `bucket`, sample b belonging to image b // K."""
+    counts = {len(example["samples"]) for example in examples}
+    if len(counts) != 1:
+        raise ValueError(f"examples with {sorted(counts)} samples: every image of a batch must have the same number")
+    samples = [sample for example in examples for sample in example["samples"]]
+    batch = {key: np.stack([example[key] for example in examples]) for key in ("clip_image", "clip_size", "sam_image", "sam_size")}
+    along = {"input_ids": 0, "query_index": -1, "loss_mask": 0}  # padding of what has axis T
+    for key, fill in along.items():
+        batch[key] = np.full((len(samples), bucket), fill, samples[0][key].dtype)
+        for row, sample in zip(batch[key], samples, strict=True):
+            row[: len(sample[key])] = sample[key]
+    lengths = np.array([len(sample["input_ids"]) for sample in samples])
+    batch["token_mask"] = np.arange(bucket) < lengths[:, None]
+    batch |= {key: np.stack([sample[key] for sample in samples]) for key in samples[0] if key not in along}
+    return batch

@@ -1,0 +1,252 @@
+"""Questions and answers as token ids, and generated ids as text: the one place that knows the template.
+
+    {system} USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: <image>\\n{question} ASSISTANT: {answer}</s>
+
+Axis letters: T tokens, Q queries of X_q, R user turns.
+
+`<image>` stands for the Q positions of that turn's X_q. Three pieces are encoded apart from each other: what stands before
+the image, what stands between it and the answer, and the answer; so training and generation tokenise alike. Grounding
+tokens go in between the tokens of the clean answer, the space before a phrase inside the phrase:
+"The liver is" -> ▁The <p> ▁liver <SEG> </p> ▁is. (With the space outside, Llama makes it a token of its own. GLaMM's
+tokenizer, transformers 4.28 with its stripping of spaces around added tokens, gave the same ids.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mimo_jax.config import GROUNDING_TOKENS, Config
+from mimo_jax.data.schema import Sample
+from mimo_jax.data.tokenizer import Tokenizer
+from mimo_jax.errors import UserError
+
+_TAG = re.compile("|".join(re.escape(token) for token in GROUNDING_TOKENS))
+_TAG_LENGTH = max(map(len, GROUNDING_TOKENS))
+_NO_SPACE_BEFORE = tuple(".,;:!?)")
+
+
+class SampleError(UserError):
+    """A sample that this model cannot take; the message names the sample and the remedy. Nothing is truncated silently."""
+
+
+@dataclass
+class Rendered:
+    """One sample as ids. Arrays have length T, unpadded."""
+
+    input_ids: np.ndarray  # int32; 0 where X_q goes
+    query_index: np.ndarray  # int32; turn * Q + q where X_q goes, else -1
+    loss_mask: np.ndarray  # float32; 1 on the assistant's tokens and each </s>
+    instructions: list[list[int]]  # per user turn, at most `aligner.max_text` ids
+    prompted: list[list[str]]  # per user turn, ids of the masks that the user points at
+    seg_positions: list[int]  # position of each <SEG>
+    seg_targets: list[list[str]]  # ids of the masks that it stands for
+
+
+def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
+    """Ids, loss mask and `<SEG>` positions of a sample, the latter read off the spliced sequence.
+
+    Targets that share a span share one `<SEG>`. Raises SampleError for turns that do not alternate, more than
+    `model.turns_max` of them, more than `model.seg_max` spans, overlapping spans, or more tokens than the largest bucket.
+    """
+    model = config.model
+    name = f"sample {sample.sample_id}"
+    roles = [turn.role for turn in sample.turns]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise SampleError(f"{name}: its turns are {', '.join(roles) or 'none'}; user and assistant must take turns, user first")
+    if len(roles) // 2 > model.turns_max:
+        raise SampleError(f"{name}: has {len(roles) // 2} user turns; raise config.model.turns_max ({model.turns_max}) or split it")
+    ids: list[int] = []
+    query_index: list[int] = []
+    loss: list[float] = []
+    seg_targets: list[list[str]] = []
+    for number, (user, assistant) in enumerate(zip(sample.turns[::2], sample.turns[1::2], strict=True)):
+        prompt, queries = prompt_turn(tokenizer, config, user.text, number, number == 0)
+        spans = _spans(sample, 2 * number + 1)
+        answer = answer_ids(tokenizer, config, assistant.text, list(spans))
+        ids += prompt + answer
+        query_index += queries + [-1] * len(answer)
+        loss += [0.0] * len(prompt) + [1.0] * len(answer)
+        seg_targets += spans.values()
+    if len(seg_targets) > model.seg_max:
+        raise SampleError(f"{name}: has {len(seg_targets)} grounded spans; raise config.model.seg_max ({model.seg_max}) or split it")
+    if len(ids) > config.buckets()[-1]:
+        raise SampleError(f"{name}: has {len(ids)} tokens; raise the largest of config.data.buckets ({config.data.buckets}) or shorten it")
+    input_ids = np.array(ids, np.int32)
+    users = sample.turns[::2]
+    return Rendered(
+        input_ids=input_ids,
+        query_index=np.array(query_index, np.int32),
+        loss_mask=np.array(loss, np.float32),
+        instructions=[instruction_ids(tokenizer, config, turn.text) for turn in users],
+        prompted=[turn.prompted for turn in users],
+        seg_positions=np.flatnonzero(input_ids == tokenizer.seg).tolist(),
+        seg_targets=seg_targets,
+    )
+
+
+def prompt_turn(tokenizer: Tokenizer, config: Config, question: str, turn_index: int, first: bool) -> tuple[list[int], list[int]]:
+    """(ids, query_index) of one user turn up to and including "ASSISTANT:". `first`: it opens the conversation, with <s> and
+    the system prompt. `turn_index` is the turn's row in X_q."""
+    queries = config.model.query_tokens()
+    system = f"{config.data.system_prompt} " if first and config.data.system_prompt else ""
+    before = [tokenizer.bos] * first + tokenizer.encode(f"{system}USER: ")
+    after = tokenizer.encode(f"\n{question} ASSISTANT:")
+    spliced = range(turn_index * queries, (turn_index + 1) * queries)
+    return before + [0] * queries + after, [-1] * len(before) + [*spliced] + [-1] * len(after)
+
+
+def instruction_ids(tokenizer: Tokenizer, config: Config, question: str) -> list[int]:
+    """What the aligner reads of a turn: its first `aligner.max_text` ids. (The language model always reads all of it.)"""
+    return tokenizer.encode(question)[: config.model.aligner.max_text]
+
+
+def answer_ids(tokenizer: Tokenizer, config: Config, text: str, spans: Iterable[Sequence[int]] = ()) -> list[int]:
+    """Ids of an answer in clean text, one `<SEG>` for each [start, end) of `spans`, and </s>. Spans must not overlap."""
+    inside = config.model.seg_place == "inside"
+    closing = [tokenizer.seg, tokenizer.p_close] if inside else [tokenizer.p_close, tokenizer.seg]
+    ids: list[int] = []
+    at = 0
+    started = False
+
+    def say(part: str) -> None:
+        nonlocal started
+        if part:
+            ids.extend(tokenizer.encode(part, continued=started))
+            started = True
+
+    for start, end in sorted(spans):
+        before = text[at:start].rstrip(" ")
+        say(before)
+        ids.append(tokenizer.p_open)
+        say(text[at + len(before) : end])
+        ids.extend(closing)
+        at = end
+    say(text[at:])
+    return [*ids, tokenizer.eos]
+
+
+def _spans(sample: Sample, turn: int) -> dict[tuple[int, int], list[str]]:
+    """Span -> mask ids of one assistant turn, in reading order."""
+    spans: dict[tuple[int, int], list[str]] = {}
+    for target in sample.targets:
+        if target.turn != turn or target.absent:
+            continue
+        if target.span is None:
+            raise SampleError(f"sample {sample.sample_id}: target {target.entity} has masks and no span; say where the answer names it")
+        ids = spans.setdefault((target.span[0], target.span[1]), [])
+        ids += [mask_id for mask_id in target.mask_ids if mask_id not in ids]
+    ordered = sorted(spans)
+    for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False):
+        if start < end:
+            raise SampleError(f"sample {sample.sample_id}: spans overlap at character {start} of turn {turn}")
+    return {span: spans[span] for span in ordered}
+
+
+def show(tokenizer: Tokenizer, ids: Sequence[int], query_index: Sequence[int]) -> str:
+    """A sequence as the model gets it, `<image>` for each X_q block, special tokens written out; for logs and goldens."""
+    names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
+    shown, run, previous = [], [], -1
+    for token, query in zip(ids, query_index, strict=True):
+        if query < 0 and token not in names:
+            run.append(token)
+        else:
+            shown.append(_verbatim(tokenizer, run))
+            run = []
+            if query < 0:
+                shown.append(names[token])
+            elif query != previous + 1 or previous < 0:
+                shown.append("<image>")
+        previous = query
+    return "".join([*shown, _verbatim(tokenizer, run)])
+
+
+def _verbatim(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Decoded without taking the leading space off."""
+    return tokenizer.decode([tokenizer.seg, *ids])[len("<SEG>") :]
+
+
+def parse_answer(text: str) -> tuple[str, list[dict], list[tuple[str, int, int]]]:
+    """Text with tags -> (clean text, parts, phrases). Never raises, whatever the tags look like.
+
+    phrases[k] = (phrase, start, end) in the clean text belongs to the k-th `<SEG>`: the `<p>` … `</p>` around it, else the
+    one just closed before it, else an empty phrase where it stands. parts = [{"text", "seg": k or None}]: the clean text cut
+    at the phrases, in order, each k once.
+    """
+    pieces: list[str] = []
+    at = 0
+    for tag in _TAG.finditer(text):
+        pieces += [text[at : tag.start()], tag.group()]
+        at = tag.end()
+    return _assemble([*pieces, text[at:]], set(GROUNDING_TOKENS))
+
+
+def parse_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[dict], list[tuple[str, int, int]]]:
+    """`parse_answer` of generated ids: only real grounding tokens count, text that merely spells a tag is dropped, so that
+    phrases[k] always is the k-th `<SEG>` id."""
+    tags = dict(zip((tokenizer.p_open, tokenizer.p_close, tokenizer.seg), GROUNDING_TOKENS, strict=True))
+    return _assemble([_TAG.sub(" ", p) if isinstance(p, str) else tags[p] for p in tokenizer.pieces(ids)], set(tags.values()))
+
+
+def _assemble(pieces: list[str], tags: set[str]) -> tuple[str, list[dict], list[tuple[str, int, int]]]:
+    clean = ""
+    gap = ""  # white space that waits for what follows it
+    spans: list[list[int]] = []  # [start, end] of each <SEG>
+    opened: int | None = None  # start of the open <p>
+    inside: list[int] = []  # <SEG>s within it
+    closed: list[int] | None = None  # the phrase that </p> has just closed
+    for piece in pieces:
+        if piece not in tags:
+            added = _joint(clean, gap, piece)
+            clean += added.rstrip()
+            gap = added[len(added.rstrip()) :]
+            if added.strip():
+                closed = None
+        elif piece == "<p>":
+            opened, inside, closed = len(clean), [], None
+        elif piece == "</p>":
+            if opened is not None:
+                closed = [opened, len(clean)]
+                for k in inside:
+                    spans[k] = list(closed)
+            opened = None
+        else:
+            if opened is not None:
+                inside.append(len(spans))
+            here = len(clean)
+            spans.append([opened, here] if opened is not None else list(closed or (here, here)))
+
+    phrases: list[tuple[str, int, int]] = []
+    parts: list[dict] = []
+    at = 0
+    for k, (start, end) in enumerate(spans):
+        while start < end and clean[start].isspace():
+            start += 1
+        phrases.append((clean[start:end], start, end))
+        if start > at:
+            parts.append({"text": clean[at:start], "seg": None})
+        parts.append({"text": clean[max(start, at) : end], "seg": k})
+        at = max(at, end)
+    if at < len(clean):
+        parts.append({"text": clean[at:], "seg": None})
+    return clean, parts, phrases
+
+
+def _joint(clean: str, gap: str, text: str) -> str:
+    """What to append to `clean` for `text`, given the white space in between: one space where a tag stood between two, none
+    before punctuation, none at the start."""
+    if not clean:
+        return text.lstrip()
+    if not text.strip():
+        return gap or text
+    if gap.endswith(" ") and text[0] == " ":
+        gap = gap.rstrip(" ")
+    elif not gap.strip(" ") and text.startswith(_NO_SPACE_BEFORE):
+        gap = ""
+    joint = gap + text
+    if _TAG.search(clean[1 - _TAG_LENGTH :] + joint[: _TAG_LENGTH - 1]):  # "<" + "p>" must not become a tag
+        joint = " " + joint
+    return joint

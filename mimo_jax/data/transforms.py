@@ -1,0 +1,308 @@
+"""Pixels: files to arrays, one decoded image to the CLIP and SAM views, masks into the SAM frame and back.
+
+Axis letters: H W original height and width, M mask side (SAM's low-resolution logits).
+
+Everything stays uint8 or bool on the host; normalising and zeroing of padding happen on the device.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageOps
+from scipy.sparse import csr_array
+from scipy.special import ndtri
+
+from mimo_jax.config import ModelConfig
+from mimo_jax.geometry import Frame, clip_frame, sam_frame
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow's other readers never see a user's bytes
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb; an error here
+_LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: a phone's JPEG with a second picture behind it
+_COLOUR = ("LA", "RGB", "RGBA")
+_LABELS_MAX = 8  # a lossless mask with more grey levels than this is a soft edge or decoded JPEG, not a label map
+
+
+class ImageError(ValueError):
+    """A file that is no usable image; the message names it."""
+
+
+def decode_image(
+    source: bytes | str | os.PathLike,
+    *,
+    window: tuple[float, float] | None = None,
+    percentiles: tuple[float, float] = (0.5, 99.5),
+    name: str = "",
+) -> np.ndarray:
+    """Encoded bytes or a path -> uint8 RGB [H, W, 3], as it is meant to be seen.
+
+    EXIF rotation is applied once, alpha is laid over black, palettes are resolved, grey becomes three equal channels,
+    of several frames the first counts. Values of more than 8 bits are windowed: `window` = (low, high), raw values that
+    become 0 and 255; without it, low and high are these `percentiles` of the image. `name` stands for bytes in errors.
+    Raises ImageError for what is missing, corrupt, truncated, of an unknown format, or larger than MAX_PIXELS.
+    """
+    image, name = _open(source, name)
+    if image.mode.startswith(("I", "F")):
+        grey = _window(np.asarray(image, np.float32), window, percentiles, name)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if window is not None:
+        raise ImageError(f"{name}: window {window} given, but Pillow reads this {image.mode} file as 8 bits; leave the window away")
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.array(image.convert("RGB"))
+
+
+def decode_mask(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndarray:
+    """Encoded bytes or a path -> bool [H, W].
+
+    Palette files: raw index != 0, whatever colour 0 has. Lossy files, and lossless ones with many grey levels (soft
+    edges, a JPEG saved again): at least half of 255. Others: any value but 0, in any channel. Raises ImageError.
+    """
+    image, name = _open(source, name)
+    if image.mode in ("P", "1") or image.mode.startswith(("I", "F")):
+        return np.nan_to_num(np.asarray(image)) != 0
+    if image.mode == "PA":
+        return np.asarray(image.getchannel("P")) != 0
+    if "A" in image.getbands():
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    values = np.asarray(image)
+    if values.ndim == 3:
+        values = values.max(2)
+    soft = image.format in _LOSSY or np.count_nonzero(np.bincount(values.ravel(), minlength=256)) > _LABELS_MAX
+    return values >= 128 if soft else values != 0
+
+
+def _open(source: bytes | str | os.PathLike, name: str) -> tuple[Image.Image, str]:
+    """Decoded PIL image, upright, with its `format` kept, and the name to use in errors."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name, stream = name or "image", io.BytesIO(source)
+    else:
+        name, stream = name or os.fspath(source), source
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{name}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS} in all")
+            deep_colour = image.mode in _COLOUR and any(";16" in str(tile[3]) for tile in image.tile)
+            image.load()  # a TIFF is turned, and loses the tag, while it loads: never turn before
+            upright = ImageOps.exif_transpose(image)
+            upright.format = image.format
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image that can be read ({', '.join(FORMATS)})") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, … on a damaged file
+        raise ImageError(f"{name}: damaged or truncated image ({error})") from error
+    if deep_colour and max(high for _, high in upright.convert("RGB").getextrema()) < 32:
+        # Pillow keeps the high byte of 16-bit colour, which is right only where the values fill the 16 bits.
+        raise ImageError(f"{name}: 16-bit colour whose values fill less than an eighth of the range; convert it to 8 bits")
+    return upright, name
+
+
+def _window(values: np.ndarray, window: tuple[float, float] | None, percentiles: tuple[float, float], name: str) -> np.ndarray:
+    """float [H, W] -> uint8 [H, W], linear between low and high; what is not finite becomes 0."""
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ImageError(f"{name}: holds no finite value")
+    if window is None:
+        low, high = (float(v) for v in np.percentile(values[finite], percentiles))
+        if low >= high:  # nearly constant: a few bright pixels must not vanish
+            low, high = float(values[finite].min()), float(values[finite].max())
+    else:
+        low, high = window
+        if not low < high:
+            raise ImageError(f"{name}: window ({low:g}, {high:g}); give low < high")
+    scaled = (np.where(finite, values, low) - low) * (255.0 / max(high - low, 1e-12))
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def views(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """uint8 RGB [H, W, 3] -> what both towers see: `clip_image` uint8 [Hc, Hc, 3], `sam_image` uint8 [Hs, Hs, 3], and
+    `clip_size`, `sam_size` int32 [2], the (height, width) of the content of each; the rest is 0."""
+    height, width = image.shape[:2]
+    clip = clip_frame(height, width, cfg.clip.image_size, cfg.clip.image_fit)
+    sam = sam_frame(height, width, cfg.sam.image_size)
+    return {
+        "clip_image": image_to_frame(image, clip),
+        "clip_size": np.array(clip.size, np.int32),
+        "sam_image": image_to_frame(image, sam),
+        "sam_size": np.array(sam.size, np.int32),
+    }
+
+
+def image_to_frame(image: np.ndarray, frame: Frame) -> np.ndarray:
+    """uint8 RGB [H, W, 3] -> uint8 [side, side, 3]: Pillow's bilinear filter (which averages when it shrinks), then zeros
+    right and bottom."""
+    rows, cols = frame.size
+    # Only the visible part is made: with "crop", a long thin image would otherwise be enlarged beyond all memory.
+    left, top = -frame.offset_x / frame.scale_x, -frame.offset_y / frame.scale_y
+    box = (left, top, min(left + cols / frame.scale_x, frame.width), min(top + rows / frame.scale_y, frame.height))
+    resized = np.asarray(Image.fromarray(image).resize((cols, rows), Image.Resampling.BILINEAR, box=box))
+    if (rows, cols) == (frame.side, frame.side):
+        return resized
+    out = np.zeros((frame.side, frame.side, 3), np.uint8)
+    out[:rows, :cols] = resized
+    return out
+
+
+def mask_to_frame(mask: np.ndarray, frame: Frame, mask_side: int) -> np.ndarray:
+    """bool [H, W] -> uint8 [M, M]: the target in the (padded) frame at mask resolution.
+
+    A cell is 1 where the mask covers at least half of the part of the cell that lies in the image; so a structure at
+    the image's edge, or an image thinner than a cell, is not lost to the padding. Where a mask reaches half of no cell,
+    its best covered cells are taken: an entity that is there never becomes an empty target.
+    """
+    out = np.zeros((mask_side, mask_side), np.uint8)
+    mask = np.asarray(mask, bool)
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return out
+    y0, y1, x0, x1 = rows[0], rows[-1] + 1, cols[0], cols[-1] + 1
+    first_y, edges_y = _cell_edges(frame.side / mask_side / frame.scale_y, y0, y1, frame.height, mask_side)
+    first_x, edges_x = _cell_edges(frame.side / mask_side / frame.scale_x, x0, x1, frame.width, mask_side)
+    cover = _integrate(mask[y0:y1, x0:x1].view(np.uint8), edges_y - y0)
+    cover = _integrate(np.ascontiguousarray(cover.T), edges_x - x0).T
+    cover = cover / (np.diff(edges_y)[:, None] * np.diff(edges_x)[None, :])
+    part = cover >= min(0.5, cover.max()) - 1e-6
+    out[first_y : first_y + part.shape[0], first_x : first_x + part.shape[1]] = part
+    return out
+
+
+def _cell_edges(cell: float, start: int, stop: int, size: int, mask_side: int) -> tuple[int, np.ndarray]:
+    """(index of the first cell that meets pixels start … stop-1, edges of these cells in pixels, cut at the image's end)."""
+    first = int(start / cell)
+    last = min(mask_side, int(np.ceil(stop / cell - 1e-9)))
+    return first, np.minimum(np.arange(first, last + 1) * cell, size)
+
+
+def _integrate(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Integral of piecewise constant rows [n, w] between consecutive edges (in rows, any float): float64 [len(edges)-1, w]."""
+    total = np.zeros((len(values) + 1, values.shape[1]), np.int32 if values.dtype == np.uint8 else np.float64)
+    np.cumsum(values, axis=0, out=total[1:])
+    at = np.clip(edges, 0, len(values))
+    whole = np.minimum(at.astype(int), len(values) - 1)
+    return np.diff(total[whole] + (at - whole)[:, None] * values[whole], axis=0)
+
+
+def logits_to_image(logits: np.ndarray, frame: Frame, height: int, width: int) -> np.ndarray:
+    """float [M, M] of the frame -> float32 [height, width]: as SAM and LISA do, bilinear to the frame's side, crop to the
+    content, bilinear to the original size (align_corners False, no antialias). Both steps are one matrix for each axis."""
+    rows, _, _ = _upsampler(logits.shape[0], frame.side, frame.content_height, height)
+    cols, _, _ = _upsampler(logits.shape[1], frame.side, frame.content_width, width)
+    return _apply(rows, np.asarray(logits, np.float32), cols)
+
+
+def mask_from_logits(logits: np.ndarray, frame: Frame, height: int, width: int) -> np.ndarray:
+    """float [M, M] of the frame -> bool [height, width]: `logits_to_image` > 0."""
+    logits = np.asarray(logits, np.float32)
+    rows, *reach_y = _upsampler(logits.shape[0], frame.side, frame.content_height, height)
+    cols, *reach_x = _upsampler(logits.shape[1], frame.side, frame.content_width, width)
+    # An interpolated value is positive only where a cell it mixes is: nothing else is computed.
+    positive = logits > 0
+    y, x = _outputs(*reach_y, positive.any(1)), _outputs(*reach_x, positive.any(0))
+    out = np.zeros((height, width), bool)
+    if y.start < y.stop and x.start < x.stop:
+        out[y, x] = _apply(rows[y], logits, cols[x]) > 0
+    return out
+
+
+def _apply(rows: csr_array, values: np.ndarray, cols: csr_array) -> np.ndarray:
+    """rows · values · colsᵀ. Sparse: each output mixes at most four cells, and BLAS would fight the other workers for cores."""
+    return rows @ np.ascontiguousarray((cols @ np.ascontiguousarray(values.T)).T)
+
+
+def _outputs(first: np.ndarray, last: np.ndarray, cells: np.ndarray) -> slice:
+    """The outputs that mix any cell between the first and the last that is set; `first` and `last` as `_upsampler` gives them."""
+    found = np.flatnonzero(cells)
+    if not len(found):
+        return slice(0, 0)
+    return slice(int(np.searchsorted(last, found[0], "left")), int(np.searchsorted(first, found[-1], "right")))
+
+
+@lru_cache(maxsize=256)
+def _upsampler(mask_side: int, side: int, content: int, size: int) -> tuple[csr_array, np.ndarray, np.ndarray]:
+    """One axis of `logits_to_image`: (float32 matrix [size, M], and the first and last cell that each output mixes)."""
+    low, high, part = _bilinear_taps(content, size)
+    cell_low, cell_high, cell_part = _bilinear_taps(mask_side, side)
+    cells = np.concatenate([cell_low[low], cell_high[low], cell_low[high], cell_high[high]])
+    near, far = cell_part[low], cell_part[high]
+    weights = np.concatenate([(1 - part) * (1 - near), (1 - part) * near, part * (1 - far), part * far])
+    matrix = csr_array((weights.astype(np.float32), (np.tile(np.arange(size), 4), cells)), shape=(size, mask_side))
+    return matrix, cell_low[low], cell_high[high]
+
+
+def _bilinear_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lower tap, upper tap, weight of the upper) of each of `target` samples: F.interpolate(mode="bilinear") of torch."""
+    at = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
+    low = np.minimum(at.astype(int), source - 1)
+    return low, np.minimum(low + 1, source - 1), at - low
+
+
+def augment(image: np.ndarray, masks: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
+    """One random variant of uint8 RGB [H, W, 3] and its bool masks [H, W]: rotation up to 10 degrees, scale 0.9 to 1.1,
+    shift up to 6 % of each side, all masks moved with the image; then gain, gamma and noise of the intensities.
+
+    Never a flip: left and right are anatomy. Where the move would push more than half of a mask out, the image stays.
+    """
+    affine = _random_affine(*image.shape[:2], rng)
+    intensities = rng.uniform((0.85, 0.8, 0.0), (1.15, 1.25, 4.0))
+    moved = [_warp_mask(mask, affine) for mask in masks]
+    if all(2 * np.count_nonzero(after) >= np.count_nonzero(before) for before, after in zip(masks, moved, strict=True)):
+        image = _warp(image, affine, (0, 0, image.shape[1], image.shape[0]))
+    else:
+        moved = [np.array(mask, bool) for mask in masks]
+    return _intensity(image, *intensities, rng), moved
+
+
+def _random_affine(height: int, width: int, rng: np.random.Generator) -> tuple[float, ...]:
+    """Output -> input map (a, b, c, d, e, f) about the centre, in pixels counted from the top-left *corner*, as Pillow's."""
+    angle, scale = rng.uniform(-np.pi / 18, np.pi / 18), rng.uniform(0.9, 1.1)
+    shift_x, shift_y = rng.uniform(-0.06, 0.06, 2) * (width, height)
+    a, b = np.cos(angle) / scale, np.sin(angle) / scale
+    cx, cy = width / 2, height / 2
+    return a, b, cx - a * (cx + shift_x) - b * (cy + shift_y), -b, a, cy + b * (cx + shift_x) - a * (cy + shift_y)
+
+
+def _warp(values: np.ndarray, affine: tuple[float, ...], box: tuple[int, int, int, int]) -> np.ndarray:
+    """The part [x0, y0, x1, y1) of the moved uint8 image; black where it comes from outside."""
+    x0, y0, x1, y1 = box
+    a, b, c, d, e, f = affine
+    shifted = (a, b, c + a * x0 + b * y0, d, e, f + d * x0 + e * y0)
+    image = Image.fromarray(values).transform((x1 - x0, y1 - y0), Image.Transform.AFFINE, shifted, Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def _warp_mask(mask: np.ndarray, affine: tuple[float, ...]) -> np.ndarray:
+    """bool [H, W] -> bool [H, W]; only the box in which the moved mask can lie is computed."""
+    height, width = mask.shape
+    out = np.zeros((height, width), bool)
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return out
+    a, b, c, d, e, f = affine
+    corners = np.array([(x - c, y - f) for x in (cols[0], cols[-1] + 1) for y in (rows[0], rows[-1] + 1)])
+    corners = corners @ np.linalg.inv([[a, b], [d, e]]).T
+    x0, y0 = np.clip(np.floor(corners.min(0)).astype(int) - 1, 0, (width, height)).tolist()
+    x1, y1 = np.clip(np.ceil(corners.max(0)).astype(int) + 1, 0, (width, height)).tolist()
+    if x0 < x1 and y0 < y1:
+        out[y0:y1, x0:x1] = _warp(mask.astype(np.uint8) * 255, affine, (x0, y0, x1, y1)) >= 128
+    return out
+
+
+def _intensity(image: np.ndarray, gain: float, gamma: float, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """gain·x^gamma, then Gaussian noise of that many grey levels, the same in all channels: a grey image stays grey."""
+    levels = np.clip(255 * gain * (np.arange(256) / 255) ** gamma, 0, 255)
+    out = np.asarray(Image.fromarray(image).point(np.rint(levels).astype(int).tolist() * 3)).astype(np.int16)
+    # 256 quantiles stand for the normal distribution: a tenth of the cost of drawing it.
+    quantiles = np.rint(noise * ndtri((np.arange(256) + 0.5) / 256)).astype(np.int16)
+    out += quantiles[rng.integers(0, 256, image.shape[:2], np.uint8)][:, :, None]
+    return np.clip(out, 0, 255).astype(np.uint8)

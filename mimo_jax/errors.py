@@ -1,0 +1,6 @@
+"""The root of every error that is the user's to mend."""
+
+
+class UserError(ValueError):
+    """A mistake in a file, a flag or a setting. The message is one line that names it and says what to do;
+    the command line prints that line, without a traceback, and exits with code 2."""

@@ -1,0 +1,187 @@
+"""What can be had without looking: trivial predictors that every reported figure stands beside.
+
+Masks: the mean training mask of an entity, and the best single threshold of brightness for it. Both are fitted to do their
+best on the training images. Answers: the commonest one, and the commonest one of each question's wording.
+Fields are float or bool [height, width]; the *unit square* is the whole image, stretched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image
+
+from mimo_jax.data.schema import Record
+from mimo_jax.data.transforms import decode_image
+from mimo_jax.eval.metrics import iou
+
+GRID = 64  # cells along each side of the unit square
+KEPT = 400  # training masks of an entity on which the mean mask's level is chosen
+
+
+def brightness(image: np.ndarray) -> np.ndarray:
+    """uint8 [height, width] of uint8 [height, width] or [height, width, channels]: the mean of the channels."""
+    return image if image.ndim == 2 else image[..., :3].mean(-1).astype(np.uint8)
+
+
+def record_image(record: Record) -> np.ndarray:
+    """uint8 pixels [height, width, 3]."""
+    return decode_image(record.image, window=tuple(record.window) if record.window else None, name=record.id)
+
+
+def entity_masks(record: Record) -> dict[str, np.ndarray]:
+    """Entity → the union of its instances, bool [height, width]."""
+    united: dict[str, np.ndarray] = {}
+    for mask in record.masks:
+        pixels = mask.decode()
+        united[mask.entity] = united[mask.entity] | pixels if mask.entity in united else pixels
+    return united
+
+
+class MeanMask:
+    """Paints an entity where it lies on average, at the level that scored best on the training masks."""
+
+    def __init__(self):
+        self.sums: dict[str, np.ndarray] = {}
+        self.numbers: Counter[str] = Counter()
+        self.kept: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.levels: dict[str, float] = {}
+
+    def fit(self, records: Iterable[Record]) -> MeanMask:
+        for record in records:
+            self.add(entity_masks(record))
+        return self.finish()
+
+    def add(self, masks: dict[str, np.ndarray]) -> None:
+        for entity, mask in masks.items():
+            cells = _resize(mask.astype(np.float32), GRID, GRID)
+            self.sums[entity] = self.sums.get(entity, 0) + cells
+            self.numbers[entity] += 1
+            if len(self.kept[entity]) < KEPT:
+                self.kept[entity].append(cells >= 0.5)
+
+    def finish(self) -> MeanMask:
+        for entity, total in self.sums.items():
+            mean, truths = total / self.numbers[entity], np.stack(self.kept[entity])
+            levels = mean.max() * np.linspace(0.02, 0.98, 49)
+            scores = []
+            for level in levels:
+                guess = (mean >= level)[None]
+                scores.append(np.mean((guess & truths).sum((1, 2)) / np.maximum((guess | truths).sum((1, 2)), 1)))
+            best = np.flatnonzero(np.array(scores) >= max(scores) - 1e-9)
+            self.levels[entity] = float(levels[best[len(best) // 2]])
+        return self
+
+    def predict(self, entity: str, height: int, width: int, image: np.ndarray | None = None) -> np.ndarray:
+        """bool [height, width]; nothing for an entity that was never seen."""
+        if entity not in self.levels:
+            return np.zeros((height, width), bool)
+        return _resize(self.sums[entity] / self.numbers[entity], height, width) >= self.levels[entity]
+
+
+class BestThreshold:
+    """Paints all that is brighter (or all that is darker) than one value, the best for the entity on the training images."""
+
+    def __init__(self):
+        self.scores: dict[str, np.ndarray] = {}  # [2, 256]: summed IoU of brightness >= t, and of brightness < t
+        self.best: dict[str, tuple[int, int]] = {}
+
+    def fit(self, records: Iterable[Record]) -> BestThreshold:
+        for record in records:
+            self.add(record_image(record), entity_masks(record))
+        return self.finish()
+
+    def add(self, image: np.ndarray, masks: dict[str, np.ndarray]) -> None:
+        grey = brightness(image)
+        everywhere = np.bincount(grey.ravel(), minlength=256)
+        below_all = np.cumsum(everywhere) - everywhere  # pixels darker than t
+        for entity, mask in masks.items():
+            inside = np.bincount(grey[mask], minlength=256)
+            below = np.cumsum(inside) - inside
+            area = inside.sum()
+            above, above_all = area - below, grey.size - below_all
+            score = np.stack([above / (area + above_all - above), below / (area + below_all - below)])
+            self.scores[entity] = self.scores.get(entity, 0) + score
+
+    def finish(self) -> BestThreshold:
+        for entity, scores in self.scores.items():
+            side, value = np.unravel_index(int(np.argmax(scores)), scores.shape)
+            self.best[entity] = (int(side), int(value))
+        return self
+
+    def predict(self, entity: str, height: int, width: int, image: np.ndarray) -> np.ndarray:
+        """bool [height, width]; nothing for an entity that was never seen."""
+        if entity not in self.best:
+            return np.zeros((height, width), bool)
+        side, value = self.best[entity]
+        grey = brightness(image)
+        return grey < value if side else grey >= value
+
+
+def fit_baselines(records: Iterable[Record]) -> dict[str, MeanMask | BestThreshold]:
+    """Both baselines, from one pass over the training records."""
+    mean, threshold = MeanMask(), BestThreshold()
+    for record in records:
+        masks = entity_masks(record)
+        mean.add(masks)
+        threshold.add(record_image(record), masks)
+    return {"mean_mask": mean.finish(), "threshold": threshold.finish()}
+
+
+def score_baselines(baselines: dict[str, MeanMask | BestThreshold], records: Iterable[Record]) -> dict[str, dict[str, dict[str, float]]]:
+    """baseline → perspective → entity → mean IoU over that perspective's targets (told the entity's name); "mean" is over all targets."""
+    found: dict = {name: defaultdict(lambda: defaultdict(list)) for name in baselines}
+    for record in records:
+        image, masks, guesses = record_image(record), {m.mask_id: m.decode() for m in record.masks}, {}
+        for sample in record.samples:
+            for target in sample.targets:
+                if target.absent:
+                    continue
+                truth = np.any([masks[i] for i in target.mask_ids], axis=0)
+                for name, baseline in baselines.items():
+                    key = (name, target.entity)
+                    if key not in guesses:
+                        guesses[key] = baseline.predict(target.entity, record.height, record.width, image)
+                    found[name][sample.perspective][target.entity].append(iou(guesses[key], truth))
+    return {
+        name: {
+            perspective: {
+                "mean": float(np.mean([x for values in entities.values() for x in values])),
+                **{entity: float(np.mean(values)) for entity, values in sorted(entities.items())},
+            }
+            for perspective, entities in sorted(perspectives.items())
+        }
+        for name, perspectives in found.items()
+    }
+
+
+def score_guessing(train: Iterable[Record], test: Iterable[Record]) -> dict[str, float]:
+    """Closed VQA accuracy on `test` without any image: of the commonest answer, and of the commonest one of each question's text
+    (both learnt from `train`)."""
+    overall: Counter[str] = Counter()
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, answer in _closed(train):
+        overall[answer] += 1
+        by_text[question][answer] += 1
+    pairs = list(_closed(test))
+    if not overall or not pairs:
+        return {"majority": 0.0, "text_only": 0.0}
+    common = overall.most_common(1)[0][0]
+    guesses = {question: answers.most_common(1)[0][0] for question, answers in by_text.items()}
+    return {
+        "majority": float(np.mean([answer == common for _, answer in pairs])),
+        "text_only": float(np.mean([answer == guesses.get(question, common) for question, answer in pairs])),
+    }
+
+
+def _closed(records: Iterable[Record]):
+    for record in records:
+        for sample in record.samples:
+            if sample.perspective == "vqa" and sample.answer_type == "closed":
+                yield sample.turns[0].text, sample.references[0]
+
+
+def _resize(field: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(np.asarray(field, np.float32)).resize((width, height), Image.Resampling.BILINEAR))

@@ -1,0 +1,163 @@
+"""Every measure of a report, in plain numpy, each with its convention.
+
+Axis letters: H, W height and width of the original image in pixels; T true entities and P predicted ones of one
+turn; C clusters of a bootstrap.
+
+Nearly every headline is a ratio of two sums (a mean is sum / count, micro-F1 is 2 tp / (2 tp + fp + fn), cIoU is
+sum of intersections / sum of unions), so one `ratio` and one bootstrap, `interval`, serve them all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_NUMBER_OF = {word: str(value) for value, word in enumerate(_NUMBERS)}
+_YES_NO = {"yes": "yes", "no": "no"}
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
+    """(intersection, union) in pixels of two bool masks [H, W]; ValueError if their shapes differ."""
+    if a.shape != b.shape:
+        raise ValueError(f"masks of different size: {a.shape} and {b.shape}")
+    return int(np.count_nonzero(a & b)), int(np.count_nonzero(a | b))
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two bool masks [H, W]; 1 where both are empty."""
+    intersection, union = overlap(a, b)
+    return intersection / union if union else 1.0
+
+
+def dice_from_iou(value: float) -> float:
+    """Dice = 2 |a & b| / (|a| + |b|) of a pair whose IoU is `value`: 2 IoU / (1 + IoU)."""
+    return 2 * value / (1 + value)
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    """Dice of two bool masks [H, W]; 1 where both are empty."""
+    return dice_from_iou(iou(a, b))
+
+
+def match(
+    true_names: Sequence[str],
+    true_masks: Sequence[np.ndarray],
+    pred_names: Sequence[str],
+    pred_masks: Sequence[np.ndarray],
+    by_name: bool = True,
+) -> list[tuple[int | None, float]]:
+    """Which prediction of a turn answers each true entity: T pairs (index of the prediction or None, IoU).
+
+    Only equal canonical names can match; several of a name are assigned one to one so that their summed IoU is
+    greatest. `by_name=False` (perspective II, whose single target is not named in the question) lets any prediction
+    match. An entity without a prediction has IoU 0; predictions left over cost nothing here, they count in `f1`.
+    """
+    pairs: list[tuple[int | None, float]] = [(None, 0.0)] * len(true_names)
+    for name in dict.fromkeys(true_names) if by_name else [None]:
+        rows = [i for i, n in enumerate(true_names) if name is None or n == name]
+        cols = [j for j, n in enumerate(pred_names) if name is None or n == name]
+        if not cols or not rows:
+            continue
+        values = np.array([[iou(true_masks[i], pred_masks[j]) for j in cols] for i in rows])
+        for r, c in zip(*linear_sum_assignment(values, maximize=True), strict=True):
+            pairs[rows[r]] = (cols[c], float(values[r, c]))
+    return pairs
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def name_counts(true: Sequence[str], pred: Sequence[str]) -> tuple[int, int, int]:
+    """(tp, fp, fn) between the names of one turn, as multisets: two lesions of three found are tp 2, fn 1."""
+    t, p = Counter(true), Counter(pred)
+    tp = sum((t & p).values())
+    return tp, sum(p.values()) - tp, sum(t.values()) - tp
+
+
+def f1(tp: float, fp: float, fn: float) -> float:
+    """2 tp / (2 tp + fp + fn); nan where there is nothing to find and nothing was found."""
+    return ratio(2 * tp, 2 * tp + fp + fn)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def closed_answer(text: str, choices: Sequence[str] = ()) -> str:
+    """Short answer in a sentence, for comparison by equality.
+
+    With `choices`: the one that stands in the text as whole words (the longest where one contains another); none or
+    several give "". Else the first yes or no; else the first number, words up to twelve included; else the whole text
+    without articles and punctuation.
+    """
+    words = [_NUMBER_OF.get(w, w) for w in re.findall(r"[^\W_]+(?:[.'-][^\W_]+)*", text.casefold()) if w not in _ARTICLES]
+    plain = f" {' '.join(words)} "
+    if choices:
+        found = [c for c in dict.fromkeys(closed_answer(c) for c in choices) if f" {c} " in plain]
+        found = [c for c in found if not any(c != other and f" {c} " in f" {other} " for other in found)]
+        return found[0] if len(found) == 1 else ""
+    for word in words:
+        if word in _YES_NO:
+            return _YES_NO[word]
+    for word in words:
+        if re.fullmatch(r"\d+(\.\d+)?", word):
+            return word
+    return plain.strip()
+
+
+def closed_correct(text: str, references: Sequence[str], choices: Sequence[str] = ()) -> bool:
+    """True where the short answer in `text` equals that in any reference (normalised exact match)."""
+    given = closed_answer(text, choices)
+    return bool(given) and any(given == closed_answer(r, choices) for r in references)
+
+
+# --- ratios and their intervals --------------------------------------------------------------------------------------
+
+
+def ratio(numerator: float | Sequence[float], denominator: float | Sequence[float]) -> float:
+    """Sum over sum; nan where the denominator is 0 (nothing to measure)."""
+    below = float(np.sum(denominator))
+    return float(np.sum(numerator)) / below if below else float("nan")
+
+
+def interval(
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    clusters: Sequence[str],
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `ratio`, drawing whole clusters (patients, cases) with replacement.
+
+    One entry per item in each sequence. Items of one image are not independent, so the cluster is the patient or case.
+    (nan, nan) where there is nothing to measure.
+    """
+    if not len(clusters) or not np.sum(denominator):
+        return float("nan"), float("nan")
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    above = np.bincount(index, weights=np.asarray(numerator, float), minlength=len(names))
+    below = np.bincount(index, weights=np.asarray(denominator, float), minlength=len(names))
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)  # [draws, C]
+    sums = counts @ below
+    values = (counts @ above)[sums > 0] / sums[sums > 0]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def c_iou(pairs: Sequence[tuple[int, int]]) -> float:
+    """Cumulative IoU over (intersection, union) pairs: sum of intersections / sum of unions. Large structures weigh more."""
+    return ratio([i for i, _ in pairs], [u for _, u in pairs])
+
+
+def g_iou(pairs: Sequence[tuple[int, int]]) -> float:
+    """LISA's gIoU: the mean of intersection / union, where an empty union (no target, nothing painted) counts as 1."""
+    return ratio([i / u if u else 1.0 for i, u in pairs], [1] * len(pairs))

@@ -1,0 +1,146 @@
+"""An answer as a picture: every entity's mask over the image, the prompts, a legend and the text."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from mimo_jax.data.prompts import Prompts
+
+_COLOURS = (
+    (230, 85, 70), (60, 160, 240), (90, 200, 90), (245, 190, 50), (190, 110, 230), (50, 205, 200), (245, 130, 190), (170, 200, 60),
+)  # fmt: skip
+_LONG_SIDE = 512  # an image whose longest side is smaller is enlarged until it reaches this
+_WIDTH_MIN = 320  # of the canvas, for the legend and the caption
+_ALPHA = 0.35
+_PAPER, _INK, _FAINT = (18, 18, 20), (235, 235, 235), (150, 150, 155)
+_POINT_IN, _POINT_OUT, _MARK = (60, 230, 110), (255, 70, 70), (255, 235, 90)
+
+
+def draw_overlay(
+    image: np.ndarray, entities: Sequence[tuple[str, np.ndarray]], prompts: Prompts | None = None, caption: str = ""
+) -> Image.Image:
+    """RGB picture of uint8 RGB [H, W, 3] with each entity (name, bool [H, W]) filled and outlined in its own colour.
+
+    Small images are enlarged by a whole factor, so that every pixel shows. Prompts: points as + (inside) and - (outside),
+    boxes, scribbles. Below: a legend with every name (also of empty masks) and `caption`, wrapped.
+    Raises ValueError for a mask of another size than the image.
+    """
+    height, width = image.shape[:2]
+    for name, mask in entities:
+        if mask.shape != (height, width):
+            raise ValueError(f"mask of {name!r} is {list(mask.shape)}, the image {[height, width]} (rows, columns)")
+    factor = max(1, -(-_LONG_SIDE // max(height, width)))
+    picture = np.repeat(np.repeat(image, factor, 0), factor, 1)
+    colours = [colour(i) for i in range(len(entities))]
+    masks = [np.repeat(np.repeat(np.asarray(mask, bool), factor, 0), factor, 1) for _, mask in entities]
+    for mask, paint in zip(masks, colours, strict=True):
+        picture[mask] = np.rint((1 - _ALPHA) * picture[mask] + _ALPHA * np.array(paint))
+    thick = max(1, round(max(picture.shape[:2]) / 500))
+    for mask, paint in zip(masks, colours, strict=True):  # after all fills, so that no outline is covered
+        picture[mask & ~ndimage.binary_erosion(mask, iterations=thick)] = paint
+    marked = Image.fromarray(picture)
+    if prompts is not None:
+        _draw_prompts(marked, prompts, factor)
+    return _with_text(marked, [(name, paint, bool(mask.any())) for (name, mask), paint in zip(entities, colours, strict=True)], caption)
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """RGB of the index-th entity: a fixed table, then hues spread by the golden ratio."""
+    if index < len(_COLOURS):
+        return _COLOURS[index]
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.65, 0.95)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _draw_prompts(picture: Image.Image, prompts: Prompts, factor: int) -> None:
+    draw = ImageDraw.Draw(picture)
+    radius = max(4, round(max(picture.size) / 90))
+    line = max(2, radius // 3)
+
+    def place(xy: np.ndarray) -> np.ndarray:  # pixel centres of the image -> Pillow's coordinates on the enlarged picture
+        return (np.asarray(xy, float) + 0.5) * factor - 0.5
+
+    for x0, y0, x1, y1 in prompts.boxes:
+        (left, top), (right, bottom) = place([(x0 - 0.5, y0 - 0.5), (x1 - 0.5, y1 - 0.5)])
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=_MARK, width=line)
+    for scribble in prompts.scribbles:
+        path = [tuple(xy) for xy in place(scribble)]
+        draw.line(path, fill=_MARK, width=line, joint="curve")
+        for x, y in (path[0], path[-1]):
+            draw.ellipse((x - line, y - line, x + line, y + line), fill=_MARK)
+    for x, y, label in prompts.points:
+        x, y = place((x, y))
+        fill = _POINT_IN if label else _POINT_OUT
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=(0, 0, 0), width=max(1, line // 2))
+        draw.line((x - radius / 2, y, x + radius / 2, y), fill=(0, 0, 0), width=line // 2 + 1)
+        if label:
+            draw.line((x, y - radius / 2, x, y + radius / 2), fill=(0, 0, 0), width=line // 2 + 1)
+
+
+def _with_text(picture: Image.Image, legend: list[tuple[str, tuple[int, int, int], bool]], caption: str) -> Image.Image:
+    """The picture with legend and caption below, on a canvas wide enough to read them."""
+    if not legend and not caption:
+        return picture
+    width = max(picture.width, _WIDTH_MIN)
+    font = ImageFont.load_default(size=float(max(14, round(width / 42))))
+    row = round(font.size * 1.45)
+    pad = row // 2
+    rows = _legend_rows(legend, font, width - 2 * pad, row)
+    lines = _wrap(caption, font, width - 2 * pad)
+    below = pad + row * len(rows) + (pad // 2 if rows and lines else 0) + row * len(lines) + pad
+    canvas = Image.new("RGB", (width, picture.height + below), _PAPER)
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(canvas)
+    y = picture.height + pad
+    for items in rows:
+        for x, text, paint, present in items:
+            swatch = (pad + x, y + row // 5, pad + x + row // 2, y + row // 5 + row // 2)
+            draw.rectangle(swatch, fill=paint if present else None, outline=paint)
+            draw.text((pad + x + row * 3 // 4, y), text, fill=_INK if present else _FAINT, font=font)
+        y += row
+    y += pad // 2 if rows and lines else 0
+    for text in lines:
+        draw.text((pad, y), text, fill=_INK, font=font)
+        y += row
+    return canvas
+
+
+def _legend_rows(legend, font: ImageFont.FreeTypeFont, width: int, row: int) -> list[list[tuple]]:
+    """Rows of (x, text, colour, present), broken where the next name would not fit."""
+    rows: list[list[tuple]] = []
+    x = width
+    for name, paint, present in legend:
+        text = _wrap(name if present else f"{name} (nothing found)", font, width - row)[:1] or [""]
+        needed = row * 3 // 4 + int(font.getlength(text[0])) + row
+        if x + needed - row > width or not rows:
+            rows.append([])
+            x = 0
+        rows[-1].append((x, text[0], paint, present))
+        x += needed
+    return rows
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines no wider than `width` pixels: broken at spaces, in a word only where the word alone is wider."""
+    lines = []
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") <= width:
+                line = f"{line} {word}"
+                continue
+            if line:
+                lines.append(line)
+            while font.getlength(word) > width and len(word) > 1:
+                fits = max(1, next(i for i in range(len(word), -1, -1) if font.getlength(word[:i]) <= width))
+                lines.append(word[:fits])
+                word = word[fits:]
+            line = word
+        if line:
+            lines.append(line)
+    return lines

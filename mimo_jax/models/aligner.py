@@ -1,0 +1,126 @@
+"""The Multi-modal Input Aligner: learnable queries read the image, the instruction and the user's prompts.
+
+Axis letters: B batch (turns folded in), Q queries, I image tokens, L instruction tokens, P prompt tokens,
+M memory = I + L + P keys, W aligner width, D width of the language model.
+
+MIMO, section "Multi-modal Input Aligner": X_q cross-attends to (X_img, X_q^t, X_q^v), then a linear
+projection into the language model. Image keys carry the position code of the prompts, through the
+same projection, so that a point and the patch under it look alike.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimo_jax.config import ModelConfig
+from mimo_jax.models.attention import attend
+from mimo_jax.models.layers import Linear
+from mimo_jax.models.stack import Stack
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of x [B, Q, W] over memory [B, M, W]."""
+
+    def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs):
+        self.heads = heads
+
+        def linear() -> Linear:
+            return Linear(width, width, dtype=dtype, rngs=rngs)
+
+        self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
+
+    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(*y.shape[:2], self.heads, -1)
+
+        out = attend(heads(self.q(x)), heads(self.k(memory)), heads(self.v(memory)), mask=mask)
+        return self.o(out.reshape(x.shape))
+
+
+class AlignerBlock(nnx.Module):
+    """Self-attention over the queries, cross-attention to the memory, MLP ×4; pre-norm."""
+
+    def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs):
+        self.self_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.self_attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.cross_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.cross_attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.down = Linear(4 * width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array) -> jax.Array:
+        y = self.self_norm(x)
+        x = x + self.self_attention(y, y)
+        x = x + self.cross_attention(self.cross_norm(x), memory, mask)
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
+
+
+def sinusoid(length: int, width: int) -> jax.Array:
+    """[L, W] sinusoidal code of the place in the instruction, so that word order reaches the queries."""
+    frequency = 10000.0 ** (-jnp.arange(0, width, 2) / width)
+    angle = jnp.arange(length)[:, None] * frequency
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[:, :width]
+
+
+class Aligner(nnx.Module):
+    """X_q of one turn from its image, instruction and prompts. `kind`:
+
+    cross_attention  learnable queries over image, text and prompts: Q = aligner.queries
+    none             the paper's ablation: the three projected and concatenated, Q = I + L + P
+    linear, mlp      the image projected alone (LISA; GLaMM and LLaVA-1.5): Q = I
+    """
+
+    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+        a, width, out = cfg.aligner, cfg.aligner.width, cfg.llm.width
+        self.kind, self.dtype = a.kind, dtype
+        linear = lambda i, o: Linear(i, o, dtype=dtype, rngs=rngs)  # noqa: E731
+        if a.kind == "linear":
+            self.project = linear(cfg.clip.width, out)
+        elif a.kind == "mlp":
+            self.project = linear(cfg.clip.width, out)
+            self.project_out = linear(out, out)
+        else:
+            width = a.width if a.kind == "cross_attention" else out
+            self.image = linear(cfg.clip.width, width)
+            self.text = linear(out, width)
+            self.visual = linear(cfg.prompt.width, width)
+            self.type = nnx.Param(jax.random.normal(rngs.params(), (3, width)) * 0.02)
+            self.null_prompt = nnx.Param(jax.random.normal(rngs.params(), (width,)) * 0.02)
+        if a.kind == "cross_attention":
+            self.image_norm = nnx.LayerNorm(cfg.clip.width, dtype=dtype, rngs=rngs)
+            self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)))
+            self.blocks = Stack(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, remat=remat)
+            self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+            self.project = linear(width, out)
+
+    def __call__(self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array) -> jax.Array:
+        """image [B, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask
+        [B, P] -> X_q [B, Q, D]. Where a turn has no prompt at all, a learned null token stands in the first place."""
+        if self.kind == "linear":
+            return self.project(image)
+        if self.kind == "mlp":
+            return self.project_out(jax.nn.gelu(self.project(image), approximate=False))
+
+        type_ = self.type[...].astype(self.dtype)
+        b, p = visual_mask.shape
+        none = ~visual_mask.any(axis=1)
+        null = none[:, None] & (jnp.arange(p) == 0)
+        seen = visual_mask | null
+        text = text + sinusoid(text.shape[1], text.shape[2]).astype(self.dtype)
+        if self.kind == "cross_attention":
+            image = self.image_norm(image)
+        keys_image = self.image(image) + self.visual(image_code) + type_[0]
+        keys_text = self.text(text) + type_[1]
+        keys_visual = jnp.where(null[..., None], self.null_prompt[...].astype(self.dtype), self.visual(visual)) + type_[2]
+        if self.kind == "none":
+            keep_text, keep_visual = text_mask[..., None], seen[..., None]
+            return jnp.concatenate([keys_image, keys_text * keep_text, keys_visual * keep_visual], axis=1)
+
+        memory = jnp.concatenate([keys_image, keys_text, keys_visual], axis=1)
+        image_mask = jnp.ones((b, image.shape[1]), bool)
+        mask = jnp.concatenate([image_mask, text_mask, seen], axis=1)[:, None, None, :]  # [B, 1, 1, M]
+        x = jnp.broadcast_to(self.queries[...].astype(self.dtype), (b, *self.queries.shape))
+        return self.project(self.norm(self.blocks(x, memory, mask)))

@@ -1,0 +1,56 @@
+"""The attention of every tower, in one place, so that a kernel is chosen here and nowhere else.
+
+Axis letters: B batch, T queries, S keys, H heads, K head width, V value width, g side of a token grid.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale · q kᵀ + bias) v, the softmax in float32.
+
+    q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] -> [B, T, H, V] in v's dtype. mask: bool, broadcastable to
+    [B, H, T, S], True where a query may look; a query that may look nowhere gets the mean of all values, not NaN.
+    bias: broadcastable to [B, H, T, S]. scale: K ** -0.5 unless given.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # heads first: batched matrix products without a transposed operand
+    logits = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bhsv->bhtv", weights, v).swapaxes(1, 2)
+
+
+def fold_relative_position(q: jax.Array, k: jax.Array, rows: jax.Array, columns: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """SAM's decomposed relative position, written into queries and keys, so that any kernel serves without a bias.
+
+    q, k [B, g*g, H, K]; rows, columns [2g-1, K]: entry d + g - 1 is for a query d rows (columns) after its key.
+    Returns q' = [scale·q, rel_h, rel_w] and k' = [k, onehot(row), onehot(column)], both [B, g*g, H, K + 2g], with
+    q'·k' = scale · q·k + q·rows[Δy] + q·columns[Δx], exactly; the position terms take the unscaled q, as in
+    segment-anything's `add_decomposed_rel_pos`. Call `attend` on them with scale=1.
+    """
+    b, t, h, _ = q.shape
+    g = (rows.shape[0] + 1) // 2
+    offset = jnp.arange(g)[:, None] - jnp.arange(g)[None, :] + g - 1  # [query, key]
+    grid = q.reshape(b, g, g, h, -1)
+    rel_h = jnp.einsum("byxhk,ysk->byxhs", grid, rows.astype(q.dtype)[offset])
+    rel_w = jnp.einsum("byxhk,xsk->byxhs", grid, columns.astype(q.dtype)[offset])
+    position = jnp.concatenate([rel_h, rel_w], axis=-1).reshape(b, t, h, 2 * g)
+
+    one = jnp.eye(g, dtype=k.dtype)
+    place = jnp.concatenate([jnp.repeat(one, g, axis=0), jnp.tile(one, (g, 1))], axis=-1)  # [g*g, 2g]
+    place = jnp.broadcast_to(place[None, :, None, :], (b, t, h, 2 * g))
+    return jnp.concatenate([q * scale, position], axis=-1), jnp.concatenate([k, place], axis=-1)

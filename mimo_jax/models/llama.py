@@ -1,0 +1,154 @@
+"""Llama with grouped-query attention, LoRA and a KV cache; the grounding rows stand apart from the base's.
+
+Axis letters: B batch, T new tokens, S cache slots, D width, H heads, G key-value heads, K head width,
+F MLP width, V base vocabulary, N layers.
+
+Semantics of transformers' LlamaForCausalLM: rotate-half rotary embedding with HF-permuted weights,
+RMSNorm in fp32, SwiGLU.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimo_jax.config import GROUNDING_TOKENS, LlamaConfig, LoraConfig
+from mimo_jax.models.attention import attend
+from mimo_jax.models.lora import LoraLinear
+from mimo_jax.models.stack import Stack
+
+
+class RmsNorm(nnx.Module):
+    """x / rms(x) * scale, in fp32 whatever the dtype."""
+
+    def __init__(self, width: int, eps: float, *, param_dtype=jnp.float32):
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
+
+
+def rotary(positions: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """positions [B, T] -> (cos, sin), each fp32 [B, T, 1, K]."""
+    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate-half rotary embedding of x [B, T, H, K]."""
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos + turned * sin).astype(x.dtype)
+
+
+class LlamaLayer(nnx.Module):
+    """Pre-norm attention and SwiGLU. Called on (x, cache) so that the cache is updated in place by the scan's carry."""
+
+    def __init__(self, cfg: LlamaConfig, lora: LoraConfig, targets: tuple[str, ...], *, dtype, param_dtype, rngs: nnx.Rngs):
+        head_width = cfg.width // cfg.heads
+        self.heads, self.kv_heads, self.head_width = cfg.heads, cfg.kv_heads, head_width
+
+        def linear(name: str, inputs: int, outputs: int) -> LoraLinear:
+            rank = lora.rank if name in targets else 0
+            return LoraLinear(inputs, outputs, rank=rank, alpha=lora.alpha, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        self.attention_norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)
+        self.q = linear("q", cfg.width, cfg.heads * head_width)
+        self.k = linear("k", cfg.width, cfg.kv_heads * head_width)
+        self.v = linear("v", cfg.width, cfg.kv_heads * head_width)
+        self.o = linear("o", cfg.heads * head_width, cfg.width)
+        self.mlp_norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)
+        self.gate = linear("gate", cfg.width, cfg.mlp_width)
+        self.up = linear("up", cfg.width, cfg.mlp_width)
+        self.down = linear("down", cfg.mlp_width, cfg.width)
+
+    def __call__(self, carry, positions: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, *, index: jax.Array):
+        x, cache = carry
+        b, t, _ = x.shape
+        y = self.attention_norm(x)
+        q = rotate(self.q(y).reshape(b, t, self.heads, self.head_width), cos, sin)
+        k = rotate(self.k(y).reshape(b, t, self.kv_heads, self.head_width), cos, sin)
+        v = self.v(y).reshape(b, t, self.kv_heads, self.head_width)
+        if cache is not None:
+            rows = jnp.arange(b)[:, None]
+            cache = {
+                "k": cache["k"].at[index, rows, positions].set(k.astype(cache["k"].dtype)),
+                "v": cache["v"].at[index, rows, positions].set(v.astype(cache["v"].dtype)),
+            }
+            k, v = cache["k"][index].astype(k.dtype), cache["v"][index].astype(v.dtype)
+        repeat = self.heads // self.kv_heads
+        k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
+        x = x + self.o(attend(q, k, v, mask=mask).reshape(b, t, -1))
+        y = self.mlp_norm(x)
+        x = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        return x, cache
+
+
+class Llama(nnx.Module):
+    """The decoder layers and the final norm; embeddings and head are `TokenEmbedding` and `LanguageHead`."""
+
+    def __init__(self, cfg: LlamaConfig, lora: LoraConfig, targets: tuple[str, ...], *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.dtype = dtype
+        self.layers = Stack(
+            lambda r: LlamaLayer(cfg, lora, targets, dtype=dtype, param_dtype=param_dtype, rngs=r), cfg.layers, rngs=rngs, remat=remat
+        )
+        self.norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)
+
+    def new_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
+        """Zeros {"k", "v"}, each [N, B, S, G, K]. Slot s of a row holds the token at position s."""
+        shape = (self.cfg.layers, batch, length, self.cfg.kv_heads, self.cfg.width // self.cfg.heads)
+        return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+
+    def __call__(self, x: jax.Array, positions: jax.Array, cache: dict[str, jax.Array] | None = None):
+        """x [B, T, D] at `positions` int [B, T] -> hidden [B, T, D] after the final norm.
+
+        With a cache, new keys and values are written to the slots `positions`, and a query at position p attends to
+        slots 0 … p; returns (hidden, cache). Rows are filled from slot 0 without holes, so right padding needs no mask:
+        a padded slot lies beyond every real query, and the next real token overwrites it.
+        """
+        slots = jnp.arange(cache["k"].shape[2])[None, None, :] if cache is not None else positions[:, None, :]
+        mask = (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
+        cos, sin = rotary(positions, self.cfg.width // self.cfg.heads, self.cfg.rope_theta)
+        index = {"index": jnp.arange(self.cfg.layers)}
+        out, cache_out = self.layers((x.astype(self.dtype), cache), positions, cos, sin, mask, per_layer=index)
+        hidden = self.norm(out)
+        return hidden if cache is None else (hidden, cache_out)
+
+
+class TokenEmbedding(nnx.Module):
+    """Rows of the base vocabulary [V, D] and of the grounding tokens [3, D], which alone train under LoRA."""
+
+    def __init__(self, cfg: LlamaConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.base = nnx.Param(jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.width), param_dtype) * 0.02)
+        self.grounding = nnx.Param(jax.random.normal(rngs.params(), (len(GROUNDING_TOKENS), cfg.width), jnp.float32) * 0.02)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids int [...] in 0 … V+2 -> [..., D]."""
+        size = self.base.shape[0]
+        base = jnp.take(self.base[...], jnp.minimum(ids, size - 1), axis=0).astype(self.dtype)
+        grounding = jnp.take(self.grounding[...], jnp.maximum(ids - size, 0), axis=0).astype(self.dtype)
+        return jnp.where((ids < size)[..., None], base, grounding)
+
+
+class LanguageHead(nnx.Module):
+    """hidden [..., D] -> logits fp32 [..., V + 3]; columns of the grounding tokens stand apart, last."""
+
+    def __init__(self, cfg: LlamaConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.base = nnx.Param(jax.random.normal(rngs.params(), (cfg.width, cfg.vocab_size), param_dtype) * cfg.width**-0.5)
+        self.grounding = nnx.Param(
+            jax.random.normal(rngs.params(), (cfg.width, len(GROUNDING_TOKENS)), jnp.float32) * cfg.width**-0.5
+        )
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        hidden = hidden.astype(self.dtype)
+        parts = [hidden @ self.base[...].astype(self.dtype), hidden @ self.grounding[...].astype(self.dtype)]
+        return jnp.concatenate(parts, axis=-1).astype(jnp.float32)

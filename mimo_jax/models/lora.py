@@ -1,0 +1,52 @@
+"""A linear map with an optional low-rank update (LoRA).
+
+Axis letters: ... any leading axes, I in, O out, R rank.
+
+y = x W + (alpha / rank) (x A) B, as in PEFT: A uniform in ±1/sqrt(I), B zero, so that the update is
+zero at the start. Rank 0 makes no parameters.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def _uniform(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class LoraLinear(nnx.Module):
+    """[..., I] -> [..., O] without a bias (Llama's projections have none)."""
+
+    def __init__(self, inputs: int, outputs: int, *, rank: int = 0, alpha: float = 1.0, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs), param_dtype) * inputs**-0.5)
+        self.dtype = dtype
+        self.scale = alpha / rank if rank else 0.0
+        if rank:  # trained, so always fp32
+            self.lora_a = nnx.Param(_uniform(rngs.params(), (inputs, rank), jnp.float32))
+            self.lora_b = nnx.Param(jnp.zeros((rank, outputs), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        lead = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])  # one contracted axis in the weight gradient: see layers.Linear
+        y = x @ self.kernel[...].astype(self.dtype)
+        if self.scale:
+            y = y + (x @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(self.dtype) * self.scale
+        return y.reshape(*lead, -1)
+
+
+def merge_lora(flat: dict[str, jax.Array], alpha: float) -> dict[str, jax.Array]:
+    """Fold every update into its base: {path: array} with `…/lora_a`, `…/lora_b` -> without them, W + (alpha/R) A B.
+
+    Stacked layers (leading axes) are folded layer by layer. The sum is taken in fp32 and cast to W's dtype."""
+    merged = {path: leaf for path, leaf in flat.items() if not path.endswith(("/lora_a", "/lora_b"))}
+    for path, a in flat.items():
+        if path.endswith("/lora_a"):
+            root = path.removesuffix("/lora_a")
+            kernel, b = flat[f"{root}/kernel"], flat[f"{root}/lora_b"]
+            update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * (alpha / a.shape[-1])
+            merged[f"{root}/kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+    return merged

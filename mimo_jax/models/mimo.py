@@ -1,0 +1,145 @@
+"""MIMO: an image, a question and what the user points at; words out, and a mask for every <SEG>.
+
+Axis letters: N images, B samples (B = N * K: sample b belongs to image b // K), R turns, T tokens of the
+sequence, Q tokens of one turn's X_q, L instruction tokens, P prompt tokens, S <SEG> slots, I image tokens,
+D width of the language model, C width of SAM's features, g side of SAM's grid, M side of a mask, V vocabulary.
+
+Reads like the paper: X_img = CLIP(image); X_vis = visual prompt encoder; X_q = Aligner(X_img, X_txt, X_vis);
+hidden = LLM(template with X_q spliced in); masks = SAM decoder(SAM encoder(image), proj(hidden at <SEG>)).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimo_jax.config import Config
+from mimo_jax.models import clip_vit, sam_encoder, stack
+from mimo_jax.models.aligner import Aligner
+from mimo_jax.models.clip_vit import ClipVit
+from mimo_jax.models.layers import Linear
+from mimo_jax.models.llama import LanguageHead, Llama, TokenEmbedding
+from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
+from mimo_jax.models.sam_encoder import SamEncoder
+from mimo_jax.models.visual_prompt import VisualPromptEncoder
+
+
+def normalise(pixels: jax.Array, size: jax.Array, mean: tuple, std: tuple, dtype) -> jax.Array:
+    """uint8 [N, H, H, 3] -> (x - mean) / std in `dtype`, zero outside the content `size` int [N, 2] (height, width)."""
+    x = (pixels.astype(jnp.float32) - jnp.asarray(mean)) / jnp.asarray(std)
+    rows = jnp.arange(pixels.shape[1])[None, :, None, None] < size[:, 0, None, None, None]
+    cols = jnp.arange(pixels.shape[2])[None, None, :, None] < size[:, 1, None, None, None]
+    return jnp.where(rows & cols, x, 0.0).astype(dtype)
+
+
+class SegProjection(nnx.Module):
+    """proj(r_seg): Linear(D, D), ReLU, Linear(D, C), as LISA's text_hidden_fcs."""
+
+    def __init__(self, width: int, out: int, *, dtype, rngs: nnx.Rngs):
+        self.hidden = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(jax.nn.relu(self.hidden(x)))
+
+
+class Mimo(nnx.Module):
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        m = config.model
+        dtype, base_dtype = jnp.dtype(m.dtype), jnp.float32
+        self.config, self.dtype = m, dtype
+        self.clip = ClipVit(m.clip, dtype=dtype, param_dtype=base_dtype, remat=m.remat, rngs=rngs)
+        self.prompt = VisualPromptEncoder(m.prompt, m.clip, dtype=dtype, rngs=rngs)
+        self.aligner = Aligner(m, dtype=dtype, remat=m.remat, rngs=rngs)
+        self.embedding = TokenEmbedding(m.llm, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
+        self.llm = Llama(m.llm, m.lora, config.lora_targets(), dtype=dtype, param_dtype=base_dtype, remat=m.remat, rngs=rngs)
+        self.lm_head = LanguageHead(m.llm, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
+        self.seg_projection = SegProjection(m.llm.width, m.sam.decoder_width, dtype=dtype, rngs=rngs)
+        self.sam_encoder = SamEncoder(m.sam, dtype=dtype, param_dtype=base_dtype, remat=m.remat, rngs=rngs)
+        self.sam_prompt = SamPromptEncoder(m.sam, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
+        self.sam_decoder = MaskDecoder(m.sam, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
+
+    # --- what is computed once per image
+
+    def encode_clip(self, clip_image: jax.Array, clip_size: jax.Array) -> jax.Array:
+        """uint8 [N, H, H, 3], content size [N, 2] -> X_img [N, I, Dc]."""
+        mean, std = (tuple(255.0 * v for v in values) for values in (clip_vit.MEAN, clip_vit.STD))
+        return self.clip(normalise(clip_image, clip_size, mean, std, self.dtype))
+
+    def encode_sam(self, sam_image: jax.Array, sam_size: jax.Array) -> jax.Array:
+        """uint8 [N, H, H, 3], content size [N, 2] -> [N, g, g, C]."""
+        return self.sam_encoder(normalise(sam_image, sam_size, sam_encoder.MEAN, sam_encoder.STD, self.dtype))
+
+    # --- what is computed once per turn
+
+    def align(self, image: jax.Array, instruction_ids: jax.Array, instruction_mask: jax.Array, prompt_xy: jax.Array, prompt_kind: jax.Array) -> jax.Array:
+        """X_img [N, I, Dc], instruction [B, R, L], prompts [B, R, P(, 2)] -> X_q [B, R, Q, D], every turn from its own text and prompts."""
+        b, r, _ = instruction_ids.shape
+        copies = b * r // image.shape[0]
+
+        def fold(x: jax.Array) -> jax.Array:
+            return x.reshape(b * r, *x.shape[2:])
+
+        visual = self.prompt(fold(prompt_xy), fold(prompt_kind))
+        text = self.embedding(fold(instruction_ids))
+        image = jnp.repeat(image, copies, axis=0)
+        x_q = self.aligner(image, self.prompt.image_code(), text, fold(instruction_mask), visual, fold(prompt_kind) > 0)
+        return x_q.reshape(b, r, *x_q.shape[1:])
+
+    # --- the language model
+
+    def embed(self, input_ids: jax.Array, query_index: jax.Array, x_q: jax.Array) -> jax.Array:
+        """ids [B, T], query_index [B, T] (turn * Q + q, or -1), X_q [B, R, Q, D] -> [B, T, D] with X_q spliced in."""
+        queries = x_q.reshape(x_q.shape[0], -1, x_q.shape[-1])
+        spliced = jnp.take_along_axis(queries, jnp.maximum(query_index, 0)[..., None], axis=1)
+        return jnp.where((query_index >= 0)[..., None], spliced, self.embedding(input_ids))
+
+    def decode(self, x: jax.Array, positions: jax.Array, cache: dict[str, jax.Array] | None = None):
+        """See `Llama.__call__`."""
+        return self.llm(x, positions, cache)
+
+    def new_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
+        return self.llm.new_cache(batch, length)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> fp32 [..., V]; the grounding tokens are the last three."""
+        return self.lm_head(hidden)
+
+    # --- from <SEG> to masks
+
+    def seg_states(self, hidden: jax.Array, seg_index: jax.Array) -> jax.Array:
+        """hidden [B, T, D], positions of <SEG> [B, S] -> r_seg [B, S, D]: of the token itself, or of what predicts it."""
+        index = seg_index - 1 if self.config.seg_state == "predict" else seg_index
+        return jnp.take_along_axis(hidden, jnp.maximum(index, 0)[..., None], axis=1)
+
+    def segment(self, features: jax.Array, seg_states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """SAM features [N, g, g, C], r_seg [B, S, D] -> mask logits fp32 [B, S, M, M], predicted IoU fp32 [B, S].
+
+        proj(r_seg) is the only sparse prompt and `no_mask` the dense one, as in LISA; all masks of an image share its keys."""
+        b, s, _ = seg_states.shape
+        n = features.shape[0]
+        sparse = self.seg_projection(seg_states).reshape(n, (b // n) * s, 1, -1)
+        masks, iou = self.sam_decoder(features, self.sam_prompt.dense_pe(), sparse, self.sam_prompt.no_mask())
+        return masks.reshape(b, s, *masks.shape[-2:]), iou.reshape(b, s)
+
+    def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Teacher-forced forward: batch as `data/loader.py` makes it -> {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S]}."""
+        image = self.encode_clip(batch["clip_image"], batch["clip_size"])
+        features = self.encode_sam(batch["sam_image"], batch["sam_size"])
+        x_q = self.align(image, batch["instruction_ids"], batch["instruction_mask"], batch["prompt_xy"], batch["prompt_kind"])
+        x = self.embed(batch["input_ids"], batch["query_index"], x_q)
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+        hidden = self.decode(x, positions)
+        masks, iou = self.segment(features, self.seg_states(hidden, batch["seg_index"]))
+        return {"hidden": hidden, "masks": masks, "iou": iou}
+
+
+def abstract(config: Config):
+    """(graphdef, nested dict of ShapeDtypeStruct): the whole model without its arrays."""
+    return stack.abstract(lambda rngs: Mimo(config, rngs))
+
+
+def initial(config: Config, key: jax.Array) -> dict:
+    """Nested dict of parameters drawn from `key`."""
+    return stack.initial(lambda rngs: Mimo(config, rngs), key)

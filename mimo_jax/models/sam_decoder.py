@@ -1,0 +1,272 @@
+"""SAM's prompt encoder and mask decoder: features of an image and sparse prompts to masks.
+
+Axis letters: B images, S masks of an image, n sparse prompts of a mask, t decoder tokens (IoU, masks, prompts),
+g side of the feature grid, p = g*g, C width, K mask tokens (4), m masks returned (1 or 3).
+
+Source: Kirillov et al. 2023; the parameters are those of segment-anything's PromptEncoder and MaskDecoder, one for
+one. Here many masks share one image: its features, and their position code, are not repeated for each mask until
+they differ between masks, which is after the first layer.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimo_jax.config import SamConfig
+from mimo_jax.models.attention import attend
+from mimo_jax.models.layers import Linear, gelu, layer_norm
+from mimo_jax.models.stack import Stack
+
+MASK_TOKENS = 4  # token 0 is the one mask of an unambiguous prompt, 1 .. 3 are the alternatives of an ambiguous one
+MASK_PROMPT_WIDTH = 16
+CONV_EPS = 1e-6  # of LayerNorm over channels of a feature map; the transformer's is 1e-5
+
+
+class SamPromptEncoder(nnx.Module):
+    """Points, boxes and masks to prompt embeddings.
+
+    Coordinates are (x, y) in the continuous frame [0, image_size]: pixel i spans [i, i + 1]. segment-anything takes
+    pixel indices and adds 0.5 itself; that shift is the caller's here (`geometry`).
+    """
+
+    def __init__(self, cfg: SamConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.dtype = dtype
+        c, mid = cfg.decoder_width, MASK_PROMPT_WIDTH
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+        def embedding(*shape: int) -> nnx.Param:
+            return nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
+
+        # Frequencies of the position code stay float32: rounded to bfloat16 the code is off by up to 0.13.
+        self.gaussian = nnx.Param(jax.random.normal(rngs.params(), (2, c // 2), jnp.float32))
+        self.point_embedding = embedding(4, c)  # point out, point in, box top left, box bottom right
+        self.not_a_point_embedding = embedding(c)
+        self.no_mask_embedding = embedding(c)
+        self.mask_down1 = nnx.Conv(1, mid // 4, (2, 2), strides=2, padding="VALID", **types)
+        self.mask_norm1 = layer_norm(mid // 4, CONV_EPS, **types)
+        self.mask_down2 = nnx.Conv(mid // 4, mid, (2, 2), strides=2, padding="VALID", **types)
+        self.mask_norm2 = layer_norm(mid, CONV_EPS, **types)
+        self.mask_out = nnx.Conv(mid, c, (1, 1), **types)
+
+    def __call__(
+        self,
+        points: tuple[jax.Array, jax.Array] | None = None,
+        boxes: jax.Array | None = None,
+        masks: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """(xy [..., n, 2], labels int [..., n]: 1 in, 0 out, -1 none), boxes [..., 4], mask logits [..., 4g, 4g]
+        -> (sparse [..., n', C], dense [..., g, g, C], or [C] without masks), as `MaskDecoder` takes them.
+
+        Points without a box are followed by one "not a point", as SAM was trained."""
+        sparse = []
+        if points is not None:
+            xy, labels = points
+            if boxes is None:
+                xy = jnp.pad(xy, [(0, 0)] * (xy.ndim - 2) + [(0, 1), (0, 0)])
+                labels = jnp.pad(labels, [(0, 0)] * (labels.ndim - 1) + [(0, 1)], constant_values=-1)
+            sparse.append(self.embed_points(xy, labels))
+        if boxes is not None:
+            sparse.append(self.embed_boxes(boxes))
+        if not sparse:
+            lead = (1,) if masks is None else masks.shape[:-2]
+            sparse.append(jnp.zeros((*lead, 0, self.cfg.decoder_width), self.dtype))
+        dense = self.no_mask() if masks is None else self.embed_masks(masks)
+        return jnp.concatenate(sparse, axis=-2), dense
+
+    def dense_pe(self) -> jax.Array:
+        """Position code of the feature grid, float32 [g, g, C]."""
+        g = self.cfg.image_size // self.cfg.patch_size
+        centres = (jnp.arange(g) + 0.5) / g
+        x, y = jnp.meshgrid(centres, centres)
+        return self.position_code(jnp.stack([x, y], axis=-1))
+
+    def no_mask(self) -> jax.Array:
+        """The dense prompt where there is no mask: [C], the same everywhere."""
+        return self.no_mask_embedding[...].astype(self.dtype)
+
+    def embed_points(self, xy: jax.Array, labels: jax.Array) -> jax.Array:
+        """xy [..., n, 2], labels int [..., n] in -1 .. 1 -> [..., n, C]."""
+        none = (labels == -1)[..., None]
+        code = jnp.where(none, 0.0, self.position_code(xy / self.cfg.image_size))
+        kind = jnp.where(none, self.not_a_point_embedding[...], self.point_embedding[...][jnp.maximum(labels, 0)])
+        return (code + kind).astype(self.dtype)
+
+    def embed_boxes(self, boxes: jax.Array) -> jax.Array:
+        """[x0, y0, x1, y1] [..., 4] -> [..., 2, C], a token for each corner."""
+        corners = boxes.reshape(*boxes.shape[:-1], 2, 2)
+        return (self.position_code(corners / self.cfg.image_size) + self.point_embedding[2:]).astype(self.dtype)
+
+    def embed_masks(self, masks: jax.Array) -> jax.Array:
+        """Mask logits [..., 4g, 4g] -> [..., g, g, C]."""
+        x = masks.reshape(-1, *masks.shape[-2:], 1)
+        x = gelu(self.mask_norm1(self.mask_down1(x)))
+        x = self.mask_out(gelu(self.mask_norm2(self.mask_down2(x))))
+        return x.reshape(*masks.shape[:-2], *x.shape[1:])
+
+    def position_code(self, xy: jax.Array) -> jax.Array:
+        """Random Fourier features of xy [..., 2] in 0 .. 1 -> float32 [..., C]."""
+        centred = 2.0 * xy.astype(jnp.float32) - 1.0
+        # Two products and a sum, not a matmul: an accelerator's would round the angles to bfloat16.
+        g = self.gaussian[...].astype(jnp.float32)
+        angle = 2.0 * jnp.pi * (centred[..., 0:1] * g[0] + centred[..., 1:2] * g[1])
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of width `inner` within a residual stream of width `width`."""
+
+    def __init__(self, width: int, inner: int, heads: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.heads = heads
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.q = Linear(width, inner, **types)
+        self.k = Linear(width, inner, **types)
+        self.v = Linear(width, inner, **types)
+        self.o = Linear(inner, width, **types)
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """q [B, X, a, C], k and v [B, Y, b, C] -> [B, max(X, Y), a, C]; X and Y are the S masks, or 1: shared by all."""
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        batch, masks, length, _ = q.shape
+        if k.shape[1] > 1:
+            masks = k.shape[1]
+            q = jnp.broadcast_to(q, (batch, masks, *q.shape[2:]))
+        # Queries do not see one another, so over shared keys (leading axis B, not B*S) those of all masks go together.
+        q, k, v = (x.reshape(batch * k.shape[1], -1, self.heads, x.shape[-1] // self.heads) for x in (q, k, v))
+        return self.o(attend(q, k, v).reshape(batch, masks, length, -1))
+
+
+class TwoWayBlock(nnx.Module):
+    """Tokens attend to one another and to the image, then the image attends to the tokens; post-norm.
+
+    The first block's self-attention has no position code and no residual: it replaces the tokens."""
+
+    def __init__(self, cfg: SamConfig, *, first: bool, dtype, param_dtype, rngs: nnx.Rngs):
+        self.first = first
+        c, heads = cfg.decoder_width, cfg.decoder_heads
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.self_attention = Attention(c, c, heads, **types)
+        self.self_norm = layer_norm(c, 1e-5, **types)
+        self.token_to_image = Attention(c, c // 2, heads, **types)
+        self.token_norm = layer_norm(c, 1e-5, **types)
+        self.up = Linear(c, cfg.decoder_mlp_width, **types)
+        self.down = Linear(cfg.decoder_mlp_width, c, **types)
+        self.mlp_norm = layer_norm(c, 1e-5, **types)
+        self.image_to_token = Attention(c, c // 2, heads, **types)
+        self.image_norm = layer_norm(c, 1e-5, **types)
+
+    def __call__(self, carry: tuple[jax.Array, jax.Array], token_code: jax.Array, image_code: jax.Array):
+        """(tokens [B, S, t, C], image [B, 1 or S, p, C]), their position codes -> (tokens, image [B, S, p, C])."""
+        tokens, image = carry
+        if self.first:
+            tokens = self.self_attention(tokens, tokens, tokens)
+        else:
+            coded = tokens + token_code
+            tokens = tokens + self.self_attention(coded, coded, tokens)
+        tokens = self.self_norm(tokens)
+        tokens = self.token_norm(tokens + self.token_to_image(tokens + token_code, image + image_code, image))
+        tokens = self.mlp_norm(tokens + self.down(jax.nn.relu(self.up(tokens))))
+        image = self.image_norm(image + self.image_to_token(image + image_code, tokens + token_code, tokens))
+        return tokens, image
+
+
+class Upscale(nnx.Module):
+    """ConvTranspose of kernel 2 and stride 2: windows do not overlap, so it is a matmul and a pixel shuffle."""
+
+    def __init__(self, width: int, out: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
+        self.kernel = nnx.Param(init(rngs.params(), (width, 2, 2, out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., h, w, width] -> [..., 2h, 2w, out]."""
+        *lead, h, w, _ = x.shape
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(x.shape[-1], -1)  # folded: see layers.Linear
+        y = y.reshape(-1, h, w, 2, 2, bias.size).swapaxes(2, 3)  # [., h, 2, w, 2, out]
+        return y.reshape(*lead, 2 * h, 2 * w, -1) + bias
+
+
+class HyperMlps(nnx.Module):
+    """One MLP of three layers for each mask token, parameters stacked on a leading axis K."""
+
+    def __init__(self, width: int, out: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(batch_axis=0)
+
+        def linear(outputs: int) -> nnx.Einsum:
+            return nnx.Einsum(
+                "bski,kio->bsko", (MASK_TOKENS, width, outputs), (MASK_TOKENS, outputs),
+                kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+            )  # fmt: skip
+
+        self.layer1, self.layer2, self.layer3 = linear(width), linear(width), linear(out)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, S, K, C] -> [B, S, K, out]."""
+        return self.layer3(jax.nn.relu(self.layer2(jax.nn.relu(self.layer1(x)))))
+
+
+class IouHead(nnx.Module):
+    """MLP of three layers: predicted IoU of each mask token's mask."""
+
+    def __init__(self, width: int, hidden: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.layer1 = Linear(width, hidden, **types)
+        self.layer2 = Linear(hidden, hidden, **types)
+        self.layer3 = Linear(hidden, MASK_TOKENS, **types)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] -> [..., K]."""
+        return self.layer3(jax.nn.relu(self.layer2(jax.nn.relu(self.layer1(x)))))
+
+
+class MaskDecoder(nnx.Module):
+    def __init__(self, cfg: SamConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.dtype = dtype
+        c = cfg.decoder_width
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        self.iou_token = nnx.Param(jax.random.normal(rngs.params(), (c,), param_dtype))
+        self.mask_tokens = nnx.Param(jax.random.normal(rngs.params(), (MASK_TOKENS, c), param_dtype))
+        self.first = TwoWayBlock(cfg, first=True, rngs=rngs, **types)
+        if cfg.decoder_layers > 1:
+            self.rest = Stack(lambda r: TwoWayBlock(cfg, first=False, rngs=r, **types), cfg.decoder_layers - 1, rngs=rngs)
+        else:
+            self.rest = None
+        self.final_attention = Attention(c, c // 2, cfg.decoder_heads, rngs=rngs, **types)
+        self.final_norm = layer_norm(c, 1e-5, rngs=rngs, **types)
+        self.upscale1 = Upscale(c, c // 4, rngs=rngs, **types)
+        self.upscale_norm = layer_norm(c // 4, CONV_EPS, rngs=rngs, **types)
+        self.upscale2 = Upscale(c // 4, c // 8, rngs=rngs, **types)
+        self.hyper = HyperMlps(c, c // 8, rngs=rngs, **types)
+        self.iou_head = IouHead(c, cfg.iou_head_width, rngs=rngs, **types)
+
+    def __call__(
+        self, features: jax.Array, image_pe: jax.Array, sparse: jax.Array, dense: jax.Array, multimask: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """features [B, g, g, C], image_pe [g, g, C], sparse [B, S, n, C], dense [C] or [B, S, g, g, C]
+        -> mask logits float32 [B, S, m, 4g, 4g], predicted IoU float32 [B, S, m].
+
+        m = 1: the mask of token 0. multimask: m = 3, those of tokens 1 .. 3. sparse and dense: see `SamPromptEncoder`."""
+        b, s, _, c = sparse.shape
+        g = features.shape[1]
+        own = jnp.concatenate([self.iou_token[...][None], self.mask_tokens[...]]).astype(self.dtype)
+        tokens = jnp.concatenate([jnp.broadcast_to(own, (b, s, *own.shape)), sparse.astype(self.dtype)], axis=2)
+        image = features.astype(self.dtype)[:, None] + dense.astype(self.dtype)
+        image = image.reshape(b, -1, g * g, c)
+        image_code = image_pe.astype(self.dtype).reshape(g * g, c)
+
+        token_code = tokens
+        tokens, image = self.first((tokens, image), token_code, image_code)
+        if self.rest is not None:
+            tokens, image = self.rest((tokens, image), token_code, image_code)
+        tokens = self.final_norm(tokens + self.final_attention(tokens + token_code, image + image_code, image))
+
+        image = gelu(self.upscale_norm(self.upscale1(image.reshape(b, s, g, g, c))))
+        image = gelu(self.upscale2(image))
+        chosen = slice(1, None) if multimask else slice(0, 1)
+        hyper = self.hyper(tokens[:, :, 1 : 1 + MASK_TOKENS])[:, :, chosen]
+        masks = jnp.einsum("bsmc,bshwc->bsmhw", hyper, image, preferred_element_type=jnp.float32)
+        return masks, self.iou_head(tokens[:, :, 0])[..., chosen].astype(jnp.float32)

@@ -1,0 +1,123 @@
+"""SAM's image encoder: a vision transformer of windowed and global blocks, and a convolutional neck.
+
+Axis letters: N images (or windows), S image side in pixels, g tokens on a side, w window side in tokens, D width,
+H heads, C decoder width.
+
+Source: Kirillov et al. 2023 after Li et al. 2022 (ViTDet); the parameters are those of segment-anything's
+ImageEncoderViT, one for one. Blocks stand in stages of (global_every - 1) windowed blocks and a global one, scanned
+within and over stages, so that 32 blocks compile as two.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimo_jax.config import SamConfig
+from mimo_jax.models.attention import attend, fold_relative_position
+from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding
+from mimo_jax.models.stack import Stack, rematerialised
+
+# Per channel, RGB, for pixels in 0 .. 255. SAM normalises first and pads with zeros afterwards.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+EPS = 1e-6
+
+
+def to_windows(x: jax.Array, w: int) -> jax.Array:
+    """[N, g, g, D] -> [N*n*n, w, w, D], n windows on a side, zeros beyond the grid's right and bottom edge."""
+    n, g, _, d = x.shape
+    side = -(-g // w)
+    pad = side * w - g
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, pad), (0, 0)))
+    return x.reshape(n, side, w, side, w, d).swapaxes(2, 3).reshape(n * side * side, w, w, d)
+
+
+def from_windows(x: jax.Array, g: int) -> jax.Array:
+    """Inverse of `to_windows` for a grid of g x g."""
+    w, d = x.shape[1], x.shape[-1]
+    side = -(-g // w)
+    x = x.reshape(-1, side, side, w, w, d).swapaxes(2, 3)
+    return x.reshape(-1, side * w, side * w, d)[:, :g, :g]
+
+
+class SamBlock(nnx.Module):
+    """Pre-norm attention over windows of `window` tokens (0: over the whole grid), and MLP."""
+
+    def __init__(self, cfg: SamConfig, window: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.heads, self.window = cfg.heads, window
+        side = window or cfg.image_size // cfg.patch_size
+        hidden = int(cfg.width * cfg.mlp_ratio)
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.attention_norm = layer_norm(cfg.width, EPS, **types)
+        self.q = Linear(cfg.width, cfg.width, **types)
+        self.k = Linear(cfg.width, cfg.width, **types)
+        self.v = Linear(cfg.width, cfg.width, **types)
+        self.o = Linear(cfg.width, cfg.width, **types)
+        self.rel_pos_h = nnx.Param(jnp.zeros((2 * side - 1, cfg.width // cfg.heads), param_dtype))
+        self.rel_pos_w = nnx.Param(jnp.zeros((2 * side - 1, cfg.width // cfg.heads), param_dtype))
+        self.mlp_norm = layer_norm(cfg.width, EPS, **types)
+        self.up = Linear(cfg.width, hidden, **types)
+        self.down = Linear(hidden, cfg.width, **types)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [N, g, g, D] -> the same."""
+        y = self.attention_norm(x)
+        if self.window:
+            # Padding takes part in attention like any token: segment-anything does not mask it, and was trained so.
+            y = from_windows(self.attention(to_windows(y, self.window)), x.shape[1])
+        else:
+            y = self.attention(y)
+        x = x + y
+        return x + self.down(gelu(self.up(self.mlp_norm(x))))
+
+    def attention(self, x: jax.Array) -> jax.Array:
+        """Self-attention with decomposed relative position, x [N, w, w, D] -> the same."""
+        n, w, _, d = x.shape
+        q, k, v = (project(x).reshape(n, w * w, self.heads, -1) for project in (self.q, self.k, self.v))
+        q, k = fold_relative_position(q, k, self.rel_pos_h[...], self.rel_pos_w[...], scale=(d // self.heads) ** -0.5)
+        return self.o(attend(q, k, v, scale=1.0).reshape(x.shape))
+
+
+class SamStage(nnx.Module):
+    """(global_every - 1) windowed blocks and a global one."""
+
+    def __init__(self, cfg: SamConfig, *, dtype, param_dtype, remat: str, rngs: nnx.Rngs):
+        self.remat = remat
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        if cfg.global_every > 1:
+            self.windowed = Stack(lambda r: SamBlock(cfg, cfg.window, rngs=r, **types), cfg.global_every - 1, rngs=rngs, remat=remat)
+        else:
+            self.windowed = None
+        self.whole = SamBlock(cfg, 0, rngs=rngs, **types)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.windowed is not None:
+            x = self.windowed(x)
+        return rematerialised(self.whole, self.remat)(x)
+
+
+class SamEncoder(nnx.Module):
+    """ViT and neck."""
+
+    def __init__(self, cfg: SamConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+        self.dtype = dtype
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        g = cfg.image_size // cfg.patch_size
+        c = cfg.decoder_width
+        self.patch = patch_embedding(cfg.patch_size, cfg.width, use_bias=True, rngs=rngs, **types)
+        self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (g, g, cfg.width), param_dtype) * 0.02)
+        # Blocks are rematerialised one by one, inside the stage.
+        self.stages = Stack(lambda r: SamStage(cfg, remat=remat, rngs=r, **types), cfg.layers // cfg.global_every, rngs=rngs)
+        self.neck_in = nnx.Conv(cfg.width, c, (1, 1), use_bias=False, rngs=rngs, **types)
+        self.neck_in_norm = layer_norm(c, EPS, rngs=rngs, **types)
+        self.neck_out = nnx.Conv(c, c, (3, 3), padding="SAME", use_bias=False, rngs=rngs, **types)
+        self.neck_out_norm = layer_norm(c, EPS, rngs=rngs, **types)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """pixels float [N, S, S, 3], normalised by MEAN and STD, then zero outside of the content
+        -> features [N, g, g, C]."""
+        x = self.patch(pixels) + self.position_embedding[...].astype(self.dtype)
+        x = self.stages(x)
+        return self.neck_out_norm(self.neck_out(self.neck_in_norm(self.neck_in(x))))

@@ -1,0 +1,46 @@
+"""The visual prompt encoder: points, boxes and scribbles to X_vis, and the position code that they share with the image.
+
+Axis letters: B batch, R turns, P prompt tokens, I image tokens, W width of X_vis.
+
+A point is one token, a box two (its corners), a scribble several along its line; a token is the
+random-Fourier code of its place plus an embedding of its kind (SAM's prompt encoding). MIMO, section
+"visual prompt encoder"; scribbles are ours.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimo_jax.config import ClipConfig, PromptConfig
+
+KINDS = 6  # 0 none, 1 point in, 2 point out, 3 box top left, 4 box bottom right, 5 scribble
+
+
+class VisualPromptEncoder(nnx.Module):
+    def __init__(self, cfg: PromptConfig, clip: ClipConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.image_size, self.patch_size, self.class_token = clip.image_size, clip.patch_size, clip.class_token
+        self.frequency = nnx.Param(jax.random.normal(rngs.params(), (2, cfg.width // 2)))
+        self.kind = nnx.Param(jax.random.normal(rngs.params(), (KINDS, cfg.width)) * 0.5)
+
+    def position_code(self, xy: jax.Array) -> jax.Array:
+        """xy fp32 [..., 2], pixels of the CLIP frame (integers are centres) -> [..., W], always computed in fp32."""
+        unit = 2.0 * (xy.astype(jnp.float32) + 0.5) / self.image_size - 1.0
+        angle = 2.0 * jnp.pi * (unit @ self.frequency[...])
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).astype(self.dtype)
+
+    def image_code(self) -> jax.Array:
+        """[I, W]: the code of each patch's centre, in the order of X_img; the class token, if kept, stands at the image's middle."""
+        grid = self.image_size // self.patch_size
+        centre = (jnp.arange(grid) + 0.5) * self.patch_size - 0.5
+        xy = jnp.stack(jnp.meshgrid(centre, centre, indexing="xy"), axis=-1).reshape(-1, 2)
+        if self.class_token:
+            xy = jnp.concatenate([jnp.full((1, 2), (self.image_size - 1) / 2), xy])
+        return self.position_code(xy)
+
+    def __call__(self, xy: jax.Array, kind: jax.Array) -> jax.Array:
+        """xy [B, R, P, 2], kind int [B, R, P] -> X_vis [B, R, P, W]. Kind 0 (no prompt here) yields its embedding alone."""
+        code = self.position_code(xy) * (kind > 0)[..., None].astype(self.dtype)
+        return code + jnp.take(self.kind[...], kind, axis=0).astype(self.dtype)

@@ -1,0 +1,77 @@
+"""Where every array lives: one ordered table from parameter path to mesh axes, used by all who place parameters.
+
+Specs are written for the trailing axes of a parameter; leading axes (stacked layers, SAM's stages) are
+never sharded. Mesh axes: `data` (samples), `fsdp` (samples, and parameters where they are sharded),
+`tensor` (heads and MLP columns).
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mimo_jax import pathtree
+from mimo_jax.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# path regex -> axes of the trailing dimensions; the first match decides.
+RULES: dict[str, tuple[str | None, ...]] = {
+    r"^embedding/base$": ("tensor", "fsdp"),
+    r"^lm_head/base$": ("fsdp", "tensor"),
+    r"^(embedding|lm_head)/grounding$": (),
+    r"^llm/.*/(q|k|v|gate|up)/kernel$": ("fsdp", "tensor"),
+    r"^llm/.*/(o|down)/kernel$": ("tensor", "fsdp"),
+    r"/lora_[ab]$": (),
+    r"^llm/.*norm/scale$": (),
+    r"^clip/.*/(q|k|v|fc1|up)/kernel$": ("fsdp", "tensor"),
+    r"^clip/.*/(o|out|fc2|down)/kernel$": ("tensor", "fsdp"),
+    r"^sam_encoder/.*/(qkv|lin1)/kernel$": ("fsdp", "tensor"),
+    r"^sam_encoder/.*/(proj|lin2)/kernel$": ("tensor", "fsdp"),
+    r"^(clip|sam_encoder)/": (),
+    r"^(prompt|aligner|seg_projection|sam_prompt|sam_decoder)/": (),
+}
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh:
+    """A mesh over all devices; ConfigError if the axes do not multiply to their number."""
+    count = jax.device_count()
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    if -1 in sizes:
+        rest = int(np.prod([s for s in sizes if s != -1]))
+        if sizes.count(-1) > 1 or count % rest:
+            raise ConfigError(f"config.mesh: {cfg.data} x {cfg.fsdp} x {cfg.tensor} does not fill {count} devices")
+        sizes[sizes.index(-1)] = count // rest
+    if int(np.prod(sizes)) != count:
+        raise ConfigError(f"config.mesh: {sizes[0]} x {sizes[1]} x {sizes[2]} does not make {count} devices")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec(path: str, shape: tuple[int, ...]) -> P:
+    """PartitionSpec of one parameter; KeyError if no row of RULES covers it."""
+    axes = pathtree.first_match(path, RULES, "sharding.RULES")
+    return P(*([None] * (len(shape) - len(axes))), *axes) if axes else P()
+
+
+def of_params(tree: dict, mesh: Mesh) -> dict:
+    """NamedSharding for every leaf of a nested dict of arrays (or shapes); ConfigError where an axis does not divide."""
+    made = {}
+    for path, leaf in pathtree.flatten(tree).items():
+        partition = spec(path, leaf.shape)
+        for size, axis in zip(leaf.shape, partition, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ConfigError(f"config.mesh.{axis}: {mesh.shape[axis]} does not divide axis of {size} of parameter {path}")
+        made[path] = NamedSharding(mesh, partition)
+    return pathtree.unflatten(made)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def of_batch(mesh: Mesh) -> NamedSharding:
+    """Leading axis of every array of a batch, over `data` and `fsdp`."""
+    return NamedSharding(mesh, BATCH)

@@ -1,0 +1,65 @@
+"""The training loss: l1·CE + l2·BCE + l3·Dice + l4·(predicted IoU − true IoU)².
+
+Axis letters: B samples, T tokens, V vocabulary, S <SEG> slots, M side of a mask in pixels.
+
+CE is the mean over unmasked tokens; BCE the mean over the pixels of a mask and Dice 1 − (2Σpg + 1)/(Σp + Σg + 1), both summed
+over masks and divided by their number (LISA's convention). Every sum carries the sample's weight, so that
+a placeholder counts nowhere. Sums and weights are returned apart: gradient accumulation divides once.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mimo_jax.config import LossConfig
+
+EPS = 1.0
+
+
+def token_loss(logits: jax.Array, input_ids: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """logits [B, T, V] predict the token one to the right; weight [B, T] is that of the predicted token.
+    Returns (sum of CE, sum of weights, weighted number of tokens predicted right)."""
+    logits, targets, weight = logits[:, :-1], input_ids[:, 1:], weight[:, 1:]
+    ce = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    right = (logits.argmax(-1) == targets).astype(jnp.float32)
+    return (ce * weight).sum(), weight.sum(), (right * weight).sum()
+
+
+def mask_losses(logits: jax.Array, iou: jax.Array, target: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """logits [B, S, M, M], predicted iou [B, S], target 0/1 [B, S, M, M], weight [B, S] -> weighted sums over masks:
+    bce, dice, iou (squared error of the predicted IoU), true_iou (of the mask at threshold 0)."""
+    target = target.astype(jnp.float32)
+    bce = optax.sigmoid_binary_cross_entropy(logits, target).mean((-2, -1))
+    p = jax.nn.sigmoid(logits)
+    dice = 1.0 - (2.0 * (p * target).sum((-2, -1)) + EPS) / (p.sum((-2, -1)) + target.sum((-2, -1)) + EPS)
+    hard = (logits > 0).astype(jnp.float32)
+    inter = (hard * target).sum((-2, -1))
+    true_iou = inter / jnp.maximum(hard.sum((-2, -1)) + target.sum((-2, -1)) - inter, 1.0)
+    error = jnp.square(iou - jax.lax.stop_gradient(true_iou))
+    return {name: (value * weight).sum() for name, value in (("bce", bce), ("dice", dice), ("iou", error), ("true_iou", true_iou))}
+
+
+def batch_sums(model, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Forward pass and every unreduced sum of one (micro-)batch."""
+    out = model(batch)
+    weight = batch["sample_weight"]
+    ce, tokens, right = token_loss(model.logits(out["hidden"]), batch["input_ids"], batch["loss_mask"] * weight[:, None])
+    seg_weight = batch["seg_mask"].astype(jnp.float32) * weight[:, None]
+    sums = mask_losses(out["masks"], out["iou"], batch["masks"], seg_weight)
+    return {**sums, "ce": ce, "tokens": tokens, "right": right, "segs": seg_weight.sum()}
+
+
+def weights_of(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(weight of all tokens, weight of all masks) of a batch, from its arrays alone."""
+    weight = batch["sample_weight"]
+    tokens = (batch["loss_mask"][:, 1:] * weight[:, None]).sum()
+    segs = (batch["seg_mask"].astype(jnp.float32) * weight[:, None]).sum()
+    return jnp.maximum(tokens, 1.0), jnp.maximum(segs, 1.0)
+
+
+def total(sums: dict[str, jax.Array], cfg: LossConfig, tokens: jax.Array, segs: jax.Array) -> jax.Array:
+    """The loss of a micro-batch as its share of the whole batch, whose weights are `tokens` and `segs`."""
+    masks = cfg.bce * sums["bce"] + cfg.dice * sums["dice"] + cfg.iou * sums["iou"]
+    return cfg.ce * sums["ce"] / tokens + masks / segs

@@ -1,0 +1,76 @@
+"""The training state: what is differentiated and saved at every step, apart from what is frozen.
+
+    train  = {params (fp32), opt, step}   donated to each step, written at each checkpoint
+    frozen = {path: parameter}            an input of the step, never an output, never in the optimizer
+
+Nothing in a step is random (no dropout, no sampled targets), so the state holds no key: what is drawn, is drawn by
+the loader from per-record keys, whose position is saved beside the state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mimo_jax import pathtree, sharding
+from mimo_jax.config import Config
+from mimo_jax.models import mimo
+from mimo_jax.train.optimizer import make_optimizer, multipliers
+
+
+class Plan:
+    """Everything that is known before an array exists: graph, shapes, dtypes, shardings, optimizer."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.graphdef, shapes = mimo.abstract(config)
+        self.multipliers = multipliers(config, shapes)
+        self.optimizer: optax.GradientTransformation = make_optimizer(config.train, self.multipliers)
+        frozen_dtype = jnp.dtype(config.model.frozen_dtype)
+        flat = {
+            path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if self.trains(path) else frozen_dtype)
+            for path, leaf in pathtree.flatten(shapes).items()
+        }
+        self.params = pathtree.unflatten(flat)
+        self.param_shardings = sharding.of_params(self.params, mesh)
+        self.train, self.frozen = pathtree.partition(self.params, self.trains)
+        self.train_shardings, self.frozen_shardings = pathtree.partition(self.param_shardings, self.trains)
+        self.state = jax.eval_shape(self._state_of, self.train)
+        self.state_shardings = self._place(self.state)
+
+    def trains(self, path: str) -> bool:
+        return self.multipliers[path] is not None
+
+    def _state_of(self, params: dict) -> dict[str, Any]:
+        return {"params": params, "opt": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+    def _place(self, state: dict[str, Any]) -> Any:
+        """Optimizer slots live with their parameter, scalars everywhere."""
+        everywhere = sharding.replicated(self.mesh)
+        placed = optax.tree.map_params(
+            self.optimizer, lambda _, s: s, state["opt"], self.train_shardings, transform_non_params=lambda _: everywhere
+        )
+        return {"params": self.train_shardings, "opt": placed, "step": everywhere}
+
+    def initial_params(self, key: jax.Array) -> dict:
+        """All parameters from `key`, in their dtypes and places."""
+
+        def make(key):
+            return jax.tree.map(lambda x, s: x.astype(s.dtype), mimo.initial(self.config, key), self.params)
+
+        return jax.jit(make, out_shardings=self.param_shardings)(key)
+
+    def start(self, params: dict) -> tuple[dict, dict]:
+        """(train state at step 0, frozen) from all parameters."""
+        train, frozen = pathtree.partition(params, self.trains)
+        return jax.jit(self._state_of, out_shardings=self.state_shardings)(train), frozen
+
+    def counts(self) -> dict[str, int]:
+        """Number of parameters: trained and frozen."""
+        sizes = {path: leaf.size for path, leaf in pathtree.flatten(self.params).items()}
+        trained = sum(size for path, size in sizes.items() if self.trains(path))
+        return {"trained": trained, "frozen": sum(sizes.values()) - trained}

@@ -1,0 +1,143 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mimo_jax.eval import metrics
+
+masks = hnp.arrays(bool, (5, 7))
+named = st.tuples(st.sampled_from("ab"), masks)
+names = st.lists(st.sampled_from(["liver", "spleen", "cyst"]), max_size=4)
+
+
+@given(masks, masks)
+def test_iou_and_dice_are_symmetric_bounded_and_ordered(a, b):
+    value = metrics.iou(a, b)
+    assert value == metrics.iou(b, a)
+    assert 0 <= value <= metrics.dice(a, b) <= 1
+    assert metrics.dice(a, b) == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()) if (a | b).any() else 1.0)
+    assert metrics.iou(a, a) == metrics.dice(a, a) == 1
+    assert (value == 1) == bool((a == b).all())
+
+
+def test_masks_of_different_size_are_refused():
+    with pytest.raises(ValueError, match="different size"):
+        metrics.iou(np.ones((2, 3), bool), np.ones((3, 2), bool))
+
+
+@settings(max_examples=60)
+@given(st.lists(named, max_size=3), st.lists(named, max_size=4), st.booleans())
+def test_match_is_the_best_assignment_of_all(true, pred, by_name):
+    args = [n for n, _ in true], [m for _, m in true], [n for n, _ in pred], [m for _, m in pred]
+    pairs = metrics.match(*args, by_name=by_name)
+    used = [j for j, _ in pairs if j is not None]
+    assert len(set(used)) == len(used)
+    for i, (j, value) in enumerate(pairs):
+        assert value == (metrics.iou(true[i][1], pred[j][1]) if j is not None else 0)
+        assert not by_name or j is None or true[i][0] == pred[j][0]
+    best = 0.0
+    for perm in itertools.permutations([*range(len(pred)), *[None] * len(true)], len(true)):
+        allowed = all(j is None or not by_name or true[i][0] == pred[j][0] for i, j in enumerate(perm))
+        if allowed:
+            best = max(best, sum(metrics.iou(true[i][1], pred[j][1]) for i, j in enumerate(perm) if j is not None))
+    assert sum(v for _, v in pairs) == pytest.approx(best)
+
+
+def test_match_of_an_unnamed_entity_scores_zero():
+    one = np.ones((2, 2), bool)
+    assert metrics.match(["liver"], [one], ["spleen"], [one]) == [(None, 0.0)]
+    assert metrics.match(["liver"], [one], ["spleen"], [one], by_name=False) == [(0, 1.0)]
+
+
+@given(names, names)
+def test_name_counts_and_f1(true, pred):
+    tp, fp, fn = metrics.name_counts(true, pred)
+    assert tp + fn == len(true) and tp + fp == len(pred)
+    assert metrics.name_counts(pred, true) == (tp, fn, fp)
+    value = metrics.f1(tp, fp, fn)
+    if not true and not pred:
+        assert math.isnan(value)
+    else:
+        assert 0 <= value <= 1
+        assert (value == 1) == (sorted(true) == sorted(pred))
+
+
+def test_f1_is_the_harmonic_mean_of_precision_and_recall():
+    precision, recall = 6 / 8, 6 / 9
+    assert metrics.f1(6, 2, 3) == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+@pytest.mark.parametrize(
+    "text, choices, short",
+    [
+        ("Yes, there is a cyst.", (), "yes"),
+        ("No.", (), "no"),
+        ("There are three lesions.", (), "3"),
+        ("There are 3 lesions", (), "3"),
+        ("1.5 cm", (), "1.5"),
+        ("The liver.", (), "liver"),
+        ("This is a CT image.", ("CT", "MR"), "ct"),
+        ("CT or MR", ("CT", "MR"), ""),
+        ("ultrasound", ("CT", "MR"), ""),
+        ("This is an X-ray.", ("X-ray", "ray"), "x-ray"),
+        ("the left lung is larger", ("lung", "left lung"), "left lung"),
+        ("nothing here", ("no", "yes"), ""),
+        ("", (), ""),
+    ],
+)
+def test_closed_answer(text, choices, short):
+    assert metrics.closed_answer(text, choices) == short
+
+
+def test_closed_correct_needs_equality_and_an_answer():
+    assert metrics.closed_correct("Yes, it is.", ["yes"])
+    assert metrics.closed_correct("There are two.", ["2", "two lesions"])
+    assert not metrics.closed_correct("There are 12.", ["2"])
+    assert not metrics.closed_correct("", [""])
+
+
+def test_c_iou_weighs_by_size_and_g_iou_does_not():
+    pairs = [(90, 100), (0, 10), (0, 0)]  # the last: no target, nothing painted
+    assert metrics.c_iou(pairs) == pytest.approx(90 / 110)
+    assert metrics.g_iou(pairs) == pytest.approx((0.9 + 0 + 1) / 3)
+    assert metrics.g_iou([(0, 7)]) == 0  # no target, yet painted
+
+
+items = st.lists(st.tuples(st.floats(0, 1), st.sampled_from("abcd")), min_size=1, max_size=30)
+
+
+@settings(max_examples=50)
+@given(items)
+def test_interval_lies_within_the_values(data):
+    values, clusters = [v for v, _ in data], [c for _, c in data]
+    low, high = metrics.interval(values, [1] * len(values), clusters, draws=100)
+    assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
+    if len(set(clusters)) == 1:
+        assert low == pytest.approx(metrics.ratio(values, [1] * len(values))) == high
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        values = rng.normal(0.5, 0.1, size=60)
+        low, high = metrics.interval(values, np.ones(60), np.arange(60), draws=300, seed=trial)
+        hits += low <= 0.5 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_interval_widens_when_items_hang_together():
+    rng = np.random.default_rng(1)
+    values = np.repeat(rng.normal(size=20), 10)
+    ones = np.ones(200)
+    alone = metrics.interval(values, ones, np.arange(200))
+    together = metrics.interval(values, ones, np.repeat(np.arange(20), 10))
+    assert together[1] - together[0] > 2 * (alone[1] - alone[0])
+
+
+def test_nothing_to_measure_is_nan():
+    assert math.isnan(metrics.ratio([], [])) and all(map(math.isnan, metrics.interval([], [], [])))

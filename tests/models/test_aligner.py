@@ -1,0 +1,85 @@
+"""The aligner's contract: what it reads changes X_q, what is masked does not, and its length never changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mimo_jax.config import AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, PromptConfig
+from mimo_jax.models import stack
+from mimo_jax.models.aligner import Aligner
+
+KINDS = ("cross_attention", "none", "linear", "mlp")
+
+
+def config(kind: str) -> ModelConfig:
+    return ModelConfig(
+        clip=ClipConfig(image_size=32, patch_size=8, width=24, layers=2, heads=2),
+        prompt=PromptConfig(width=16, max_tokens=6),
+        aligner=AlignerConfig(kind=kind, queries=5, blocks=2, width=32, heads=4, max_text=7),
+        llm=LlamaConfig(vocab_size=40, width=20, layers=1, heads=2, kv_heads=2),
+    )
+
+
+def inputs(cfg: ModelConfig, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return {
+        "image": draw(2, 16, 24),
+        "image_code": draw(16, 16),
+        "text": draw(2, 7, 20),
+        "text_mask": jnp.arange(7)[None] < jnp.asarray([[4], [7]]),
+        "visual": draw(2, 6, 16),
+        "visual_mask": jnp.arange(6)[None] < jnp.asarray([[2], [6]]),
+    }
+
+
+def build(kind):
+    cfg = config(kind)
+    graphdef, _ = stack.abstract(lambda rngs: Aligner(cfg, rngs=rngs))
+    params = stack.initial(lambda rngs: Aligner(cfg, rngs=rngs), jax.random.key(0))
+    return cfg, lambda given: np.asarray(stack.bind(graphdef, params)(**given))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_length_is_that_of_the_config_whatever_is_given(kind):
+    cfg, run = build(kind)
+    given = inputs(cfg)
+    for changed in ({}, {"text_mask": jnp.zeros((2, 7), bool)}, {"visual_mask": jnp.zeros((2, 6), bool)}):
+        assert run(given | changed).shape == (2, cfg.query_tokens(), cfg.llm.width)
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "none"])
+@pytest.mark.parametrize("name", ["image", "text", "visual"])
+def test_everything_that_is_read_changes_x_q(kind, name):
+    cfg, run = build(kind)
+    given, other = inputs(cfg), inputs(cfg, seed=1)
+    assert np.abs(run(given) - run(given | {name: other[name]})).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "none"])
+def test_masked_text_and_prompts_change_nothing(kind):
+    cfg, run = build(kind)
+    given = inputs(cfg)
+    text = jnp.where(given["text_mask"][..., None], given["text"], 9.0)
+    visual = jnp.where(given["visual_mask"][..., None], given["visual"], 9.0)
+    np.testing.assert_allclose(run(given), run(given | {"text": text, "visual": visual}), atol=1e-5)
+
+
+def test_no_prompt_differs_from_any_prompt():
+    cfg, run = build("cross_attention")
+    given = inputs(cfg)
+    assert np.abs(run(given) - run(given | {"visual_mask": jnp.zeros((2, 6), bool)})).max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_image_only_kinds_ignore_text_and_prompts(kind):
+    cfg, run = build(kind)
+    given, other = inputs(cfg), inputs(cfg, seed=1)
+    np.testing.assert_array_equal(run(given), run(given | {"text": other["text"], "visual": other["visual"]}))
+
+
+def test_word_order_reaches_the_queries():
+    cfg, run = build("cross_attention")
+    given = inputs(cfg)
+    assert np.abs(run(given) - run(given | {"text": given["text"].at[:, :2].set(given["text"][:, 1::-1])})).max() > 1e-4

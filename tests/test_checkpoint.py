@@ -1,0 +1,391 @@
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from mimo_jax import checkpoint, pathtree
+from mimo_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
+from tests.tiny_config import tiny_config
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def frozen_tree(seed: int = 0) -> dict:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "clip": {"kernel": jax.random.normal(keys[0], (8, 4), jnp.bfloat16), "scale": jnp.float32(seed)},
+        "llm": {"layers": {"kernel": jax.random.normal(keys[1], (2, 4, 4))}},
+    }
+
+
+def train_state(step: int) -> dict:
+    params = {"aligner": {"kernel": jax.random.normal(jax.random.key(step), (16, 8)), "bias": jnp.full((8,), float(step))}}
+    return {"params": params, "opt": OPTIMIZER.init(params), "step": jnp.int32(step), "rng": jax.random.key_data(jax.random.key(step))}
+
+
+def abstract() -> dict:
+    return jax.eval_shape(lambda: train_state(0))
+
+
+def begin(workdir: Path, frozen: dict | None = None, steps: tuple[int, ...] = (), **kwargs) -> Checkpoints:
+    """A run with these steps saved."""
+    config = tiny_config()
+    checkpoint.open_run(workdir, config)
+    (workdir / "tokenizer.json").write_text("{}")
+    checkpoint.start_run(workdir, config, frozen_tree() if frozen is None else frozen)
+    checkpoints = Checkpoints(workdir, **kwargs)
+    for step in steps:
+        checkpoints.save(step, train_state(step), {"position": step})
+    checkpoints.wait()
+    return checkpoints
+
+
+def assert_same(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def flip_bit(folder: Path) -> Path:
+    """Change one bit in the largest file below `folder`, as a bad disk would."""
+    file = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    return file
+
+
+# --- steps
+
+
+def test_state_comes_back_bit_for_bit_with_its_structure(tmp_path):
+    checkpoints = begin(tmp_path, steps=(7,))
+    state, extra = checkpoints.restore(7, abstract())
+    assert_same(state, train_state(7))
+    assert extra == {"position": 7}
+
+
+def test_part_of_a_state_can_be_asked_for(tmp_path):
+    checkpoints = begin(tmp_path, steps=(7,))
+    state, _ = checkpoints.restore(7, {"params": abstract()["params"]})
+    assert_same(state, {"params": train_state(7)["params"]})
+
+
+def test_a_state_without_parameters_and_an_empty_base_work(tmp_path):
+    checkpoints = begin(tmp_path, frozen={})
+    checkpoints.save(0, {"params": {}}, {})
+    checkpoints.wait()
+    assert checkpoints.restore(0, {"params": {}})[0] == {"params": {}}
+    assert checkpoint.load_base(tmp_path, {}) == {}
+    assert checkpoint.load_params(tmp_path) == {}
+
+
+def test_saved_values_are_those_of_the_call_though_the_arrays_are_donated_next(tmp_path):
+    checkpoints = begin(tmp_path)
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    big = jnp.zeros((1024, 1024))
+    checkpoints.save(1, {"params": {"w": big}}, {})
+    for _ in range(5):
+        big = step(big)
+    state, _ = checkpoints.restore(1, {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}})
+    np.testing.assert_array_equal(np.asarray(state["params"]["w"]), 0.0)
+
+
+def test_old_steps_go_and_every_kth_stays(tmp_path):
+    begin(tmp_path, steps=(1, 2, 3, 4, 5, 6, 7), keep_last=2, keep_every=3)
+    assert sorted(os.listdir(tmp_path / "steps"), key=int) == ["3", "6", "7"]
+
+
+def test_no_step_no_latest(tmp_path):
+    assert begin(tmp_path).latest() is None
+
+
+def test_shardings_are_obeyed(tmp_path):
+    checkpoints = begin(tmp_path, steps=(1,))
+    wanted = SingleDeviceSharding(jax.devices()[-1])
+    state, _ = checkpoints.restore(1, abstract(), wanted)
+    assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {wanted}
+
+
+def test_a_flipped_bit_is_found_and_the_step_before_is_taken(tmp_path):
+    checkpoints = begin(tmp_path, steps=(1, 2, 3), keep_last=3)
+    flip_bit(tmp_path / "steps" / "3" / "arrays" / "params")
+    with pytest.warns(CheckpointWarning, match="step 3 is passed over: it is damaged"):
+        state, extra = checkpoints.restore(3, abstract())
+    assert_same(state, train_state(2))
+    assert extra == {"position": 2}
+    assert checkpoints.latest() == 2
+    with pytest.warns(CheckpointWarning, match="step 3"):
+        assert_same(checkpoint.load_params(tmp_path)["aligner"], train_state(2)["params"]["aligner"])
+    with pytest.raises(CheckpointError, match="step 3 is damaged"):
+        checkpoint.load_params(tmp_path / "steps" / "3")
+
+
+def test_damage_of_the_optimizer_alone_does_not_concern_inference(tmp_path):
+    checkpoints = begin(tmp_path, steps=(1, 2))
+    flip_bit(tmp_path / "steps" / "2" / "arrays" / "train")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint.load_params(tmp_path)
+    with pytest.warns(CheckpointWarning, match="step 2"):
+        assert int(checkpoints.restore(2, abstract())[0]["step"]) == 1
+
+
+def test_every_step_damaged_is_an_error(tmp_path):
+    checkpoints = begin(tmp_path, steps=(1,))
+    flip_bit(tmp_path / "steps" / "1" / "arrays" / "params")
+    with pytest.raises(CheckpointError, match="no earlier whole step"):
+        checkpoints.restore(1, abstract())
+
+
+def test_a_damaged_step_is_replaced_by_the_next_save_and_does_not_count_as_kept(tmp_path):
+    checkpoints = begin(tmp_path, steps=(1, 2), keep_last=2)
+    flip_bit(tmp_path / "steps" / "2" / "arrays" / "params")
+    with pytest.warns(CheckpointWarning):
+        checkpoints.restore(2, abstract())
+    checkpoints.save(2, train_state(2), {})
+    checkpoints.wait()
+    assert_same(checkpoints.restore(2, abstract())[0], train_state(2))
+
+
+def test_other_shapes_are_listed(tmp_path):
+    checkpoints = begin(tmp_path, steps=(1,))
+    wanted = abstract()
+    aligner = wanted["params"]["aligner"]
+    aligner["gain"] = aligner.pop("bias")
+    aligner["kernel"] = jax.ShapeDtypeStruct((16, 9), jnp.float32)
+    listed = "lacks aligner/gain, also has aligner/bias, aligner/kernel is float32[16, 8], the config needs float32[16, 9]"
+    with pytest.raises(CheckpointError, match=re.escape(listed)):
+        checkpoints.restore(1, wanted)
+
+
+KILLED = """
+import sys, jax.numpy as jnp
+from mimo_jax.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1])
+for step in (1, 2):
+    checkpoints.save(step, {"params": {"w": jnp.full((3000, 3000), float(step)) + jnp.arange(3000.0)}}, {"position": step})
+    if step == 1:
+        checkpoints.wait()
+checkpoints.wait()
+"""
+
+
+def test_a_process_killed_in_mid_save_leaves_the_step_before(tmp_path):
+    begin(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    until = time.monotonic() + 60
+    while not (tmp_path / "steps" / "2").exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "steps" / "2" / "manifest.json").exists(), "killed too late to show anything"
+    assert checkpoint.resolve(tmp_path) == (tmp_path, 1)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() == 1
+    wanted = {"params": {"w": jax.ShapeDtypeStruct((3000, 3000), jnp.float32)}}
+    with pytest.warns(CheckpointWarning, match="step 2 is passed over: it is not whole"):
+        state, extra = checkpoints.restore(2, wanted)
+    np.testing.assert_array_equal(np.asarray(state["params"]["w"][0]), 1.0 + np.arange(3000.0))
+    assert extra == {"position": 1}
+    with pytest.raises(CheckpointError, match="this step is not whole"):
+        checkpoint.resolve(tmp_path / "steps" / "2")
+    checkpoints.save(3, state, {})
+    checkpoints.wait()
+    assert sorted(os.listdir(tmp_path / "steps")) == ["1", "3"], "what the killed save left is removed"
+
+
+FULL = """
+import os, resource, sys, jax, jax.numpy as jnp
+from mimo_jax.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1])
+noise = jax.random.normal(jax.random.key(0), (600, 600))
+checkpoints.save(1, {"params": {"w": noise[:8]}}, {})
+checkpoints.wait()
+if sys.argv[2] == "limit":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    checkpoints.save(2, {"params": {"w": noise}}, {})
+    checkpoints.wait()
+except Exception as error:
+    print(type(error).__name__, error)
+print(checkpoints.latest(), os.listdir(sys.argv[1] + "/steps"))
+"""
+
+
+def check_full(done: subprocess.CompletedProcess, workdir: Path, reason: str) -> None:
+    message, left = done.stdout.strip().splitlines()
+    assert message.startswith(f"CheckpointError {workdir / 'steps' / '2'}: cannot be written: {reason}; step 1 is the last good one")
+    assert left == "1 ['1']", "nothing half written stays"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_may_not_grow_is_reported_and_the_step_before_stands(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), "limit"], capture_output=True, text=True, timeout=120)
+    check_full(done, tmp_path, os.strerror(errno.EFBIG))
+
+
+def test_a_full_disk_is_reported_and_the_step_before_stands(tmp_path):
+    mounted = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$@"'
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, "sh"]
+    try:
+        subprocess.run([*inside, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine lets no test mount a small disk ({error}); the test above limits the size of files instead")
+    done = subprocess.run([*inside, sys.executable, "-c", FULL, str(tmp_path), "disk"], capture_output=True, text=True, timeout=120)
+    check_full(done, tmp_path, os.strerror(errno.ENOSPC))
+
+
+# --- the frozen base
+
+
+def test_base_comes_back_bit_for_bit_in_its_dtypes(tmp_path):
+    begin(tmp_path)
+    assert_same(checkpoint.load_base(tmp_path), frozen_tree())
+    assert_same(checkpoint.load_base(tmp_path, jax.eval_shape(frozen_tree)), frozen_tree())
+
+
+def test_fingerprint_follows_names_dtypes_shapes_and_values(tmp_path):
+    tree = {"a": jnp.arange(4.0)}
+    variants = [tree, {"b": jnp.arange(4.0)}, {"a": jnp.arange(4)}, {"a": jnp.arange(4.0).reshape(2, 2)}, {"a": jnp.arange(4.0) + 1e-6}]
+    prints = {checkpoint.save_base(_made(tmp_path / str(i)), variant) for i, variant in enumerate(variants)}
+    assert len(prints) == len(variants)
+    assert checkpoint.save_base(_made(tmp_path / "again"), {"a": np.arange(4, dtype=np.float32)}) in prints
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_base_is_written_once(tmp_path):
+    begin(tmp_path)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "base").rglob("*")}
+    checkpoint.save_base(tmp_path, frozen_tree())
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "base").rglob("*")} == before
+
+
+def test_another_base_in_a_run_with_steps_is_refused(tmp_path):
+    begin(tmp_path, steps=(1,))
+    with pytest.raises(CheckpointError, match="another frozen base"):
+        checkpoint.save_base(tmp_path, frozen_tree(1))
+
+
+def test_base_of_another_checkpoint_is_referred_to_and_found_wherever_it_is_moved(tmp_path):
+    lender, run = tmp_path / "runs" / "import", tmp_path / "runs" / "b"
+    begin(lender, steps=(0,))
+    part = {"llm": frozen_tree()["llm"]}
+    checkpoint.open_run(run, tiny_config())
+    checkpoint.save_base(run, part, source=lender)
+    (run / "config.json").write_text((lender / "config.json").read_text())
+    assert not (run / "base").exists()
+    assert_same(checkpoint.load_base(run), part)  # by the recorded path
+
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    run = tmp_path / "moved" / "b"
+    assert_same(checkpoint.load_base(run), part)  # by the relative path
+
+    (tmp_path / "moved" / "import").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is not found: .*name its folder with --base DIR"):
+        checkpoint.load_base(run)
+    assert_same(checkpoint.load_base(run, base=tmp_path / "elsewhere"), part)
+    assert_same(checkpoint.load_base(run, base=tmp_path / "elsewhere" / "base"), part)
+
+
+def test_a_wrong_or_damaged_base_is_refused(tmp_path):
+    run, other = tmp_path / "a", tmp_path / "other"
+    begin(run)
+    begin(other, frozen=frozen_tree(1))
+    flip_bit(run / "base" / "arrays")
+    with pytest.raises(CheckpointError, match=r"a/base is damaged \(SHA-256.*other/base is another base: clip/kernel") as error:
+        checkpoint.load_base(run, base=other)
+    assert isinstance(error.value, ValueError)
+
+
+def test_base_of_other_shapes_is_listed(tmp_path):
+    begin(tmp_path)
+    wanted = pathtree.flatten(jax.eval_shape(frozen_tree))
+    wanted["clip/kernel"] = jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    with pytest.raises(CheckpointError, match=r"clip/kernel is bfloat16\[8, 4\], the config needs float32\[8, 4\]"):
+        checkpoint.load_base(tmp_path, pathtree.unflatten(wanted))
+
+
+# --- paths, configs
+
+
+def test_a_path_is_a_run_or_one_step(tmp_path):
+    begin(tmp_path, steps=(5, 10))
+    assert checkpoint.resolve(tmp_path) == (tmp_path, 10)
+    assert checkpoint.resolve(str(tmp_path / "steps" / "5")) == (tmp_path, 5)
+    (tmp_path / "newest").symlink_to("steps/10")
+    assert checkpoint.resolve(tmp_path / "newest") == (tmp_path, 10)
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="gone: there is no such checkpoint"):
+        checkpoint.resolve(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        checkpoint.resolve(tmp_path)
+    begin(tmp_path / "fresh")
+    with pytest.raises(CheckpointError, match="holds no whole step yet"):
+        checkpoint.resolve(tmp_path / "fresh")
+    with pytest.raises(CheckpointError, match="there is no such checkpoint"):
+        checkpoint.resolve(tmp_path / "fresh" / "steps" / "3")
+
+
+def test_inference_reads_config_tokenizer_and_all_parameters(tmp_path):
+    begin(tmp_path, steps=(3,))
+    config, params, tokenizer, extra = checkpoint.load_for_inference(tmp_path)
+    assert config == tiny_config()
+    assert_same(params, pathtree.merge(frozen_tree(), train_state(3)["params"]))
+    assert tokenizer == tmp_path / "tokenizer.json" and extra == {"position": 3}
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="tokenizer.json: is missing"):
+        checkpoint.load_for_inference(tmp_path)
+
+
+def test_a_base_swapped_under_a_step_is_noticed(tmp_path):
+    begin(tmp_path, steps=(3,))
+    record = json.loads((tmp_path / "base.json").read_text())
+    (tmp_path / "base.json").write_text(json.dumps(record | {"fingerprint": "0" * 64}))
+    with pytest.raises(CheckpointError, match="another frozen base"):
+        checkpoint.load_params(tmp_path)
+
+
+def test_a_run_of_another_config_is_refused_with_the_fields(tmp_path):
+    begin(tmp_path)
+    config = tiny_config()
+    assert checkpoint.open_run(tmp_path, config)
+    config.model.remat, config.train.steps = "full", 99
+    assert checkpoint.open_run(tmp_path, config), "these may change"
+    config.model.llm.width = 32
+    config.trainables = {"": 1.0}
+    with pytest.raises(CheckpointError, match=r"model\.llm\.width \(16 there, 32 here\), trainables; use its config"):
+        checkpoint.open_run(tmp_path, config)
+
+
+def test_a_config_of_another_version_is_named(tmp_path):
+    begin(tmp_path)
+    (tmp_path / "config.json").write_text('{"colour": 3}')
+    with pytest.raises(CheckpointError, match="config.json: cannot be read as a config.*colour"):
+        checkpoint.read_config(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: cannot be made"):
+        checkpoint.open_run(tmp_path / "file", tiny_config())

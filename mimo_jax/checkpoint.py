@@ -35,7 +35,7 @@ from mimo_jax.config import Config, ConfigError
 from mimo_jax.errors import UserError
 
 # Model settings that change neither a parameter nor what it means: a run may go on with others.
-_FREE = {"dtype", "remat", "turns_max", "seg_max"}
+_FREE = {"dtype", "remat", "unroll", "turns_max", "seg_max"}
 _PARAMS, _TRAIN, _BASE = "params", "train", "base"  # orbax items
 _LISTED = 6  # differences that a message spells out
 

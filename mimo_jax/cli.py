@@ -97,7 +97,6 @@ Every setting of the config file is set by its path, as --config.train.steps=500
     ask.add_argument("--point", type=_point, action="append", default=[], metavar="X,Y,LABEL", help="label 1: in, 0: out; repeatable")
     ask.add_argument("--box", type=_box, action="append", default=[], metavar="X0,Y0,X1,Y1", help="x1 and y1 are outside; repeatable")
     ask.add_argument("--scribble", type=_scribble, action="append", default=[], metavar='"X,Y X,Y …"', help="a stroke; repeatable")
-    ask.add_argument("--base", metavar="DIR", help="where the frozen base lies, if it was moved")
     ask.add_argument("--out", metavar="FILE", help="write the overlay (.png), the answer (.json) or the masks (.npy)")
     ask.add_argument("--json", action="store_true", help="print the answer as JSON, masks as COCO RLE")
     ask.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer, in tokens")
@@ -188,6 +187,7 @@ def _user_error(message: str) -> int:
 def _checkpoint_flags(command: argparse.ArgumentParser) -> None:
     what = "a run directory (its newest whole step), one step, or an import"
     command.add_argument("--checkpoint", required=True, metavar="PATH", help=what)
+    command.add_argument("--base", metavar="DIR", help="where the frozen base lies, if it was moved")
 
 
 # --- what the commands do
@@ -226,7 +226,7 @@ def _sources(flags: Sequence[str]) -> dict:
 def _eval(args: argparse.Namespace) -> int:
     from mimo_jax.eval.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(args.checkpoint, args.data, args.split, args.out, limit=args.limit, overlays=args.overlays)
+    evaluate_checkpoint(args.checkpoint, args.data, args.split, args.out, limit=args.limit, overlays=args.overlays, base=args.base)
     return EXIT_DONE
 
 

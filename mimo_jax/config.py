@@ -119,6 +119,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # of activations
     frozen_dtype: str = "bfloat16"  # of parameters that do not train; trained ones are float32
     remat: str = "full"  # "none", "full" or "dots", of the scanned layers
+    unroll: bool = False  # write scanned layers out in the compiled program; for small models on a CPU
 
     def query_tokens(self) -> int:
         """Q, the fixed number of positions that one turn's X_q takes in the sequence, whatever the aligner's kind."""
@@ -241,7 +242,7 @@ class Config:
         need(m.sam.image_size % m.sam.patch_size == 0, "model.sam.patch_size", "must divide model.sam.image_size")
         need(m.sam.width % m.sam.heads == 0, "model.sam.heads", "must divide model.sam.width")
         need(m.sam.layers % m.sam.global_every == 0, "model.sam.global_every", "must divide model.sam.layers")
-        need(m.sam.decoder_width % (2 * m.sam.decoder_heads) == 0, "model.sam.decoder_heads", "twice it must divide model.sam.decoder_width")
+        need(m.sam.decoder_width % (2 * m.sam.decoder_heads) == 0, "model.sam.decoder_heads", "its double must divide model.sam.decoder_width")
         need(m.llm.width % m.llm.heads == 0, "model.llm.heads", "must divide model.llm.width")
         need(m.llm.heads % m.llm.kv_heads == 0, "model.llm.kv_heads", "must divide model.llm.heads")
         need(m.aligner.width % m.aligner.heads == 0, "model.aligner.heads", "must divide model.aligner.width")

@@ -27,10 +27,8 @@ RULES: dict[str, tuple[str | None, ...]] = {
     r"^llm/.*/(o|down)/kernel$": ("tensor", "fsdp"),
     r"/lora_[ab]$": (),
     r"^llm/.*norm/scale$": (),
-    r"^clip/.*/(q|k|v|fc1|up)/kernel$": ("fsdp", "tensor"),
-    r"^clip/.*/(o|out|fc2|down)/kernel$": ("tensor", "fsdp"),
-    r"^sam_encoder/.*/(qkv|lin1)/kernel$": ("fsdp", "tensor"),
-    r"^sam_encoder/.*/(proj|lin2)/kernel$": ("tensor", "fsdp"),
+    r"^(clip|sam_encoder)/.*/(q|k|v|up)/kernel$": ("fsdp", "tensor"),
+    r"^(clip|sam_encoder)/.*/(o|down)/kernel$": ("tensor", "fsdp"),
     r"^(clip|sam_encoder)/": (),
     r"^(prompt|aligner|seg_projection|sam_prompt|sam_decoder)/": (),
 }

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -389,3 +390,39 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: cannot be made"):
         checkpoint.open_run(tmp_path / "file", tiny_config())
+
+
+# --- several processes
+
+SHARDED = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mimo_jax import checkpoint
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("127.0.0.1:" + sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
+split = NamedSharding(jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,)), P("fsdp"))
+values = np.arange(32, dtype=np.float32).reshape(8, 4)
+make = lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index])
+checkpoint.save_base(sys.argv[1], {"llm": {"w": make(values)}})
+checkpoints = checkpoint.Checkpoints(sys.argv[1])
+checkpoints.save(1, {"params": {"w": make(values + 1)}}, {"position": 1})
+checkpoints.wait()
+"""
+
+
+def test_what_two_processes_saved_in_parts_one_process_reads(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [subprocess.Popen([sys.executable, "-c", SHARDED, str(tmp_path), port, str(i)]) for i in range(2)]
+    try:
+        assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    values = np.arange(32, dtype=np.float32).reshape(8, 4)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    assert_same(checkpoint.load_params(tmp_path), {"llm": {"w": jnp.asarray(values)}, "w": jnp.asarray(values + 1)})
+    fingerprint = json.loads((tmp_path / "base.json").read_text())["fingerprint"]
+    assert checkpoint.save_base(_made(tmp_path / "alone"), {"llm": {"w": values}}) == fingerprint

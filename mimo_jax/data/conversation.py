@@ -88,6 +88,12 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
     )
 
 
+def template_text(config: Config, turns: Sequence[str]) -> str:
+    """The words of a conversation in its template, for learning a tokenizer: users' and assistants' texts by turns."""
+    names = ("USER:", "ASSISTANT:")
+    return " ".join([config.data.system_prompt, *(f"{names[i % 2]} {text}" for i, text in enumerate(turns))])
+
+
 def prompt_turn(tokenizer: Tokenizer, config: Config, question: str, turn_index: int, first: bool) -> tuple[list[int], list[int]]:
     """(ids, query_index) of one user turn up to and including "ASSISTANT:". `first`: it opens the conversation, with <s> and
     the system prompt. `turn_index` is the turn's row in X_q."""

@@ -100,7 +100,7 @@ class Record:
         return msgpack.packb(dataclasses.asdict(self))
 
     @staticmethod
-    def from_bytes(data: bytes) -> "Record":
+    def from_bytes(data: bytes) -> Record:
         values = msgpack.unpackb(data)
         values["masks"] = [Mask(**m) for m in values["masks"]]
         values["samples"] = [

@@ -78,16 +78,18 @@ class Manifest:
         if not mine:
             raise DataError(f"{path}: split {split} is empty; {len(splits)} groups are too few for train, val and test")
 
-        census = Census.of(outlines)
+        # Labels of a manifest are seldom complete: only what a line says to be absent is known to be.
+        absent = {outline.id: line.get("absent_entities", []) for line, outline in zip(lines, outlines, strict=True)}
+        census = Census.of(outlines, absent=absent)
         self.bad: dict[str, str] = {}
         self._records: list[Record] = []
         with ThreadPoolExecutor() as pool:
-            for (line, outline), made in zip(mine, pool.map(lambda pair: self._load(*pair), mine), strict=True):
+            for (_, outline), made in zip(mine, pool.map(lambda pair: self._load(*pair), mine), strict=True):
                 if isinstance(made, str):
                     self.bad[outline.id] = made
                     continue
                 rng = np.random.default_rng([seed, zlib.crc32(made.id.encode())])
-                made.samples = ask(made, rng, _known(census, made, line.get("absent_entities", [])))
+                made.samples = ask(made, rng, census, absent[made.id])
                 self._records.append(made)
         if len(self.bad) > max_bad * len(mine):
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
@@ -179,14 +181,6 @@ def _outline(line: dict) -> Record:
         group=line["group"], masks=masks, pixel_spacing_mm=line.get("pixel_spacing_mm"), licence=line.get("licence", ""),
         source=line.get("source_path", ""),
     )  # fmt: skip
-
-
-def _known(census: Census, record: Record, absent: list[str]) -> Census:
-    """The census as far as this record's labels go: what its images are not labelled with is unknown, not absent."""
-    key = (record.dataset, record.modality)
-    named = sorted({mask.entity for mask in record.masks} | set(absent))
-    presence = census.presence.get(key, {})
-    return Census(share=census.share, presence={key: {entity: presence.get(entity, 0.0) for entity in named}})
 
 
 def not_evaluable(records: Iterable[Record]) -> list[str]:

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
+from mimo_jax.data.collate import record_image
 from mimo_jax.data.schema import Record
-from mimo_jax.data.transforms import decode_image
 from mimo_jax.eval.metrics import iou
 
 GRID = 64  # cells along each side of the unit square
@@ -24,11 +24,6 @@ KEPT = 400  # training masks of an entity on which the mean mask's level is chos
 def brightness(image: np.ndarray) -> np.ndarray:
     """uint8 [height, width] of uint8 [height, width] or [height, width, channels]: the mean of the channels."""
     return image if image.ndim == 2 else image[..., :3].mean(-1).astype(np.uint8)
-
-
-def record_image(record: Record) -> np.ndarray:
-    """uint8 pixels [height, width, 3]."""
-    return decode_image(record.image, window=tuple(record.window) if record.window else None, name=record.id)
 
 
 def entity_masks(record: Record) -> dict[str, np.ndarray]:

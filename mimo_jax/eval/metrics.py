@@ -34,8 +34,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two bool masks [H, W]; 1 where both are empty."""
-    intersection, union = overlap(a, b)
-    return intersection / union if union else 1.0
+    return iou_of_pair(*overlap(a, b))
 
 
 def dice_from_iou(value: float) -> float:
@@ -114,7 +113,9 @@ def closed_answer(text: str, choices: Sequence[str] = ()) -> str:
 
 
 def closed_correct(text: str, references: Sequence[str], choices: Sequence[str] = ()) -> bool:
-    """True where the short answer in `text` equals that in any reference (normalised exact match)."""
+    """True where the short answer in `text` equals that in any reference (normalised exact match). A reference that `choices`
+    lack is one of them."""
+    choices = [*choices, *references] if choices else ()
     given = closed_answer(text, choices)
     return bool(given) and any(given == closed_answer(r, choices) for r in references)
 
@@ -153,11 +154,6 @@ def interval(
     return float(low), float(high)
 
 
-def c_iou(pairs: Sequence[tuple[int, int]]) -> float:
-    """Cumulative IoU over (intersection, union) pairs: sum of intersections / sum of unions. Large structures weigh more."""
-    return ratio([i for i, _ in pairs], [u for _, u in pairs])
-
-
-def g_iou(pairs: Sequence[tuple[int, int]]) -> float:
-    """LISA's gIoU: the mean of intersection / union, where an empty union (no target, nothing painted) counts as 1."""
-    return ratio([i / u if u else 1.0 for i, u in pairs], [1] * len(pairs))
+def iou_of_pair(intersection: int, union: int) -> float:
+    """IoU of an (intersection, union) pair as LISA's gIoU counts it: an empty union (no target, nothing painted) is 1."""
+    return intersection / union if union else 1.0

@@ -106,14 +106,19 @@ class Answer:
     def save(self, *paths: str | Path) -> None:
         """Write the answer to each path by its ending: .png the overlay, .json `to_json`, .npy the masks bool [entities, H, W].
 
-        UserError, before anything is written, for any other ending or a folder that is not there."""
-        for path in map(Path, paths):
-            if path.suffix.lower() not in _WRITERS:
-                raise UserError(f"{path}: cannot tell what to write; end the name in {', '.join(_WRITERS)}")
-            if not path.parent.is_dir():
-                raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        UserError, before anything is written, for what `check_outputs` refuses."""
+        check_outputs(*paths)
         for path in map(Path, paths):
             _WRITERS[path.suffix.lower()](self, path)
+
+
+def check_outputs(*paths: str | Path) -> None:
+    """UserError for a path that `Answer.save` could not write: another ending, or a folder that is not there."""
+    for path in map(Path, paths):
+        if path.suffix.lower() not in _WRITERS:
+            raise UserError(f"{path}: cannot tell what to write; end the name in {', '.join(_WRITERS)}")
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
 
 
 def _write_overlay(answer: Answer, path: Path) -> None:

@@ -16,7 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mimo_jax import pathtree
 from mimo_jax.config import Config
+from mimo_jax.errors import UserError
 from mimo_jax.models import mimo, stack
 
 
@@ -112,8 +114,9 @@ class Engine:
     """The jitted functions of one model; each compiles once per shape of its arguments, whatever the parameters."""
 
     def __init__(self, config: Config, params: dict, eos_id: int):
-        """params: nested dict of all parameters, wherever they are placed."""
-        self.params = params
+        """params: nested dict of all parameters, wherever they are placed. UserError if they are not those of the config."""
+        _fit(config, params)
+        self.params = jax.tree.map(jnp.asarray, params)
         model = Config(model=config.model).to_dict()["model"]
         self._encode, self._align, self._generate, self._segment = _functions(json.dumps(model), eos_id)
 
@@ -133,6 +136,16 @@ class Engine:
         """SAM's features [B, g, g, C], states [B, N, D] of `Generated`, index int32 [B, S] of each `<SEG>` among the new tokens
         (any value in an unused slot) -> mask logits fp32 [B, S, M, M], predicted IoU fp32 [B, S]."""
         return self._segment(self.params, features, states, index)
+
+
+def _fit(config: Config, params: dict) -> None:
+    """UserError that lists every parameter which the model lacks, does not know, or has in another shape."""
+    wanted = {path: leaf.shape for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items()}
+    given = {path: leaf.shape for path, leaf in pathtree.flatten(params).items()}
+    wrong = sorted(path for path in wanted.keys() | given.keys() if wanted.get(path) != given.get(path))
+    if wrong:
+        shown = ", ".join(f"{path} ({given.get(path, 'missing')}, not {wanted.get(path, 'known')})" for path in wrong[:5])
+        raise UserError(f"checkpoint: {len(wrong)} parameters do not fit its model config: {shown}; was the config changed?")
 
 
 @lru_cache(maxsize=4)

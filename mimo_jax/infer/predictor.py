@@ -28,6 +28,7 @@ from mimo_jax.geometry import Frame, GeometryError, clip_frame, sam_frame, valid
 from mimo_jax.infer.answer import Answer, Entity
 from mimo_jax.infer.generate import Engine
 
+_IMAGES = 4  # an image in the towers weighs about as much as so many answers
 _LENGTH_STEP = 32  # prompt buckets: 32, 64, 96, 128, then 192, 256, 384, 512, 768, …
 
 
@@ -99,7 +100,7 @@ class Mimo:
     def encode(self, images: Sequence[np.ndarray]) -> list[EncodedImage]:
         """Both towers over uint8 images [H, W, 3], in batches."""
         encoded = []
-        size = self._rows(len(images))
+        size = 1 if len(images) == 1 else max(1, self.config.generate.batch_size // _IMAGES)
         for at in range(0, len(images), size):
             chunk = images[at : at + size]
             seen = [views(pixels, self.config.model) for pixels in chunk]
@@ -112,6 +113,10 @@ class Mimo:
         """One answer to each request, in order, in batches of `config.generate.batch_size`. Requests that hold the same
         object as image share its encoding. Raises UserError, before anything runs, for a request that cannot be asked."""
         return [answer for answer, _ in self.converse(requests)]
+
+    def check(self, request: Request) -> None:
+        """Raises UserError for a request that cannot be asked."""
+        self._prepare(request)
 
     def converse(self, requests: Sequence[Request]) -> list[tuple[Answer, PastTurn]]:
         """`predict`, with what each request's chat needs for its next turn."""
@@ -154,7 +159,7 @@ class Mimo:
         try:
             xy, kind = encode_prompts(prompts, frame, m.prompt)
         except PromptError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"prompts: {error}") from None
 
         ids = [i for turn in request.past for i in turn.ids]
         query_index = [q for turn in request.past for q in turn.query_index]
@@ -165,7 +170,7 @@ class Mimo:
         if room < 1:
             earlier = f" after {start} of earlier turns" if start else ""
             raise UserError(
-                f"question: takes {len(new_ids)} tokens{earlier}; the context of {m.llm.max_length} leaves no room for an answer, shorten it"
+                f"question: takes {len(new_ids)} tokens{earlier}; the context of {m.llm.max_length} leaves no room to answer, shorten it"
             )
         instruction = conversation.instruction_ids(self.tokenizer, self.config, request.question)
         padding = m.aligner.max_text - len(instruction)
@@ -201,7 +206,8 @@ class Mimo:
             lengths[b], limits[b] = len(turn.ids), turn.limit
             input_ids[b, : lengths[b]], query_index[b, : lengths[b]] = turn.ids, turn.query_index
         token_mask = np.arange(length) < lengths[:, None]
-        new_tokens = max(self.config.generate.max_new_tokens, _bucket(int(limits.max())) if limits.max() > 1 else 1)
+        usual, most = self.config.generate.max_new_tokens, int(limits.max())
+        new_tokens = usual if most <= usual else _bucket(most)
         generated = self.engine.generate(x_q, input_ids, query_index, token_mask, limits, new_tokens)
         ids, probs, counts, ended = jax.device_get((generated.ids, generated.probs, generated.lengths, generated.ended))
         said = [ids[b, : counts[b]].tolist() for b in range(len(turns))]

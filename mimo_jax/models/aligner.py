@@ -5,7 +5,8 @@ M memory = I + L + P keys, W aligner width, D width of the language model.
 
 MIMO, section "Multi-modal Input Aligner": X_q cross-attends to (X_img, X_q^t, X_q^v), then a linear
 projection into the language model. Image keys carry the position code of the prompts, through the
-same projection, so that a point and the patch under it look alike.
+same projection, so that a point and the patch under it look alike; and every prompt token looks at the image
+before the queries read it, so that "what is here?" takes one step of attention, not two.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ from flax import nnx
 from mimo_jax.config import ModelConfig
 from mimo_jax.models.attention import attend
 from mimo_jax.models.layers import Linear
-from mimo_jax.models.stack import Stack
+from mimo_jax.models.stack import SCAN, Scan, Stack
 
 
 class Attention(nnx.Module):
     """Multi-head attention of x [B, Q, W] over memory [B, M, W]."""
 
-    def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs, same_start: bool = False):
+        """same_start: keys begin with the queries' projection, so that like first attends to like."""
         self.heads = heads
 
         def linear() -> Linear:
             return Linear(width, width, dtype=dtype, rngs=rngs)
 
         self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
+        if same_start:
+            self.k.kernel = nnx.Param(self.q.kernel[...])
 
     def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         def heads(y: jax.Array) -> jax.Array:
@@ -73,7 +77,7 @@ class Aligner(nnx.Module):
     linear, mlp      the image projected alone (LISA; GLaMM and LLaVA-1.5): Q = I
     """
 
-    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, scan: Scan = SCAN, rngs: nnx.Rngs):
         a, width, out = cfg.aligner, cfg.aligner.width, cfg.llm.width
         self.kind, self.dtype = a.kind, dtype
         linear = lambda i, o: Linear(i, o, dtype=dtype, rngs=rngs)  # noqa: E731
@@ -91,12 +95,16 @@ class Aligner(nnx.Module):
             self.null_prompt = nnx.Param(jax.random.normal(rngs.params(), (width,)) * 0.02)
         if a.kind == "cross_attention":
             self.image_norm = nnx.LayerNorm(cfg.clip.width, dtype=dtype, rngs=rngs)
+            self.text_norm = nnx.LayerNorm(out, dtype=dtype, rngs=rngs)
+            self.look = Attention(width, a.heads, dtype=dtype, rngs=rngs, same_start=True)
             self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)))
-            self.blocks = Stack(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, remat=remat)
+            self.blocks = Stack(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, scan=scan)
             self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
             self.project = linear(width, out)
 
-    def __call__(self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array) -> jax.Array:
+    def __call__(
+        self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array
+    ) -> jax.Array:
         """image [B, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask
         [B, P] -> X_q [B, Q, D]. Where a turn has no prompt at all, a learned null token stands in the first place."""
         if self.kind == "linear":
@@ -109,9 +117,9 @@ class Aligner(nnx.Module):
         none = ~visual_mask.any(axis=1)
         null = none[:, None] & (jnp.arange(p) == 0)
         seen = visual_mask | null
-        text = text + sinusoid(text.shape[1], text.shape[2]).astype(self.dtype)
         if self.kind == "cross_attention":
-            image = self.image_norm(image)
+            image, text = self.image_norm(image), self.text_norm(text)
+        text = text + sinusoid(text.shape[1], text.shape[2]).astype(self.dtype)
         keys_image = self.image(image) + self.visual(image_code) + type_[0]
         keys_text = self.text(text) + type_[1]
         keys_visual = jnp.where(null[..., None], self.null_prompt[...].astype(self.dtype), self.visual(visual)) + type_[2]
@@ -119,6 +127,7 @@ class Aligner(nnx.Module):
             keep_text, keep_visual = text_mask[..., None], seen[..., None]
             return jnp.concatenate([keys_image, keys_text * keep_text, keys_visual * keep_visual], axis=1)
 
+        keys_visual = keys_visual + self.look(keys_visual, keys_image)
         memory = jnp.concatenate([keys_image, keys_text, keys_visual], axis=1)
         image_mask = jnp.ones((b, image.shape[1]), bool)
         mask = jnp.concatenate([image_mask, text_mask, seen], axis=1)[:, None, None, :]  # [B, 1, 1, M]

@@ -14,7 +14,7 @@ from flax import nnx
 from mimo_jax.config import ClipConfig, ConfigError
 from mimo_jax.models.attention import attend
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding, quick_gelu
-from mimo_jax.models.stack import Stack
+from mimo_jax.models.stack import SCAN, Scan, Stack
 
 # Per channel, RGB, for pixels in 0 .. 1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -50,7 +50,7 @@ class ClipVit(nnx.Module):
     """The whole tower. Layers above `cfg.feature_layer`, and the last norm, hold parameters so that a checkpoint maps
     wholly both ways, but do not run."""
 
-    def __init__(self, cfg: ClipConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(self, cfg: ClipConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: Scan = SCAN, rngs: nnx.Rngs):
         if cfg.activation not in ACTIVATIONS:
             raise ConfigError(f"config.model.clip.activation: is {cfg.activation!r}; use one of {', '.join(ACTIVATIONS)}")
         if not -cfg.layers - 1 <= cfg.feature_layer <= cfg.layers:
@@ -66,7 +66,7 @@ class ClipVit(nnx.Module):
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (cfg.width,), param_dtype) * cfg.width**-0.5)
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (tokens, cfg.width), param_dtype) * 0.02)
         self.pre_norm = layer_norm(cfg.width, cfg.eps, rngs=rngs, **types)
-        self.layers = Stack(lambda r: ClipLayer(cfg, rngs=r, **types), cfg.layers, rngs=rngs, remat=remat)
+        self.layers = Stack(lambda r: ClipLayer(cfg, rngs=r, **types), cfg.layers, rngs=rngs, scan=scan)
         self.post_norm = layer_norm(cfg.width, cfg.eps, rngs=rngs, **types)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:

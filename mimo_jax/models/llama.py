@@ -16,7 +16,7 @@ from flax import nnx
 from mimo_jax.config import GROUNDING_TOKENS, LlamaConfig, LoraConfig
 from mimo_jax.models.attention import attend
 from mimo_jax.models.lora import LoraLinear
-from mimo_jax.models.stack import Stack
+from mimo_jax.models.stack import SCAN, Scan, Stack
 
 
 class RmsNorm(nnx.Module):
@@ -93,11 +93,21 @@ class LlamaLayer(nnx.Module):
 class Llama(nnx.Module):
     """The decoder layers and the final norm; embeddings and head are `TokenEmbedding` and `LanguageHead`."""
 
-    def __init__(self, cfg: LlamaConfig, lora: LoraConfig, targets: tuple[str, ...], *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: LlamaConfig,
+        lora: LoraConfig,
+        targets: tuple[str, ...],
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        scan: Scan = SCAN,
+        rngs: nnx.Rngs,
+    ):
         self.cfg = cfg
         self.dtype = dtype
         self.layers = Stack(
-            lambda r: LlamaLayer(cfg, lora, targets, dtype=dtype, param_dtype=param_dtype, rngs=r), cfg.layers, rngs=rngs, remat=remat
+            lambda r: LlamaLayer(cfg, lora, targets, dtype=dtype, param_dtype=param_dtype, rngs=r), cfg.layers, rngs=rngs, scan=scan
         )
         self.norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)
 
@@ -144,9 +154,7 @@ class LanguageHead(nnx.Module):
     def __init__(self, cfg: LlamaConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.dtype = dtype
         self.base = nnx.Param(jax.random.normal(rngs.params(), (cfg.width, cfg.vocab_size), param_dtype) * cfg.width**-0.5)
-        self.grounding = nnx.Param(
-            jax.random.normal(rngs.params(), (cfg.width, len(GROUNDING_TOKENS)), jnp.float32) * cfg.width**-0.5
-        )
+        self.grounding = nnx.Param(jax.random.normal(rngs.params(), (cfg.width, len(GROUNDING_TOKENS)), jnp.float32) * cfg.width**-0.5)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         hidden = hidden.astype(self.dtype)

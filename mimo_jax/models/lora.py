@@ -21,7 +21,9 @@ def _uniform(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
 class LoraLinear(nnx.Module):
     """[..., I] -> [..., O] without a bias (Llama's projections have none)."""
 
-    def __init__(self, inputs: int, outputs: int, *, rank: int = 0, alpha: float = 1.0, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, *, rank: int = 0, alpha: float = 1.0, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+    ):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs), param_dtype) * inputs**-0.5)
         self.dtype = dtype
         self.scale = alpha / rank if rank else 0.0

@@ -22,6 +22,7 @@ from mimo_jax.models.layers import Linear
 from mimo_jax.models.llama import LanguageHead, Llama, TokenEmbedding
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.sam_encoder import SamEncoder
+from mimo_jax.models.stack import Scan
 from mimo_jax.models.visual_prompt import VisualPromptEncoder
 
 
@@ -49,14 +50,15 @@ class Mimo(nnx.Module):
         m = config.model
         dtype, base_dtype = jnp.dtype(m.dtype), jnp.float32
         self.config, self.dtype = m, dtype
-        self.clip = ClipVit(m.clip, dtype=dtype, param_dtype=base_dtype, remat=m.remat, rngs=rngs)
+        scan = Scan(m.remat, m.unroll)
+        self.clip = ClipVit(m.clip, dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
         self.prompt = VisualPromptEncoder(m.prompt, m.clip, dtype=dtype, rngs=rngs)
-        self.aligner = Aligner(m, dtype=dtype, remat=m.remat, rngs=rngs)
+        self.aligner = Aligner(m, dtype=dtype, scan=scan, rngs=rngs)
         self.embedding = TokenEmbedding(m.llm, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
-        self.llm = Llama(m.llm, m.lora, config.lora_targets(), dtype=dtype, param_dtype=base_dtype, remat=m.remat, rngs=rngs)
+        self.llm = Llama(m.llm, m.lora, config.lora_targets(), dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
         self.lm_head = LanguageHead(m.llm, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
         self.seg_projection = SegProjection(m.llm.width, m.sam.decoder_width, dtype=dtype, rngs=rngs)
-        self.sam_encoder = SamEncoder(m.sam, dtype=dtype, param_dtype=base_dtype, remat=m.remat, rngs=rngs)
+        self.sam_encoder = SamEncoder(m.sam, dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
         self.sam_prompt = SamPromptEncoder(m.sam, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
         self.sam_decoder = MaskDecoder(m.sam, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
 
@@ -73,7 +75,9 @@ class Mimo(nnx.Module):
 
     # --- what is computed once per turn
 
-    def align(self, image: jax.Array, instruction_ids: jax.Array, instruction_mask: jax.Array, prompt_xy: jax.Array, prompt_kind: jax.Array) -> jax.Array:
+    def align(
+        self, image: jax.Array, instruction_ids: jax.Array, instruction_mask: jax.Array, prompt_xy: jax.Array, prompt_kind: jax.Array
+    ) -> jax.Array:
         """X_img [N, I, Dc], instruction [B, R, L], prompts [B, R, P(, 2)] -> X_q [B, R, Q, D], every turn from its own text and prompts."""
         b, r, _ = instruction_ids.shape
         copies = b * r // image.shape[0]

@@ -17,7 +17,7 @@ from flax import nnx
 from mimo_jax.config import SamConfig
 from mimo_jax.models.attention import attend, fold_relative_position
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding
-from mimo_jax.models.stack import Stack, rematerialised
+from mimo_jax.models.stack import SCAN, Scan, Stack, rematerialised
 
 # Per channel, RGB, for pixels in 0 .. 255. SAM normalises first and pads with zeros afterwards.
 MEAN = (123.675, 116.28, 103.53)
@@ -83,11 +83,11 @@ class SamBlock(nnx.Module):
 class SamStage(nnx.Module):
     """(global_every - 1) windowed blocks and a global one."""
 
-    def __init__(self, cfg: SamConfig, *, dtype, param_dtype, remat: str, rngs: nnx.Rngs):
-        self.remat = remat
+    def __init__(self, cfg: SamConfig, *, dtype, param_dtype, scan: Scan, rngs: nnx.Rngs):
+        self.scan = scan
         types = {"dtype": dtype, "param_dtype": param_dtype}
         if cfg.global_every > 1:
-            self.windowed = Stack(lambda r: SamBlock(cfg, cfg.window, rngs=r, **types), cfg.global_every - 1, rngs=rngs, remat=remat)
+            self.windowed = Stack(lambda r: SamBlock(cfg, cfg.window, rngs=r, **types), cfg.global_every - 1, rngs=rngs, scan=scan)
         else:
             self.windowed = None
         self.whole = SamBlock(cfg, 0, rngs=rngs, **types)
@@ -95,13 +95,13 @@ class SamStage(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.windowed is not None:
             x = self.windowed(x)
-        return rematerialised(self.whole, self.remat)(x)
+        return rematerialised(self.whole, self.scan.remat)(x)
 
 
 class SamEncoder(nnx.Module):
     """ViT and neck."""
 
-    def __init__(self, cfg: SamConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(self, cfg: SamConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: Scan = SCAN, rngs: nnx.Rngs):
         self.dtype = dtype
         types = {"dtype": dtype, "param_dtype": param_dtype}
         g = cfg.image_size // cfg.patch_size
@@ -109,7 +109,9 @@ class SamEncoder(nnx.Module):
         self.patch = patch_embedding(cfg.patch_size, cfg.width, use_bias=True, rngs=rngs, **types)
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (g, g, cfg.width), param_dtype) * 0.02)
         # Blocks are rematerialised one by one, inside the stage.
-        self.stages = Stack(lambda r: SamStage(cfg, remat=remat, rngs=r, **types), cfg.layers // cfg.global_every, rngs=rngs)
+        self.stages = Stack(
+            lambda r: SamStage(cfg, scan=scan, rngs=r, **types), cfg.layers // cfg.global_every, rngs=rngs, scan=Scan(unroll=scan.unroll)
+        )
         self.neck_in = nnx.Conv(cfg.width, c, (1, 1), use_bias=False, rngs=rngs, **types)
         self.neck_in_norm = layer_norm(c, EPS, rngs=rngs, **types)
         self.neck_out = nnx.Conv(c, c, (3, 3), padding="SAME", use_bias=False, rngs=rngs, **types)

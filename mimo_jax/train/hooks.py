@@ -69,8 +69,14 @@ class Metrics:
         self.pending, self.samples, self.waited, self.since = [], 0, 0.0, time.perf_counter()
         if not finite:
             good = self.checkpoints.latest()
-            where = f"the last good checkpoint is step {good} in {self.checkpoints.workdir}" if good is not None else "no checkpoint was written yet"
-            raise NotFinite(f"loss or gradient not finite at or before step {tick.step}; {where}; lower config.train.learning_rate and run again")
+            where = (
+                f"the last good checkpoint is step {good} in {self.checkpoints.workdir}"
+                if good is not None
+                else "no checkpoint was written yet"
+            )
+            raise NotFinite(
+                f"loss or gradient not finite at or before step {tick.step}; {where}; lower config.train.learning_rate and run again"
+            )
 
     def close(self) -> None:
         self.bar.close()

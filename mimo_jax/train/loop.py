@@ -7,6 +7,7 @@ back, and the next step is bit-identical to what it would have been.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 from mimo_jax import __version__, checkpoint, pathtree, sharding
 from mimo_jax.checkpoint import CheckpointError, Checkpoints
 from mimo_jax.config import Config, ConfigError
+from mimo_jax.data import conversation
 from mimo_jax.data.loader import Loader, make_loader
 from mimo_jax.data.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -84,6 +86,7 @@ def train(config: Config, workdir: str | Path) -> int:
         stop.restore()
         for hook in hooks:
             hook.close()
+        loader.close()
     if tick is not None:
         state = tick.state
     if loader.bad:
@@ -127,8 +130,7 @@ def _tokenizer(config: Config, workdir: Path, sources: dict) -> Tokenizer:
         if config.init.path:
             shutil.copy(checkpoint.tokenizer_path(config.init.path), path)
         elif config.tokenizer == "train":
-            texts = (turn.text for source in sources.values() for record in source for sample in record.samples for turn in sample.turns)
-            train_tokenizer(texts, config.model.llm.vocab_size, path)
+            train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, path)
         elif config.tokenizer:
             if not Path(config.tokenizer).is_file():
                 raise ConfigError(f"config.tokenizer: no file {config.tokenizer}")
@@ -136,6 +138,14 @@ def _tokenizer(config: Config, workdir: Path, sources: dict) -> Tokenizer:
         else:
             raise ConfigError('config.tokenizer: is empty; give a tokenizer.json, or "train" to learn one from the data')
     return Tokenizer(path, config.model.llm.vocab_size)
+
+
+def _corpus(config: Config, sources: dict) -> Iterator[str]:
+    """Every conversation of the training data as the template words it, without reading an image."""
+    for source in sources.values():
+        for index in range(len(source)):
+            for sample in source.samples(index):
+                yield conversation.template_text(config, [turn.text for turn in sample.turns])
 
 
 def _initial_params(plan: Plan) -> dict:
@@ -146,8 +156,6 @@ def _initial_params(plan: Plan) -> dict:
         return plan.initial_params(key)
     source = pathtree.flatten(checkpoint.load_params(config.init.path))
     wanted = pathtree.flatten(plan.params)
-    import re
-
     absent = [p for p, leaf in wanted.items() if p not in source or source[p].shape != leaf.shape]
     refused = [p for p in absent if not (config.init.fresh and re.search(config.init.fresh, p))]
     if refused:
@@ -177,7 +185,13 @@ def _evaluate(plan: Plan, state: dict, frozen: dict, tokenizer: Tokenizer, workd
     config = plan.config
     out = workdir / "eval" / f"{step:08d}"
     report = evaluate.evaluate_params(
-        config, pathtree.merge(state["params"], frozen), tokenizer, split="val", limit=config.train.eval_samples, overlays=out, overlay_count=config.train.overlays
+        config,
+        pathtree.merge(state["params"], frozen),
+        tokenizer,
+        split="val",
+        limit=config.train.eval_samples,
+        overlays=out,
+        overlay_count=config.train.overlays,
     )
     if report is not None:
         (out / "report.json").write_text(json.dumps(report, indent=1))
@@ -186,7 +200,9 @@ def _evaluate(plan: Plan, state: dict, frozen: dict, tokenizer: Tokenizer, workd
 def _banner(config: Config, plan: Plan, sources: dict, workdir: Path, first: int) -> None:
     counts = plan.counts()
     images = ", ".join(f"{name} {len(source)}" for name, source in sources.items())
-    print(f"mimo_jax {__version__}, jax {jax.__version__}, {jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}")
+    print(
+        f"mimo_jax {__version__}, jax {jax.__version__}, {jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
+    )
     print(f"parameters: {counts['trained']:,} trained, {counts['frozen']:,} frozen; images: {images}; workdir {workdir}")
     if first:
         print(f"resuming at step {first} of {config.train.steps}")

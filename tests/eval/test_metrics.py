@@ -98,13 +98,15 @@ def test_closed_correct_needs_equality_and_an_answer():
     assert metrics.closed_correct("There are two.", ["2", "two lesions"])
     assert not metrics.closed_correct("There are 12.", ["2"])
     assert not metrics.closed_correct("", [""])
+    assert metrics.closed_correct("Four.", ["Four", "4"], ["Zero", "One", "Two"])
+    assert not metrics.closed_correct("Two or four.", ["Four", "4"], ["Zero", "One", "Two"])
 
 
-def test_c_iou_weighs_by_size_and_g_iou_does_not():
-    pairs = [(90, 100), (0, 10), (0, 0)]  # the last: no target, nothing painted
-    assert metrics.c_iou(pairs) == pytest.approx(90 / 110)
-    assert metrics.g_iou(pairs) == pytest.approx((0.9 + 0 + 1) / 3)
-    assert metrics.g_iou([(0, 7)]) == 0  # no target, yet painted
+@given(masks, masks)
+def test_an_empty_pair_counts_as_right_and_paint_where_nothing_is_as_wrong(a, b):
+    assert metrics.iou_of_pair(*metrics.overlap(a, b)) == metrics.iou(a, b)
+    nothing = np.zeros_like(a)
+    assert metrics.iou_of_pair(*metrics.overlap(nothing, b)) == (0 if b.any() else 1)
 
 
 items = st.lists(st.tuples(st.floats(0, 1), st.sampled_from("abcd")), min_size=1, max_size=30)

@@ -15,13 +15,14 @@ from mimo_jax.models import stack
 from mimo_jax.models.llama import LanguageHead, Llama, TokenEmbedding
 
 TINY = LlamaConfig(vocab_size=50, width=32, layers=3, heads=4, kv_heads=4, mlp_width=56, eps=1e-5, max_length=64)
+NO_LORA = LoraConfig(rank=0)
 GROUPED = LlamaConfig(vocab_size=50, width=32, layers=3, heads=4, kv_heads=2, mlp_width=56, eps=1e-6, max_length=64)
 
 
 class Language(nnx.Module):
     """Embedding, layers and head together, as they lie in a whole model."""
 
-    def __init__(self, cfg, lora=LoraConfig(rank=0), targets=(), *, rngs):
+    def __init__(self, cfg, lora=NO_LORA, targets=(), *, rngs):
         self.embedding = TokenEmbedding(cfg, rngs=rngs)
         self.llm = Llama(cfg, lora, targets, rngs=rngs)
         self.lm_head = LanguageHead(cfg, rngs=rngs)

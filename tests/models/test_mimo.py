@@ -19,8 +19,7 @@ def build(config):
     return params, lambda p, batch: stack.bind(graphdef, p)(batch)
 
 
-@pytest.mark.parametrize("kind", ["cross_attention", "none", "linear", "mlp"])
-@pytest.mark.parametrize("seg_state", ["token", "predict"])
+@pytest.mark.parametrize(("kind", "seg_state"), [("cross_attention", "token"), ("none", "token"), ("linear", "predict"), ("mlp", "token")])
 def test_forward_and_backward_of_every_kind(kind, seg_state):
     config = tiny_config(seg_state=seg_state)
     config.model.aligner = dataclasses.replace(config.model.aligner, kind=kind)
@@ -65,7 +64,11 @@ def test_prompts_change_x_q_and_not_its_length(forward):
     def align(b):
         return np.asarray(model.align(image, b["instruction_ids"], b["instruction_mask"], b["prompt_xy"], b["prompt_kind"]))
 
-    first, prompted, asked = align(batch), align(batch | {"prompt_xy": other["prompt_xy"]}), align(batch | {"instruction_ids": other["instruction_ids"]})
+    first, prompted, asked = (
+        align(batch),
+        align(batch | {"prompt_xy": other["prompt_xy"]}),
+        align(batch | {"instruction_ids": other["instruction_ids"]}),
+    )
     assert first.shape == prompted.shape == asked.shape == (4, 1, 4, 16)
     assert np.abs(first - prompted).max() > 1e-5 and np.abs(first - asked).max() > 1e-5
 

@@ -21,6 +21,7 @@ from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn
 
 ABSENT_SHARE = 0.15  # of I and III
 PAIR_SHARE = 0.15  # of I
+UNMARKED_SHARE = 0.35  # the share of images of which II, or IV, is also asked without pointing at anything
 PRESENCE_PER_IMAGE = 2.8  # yes-or-no questions of presence, on average
 HARD_SHARE = 0.6  # of the answers "No.": asked where such an entity might have been
 ASK_COUNT, ASK_MODALITY, ASK_COMPARE = 0.4, 0.4, 0.9  # the share of images, of those where it can be asked
@@ -38,6 +39,7 @@ SEGMENT = (  # question, answer for one, answer for two
 )
 NAME = ("What is this?", "Name this structure.", "What is marked here?", "Which structure is this?", "Identify the marked structure.")
 ROLE = ("What does the marked structure do?", "What is known of this structure?", "What is this, and what does it do?")
+UNMARKED = "Nothing is marked in this image."
 LIES_IN = ("What does this lesion lie in?", "Where does the marked lesion lie?")
 NEAR_PROMPT = ("What is the marked lesion nearest to?", "Which structure lies nearest to this?")
 OTHER_SIDE = ("What is the twin of this structure?", "What matches this structure on the other side?")
@@ -126,7 +128,7 @@ def ask(record: Record, rng: np.random.Generator, census: Census, absent: Iterab
     labelled with and that has no mask here."""
     scene = _Scene(record, rng, census, absent)
     samples = [
-        *scene.segmentations(4), *scene.namings(4), *scene.knowledge(3), *scene.prompted_knowledge(3),
+        *scene.segmentations(4), *scene.namings(4), *scene.knowledge(3), *scene.prompted_knowledge(3), *scene.unmarked(),
         *scene.presences(), *scene.counts(), *scene.modality(), *scene.comparison(),
     ]  # fmt: skip
     for number, sample in enumerate(samples):
@@ -221,6 +223,11 @@ class _Scene:
             self.sample("II", "name", self.pick(NAME), grounded("This is the {}.", [(mask.entity, [mask.mask_id])]), [mask.mask_id])
             for mask in self.prompts(self.masks)[:number]
         ]
+
+    def unmarked(self) -> list[Sample]:
+        """The questions of II and IV with nothing pointed at: there is nothing to name, and the answer says so."""
+        asked = [("II", NAME)] * bool(self.masks) + [("IV", ROLE)] * any(entity in KNOWLEDGE for entity in self.masks)
+        return [self.sample(p, "unmarked", self.pick(asks), (UNMARKED, [])) for p, asks in asked if self.rng.random() < UNMARKED_SHARE]
 
     # III: a question of knowledge, or of a relation, that does not name what answers it
 

@@ -9,7 +9,7 @@ from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.build import questions
 from mimo_jax.data.build.knowledge import KNOWLEDGE
 from mimo_jax.data.build.phantom import PHANTOM_CENSUS, make_phantom
-from mimo_jax.data.build.questions import Census, ask, grounded
+from mimo_jax.data.build.questions import UNMARKED, Census, ask, grounded
 from mimo_jax.data.schema import Record, encode_mask
 from mimo_jax.eval.baselines import score_guessing
 
@@ -67,6 +67,8 @@ def test_I_asks_for_all_instances_and_II_for_one(records):
             assert target.entity in sample.turns[0].text
             assert sorted(target.mask_ids) == sorted(m.mask_id for m in record.masks if m.entity == target.entity)
     for _, sample in samples_of(records, "II"):
+        if sample.kind == "unmarked":
+            continue
         assert [target.mask_ids for target in sample.targets] == [sample.turns[0].prompted]
 
 
@@ -76,7 +78,11 @@ def test_III_and_IV_do_not_name_what_they_ask_for(records):
             assert not any(target.entity in sample.turns[0].text for target in sample.targets)
     for _, sample in samples_of(records, "II", "IV"):
         assert not any(entity in sample.turns[0].text for entity in KNOWLEDGE)
+        if sample.kind == "unmarked":
+            assert not sample.targets and not sample.turns[0].prompted and sample.turns[1].text == UNMARKED
+            continue
         assert sample.turns[0].prompted == sample.targets[0].mask_ids
+    assert {s.perspective for _, s in samples_of(records, *PERSPECTIVES) if s.kind == "unmarked"} == {"II", "IV"}
     assert any(len(sample.targets) >= 2 for _, sample in samples_of(records, "III"))
     assert any(len(sample.targets) == 2 for _, sample in samples_of(records, "IV"))
     assert max(len(sample.targets) for _, sample in samples_of(records, *PERSPECTIVES)) <= 4
@@ -97,12 +103,12 @@ def test_relations_are_true_of_the_masks(records):
 
 def test_the_prompt_is_needed(records):
     """II: no class is common, and the best guess from the image's own structures is right for about one in its number of structures."""
-    classes = Counter(sample.targets[0].entity for _, sample in samples_of(records, "II"))
+    classes = Counter(sample.targets[0].entity for _, sample in samples_of(records, "II") if sample.targets)
     assert max(classes.values()) <= 0.12 * sum(classes.values())
     assert min(classes.values()) >= 0.02 * sum(classes.values())
     best = total = 0
     for record in records:
-        answers = Counter(sample.targets[0].entity for sample in record.samples if sample.perspective == "II")
+        answers = Counter(sample.targets[0].entity for sample in record.samples if sample.perspective == "II" and sample.targets)
         best, total = best + max(answers.values()), total + sum(answers.values())
     assert best / total < 0.38
 
@@ -174,7 +180,7 @@ def test_unknown_entities_get_what_needs_no_knowledge():
     census = Census.of([record, other, plain_record(["keel"], modality="MR", name="t")])
     found = [sample for seed in range(40) for sample in ask(record, np.random.default_rng(seed), census)]
     assert {sample.perspective for sample in found} == {"I", "II", "vqa"}
-    assert {sample.kind for sample in found} == {"one", "two", "name", "yes_no", "modality"}
+    assert {sample.kind for sample in found} == {"one", "two", "name", "unmarked", "yes_no", "modality"}
     assert not any(target.absent for sample in found for target in sample.targets)  # it lacks nothing that its kind is labelled with
     lacking = [sample for seed in range(40) for sample in ask(other, np.random.default_rng(seed), census)]
     assert {t.entity for s in lacking for t in s.targets if t.absent} == {"gizzard"}

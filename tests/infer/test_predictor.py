@@ -1,0 +1,296 @@
+"""A small model with random weights, asked about images; where the words matter, its generated ids are replaced by chosen ones."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco
+
+from mimo_jax import checkpoint, pathtree
+from mimo_jax.data.conversation import prompt_turn
+from mimo_jax.data.prompts import Prompts
+from mimo_jax.errors import UserError
+from mimo_jax.infer import answer as answers
+from mimo_jax.infer.predictor import Mimo, Request, _bucket
+from tests.data.handmade import tokenizer as make_tokenizer
+from tests.tiny_config import random_params, tiny_config
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def mimo(tokenizer):
+    config = tiny_config(turns_max=2)
+    return Mimo(config, random_params(config), tokenizer)
+
+
+def picture(height=40, width=56, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+class Said:
+    """While it holds, the model's generated ids are these; states and masks stay the model's own. `calls`: what it was given."""
+
+    def __init__(self, mimo, *rows, prob=0.5):
+        self.mimo, self.rows, self.prob, self.calls = mimo, rows, prob, []
+
+    def __enter__(self):
+        real = self.real = self.mimo.engine.generate
+
+        def generate(x_q, input_ids, query_index, token_mask, limits, new_tokens):
+            self.calls.append((np.asarray(x_q), input_ids, query_index, token_mask))
+            out = real(x_q, input_ids, query_index, token_mask, np.full_like(limits, new_tokens), new_tokens)
+            ids, lengths = np.zeros_like(out.ids), np.zeros_like(out.lengths)
+            for b, row in enumerate(self.rows):
+                ids[b, : len(row)], lengths[b] = row, len(row)
+            return out._replace(ids=ids, lengths=lengths, probs=np.full(ids.shape, self.prob, np.float32), ended=lengths > 0)
+
+        self.mimo.engine.generate = generate
+        return self
+
+    def __exit__(self, *_):
+        del self.mimo.engine.generate
+
+
+def grounded(tokenizer, *phrases):
+    """Ids of "The <p>phrase<SEG></p> The <p>…"."""
+    ids = []
+    for phrase in phrases:
+        ids += [*tokenizer.encode("The"), tokenizer.p_open, *tokenizer.encode(phrase), tokenizer.seg, tokenizer.p_close]
+    return ids
+
+
+def same(a, b):
+    assert a.text == b.text and a.parts == b.parts and a.truncated == b.truncated and len(a.entities) == len(b.entities)
+    for x, y in zip(a.entities, b.entities, strict=True):
+        assert x.phrase == y.phrase and x.score == pytest.approx(y.score, abs=1e-4)
+        assert (x.mask != y.mask).mean() < 0.01
+
+
+def test_a_batch_of_mixed_requests_equals_single_ones(mimo):
+    small, wide = picture(), picture(17, 90, 1)
+    prompts = Prompts(points=np.array([[5.0, 6.0, 1]]), boxes=np.array([[2.0, 3, 20, 14]]))
+    requests = [
+        Request(small, "Segment the liver."),
+        Request(wide, "What is this?", prompts),
+        Request(small, "What is this?", prompts),
+        Request(small, "Which organ makes bile? " * 12),
+        Request(wide, "Is there a liver?", max_new_tokens=3),
+    ]
+    together = mimo.predict(requests)
+    assert len({a.text for a in together}) > 2
+    for request, one in zip(requests, together, strict=True):
+        same(one, mimo.predict([request])[0])
+        assert one.image is request.image and one.question == request.question
+
+
+def test_prompts_and_question_reach_the_answer(mimo):
+    chat = mimo.open(picture())
+    plain = mimo.predict([Request(chat.image, "What is this?")])[0]
+    asked = mimo.predict([Request(chat.image, "Is there a liver?")])[0]
+    pointed = mimo.predict([Request(chat.image, "What is this?", Prompts(boxes=[[1, 1, 30, 20]]))])[0]
+    assert plain.text != asked.text and plain.text != pointed.text
+
+
+def test_an_image_is_encoded_once(mimo, monkeypatch):
+    calls = []
+    real = mimo.engine.encode
+    monkeypatch.setattr(mimo.engine, "encode", lambda *arrays: calls.append(len(arrays[0])) or real(*arrays))
+    chat = mimo.open(picture())
+    chat.ask("What is this?")
+    chat.ask("Segment the liver.", points=[[3, 4, 1]])
+    assert calls == [1]
+    image = picture(seed=3)
+    mimo.predict([Request(image, "What is this?"), Request(image, "Is there a liver?"), Request(chat.image, "What is this?")])
+    assert calls == [1, 1]
+
+
+def test_entities_follow_from_mask_iou_and_probability(mimo, tokenizer):
+    with Said(mimo, grounded(tokenizer, "liver", "left  Lung."), prob=0.25):
+        answer = mimo.open(picture()).ask("Segment both.")
+    assert [(e.id, e.entity) for e in answer.entities] == [(0, "liver"), (1, "left lung")]
+    assert "".join(p["text"] for p in answer.parts) == answer.text
+    assert [p.get("entity_id") for p in answer.parts if "entity_id" in p] == [0, 1]
+    assert not answer.truncated
+    for e in answer.entities:
+        assert e.mask.shape == (40, 56) and e.mask.dtype == bool and e.area_px == e.mask.sum()
+        assert 0 <= e.iou <= 1 and e.score == pytest.approx(e.iou * 0.25) and e.uncertain
+        if e.area_px:
+            x0, y0, x1, y1 = e.box_xyxy
+            assert e.mask[y0:y1, x0:x1].sum() == e.area_px
+            assert e.mask[y0].any() and e.mask[y1 - 1].any() and e.mask[:, x0].any() and e.mask[:, x1 - 1].any()
+    assert (answer.entities[0].mask != answer.entities[1].mask).any()
+    values = json.loads(json.dumps(answer.to_json()))
+    for e, row in zip(answer.entities, values["entities"], strict=True):
+        assert (coco.decode(row["rle"]).astype(bool) == e.mask).all()
+    assert set(values) == {"text", "parts", "entities", "truncated"}
+    assert set(values["entities"][0]) == {"id", "phrase", "entity", "rle", "box_xyxy", "area_px", "iou", "score", "uncertain"}
+
+
+def test_more_segs_than_training_slots_are_all_painted(mimo, tokenizer):
+    assert mimo.config.model.seg_max == 3
+    with Said(mimo, [tokenizer.seg] * 7):
+        answer = mimo.open(picture()).ask("Segment all.")
+    assert len(answer.entities) == 7 and all(e.phrase == "" for e in answer.entities)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(["p_open", "p_close", "seg", "eos", 40, 300, 511]), max_size=12))
+def test_no_order_of_tags_crashes(mimo, tokenizer, row):
+    ids = [getattr(tokenizer, i) if isinstance(i, str) else i for i in row]
+    with Said(mimo, ids):
+        answer = mimo.open(picture()).ask("What is this?")
+    assert len(answer.entities) == ids.count(tokenizer.seg)
+    assert [p["entity_id"] for p in answer.parts if "entity_id" in p] == list(range(len(answer.entities)))
+    assert not any(tag in answer.text for tag in ("<p>", "</p>", "<SEG>"))
+    json.dumps(answer.to_json())
+
+
+def test_an_answer_without_seg_says_so_and_paints_nothing(mimo, tokenizer, monkeypatch):
+    monkeypatch.setattr(mimo.engine, "segment", lambda *_: pytest.fail("nothing is to be painted"))
+    with Said(mimo, tokenizer.encode("Yes.")):
+        answer = mimo.open(picture()).ask("Is there a liver?")
+    assert answer.text == "Yes." and answer.entities == [] and answers.NOTHING_PAINTED in answer.describe()
+
+
+def test_limits_cut_and_say_so(mimo):
+    chat = mimo.open(picture())
+    long, short = chat.ask("What is this?"), mimo.open(picture()).ask("What is this?", max_new_tokens=2)
+    assert short.truncated and "cut off" in short.describe() and long.text.startswith(short.text)
+    far = mimo.open(picture()).ask("What is this?", max_new_tokens=40)  # more than the config's 12
+    assert far.text.startswith(long.text) and len(far.text) > len(long.text)
+
+
+def test_later_turns_stand_behind_earlier_ones_as_they_were(mimo, tokenizer):
+    """The second turn's sequence is the first turn's, token by token with its own X_q, then the new one; only its <SEG>s count."""
+    chat = mimo.open(picture())
+    first_answer = grounded(tokenizer, "liver", "spleen")
+    with Said(mimo, first_answer) as first:
+        chat.ask("Segment both.", boxes=[[1, 1, 9, 9]])
+    with Said(mimo, grounded(tokenizer, "liver")) as second:
+        answer = chat.ask("What is this?", points=[[30, 20, 1]])
+    assert len(answer.entities) == 1 and len(chat.answers) == 2 and len(chat.answers[0].entities) == 2
+
+    q = mimo.config.model.query_tokens()
+    ids1, index1 = prompt_turn(tokenizer, mimo.config, "Segment both.", 0, True)
+    ids2, index2 = prompt_turn(tokenizer, mimo.config, "What is this?", 1, False)
+    ids = [*ids1, *first_answer, tokenizer.eos, *ids2]
+    (x_q1, input1, _, mask1), (x_q2, input2, query2, mask2) = first.calls[0], second.calls[0]
+    assert input1[0, mask1[0]].tolist() == ids1
+    assert input2[0, mask2[0]].tolist() == ids
+    assert query2[0, mask2[0]].tolist() == [*index1, *[-1] * (len(first_answer) + 1), *index2]
+    assert query2.max() == 2 * q - 1 and x_q2.shape[1:3] == (2, q)
+    np.testing.assert_array_equal(x_q2[0, 0], x_q1[0, 0])
+    assert np.abs(x_q2[0, 1] - x_q2[0, 0]).max() > 1e-4
+
+
+def test_turns_of_different_number_share_a_batch(mimo):
+    chat = mimo.open(picture())
+    (_, past), = mimo.converse([Request(chat.image, "Segment the liver.")])
+    requests = [Request(chat.image, "What is this?", past=[past]), Request(chat.image, "What is this?")]
+    requests.append(Request(chat.image, "What is this?", past=[past, past]))
+    together = mimo.predict(requests)
+    for request, one in zip(requests, together, strict=True):
+        same(one, mimo.predict([request])[0])
+    assert together[0].text != together[1].text
+
+
+@pytest.mark.parametrize(
+    "error, kwargs",
+    [
+        ("question: is empty", {"question": "  "}),
+        ("the context of 256 leaves no room", {"question": "Where is the liver? " * 90}),
+        ("finite", {"points": [[float("nan"), 3, 1]]}),
+        ("label 2", {"points": [[3, 3, 2]]}),
+        ("lies outside the image of 56x40", {"points": [[70, 3, 1]]}),
+        ("has no area", {"boxes": [[9, 9, 9, 20]]}),
+        ("leaves the image of 56x40", {"boxes": [[-9, 9, 9, 20]]}),
+        ("scribble 0", {"scribbles": [[[3, 3], [3, 99]]]}),
+        ("shape", {"points": [[3, 3]]}),
+        ("this model takes 12 in a turn", {"points": [[3, 3, 1]] * 13}),
+        ("max_new_tokens: is 0", {"max_new_tokens": 0}),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_one_line_and_leaves_the_chat(mimo, error, kwargs):
+    chat = mimo.open(picture())
+    with pytest.raises(UserError, match=error) as raised:
+        chat.ask(**({"question": "What is this?"} | kwargs))
+    assert "\n" not in str(raised.value) and not chat.answers and not chat._past
+
+
+@pytest.mark.parametrize("kind", ["linear", "none"])
+def test_every_kind_of_aligner_answers_and_the_text_only_ones_refuse_prompts(tokenizer, kind):
+    config = tiny_config()
+    config.model.aligner = dataclasses.replace(config.model.aligner, kind=kind)
+    config.model.llm.max_length = config.model.query_tokens() + 40
+    model = Mimo(config, random_params(config), tokenizer)
+    pointed = Request(picture(), "What is this?", Prompts(points=[[3, 3, 1]]))
+    with Said(model, grounded(tokenizer, "liver")) as said:
+        model.predict([dataclasses.replace(pointed, prompts=Prompts())])
+    assert (said.calls[0][2] >= 0).sum() == said.calls[0][0].shape[2] == config.model.query_tokens()
+    if kind == "none":
+        assert model.predict([pointed])[0].text
+    else:
+        with pytest.raises(UserError, match="reads no points"):
+            model.predict([pointed])
+
+
+def test_images_from_files_and_arrays(mimo, tmp_path):
+    pixels = picture()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(mimo.open(tmp_path / "a.png").image.pixels, pixels)
+    grey = mimo.open(pixels[..., 0]).image.pixels
+    assert grey.shape == (40, 56, 3) and (grey == pixels[..., :1]).all()
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    (tmp_path / "c.png").write_text("no image")
+    for bad in (tmp_path / "b.png", tmp_path / "c.png", tmp_path / "d.png", pixels.astype(float), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(UserError, match="b.png|c.png|d.png|image: an array"):
+            mimo.open(bad)
+
+
+def test_answers_are_saved_by_their_ending(mimo, tokenizer, tmp_path):
+    with Said(mimo, grounded(tokenizer, "liver", "spleen")):
+        answer = mimo.open(picture()).ask("Segment both.", boxes=[[1, 1, 9, 9]])
+    paths = [tmp_path / name for name in ("a.png", "a.json", "a.npy")]
+    answer.save(*paths)
+    assert Image.open(paths[0]).width >= 56
+    assert json.loads(paths[1].read_text()) == json.loads(json.dumps(answer.to_json()))
+    np.testing.assert_array_equal(np.load(paths[2]), np.stack([e.mask for e in answer.entities]))
+    for bad in ("a.gif", "none/a.png"):
+        with pytest.raises(UserError, match="a.gif|none"):
+            answer.save(tmp_path / "b.json", tmp_path / bad)
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_load_answers_as_the_model_that_was_saved(mimo, tokenizer, tmp_path):
+    frozen, train = pathtree.partition(mimo.engine.params, lambda path: path.startswith("clip/"))
+    checkpoint.open_run(tmp_path, mimo.config)
+    (tmp_path / "tokenizer.json").write_bytes(open(tokenizer.path, "rb").read())
+    checkpoint.start_run(tmp_path, mimo.config, frozen)
+    steps = checkpoint.Checkpoints(tmp_path)
+    steps.save(3, {"params": train, "opt": {}, "step": jnp.int32(3)}, {})
+    steps.wait()
+    same(Mimo.load(tmp_path).open(picture()).ask("What is this?"), mimo.open(picture()).ask("What is this?"))
+    with pytest.raises(UserError, match="nothing_here"):
+        Mimo.load(tmp_path / "nothing_here")
+
+
+def test_parameters_of_another_model_are_refused(mimo, tokenizer):
+    config = tiny_config()
+    config.model.aligner = dataclasses.replace(config.model.aligner, queries=7)
+    with pytest.raises(UserError, match=r"1 parameters do not fit its model config: aligner/queries \(\(4, 16\), not \(7, 16\)\)"):
+        Mimo(config, mimo.engine.params, tokenizer)
+
+
+def test_buckets_hold_their_lengths_and_are_few():
+    made = [_bucket(n) for n in range(1, 2049)]
+    assert all(b >= n and (n <= 32 or b < 2 * n) for n, b in enumerate(made, 1))
+    assert len(set(made)) <= 12

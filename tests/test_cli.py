@@ -1,0 +1,208 @@
+"""The command line: help, flags, exit codes. What the commands do is tested where it is done."""
+
+import json
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from mimo_jax import __version__, cli
+from mimo_jax.errors import UserError
+
+COMMANDS = ["train", "eval", "ask", "data", "data phantom"]
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The functions behind the commands, replaced: what they were called with, and what they return or raise."""
+    record = types.SimpleNamespace(calls=[], result=0, error=None)
+
+    def stand_in(module: str, name: str, result=None):
+        def function(*args, **kwargs):
+            record.calls.append((name, args, kwargs))
+            if record.error:
+                raise record.error
+            return record.result if result is None else result
+
+        made = types.ModuleType(module)
+        setattr(made, name, function)
+        monkeypatch.setitem(sys.modules, module, made)
+
+    stand_in("mimo_jax.train.loop", "train")
+    stand_in("mimo_jax.eval.evaluate", "evaluate_checkpoint", {})
+    split = {"records": 8, "masks": 9, "samples": 10, "perspectives": {"I": 10}}
+    stand_in("mimo_jax.data.build.phantom_set", "build_phantoms", {"splits": {"train": split}})
+    return record
+
+
+class FakeAnswer:
+    entities = [types.SimpleNamespace(phrase="liver", area_px=12, box_xyxy=[1, 2, 3, 4], score=0.25, uncertain=True)]
+
+    def describe(self):
+        return "The liver is outlined."
+
+    def to_json(self):
+        return {"text": "The liver is outlined."}
+
+    def save(self, path):
+        Path(path).write_text("picture")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """`Mimo`, replaced: what it was loaded, opened and asked with."""
+    record = {}
+
+    class FakeMimo:
+        @classmethod
+        def load(cls, checkpoint, base=None):
+            record.update(checkpoint=checkpoint, base=base)
+            return cls()
+
+        def open(self, image):
+            record.update(image=image)
+            return self
+
+        def ask(self, question, **prompts):
+            record.update(question=question, **prompts)
+            return FakeAnswer()
+
+    module = types.ModuleType("mimo_jax.infer.predictor")
+    module.Mimo = FakeMimo
+    monkeypatch.setitem(sys.modules, "mimo_jax.infer.predictor", module)
+    return record
+
+
+def fails(capsys, *argv: str) -> str:
+    """The one line that a user's mistake is answered with."""
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("mimo: error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_of_every_command_shows_examples(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: mimo {command}".strip() in text
+    assert command == "data" or f"  mimo {command}" in text.split("examples:")[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_parse(command):
+    for line in cli._command(cli.parser(), command.split()).format_help().split("examples:")[-1].splitlines():
+        if line.startswith("  mimo "):
+            words = shlex.split(line)[1:]
+            assert cli._parse(cli._negatives_joined(words)).command == command.split()[0]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"mimo_jax {__version__}\n"
+
+
+def test_help_loads_no_jax():
+    code = "import sys; from mimo_jax import cli; cli.parser().format_help(); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "answer"),
+    [
+        ("", "COMMAND"),
+        ("trian", "invalid choice: 'trian'"),
+        ("train --config tiny", "--workdir"),
+        ("train --config tiny --wrkdir w", "--wrkdir: is unknown; did you mean --workdir?"),
+        ("eval --chekpoint c --data d --out o", "--chekpoint: is unknown; did you mean --checkpoint?"),
+        ("eval --checkpoint c --data d --out o --config.train.steps=3", "--config.train.steps: is unknown"),
+        ("eval --checkpoint c --data d --out o --limit 0", "--limit: '0' is not a whole number of 1 or more"),
+        ("eval --checkpoint c --data d --out o --split dev", "invalid choice: 'dev'"),
+        ("ask --checkpoint c i.png q more", "'more': is one argument too many"),
+        ("ask --checkpoint c i.png q --box 1,2,3", "'1,2,3' is not X0,Y0,X1,Y1 such as 10,12,40,44"),
+        ("ask --checkpoint c i.png q --point 1", "'1' is not X,Y,LABEL such as 31,40,1"),
+        ("ask --checkpoint c i.png q --scribble 1,2,3", "'1,2,3' is not X,Y pairs"),
+        ("train --config tiny --workdir w --config.train.stesp=5", "config.train.stesp: is unknown; did you mean config.train.steps?"),
+        ("train --config tiny --workdir w --config.train.steps", "--config.train.steps"),
+        ("train --config gone.py --workdir w", "--config gone.py: no such file"),
+        ("train --config tiny --workdir w --data a/x --data b/x", "a second dataset named x"),
+        ("train --config tiny --workdir w --data =x", "write --data DIR or --data NAME=DIR"),
+    ],
+)
+def test_a_wrong_line_is_answered_with_one_line_and_code_2(argv, answer, capsys, called):
+    assert answer in fails(capsys, *argv.split())
+    assert not called.calls, "nothing is done"
+
+
+def test_train_hands_over_config_workdir_data_init_and_overrides(called, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    called.result = 75
+    line = "train --config configs/tiny_lora.py --init runs/a --data my_data --data x=y.jsonl --workdir w --config.train.steps 5"
+    assert cli.main([*line.split(), "--config.data.sources.x.weight=3"]) == 75
+    ((name, (config, workdir), _),) = called.calls
+    assert (name, workdir, config.train.steps, config.init.path) == ("train", "w", 5, "runs/a")
+    assert {n: (s.path, s.weight) for n, s in config.data.sources.items()} == {
+        "my_data": (str(tmp_path / "my_data"), 1.0),
+        "x": (str(tmp_path / "y.jsonl"), 3.0),
+    }
+
+
+def test_eval_and_phantom_hand_over_their_flags(called, capsys):
+    assert cli.main("eval --checkpoint c --data d --split val --out o --limit 3 --overlays v".split()) == 0
+    assert cli.main("data phantom --out d --images 8 --seed 2 --workers 1".split()) == 0
+    assert called.calls == [
+        ("evaluate_checkpoint", ("c", "d", "val", "o"), {"limit": 3, "overlays": "v", "base": None}),
+        ("build_phantoms", ("d", 8, 2), {"workers": 1}),
+    ]
+    assert "d train: 8 images, 9 masks, 10 samples (I 10)" in capsys.readouterr().out
+
+
+def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path):
+    out = tmp_path / "overlay.png"
+    argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--point", "1,2.5,0", "--point", "3,4", "--max-new-tokens", "9"]
+    assert cli.main([*argv, "--box", "-1,2,3,4", "--scribble", "1,2 3,4", "--scribble", "5,6", "--out", str(out)]) == 0
+    assert asked == {
+        **{"checkpoint": "c", "base": "b", "image": "i.png", "question": "Which?", "max_new_tokens": 9},
+        "points": [[1.0, 2.5, 0.0], [3.0, 4.0, 1.0]],
+        "boxes": [[-1.0, 2.0, 3.0, 4.0]],
+        "scribbles": [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]],
+    }
+    assert out.read_text() == "picture"
+    assert capsys.readouterr().out.splitlines() == ["The liver is outlined.", "  liver: 12 px, box [1, 2, 3, 4], score 0.25, uncertain"]
+
+
+def test_ask_prints_json_alone(asked, capsys):
+    assert cli.main(["ask", "--checkpoint", "c", "i.png", "Which?", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"text": "The liver is outlined."}
+
+
+def test_exit_codes(called, capsys):
+    line = ["train", "--config", "tiny", "--workdir", "w"]
+    called.error = UserError("config.x: is wrong;\nmend it")
+    assert fails(capsys, *line) == "mimo: error: config.x: is wrong; mend it\n"
+    called.error = OSError(28, "No space left on device")
+    assert fails(capsys, *line) == "mimo: error: No space left on device\n"
+    called.error = FileNotFoundError(2, "No such file or directory", "a.png")
+    assert fails(capsys, *line) == "mimo: error: a.png: No such file or directory\n"
+    called.error = KeyboardInterrupt()
+    assert cli.main(line) == 130
+    called.error = ValueError("ours")
+    with pytest.raises(ValueError, match="ours"):  # the interpreter prints the traceback and exits with 1
+        cli.main(line)
+
+
+def test_a_real_process_shows_a_traceback_only_where_the_fault_is_ours(tmp_path):
+    run = [sys.executable, "-m", "mimo_jax.cli", "ask", "--checkpoint", str(tmp_path), "i.png", "q"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"mimo: error: {tmp_path}: is not a checkpoint") and done.stderr.count("\n") == 1
+    code = "import sys; from mimo_jax import cli; cli._parse = lambda argv: 1 / 0; sys.exit(cli.main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr

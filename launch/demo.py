@@ -5,6 +5,7 @@ Every command is printed before it runs. Steps that are done already are not don
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def main() -> int:
     print(f"\nReport: {REPORT}\nPictures:", *sorted(ANSWERS.glob("*.png")), *sorted(OVERLAYS.glob("*.png")), sep="\n  ")
     image, question, prompt = asked[0]
     ask = shlex.join(["mimo", "ask", "--checkpoint", str(RUN), str(image), question, *prompt, "--out", "answer.png"])
-    print(f"\nNow ask yourself:\n  {ask}")
+    print(f"\nNow ask yourself:\n  source {os.path.relpath(Path(sys.prefix) / 'bin' / 'activate')}\n  {ask}")
     return 0
 
 

@@ -338,6 +338,8 @@ class _Pictures:
 
     def __init__(self, folder: str | os.PathLike | None, count: int):
         self.folder, self.left = folder, count if folder else 0
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
         self.most = -(-count // len(GROUNDED))  # of one perspective
         self.drawn: Counter = Counter()  # by perspective, and by (perspective, modality)
 

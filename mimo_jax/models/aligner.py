@@ -97,7 +97,7 @@ class Aligner(nnx.Module):
             self.image_norm = nnx.LayerNorm(cfg.clip.width, dtype=dtype, rngs=rngs)
             self.text_norm = nnx.LayerNorm(out, dtype=dtype, rngs=rngs)
             self.look = Attention(width, a.heads, dtype=dtype, rngs=rngs, same_start=True)
-            self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)))
+            self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)) * 0.02)
             self.blocks = Stack(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, scan=scan)
             self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
             self.project = linear(width, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mimo_jax.checkpoint import Checkpoints
@@ -35,6 +35,20 @@ class Tick:
     wait: float = 0.0  # seconds spent waiting for data
 
 
+def _summary_writer(folder: Path):
+    """tensorboardX's writer. It imports torch wherever torch is installed, seconds and hundreds of megabytes for a tensor type that we
+    never hand it; so torch is hidden from it."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder))
+
+
 class Metrics:
     """Means of the metrics to `metrics.jsonl` and TensorBoard, and a progress bar with the time left.
 
@@ -44,7 +58,7 @@ class Metrics:
     def __init__(self, workdir: Path, every: int, first: int, total: int, checkpoints: Checkpoints):
         self.every, self.total, self.checkpoints = every, total, checkpoints
         self.file = open(workdir / "metrics.jsonl", "a", buffering=1)
-        self.board = SummaryWriter(str(workdir / "tensorboard"))
+        self.board = _summary_writer(workdir / "tensorboard")
         self.bar = tqdm(total=total, initial=first, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05)
         self.pending: list[dict[str, jax.Array]] = []
         self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()

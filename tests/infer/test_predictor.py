@@ -29,6 +29,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mimo(tokenizer):
     config = tiny_config(turns_max=2)
+    config.generate.max_new_tokens = 24
     return Mimo(config, random_params(config), tokenizer)
 
 
@@ -161,12 +162,21 @@ def test_an_answer_without_seg_says_so_and_paints_nothing(mimo, tokenizer, monke
     assert answer.text == "Yes." and answer.entities == [] and answers.NOTHING_PAINTED in answer.describe()
 
 
-def test_limits_cut_and_say_so(mimo):
+def test_limits_cut_and_say_so(mimo, monkeypatch):
+    ids, real = [], mimo.engine.generate
+
+    def generate(*args):
+        out = real(*args)
+        ids.append(np.asarray(out.ids[0, : out.lengths[0]]).tolist())
+        return out
+
+    monkeypatch.setattr(mimo.engine, "generate", generate)
     chat = mimo.open(picture())
-    long, short = chat.ask("What is this?"), mimo.open(picture()).ask("What is this?", max_new_tokens=2)
-    assert short.truncated and "cut off" in short.describe() and long.text.startswith(short.text)
-    far = mimo.open(picture()).ask("What is this?", max_new_tokens=40)  # more than the config's 12
-    assert far.text.startswith(long.text) and len(far.text) > len(long.text)
+    made = [mimo.predict([Request(chat.image, "What is this?", max_new_tokens=n)])[0] for n in (2, None, 60)]
+    assert [len(row) for row in ids] == [2, 24, 60]  # 24: the config's own limit
+    assert ids[1][:2] == ids[0] and ids[2][:24] == ids[1]
+    assert made[0].truncated and "cut off" in made[0].describe()
+    assert "cut off" not in dataclasses.replace(made[0], truncated=False).describe()
 
 
 def test_later_turns_stand_behind_earlier_ones_as_they_were(mimo, tokenizer):
@@ -230,7 +240,7 @@ def test_what_cannot_be_asked_is_said_in_one_line_and_leaves_the_chat(mimo, erro
 def test_every_kind_of_aligner_answers_and_the_text_only_ones_refuse_prompts(tokenizer, kind):
     config = tiny_config()
     config.model.aligner = dataclasses.replace(config.model.aligner, kind=kind)
-    config.model.llm.max_length = config.model.query_tokens() + 40
+    config.generate.max_new_tokens = 24
     model = Mimo(config, random_params(config), tokenizer)
     pointed = Request(picture(), "What is this?", Prompts(points=[[3, 3, 1]]))
     with Said(model, grounded(tokenizer, "liver")) as said:

@@ -24,6 +24,7 @@ PAIR_SHARE = 0.15  # of I
 UNMARKED_SHARE = 0.35  # the share of images of which II, or IV, is also asked without pointing at anything
 PRESENCE_PER_IMAGE = 2.8  # yes-or-no questions of presence, on average
 HARD_SHARE = 0.6  # of the answers "No.": asked where such an entity might have been
+MOST_SPANS = 2  # grounded spans of one answer; what would take more is not asked
 ASK_COUNT, ASK_MODALITY, ASK_COMPARE = 0.4, 0.4, 0.9  # the share of images, of those where it can be asked
 LARGER = 1.25  # areas nearer than this are not compared
 NEARER = 1.2  # places nearer than this to equally far are not told
@@ -49,6 +50,7 @@ NEAREST = ("Which structure is the {} nearest to?", "What lies nearest to the {}
 PRESENCE = ("Is there {} in this image?", "Does this image show {}?", "Can {} be seen here?")
 COUNT = ("How many {} are there?", "Count the {}.")
 MODALITY = ("Which modality is this?", "How was this image made?", "What kind of image is this?")
+LIST = ("Which structures can be seen?", "What does this image show?", "List what is visible.")
 COMPARE = ("Is the {} larger than the {}?", "Is the {} smaller than the {}?")
 
 
@@ -129,8 +131,9 @@ def ask(record: Record, rng: np.random.Generator, census: Census, absent: Iterab
     scene = _Scene(record, rng, census, absent)
     samples = [
         *scene.segmentations(4), *scene.namings(4), *scene.knowledge(3), *scene.prompted_knowledge(3), *scene.unmarked(),
-        *scene.presences(), *scene.counts(), *scene.modality(), *scene.comparison(),
+        *scene.presences(), *scene.counts(), *scene.modality(), *scene.comparison(), *scene.inventory(),
     ]  # fmt: skip
+    samples = [sample for sample in samples if len(sample.targets) <= MOST_SPANS]
     for number, sample in enumerate(samples):
         sample.sample_id = f"{record.id}/{number}"
     return samples
@@ -383,3 +386,17 @@ class _Scene:
                 answer = "Yes" if (first > second) == (which == 0) else "No"
                 samples.append(self.closed("compare", COMPARE[which].format(*pair), answer, ["Yes", "No"]))
         return samples
+
+    def inventory(self) -> list[Sample]:
+        """An open question: everything that is labelled, lesions with their number, in the order of the alphabet."""
+        if not self.masks:
+            return []
+        named = []
+        for entity in sorted(self.masks):
+            fact, number = KNOWLEDGE.get(entity), len(self.masks[entity])
+            counted = bool(fact and fact.lesion and number < len(NUMBERS))
+            named.append(f"{NUMBERS[number].lower()} {fact.plural if number > 1 else entity}" if counted else entity)
+        text = ", ".join(named)
+        text = f"{text[0].upper()}{text[1:]}."
+        sample = self.sample("vqa", "list", self.pick(LIST), (text, []), answer_type="open", references=[text])
+        return [sample]

@@ -29,11 +29,10 @@ $(CORE): setup.py pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e .
 	@touch $@
 
-# torch first, and without CUDA: whatever asks for it afterwards finds it there.
+# torch first, a build without CUDA where one is at hand: whatever asks for it afterwards finds it there.
 $(DEV): $(CORE)
 	@echo "installing what the tests need into $(VENV): a few minutes, once"
-	$(BIN)/python -m pip install -q "torch==$(TORCH)+cpu" 2>/dev/null || \
-		$(BIN)/python -m pip install -q "torch==$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/python -m pip install -q "torch==$(TORCH)+cpu" 2>/dev/null || $(BIN)/python -m pip install -q "torch==$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[dev,convert]"
 	$(BIN)/python -m pip install -q --no-deps segment-anything==1.0
 	@touch $@

@@ -24,10 +24,11 @@ import numpy as np
 
 from checkpoints_convert.ops import OPS, Op
 from mimo_jax.config import ModelConfig
+from mimo_jax.errors import UserError
 from mimo_jax.models.sam_decoder import MASK_TOKENS
 
 
-class KeyMapError(ValueError):
+class KeyMapError(UserError):
     """A checkpoint that does not fit the table; the message lists every key that is missing, left over or misshapen."""
 
 

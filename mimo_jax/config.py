@@ -171,6 +171,7 @@ class LossConfig:
 @dataclass
 class TrainConfig:
     steps: int = 10000
+    optimizer: str = "adam"  # or "muon": Muon for the towers' matrices, Adam for the rest
     learning_rate: float = 3e-4
     warmup_steps: int = 100
     final_learning_rate: float = 0.0
@@ -242,7 +243,7 @@ class Config:
         need(m.sam.image_size % m.sam.patch_size == 0, "model.sam.patch_size", "must divide model.sam.image_size")
         need(m.sam.width % m.sam.heads == 0, "model.sam.heads", "must divide model.sam.width")
         need(m.sam.layers % m.sam.global_every == 0, "model.sam.global_every", "must divide model.sam.layers")
-        need(m.sam.decoder_width % (2 * m.sam.decoder_heads) == 0, "model.sam.decoder_heads", "its double must divide model.sam.decoder_width")
+        need(m.sam.decoder_width % (2 * m.sam.decoder_heads) == 0, "model.sam.decoder_heads", "twice this must divide decoder_width")
         need(m.llm.width % m.llm.heads == 0, "model.llm.heads", "must divide model.llm.width")
         need(m.llm.heads % m.llm.kv_heads == 0, "model.llm.kv_heads", "must divide model.llm.heads")
         need(m.aligner.width % m.aligner.heads == 0, "model.aligner.heads", "must divide model.aligner.width")
@@ -255,6 +256,7 @@ class Config:
         need(d.batch_size % self.train.accumulate == 0, "train.accumulate", "must divide data.batch_size")
         need(all(b <= m.llm.max_length for b in self.buckets()), "data.buckets", "must not exceed model.llm.max_length")
         need(d.sort_window >= 1, "data.sort_window", "must be at least 1")
+        need(self.train.optimizer in ("adam", "muon"), "train.optimizer", f"is {self.train.optimizer!r}; use adam or muon")
         need(self.train.steps >= 1, "train.steps", "must be at least 1")
 
     def buckets(self) -> tuple[int, ...]:

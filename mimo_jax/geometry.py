@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mimo_jax.errors import UserError
+
 FITS = ("pad", "stretch", "crop")
 
 
-class GeometryError(ValueError):
+class GeometryError(UserError):
     """A size, point, box or scribble that cannot be; one line that says what and where."""
 
 

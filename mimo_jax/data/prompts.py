@@ -16,6 +16,7 @@ import numpy as np
 from scipy import ndimage
 
 from mimo_jax.config import PromptConfig
+from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, box_to_corners, validate_boxes, validate_points, validate_scribbles
 
 NONE, POINT_IN, POINT_OUT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, SCRIBBLE = range(6)  # values of prompt_kind
@@ -27,7 +28,7 @@ _JITTER, _JITTER_MAX = 0.1, 20.0  # a box's edges move by up to this share of it
 _STEPS = 24  # vertices in each direction from a scribble's start
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt that cannot be read, drawn or encoded; one line with the remedy."""
 
 

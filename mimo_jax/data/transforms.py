@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 from scipy.special import ndtri
 
 from mimo_jax.config import ModelConfig
+from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, clip_frame, sam_frame
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow's other readers never see a user's bytes
@@ -27,7 +28,7 @@ _COLOUR = ("LA", "RGB", "RGBA")
 _LABELS_MAX = 8  # a lossless mask with more grey levels than this is a soft edge or decoded JPEG, not a label map
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """A file that is no usable image; the message names it."""
 
 

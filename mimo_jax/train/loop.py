@@ -26,7 +26,7 @@ from mimo_jax.data.loader import Loader, make_loader
 from mimo_jax.data.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mimo_jax.eval import evaluate
-from mimo_jax.train.hooks import Every, Metrics, NotFinite, Save, Tick
+from mimo_jax.train.hooks import Every, Metrics, Save, Tick
 from mimo_jax.train.state import Plan
 from mimo_jax.train.step import make_step
 
@@ -160,7 +160,8 @@ def _initial_params(plan: Plan) -> dict:
     refused = [p for p in absent if not (config.init.fresh and re.search(config.init.fresh, p))]
     if refused:
         raise CheckpointError(
-            f"{config.init.path}: lacks, or has in another shape: {', '.join(refused)}; use its model config, or let config.init.fresh match them"
+            f"{config.init.path}: lacks, or has in another shape: {', '.join(refused)}; "
+            "use its model config, or let config.init.fresh match them"
         )
     made = pathtree.flatten(plan.initial_params(key)) if absent else {}
     places = pathtree.flatten(plan.param_shardings)
@@ -200,9 +201,8 @@ def _evaluate(plan: Plan, state: dict, frozen: dict, tokenizer: Tokenizer, workd
 def _banner(config: Config, plan: Plan, sources: dict, workdir: Path, first: int) -> None:
     counts = plan.counts()
     images = ", ".join(f"{name} {len(source)}" for name, source in sources.items())
-    print(
-        f"mimo_jax {__version__}, jax {jax.__version__}, {jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
-    )
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
+    print(f"mimo_jax {__version__}, jax {jax.__version__}, {devices}")
     print(f"parameters: {counts['trained']:,} trained, {counts['frozen']:,} frozen; images: {images}; workdir {workdir}")
     if first:
         print(f"resuming at step {first} of {config.train.steps}")
@@ -210,6 +210,3 @@ def _banner(config: Config, plan: Plan, sources: dict, workdir: Path, first: int
 
 def _write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-__all__ = ["train", "steps", "NotFinite"]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mimo_jax import pathtree
 from mimo_jax.config import Config, ConfigError, TrainConfig
+
+# What Muon turns: the matrices inside the towers, the last two axes of a kernel, layer by layer where layers are stacked.
+# Convolutions, embeddings, the language head and LoRA's thin factors stay with Adam.
+MATRICES = r"/kernel$"
+NOT_MATRICES = r"/(patch|neck_in|neck_out|mask_down1|mask_down2|mask_out|upscale1|upscale2)/"
 
 
 def multipliers(config: Config, params: dict) -> dict[str, float | None]:
@@ -37,7 +45,7 @@ def schedule(cfg: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(cfg: TrainConfig, table: dict[str, float | None]) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay of matrices, schedule, and each path's multiplier."""
+    """Clip by global norm, Adam or Muon, decoupled weight decay of matrices, schedule, and each path's multiplier."""
 
     def scale_by_path(updates, _params=None):
         flat = pathtree.flatten(updates)
@@ -46,10 +54,29 @@ def make_optimizer(cfg: TrainConfig, table: dict[str, float | None]) -> optax.Gr
     def matrices(params):
         return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
 
+    adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2)
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2),
+        adam if cfg.optimizer == "adam" else optax.partition({"muon": _muon(), "adam": adam}, _muon_or_adam),
         optax.add_decayed_weights(cfg.weight_decay, mask=matrices),
         optax.scale_by_learning_rate(schedule(cfg)),
         optax.stateless(scale_by_path),
     )
+
+
+def _muon_or_adam(params: dict) -> dict:
+    flat = pathtree.flatten(params)
+    return pathtree.unflatten({p: "muon" if re.search(MATRICES, p) and not re.search(NOT_MATRICES, p) else "adam" for p in flat})
+
+
+def _muon() -> optax.GradientTransformation:
+    """Orthogonalised momentum (Jordan et al. 2024), scaled so that an update's entries are as large as Adam's are: the same
+    learning rate serves both (Liu et al. 2025, "Muon is scalable", section 2.2)."""
+
+    def axes(params):
+        return jax.tree.map(lambda p: MuonDimensionNumbers(reduction_axis=p.ndim - 2, output_axis=p.ndim - 1), params)
+
+    def like_adam(updates, _params=None):
+        return jax.tree.map(lambda u: u * 0.2 * max(u.shape[-2:]) ** 0.5, updates)
+
+    return optax.chain(scale_by_muon(weight_dimension_numbers=axes), optax.stateless(like_adam))

@@ -53,12 +53,17 @@ class Plan:
         return {"params": params, "opt": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
     def _place(self, state: dict[str, Any]) -> Any:
-        """Optimizer slots live with their parameter, scalars everywhere."""
+        """Optimizer slots live with their parameter, whose path ends theirs; all else everywhere."""
         everywhere = sharding.replicated(self.mesh)
-        placed = optax.tree.map_params(
-            self.optimizer, lambda _, s: s, state["opt"], self.train_shardings, transform_non_params=lambda _: everywhere
-        )
-        return {"params": self.train_shardings, "opt": placed, "step": everywhere}
+        places = pathtree.flatten(self.train_shardings)
+
+        def place(path, leaf):
+            keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+            owners = (places.get("/".join(keys[start:])) for start in range(len(keys)))
+            return next(filter(None, owners), everywhere) if leaf.ndim else everywhere
+
+        opt = jax.tree_util.tree_map_with_path(place, state["opt"])
+        return {"params": self.train_shardings, "opt": opt, "step": everywhere}
 
     def initial_params(self, key: jax.Array) -> dict:
         """All parameters from `key`, in their dtypes and places."""

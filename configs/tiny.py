@@ -15,13 +15,13 @@ def get_config() -> Config:
         llm=LlamaConfig(vocab_size=1024, width=128, layers=3, heads=4, kv_heads=2, mlp_width=256, max_length=256),
         lora=LoraConfig(rank=0),
         sam=SamConfig(
-            image_size=128,
+            image_size=96,
             patch_size=8,
             width=128,
             layers=4,
             heads=2,
             mlp_ratio=2.0,
-            window=8,
+            window=6,
             global_every=2,
             decoder_width=64,
             decoder_heads=2,
@@ -37,10 +37,10 @@ def get_config() -> Config:
     config.trainables = {r"^sam_prompt/": None, r"": 1.0}
     config.data.batch_size = 32
     config.data.samples_per_image = 4
-    config.data.buckets = "40,64"
+    config.data.buckets = "64"
     config.data.system_prompt = ""
     config.train.optimizer = "muon"
-    config.train.steps = 1300
+    config.train.steps = 1700
     config.train.learning_rate = 2.5e-3
     config.train.warmup_steps = 50
     config.train.b2 = 0.98

@@ -19,7 +19,7 @@ DATA, RUN, REPORT, OVERLAYS, IMAGES, ANSWERS = (ROOT / n for n in ("phantom", "r
 
 def main() -> int:
     if not DATA.exists():
-        mimo("data", "phantom", "--out", DATA, "--images", 2000, "--seed", 0)
+        mimo("data", "phantom", "--out", DATA, "--images", 3000, "--seed", 0)
     mimo("train", "--config", "configs/tiny.py", "--data", DATA, "--workdir", RUN)
     mimo("eval", "--checkpoint", RUN, "--data", DATA, "--split", "test", "--out", REPORT, "--overlays", OVERLAYS)
     IMAGES.mkdir(exist_ok=True)

@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str | None, ...]] = {
     r"^(clip|sam_encoder)/.*/(q|k|v|up)/kernel$": ("fsdp", "tensor"),
     r"^(clip|sam_encoder)/.*/(o|down)/kernel$": ("tensor", "fsdp"),
     r"^(clip|sam_encoder)/": (),
+    r"^(seg_projection/hidden|aligner/project_out)/kernel$": ("fsdp", "tensor"),
     r"^(prompt|aligner|seg_projection|sam_prompt|sam_decoder)/": (),
 }
 

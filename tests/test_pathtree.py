@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from mimo_jax import pathtree
 
 names = st.text("abcxyz_0", min_size=1, max_size=4)
-trees = st.recursive(
-    st.dictionaries(names, st.integers(), min_size=1, max_size=3), lambda t: st.dictionaries(names, t, min_size=1, max_size=3)
-)
+leaves = st.dictionaries(names, st.integers(), min_size=1, max_size=3)
+trees = st.recursive(leaves, lambda t: st.dictionaries(names, t, min_size=1, max_size=3))
 
 
 @given(trees)

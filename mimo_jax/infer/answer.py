@@ -24,7 +24,7 @@ _OUTER = " \t\r\n.,;:!?\"'()[]"
 
 def canonical_name(phrase: str) -> str:
     """An entity's name as it is compared: lower case, no leading article, no outer punctuation, single spaces."""
-    words = phrase.casefold().strip(_OUTER).split()
+    words = " ".join(phrase.casefold().split()).strip(_OUTER).split()
     while len(words) > 1 and words[0] in _ARTICLES:
         words = " ".join(words[1:]).strip(_OUTER).split()
     return " ".join(words)

@@ -16,6 +16,7 @@ def get_config() -> Config:
     config.tokenizer = ""  # that of --init
     config.data.augment = True
     config.data.weights = {"vqa": 1.0, "I": 2.0, "II": 2.0, "III": 0.0, "IV": 0.0}
+    config.data.buckets = "64,128"  # names that the tokenizer has not met take several tokens
     config.train.steps = 600
     config.train.learning_rate = 1e-3
     return config

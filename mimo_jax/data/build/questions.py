@@ -24,6 +24,7 @@ PAIR_SHARE = 0.15  # of I
 UNMARKED_SHARE = 0.35  # the share of images of which II, or IV, is also asked without pointing at anything
 PRESENCE_PER_IMAGE = 2.8  # yes-or-no questions of presence, on average
 HARD_SHARE = 0.6  # of the answers "No.": asked where such an entity might have been
+MOST_LISTED = 8  # structures of an image beyond which nobody is asked to list them
 MOST_SPANS = 2  # grounded spans of one answer; what would take more is not asked
 ASK_COUNT, ASK_MODALITY, ASK_COMPARE = 0.4, 0.4, 0.9  # the share of images, of those where it can be asked
 LARGER = 1.25  # areas nearer than this are not compared
@@ -389,7 +390,7 @@ class _Scene:
 
     def inventory(self) -> list[Sample]:
         """An open question: everything that is labelled, lesions with their number, in the order of the alphabet."""
-        if not self.masks:
+        if not 0 < len(self.masks) <= MOST_LISTED:
             return []
         named = []
         for entity in sorted(self.masks):

@@ -41,6 +41,7 @@ def main() -> None:
             mimo(
                 *("train", "--config", "configs/tiny_finetune.py", "--init", args.init, "--data", args.manifest, "--workdir", run),
                 *(f"--config.train.seed={seed}", f"--config.data.seed={seed}", f"--config.train.steps={args.steps}"),
+                *("--config.data.weights.III=1", "--config.data.weights.IV=1"),  # lungs and heads are in the knowledge base
             )
         )
         out = args.workdir / f"report{seed}.json"

@@ -3,17 +3,15 @@
     mimo train --config configs/tiny_lora.py --init runs/a --data my_data --workdir runs/b
 """
 
-from configs import tiny
+from configs import tiny_finetune
 from configs.mimo_7b import TRAINABLES
 from mimo_jax.config import Config, LoraConfig
 
 
 def get_config() -> Config:
-    config = tiny.get_config()
+    config = tiny_finetune.get_config()
     config.name = "tiny_lora"
     config.model.lora = LoraConfig(rank=8, alpha=8.0)
     config.trainables = dict(TRAINABLES)
     config.init.fresh = r"lora_[ab]$"
-    config.tokenizer = ""  # that of --init
-    config.train.steps = 600
     return config

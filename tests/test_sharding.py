@@ -25,11 +25,10 @@ def test_every_parameter_of_every_config_is_covered(shapes):
         assert len(sharding.spec(path, leaf.shape)) <= len(leaf.shape)
 
 
+@pytest.mark.parametrize("shapes", ["small", "mimo_7b", "lisa_7b"], indirect=True)
 def test_big_matrices_are_all_sharded(shapes):
     """Nothing above 8 M parameters a layer may be replicated by oversight."""
-    name, flat = shapes
-    if name in ("tiny", "tiny_lora"):
-        pytest.skip("tiny has no big matrices")
+    _, flat = shapes
     for path, leaf in flat.items():
         if leaf.ndim >= 2 and leaf.shape[-1] * leaf.shape[-2] > 8_000_000:
             assert set(sharding.spec(path, leaf.shape)) >= {"fsdp", "tensor"}, path

@@ -25,9 +25,7 @@ TRAINABLES = {
 def get_config() -> Config:
     config = Config(name="lisa_7b", trainables=dict(TRAINABLES))
     config.model = ModelConfig(
-        clip=ClipConfig(
-            width=1024, layers=24, heads=16, mlp_width=4096, activation="quick_gelu", feature_layer=-2, image_fit="crop"
-        ),
+        clip=ClipConfig(width=1024, layers=24, heads=16, mlp_width=4096, activation="quick_gelu", feature_layer=-2, image_fit="crop"),
         aligner=AlignerConfig(kind="linear", queries=256),
         llm=LlamaConfig(eps=1e-6),  # its base is Vicuna v1.1 on the first Llama
         lora=LoraConfig(rank=8, alpha=16.0),

@@ -1,6 +1,6 @@
 """MIMO at full size: CLIP ViT-H/14 (laion2B), Vicuna-7B v1.5 with LoRA, SAM ViT-H; the paper's recipe.
 
-    mimo train --config configs/mimo_7b.py --init IMPORT --data DIR --workdir runs/mimo_7b
+mimo train --config configs/mimo_7b.py --init IMPORT --data DIR --workdir runs/mimo_7b
 """
 
 from mimo_jax.config import Config

@@ -1,6 +1,6 @@
 """A MIMO for one accelerator: CLIP ViT-B/16, TinyLlama-1.1B with LoRA, SAM ViT-B (MedSAM's weights fit too).
 
-    mimo train --config configs/small.py --init IMPORT --data DIR --workdir runs/small
+mimo train --config configs/small.py --init IMPORT --data DIR --workdir runs/small
 """
 
 from configs.mimo_7b import TRAINABLES
@@ -10,9 +10,7 @@ from mimo_jax.config import AlignerConfig, ClipConfig, Config, LlamaConfig, Mode
 def get_config() -> Config:
     config = Config(name="small", trainables=dict(TRAINABLES))
     config.model = ModelConfig(
-        clip=ClipConfig(
-            image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072, activation="quick_gelu"
-        ),
+        clip=ClipConfig(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072, activation="quick_gelu"),
         aligner=AlignerConfig(queries=32, blocks=2, width=768, heads=12),
         llm=LlamaConfig(vocab_size=32000, width=2048, layers=22, heads=32, kv_heads=4, mlp_width=5632),
         sam=SamConfig(width=768, layers=12, heads=12, global_every=3),

@@ -1,6 +1,6 @@
 """Every part of MIMO at a size that a laptop trains from scratch in minutes.
 
-    mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
+mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
 """
 
 from mimo_jax.config import AlignerConfig, ClipConfig, Config, LlamaConfig, LoraConfig, ModelConfig, PromptConfig, SamConfig
@@ -37,7 +37,7 @@ def get_config() -> Config:
     config.trainables = {r"^sam_prompt/": None, r"": 1.0}
     config.data.batch_size = 32
     config.data.samples_per_image = 4
-    config.data.buckets = "64"
+    config.data.buckets = "48"
     config.data.system_prompt = ""
     config.train.optimizer = "muon"
     config.train.steps = 1700

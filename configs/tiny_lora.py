@@ -1,6 +1,6 @@
 """Fine-tune a trained tiny model on data of your own: its weights are frozen, LoRA and MIMO's own parts adapt.
 
-    mimo train --config configs/tiny_lora.py --init runs/a --data my_data --workdir runs/b
+mimo train --config configs/tiny_lora.py --init runs/a --data my_data --workdir runs/b
 """
 
 from configs import tiny_finetune

@@ -233,9 +233,7 @@ def save_base(workdir: str | os.PathLike, frozen: dict, source: str | os.PathLik
     return fingerprint
 
 
-def load_base(
-    path: str | os.PathLike, abstract: dict | None = None, shardings: Any = None, base: str | os.PathLike | None = None
-) -> dict:
+def load_base(path: str | os.PathLike, abstract: dict | None = None, shardings: Any = None, base: str | os.PathLike | None = None) -> dict:
     """The frozen parameters of a checkpoint, as a nested dict. Looked for where the checkpoint says, then relative to it,
     then in `base` (a base folder, or the run that holds it); always held to the recorded hashes.
 

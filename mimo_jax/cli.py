@@ -234,9 +234,7 @@ def _ask(args: argparse.Namespace) -> int:
     from mimo_jax.infer.predictor import Mimo
 
     chat = Mimo.load(args.checkpoint, base=args.base).open(args.image)
-    answer = chat.ask(
-        args.question, points=args.point, boxes=args.box, scribbles=args.scribble, max_new_tokens=args.max_new_tokens
-    )
+    answer = chat.ask(args.question, points=args.point, boxes=args.box, scribbles=args.scribble, max_new_tokens=args.max_new_tokens)
     if args.json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
     else:

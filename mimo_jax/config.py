@@ -142,9 +142,7 @@ class SourceConfig:
 class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     # The paper's mixture. A perspective that no source holds must have weight 0.
-    weights: dict[str, float] = field(
-        default_factory=lambda: {"vqa": 1.0, "I": 1.0, "II": 2.0, "III": 2.0, "IV": 1.0}
-    )
+    weights: dict[str, float] = field(default_factory=lambda: {"vqa": 1.0, "I": 1.0, "II": 2.0, "III": 2.0, "IV": 1.0})
     split: str = "train"
     batch_size: int = 8  # samples in the global batch
     samples_per_image: int = 1  # consecutive samples of one perspective that share one image (and its encoding)

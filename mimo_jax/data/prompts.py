@@ -214,7 +214,7 @@ def _resample(line: np.ndarray, count: int) -> np.ndarray:
 
 
 def parse_point(text: str) -> np.ndarray:
-    """"x,y" or "x,y,label" -> [3]; label 1 inside (the default), 0 outside. Raises PromptError."""
+    """ "x,y" or "x,y,label" -> [3]; label 1 inside (the default), 0 outside. Raises PromptError."""
     values = _numbers(text, "point", "x,y or x,y,label", (2, 3))
     point = np.array([*values, 1.0][:3])
     if point[2] not in (0, 1):
@@ -223,7 +223,7 @@ def parse_point(text: str) -> np.ndarray:
 
 
 def parse_box(text: str) -> np.ndarray:
-    """"x0,y0,x1,y1" -> [4]. Raises PromptError."""
+    """ "x0,y0,x1,y1" -> [4]. Raises PromptError."""
     box = np.array(_numbers(text, "box", "x0,y0,x1,y1", (4,)))
     if box[0] >= box[2] or box[1] >= box[3]:
         raise PromptError(f"box {text!r} has no area; give x0,y0,x1,y1 with x0 < x1 and y0 < y1")
@@ -231,7 +231,7 @@ def parse_box(text: str) -> np.ndarray:
 
 
 def parse_scribble(text: str) -> np.ndarray:
-    """"x,y x,y …" -> [m, 2], m >= 2. Raises PromptError."""
+    """ "x,y x,y …" -> [m, 2], m >= 2. Raises PromptError."""
     pairs = text.split()
     if len(pairs) < 2:
         raise PromptError(f"scribble {text!r}: give at least two points, as 'x,y x,y'")

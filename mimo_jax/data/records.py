@@ -1,9 +1,9 @@
 """Record folders: image-major ArrayRecord shards with an index, written whole or not at all, read at random.
 
-    train-00000-of-00003.array_record   records of one split, one per group: a random read costs 0.07 ms
-    train.samples.array_record          the same records' samples alone: texts can be read without images
-    train.index.npz                     per record: id, group; per sample: perspective, words, bytes of text
-    dataset_info.json                   counts, licences, SHA-256 of every file, and what the builder says of itself
+train-00000-of-00003.array_record   records of one split, one per group: a random read costs 0.07 ms
+train.samples.array_record          the same records' samples alone: texts can be read without images
+train.index.npz                     per record: id, group; per sample: perspective, words, bytes of text
+dataset_info.json                   counts, licences, SHA-256 of every file, and what the builder says of itself
 """
 
 from __future__ import annotations

@@ -171,7 +171,9 @@ def table(report: dict) -> str:
     for title, key in (("per modality", "per_modality"), ("per entity", "per_entity")):
         lines += ["", f"{title:34}{'miou':>16}{'mean mask':>16}{'n':>16}{'groups':>16}"]
         for name, part in report[key].items():
-            lines.append(f"{name[:33]:34}{_cell(part['miou']):>16}{_cell(part.get('mean_mask_miou')):>16}{part['n']:>16}{part['groups']:>16}")
+            lines.append(
+                f"{name[:33]:34}{_cell(part['miou']):>16}{_cell(part.get('mean_mask_miou')):>16}{part['n']:>16}{part['groups']:>16}"
+            )
     if report.get("not_evaluable"):
         lines += ["", "not evaluable (fewer than two patients or cases): " + ", ".join(report["not_evaluable"])]
     if report["unusable"]:

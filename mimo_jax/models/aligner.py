@@ -1,7 +1,7 @@
 """The Multi-modal Input Aligner: learnable queries read the image, the instruction and the user's prompts.
 
-Axis letters: B batch (turns folded in), Q queries, I image tokens, L instruction tokens, P prompt tokens,
-M memory = I + L + P keys, W aligner width, D width of the language model.
+Axis letters: N images, B turns of them (B = N * copies: turn b is of image b // copies), Q queries, I image tokens,
+L instruction tokens, P prompt tokens, M keys of a turn, W aligner width, D width of the language model.
 
 MIMO, section "Multi-modal Input Aligner": X_q cross-attends to (X_img, X_q^t, X_q^v), then a linear
 projection into the language model. Image keys carry the position code of the prompts, through the
@@ -22,7 +22,7 @@ from mimo_jax.models.stack import SCAN, Scan, Stack
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of x [B, Q, W] over memory [B, M, W]."""
+    """Multi-head attention of x [B, Q, W] over memory [B, M, W] and, before it, what the rows of an image share [N, J, W]."""
 
     def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs, same_start: bool = False):
         """same_start: keys begin with the queries' projection, so that like first attends to like."""
@@ -35,11 +35,12 @@ class Attention(nnx.Module):
         if same_start:
             self.k.kernel = nnx.Param(self.q.kernel[...])
 
-    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None, shared: jax.Array | None = None) -> jax.Array:
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        out = attend(heads(self.q(x)), heads(self.k(memory)), heads(self.v(memory)), mask=mask)
+        both = None if shared is None else (heads(self.k(shared)), heads(self.v(shared)))
+        out = attend(heads(self.q(x)), heads(self.k(memory)), heads(self.v(memory)), mask=mask, shared=both)
         return self.o(out.reshape(x.shape))
 
 
@@ -55,10 +56,10 @@ class AlignerBlock(nnx.Module):
         self.up = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.down = Linear(4 * width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keys_image: jax.Array, keys_turn: jax.Array, mask: jax.Array) -> jax.Array:
         y = self.self_norm(x)
         x = x + self.self_attention(y, y)
-        x = x + self.cross_attention(self.cross_norm(x), memory, mask)
+        x = x + self.cross_attention(self.cross_norm(x), keys_turn, mask, shared=keys_image)
         return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
 
 
@@ -97,7 +98,7 @@ class Aligner(nnx.Module):
             self.image_norm = nnx.LayerNorm(cfg.clip.width, dtype=dtype, rngs=rngs)
             self.text_norm = nnx.LayerNorm(out, dtype=dtype, rngs=rngs)
             self.look = Attention(width, a.heads, dtype=dtype, rngs=rngs, same_start=True)
-            self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)) * 0.02)
+            self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)))
             self.blocks = Stack(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, scan=scan)
             self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
             self.project = linear(width, out)
@@ -105,12 +106,13 @@ class Aligner(nnx.Module):
     def __call__(
         self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array
     ) -> jax.Array:
-        """image [B, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask
+        """image [N, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask
         [B, P] -> X_q [B, Q, D]. Where a turn has no prompt at all, a learned null token stands in the first place."""
+        copies = text.shape[0] // image.shape[0]
         if self.kind == "linear":
-            return self.project(image)
+            return jnp.repeat(self.project(image), copies, axis=0)
         if self.kind == "mlp":
-            return self.project_out(jax.nn.gelu(self.project(image), approximate=False))
+            return jnp.repeat(self.project_out(jax.nn.gelu(self.project(image), approximate=False)), copies, axis=0)
 
         type_ = self.type[...].astype(self.dtype)
         b, p = visual_mask.shape
@@ -125,11 +127,11 @@ class Aligner(nnx.Module):
         keys_visual = jnp.where(null[..., None], self.null_prompt[...].astype(self.dtype), self.visual(visual)) + type_[2]
         if self.kind == "none":
             keep_text, keep_visual = text_mask[..., None], seen[..., None]
-            return jnp.concatenate([keys_image, keys_text * keep_text, keys_visual * keep_visual], axis=1)
+            return jnp.concatenate([jnp.repeat(keys_image, copies, axis=0), keys_text * keep_text, keys_visual * keep_visual], axis=1)
 
-        keys_visual = keys_visual + self.look(keys_visual, keys_image)
-        memory = jnp.concatenate([keys_image, keys_text, keys_visual], axis=1)
-        image_mask = jnp.ones((b, image.shape[1]), bool)
-        mask = jnp.concatenate([image_mask, text_mask, seen], axis=1)[:, None, None, :]  # [B, 1, 1, M]
+        n = image.shape[0]
+        looked = self.look(keys_visual.reshape(n, copies * p, -1), keys_image)  # the prompts of all of an image's turns together
+        keys_turn = jnp.concatenate([keys_text, keys_visual + looked.reshape(keys_visual.shape)], axis=1)
+        mask = jnp.concatenate([text_mask, seen], axis=1)[:, None, None, :]  # [B, 1, 1, L + P]
         x = jnp.broadcast_to(self.queries[...].astype(self.dtype), (b, *self.queries.shape))
-        return self.project(self.norm(self.blocks(x, memory, mask)))
+        return self.project(self.norm(self.blocks(x, keys_image, keys_turn, mask)))

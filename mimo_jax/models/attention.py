@@ -1,6 +1,7 @@
 """The attention of every tower, in one place, so that a kernel is chosen here and nowhere else.
 
-Axis letters: B batch, T queries, S keys, H heads, K head width, V value width, g side of a token grid.
+Axis letters: B batch, T queries, S keys, H heads, K head width, V value width,
+N groups of rows that share J keys, g side of a token grid.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ def attend(
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    shared: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + bias) v, the softmax in float32.
 
     q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] -> [B, T, H, V] in v's dtype. mask: bool, broadcastable to
     [B, H, T, S], True where a query may look; a query that may look nowhere gets the mean of all values, not NaN.
     bias: broadcastable to [B, H, T, S]. scale: K ** -0.5 unless given.
+    shared: further keys and values [N, J, H, K], [N, J, H, V], unmasked, the n-th seen by the rows n·B/N … (n+1)·B/N - 1:
+    the same as if they were repeated for each row and stood before k and v.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # heads first: batched matrix products without a transposed operand
@@ -30,8 +34,23 @@ def attend(
         logits = logits + bias.astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bhsv->bhtv", weights, v).swapaxes(1, 2)
+    if shared is None:
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        return jnp.einsum("bhts,bhsv->bhtv", weights, v).swapaxes(1, 2)
+
+    k_shared, v_shared = (x.swapaxes(1, 2) for x in shared)
+    (b, h, t, _), n, j = q.shape, k_shared.shape[0], k_shared.shape[2]
+
+    def together(x: jax.Array) -> jax.Array:  # [B, H, T, .] -> [N, H, B/N * T, .]: the rows that share keys in one product
+        return x.reshape(n, b // n, h, t, -1).swapaxes(1, 2).reshape(n, h, b // n * t, -1)
+
+    def apart(x: jax.Array) -> jax.Array:
+        return x.reshape(n, h, b // n, t, -1).swapaxes(1, 2).reshape(b, h, t, -1)
+
+    logits_shared = apart(jnp.einsum("nhtk,nhjk->nhtj", together(q), k_shared, preferred_element_type=jnp.float32)) * scale
+    weights = jax.nn.softmax(jnp.concatenate([logits_shared, logits], axis=-1), axis=-1).astype(v.dtype)
+    out = apart(jnp.einsum("nhtj,nhjv->nhtv", together(weights[..., :j]), v_shared))
+    return (out + jnp.einsum("bhts,bhsv->bhtv", weights[..., j:], v)).swapaxes(1, 2)
 
 
 def fold_relative_position(q: jax.Array, k: jax.Array, rows: jax.Array, columns: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:

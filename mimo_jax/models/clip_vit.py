@@ -64,7 +64,7 @@ class ClipVit(nnx.Module):
         tokens = (cfg.image_size // cfg.patch_size) ** 2 + 1
         self.patch = patch_embedding(cfg.patch_size, cfg.width, use_bias=False, rngs=rngs, **types)
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (cfg.width,), param_dtype) * cfg.width**-0.5)
-        self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (tokens, cfg.width), param_dtype) * 0.02)
+        self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (tokens, cfg.width), param_dtype) * 0.2)
         self.pre_norm = layer_norm(cfg.width, cfg.eps, rngs=rngs, **types)
         self.layers = Stack(lambda r: ClipLayer(cfg, rngs=r, **types), cfg.layers, rngs=rngs, scan=scan)
         self.post_norm = layer_norm(cfg.width, cfg.eps, rngs=rngs, **types)

@@ -132,13 +132,18 @@ class Llama(nnx.Module):
         return hidden if cache is None else (hidden, cache_out)
 
 
+# Of rows drawn at random. Far above the customary 0.02: from nothing, a small model tells words apart several times sooner
+# when they stand out from what the layers add (benchmarks/RESULTS.md).
+EMBEDDING_STD = 0.5
+
+
 class TokenEmbedding(nnx.Module):
     """Rows of the base vocabulary [V, D] and of the grounding tokens [3, D], which alone train under LoRA."""
 
     def __init__(self, cfg: LlamaConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.base = nnx.Param(jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.width), param_dtype) * 0.02)
-        self.grounding = nnx.Param(jax.random.normal(rngs.params(), (len(GROUNDING_TOKENS), cfg.width), jnp.float32) * 0.02)
+        self.base = nnx.Param(jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.width), param_dtype) * EMBEDDING_STD)
+        self.grounding = nnx.Param(jax.random.normal(rngs.params(), (len(GROUNDING_TOKENS), cfg.width), jnp.float32) * EMBEDDING_STD)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int [...] in 0 … V+2 -> [..., D]."""

@@ -80,14 +80,12 @@ class Mimo(nnx.Module):
     ) -> jax.Array:
         """X_img [N, I, Dc], instruction [B, R, L], prompts [B, R, P(, 2)] -> X_q [B, R, Q, D], every turn from its own text and prompts."""
         b, r, _ = instruction_ids.shape
-        copies = b * r // image.shape[0]
 
         def fold(x: jax.Array) -> jax.Array:
             return x.reshape(b * r, *x.shape[2:])
 
         visual = self.prompt(fold(prompt_xy), fold(prompt_kind))
         text = self.embedding(fold(instruction_ids))
-        image = jnp.repeat(image, copies, axis=0)
         x_q = self.aligner(image, self.prompt.image_code(), text, fold(instruction_mask), visual, fold(prompt_kind) > 0)
         return x_q.reshape(b, r, *x_q.shape[1:])
 

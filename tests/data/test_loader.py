@@ -189,9 +189,7 @@ def test_buckets_fit_and_sorting_moves_batches_only_within_a_window(folder, toke
         unsorted = [plain.batch(n) for n in range(4 * window, 4 * window + 4)]
         assert sorted(i for _, images in made for i in images) == sorted(i for _, images in unsorted for i in images)
         for bucket, images in made + unsorted:
-            lengths = [
-                len(render(order.sources[0].samples(i.record)[s], tokenizer, config).input_ids) for i in images for s in i.samples
-            ]
+            lengths = [len(render(order.sources[0].samples(i.record)[s], tokenizer, config).input_ids) for i in images for s in i.samples]
             assert bucket == smallest_bucket(max(lengths), (96, 192))
         long += sum(bucket == 192 for bucket, _ in made)
         long_plain += sum(bucket == 192 for bucket, _ in unsorted)

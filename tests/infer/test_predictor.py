@@ -204,7 +204,7 @@ def test_later_turns_stand_behind_earlier_ones_as_they_were(mimo, tokenizer):
 
 def test_turns_of_different_number_share_a_batch(mimo):
     chat = mimo.open(picture())
-    (_, past), = mimo.converse([Request(chat.image, "Segment the liver.")])
+    ((_, past),) = mimo.converse([Request(chat.image, "Segment the liver.")])
     requests = [Request(chat.image, "What is this?", past=[past]), Request(chat.image, "What is this?")]
     requests.append(Request(chat.image, "What is this?", past=[past, past]))
     together = mimo.predict(requests)

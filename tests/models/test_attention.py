@@ -19,6 +19,18 @@ def test_attend_is_jax_attention():
     np.testing.assert_allclose(attend(q, k, v, mask=mask, bias=bias, scale=0.5), wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_shared_keys_are_repeated_keys(copies):
+    n, b = 2, 2 * copies
+    q, k, v = draw(b, 5, 3, 8), draw(b, 4, 3, 8, seed=1), draw(b, 4, 3, 8, seed=2)
+    shared = draw(n, 7, 3, 8, seed=3), draw(n, 7, 3, 8, seed=4)
+    mask = jnp.asarray(np.random.default_rng(5).random((b, 1, 5, 4)) < 0.5)
+    whole_k, whole_v = (jnp.concatenate([jnp.repeat(s, copies, axis=0), x], axis=1) for s, x in zip(shared, (k, v), strict=True))
+    whole_mask = jnp.concatenate([jnp.ones((b, 1, 5, 7), bool), mask], axis=-1)
+    wanted = jax.nn.dot_product_attention(q, whole_k, whole_v, mask=whole_mask)
+    np.testing.assert_allclose(attend(q, k, v, mask=mask, shared=shared), wanted, atol=1e-6)
+
+
 def test_query_that_sees_nothing_gets_the_mean():
     q, k, v = draw(1, 2, 1, 4), draw(1, 3, 1, 4, seed=1), draw(1, 3, 1, 4, seed=2)
     mask = jnp.array([[True, False, False], [False, False, False]])[None, None]

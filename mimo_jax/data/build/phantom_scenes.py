@@ -46,16 +46,16 @@ class Anatomy:
 
 ANATOMY = {
     "CT": Anatomy(
-        0.28, {"liver": 0.4, "spleen": 0.12, "left kidney": 0.12, "right kidney": 0.12, "aorta": 0.1}, "liver cyst", 3, home="liver"
+        0.28, {"liver": 0.4, "spleen": 0.12, "left kidney": 0.12, "right kidney": 0.12, "aorta": 0.1}, "liver cyst", 2, home="liver"
     ),
-    "X-ray": Anatomy(0.22, {"left lung": 0.1, "right lung": 0.1, "heart": 0.12}, "lung nodule", 3),
+    "X-ray": Anatomy(0.22, {"left lung": 0.1, "right lung": 0.1, "heart": 0.12}, "lung nodule", 2),
     "MR": Anatomy(0.17, {"left lateral ventricle": 0.12, "right lateral ventricle": 0.12}, "brain tumor", 2),
-    "fundus": Anatomy(0.17, {"optic disc": 0.12, "macula": 0.12}, "hemorrhage", 3),
+    "fundus": Anatomy(0.17, {"optic disc": 0.12, "macula": 0.12}, "hemorrhage", 2),
     "ultrasound": Anatomy(0.16, {"gallbladder": 0.3, "portal vein": 0.12}, "gallstone", 2, home="gallbladder"),
 }
 
 
-def _scene(rng, height, width, background, *, scale=(0.75, 1.04), reach=(0.9, 0.9), turn=15) -> Scene:
+def _scene(rng, height, width, background, *, scale=(0.88, 1.04), reach=(0.9, 0.9), turn=8) -> Scene:
     """A body of random scale, turn and place. `reach`: how far from its centre, in body units along x and y, it must stay inside."""
     size = rng.uniform(*scale)
     half = min(height, width) / 2
@@ -70,22 +70,22 @@ def _texture(scene: Scene, base: float, size: float, cells: int = 18) -> np.ndar
 
 
 def _twins(rng) -> tuple[float, float]:
-    """Linear size factors of a left and a right organ, so that more than half of the pairs differ by 25 % in area."""
-    log = rng.uniform(-0.15, 0.15)
+    """Linear size factors of a left and a right organ: one of them about 1.4 to 1.9 times the other's area."""
+    log = rng.choice([-1, 1]) * rng.uniform(0.09, 0.16)
     return float(np.exp(log)), float(np.exp(-log))
 
 
 def _ct(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     """Axial abdomen."""
     cysts = counts.get("liver cyst", 0)
-    scene = _scene(rng, height, width, 0.03, scale=(0.76 + 0.05 * cysts, 1.06), reach=(0.88, 0.72))
+    scene = _scene(rng, height, width, 0.03, scale=(0.88 + 0.03 * cysts, 1.06), reach=(0.88, 0.72))
     scene.paint(scene.shape((0, 0), (1.08, 0.88), wobble=0.03, jitter=0, size=0.02), 0.30, edge=1.5)
     scene.paint(scene.shape((0, -0.02), (0.98, 0.78), wobble=0.03, jitter=0, size=0.02), _texture(scene, 0.42, 0.035))
     for side in (-1, 1):  # ribs
         for by in rng.uniform(-0.45, 0.5, 3):
             at = (side * 0.93 * np.sqrt(1 - (by / 0.76) ** 2), by)
             scene.paint(scene.shape(at, (0.03, 0.08), angle=side * by, jitter=0.02), 1.0)
-    for _ in range(int(rng.integers(4, 8))):  # bowel, some of it with gas or contrast
+    for _ in range(int(rng.integers(2, 5))):  # bowel, some of it with gas or contrast
         at, radius = (rng.uniform(-0.5, 0.6), rng.uniform(-0.5, 0.25)), rng.uniform(0.07, 0.15)
         scene.paint(scene.shape(at, (radius, radius * 1.2), wobble=0.15), rng.choice([0.55, 0.62, 0.5, 0.06, 0.92]))
     if rng.random() < 0.75:
@@ -112,14 +112,14 @@ def _ct(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
             scene.paint(pelvis, 0.5, edge=2.0)
     if "aorta" in counts:
         scene.add("aorta", scene.shape((0.06, 0.25), (0.165, 0.165), wobble=0.03, jitter=0.04, least=1.0), rng.uniform(0.92, 1.0))
-    scene.lesions("liver cyst", cysts, scene.structures[:1], lambda r: r.uniform(0.2, 0.28), largest=0.105, wobble=0.05)
+    scene.lesions("liver cyst", cysts, scene.structures[:1], lambda r: r.uniform(0.2, 0.28), largest=0.12, wobble=0.05)
     return scene
 
 
 def _xray(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     """Frontal chest."""
     nodules = counts.get("lung nodule", 0)
-    low = 0.75 + 0.05 * nodules + (0.08 if nodules > 1 and len(counts) < 4 else 0)
+    low = 0.86 + 0.03 * nodules + (0.04 if nodules > 1 and len(counts) < 4 else 0)
     scene = _scene(rng, height, width, rng.uniform(0.05, 0.15), scale=(low, 1.06), reach=(0.74, 0.72))
     bx, by = scene.body_coordinates()
     torso = scene.shape((0, 1.0), (0.98, 1.85), wobble=0.02, jitter=0, size=0.03)
@@ -143,13 +143,13 @@ def _xray(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     scene.image += np.float32(rng.uniform(0.05, 0.09)) * np.clip(ribs - 0.45, 0, 1) * (np.abs(bx) < 0.85)
     for side in (-1, 1):  # clavicles
         scene.paint(scene.shape((side * 0.4, -0.62), (0.36, 0.035), angle=side * -0.2, jitter=0.03), 0.8, opacity=0.6)
-    scene.lesions("lung nodule", nodules, fields, lambda r: r.uniform(0.68, 0.8), largest=0.09, wobble=0.06, edge=2.0)
+    scene.lesions("lung nodule", nodules, fields, lambda r: r.uniform(0.68, 0.8), largest=0.105, wobble=0.06, edge=2.0)
     return scene
 
 
 def _mr(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     """Axial brain, T1 with contrast agent: fluid dark, tumor bright."""
-    scene = _scene(rng, height, width, 0.03, scale=(0.74, 1.02), reach=(0.74, 0.86))
+    scene = _scene(rng, height, width, 0.03, scale=(0.86, 1.02), reach=(0.74, 0.86))
     bx, by = scene.body_coordinates()
     scene.paint(scene.shape((0, 0), (0.84, 1.0), wobble=0.02, jitter=0, size=0.02), rng.uniform(0.8, 1.0))  # scalp
     scene.paint(scene.shape((0, 0), (0.76, 0.92), wobble=0.02, jitter=0, size=0.01), 0.08)  # skull
@@ -163,7 +163,7 @@ def _mr(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
         at = (0.62 * np.cos(theta), 0.77 * np.sin(theta))
         scene.paint(scene.shape(at, (0.11, 0.06), angle=theta, wobble=0.2), 0.15, edge=2.0)
     sizes = _twins(rng)
-    push = rng.uniform(-0.22, 0.22)  # along the midline, both alike
+    push = rng.uniform(-0.15, 0.15)  # along the midline, both alike
     for side, entity, size in ((1, "left lateral ventricle", sizes[0]), (-1, "right lateral ventricle", sizes[1])):
         if entity in counts:
             shape = scene.shape(
@@ -171,13 +171,13 @@ def _mr(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
             )
             scene.add(entity, shape, rng.uniform(0.1, 0.18))
     count = counts.get("brain tumor", 0)
-    scene.lesions("brain tumor", count, [], lambda r: r.uniform(0.86, 1.0), largest=0.115, wobble=0.12, host=brain)
+    scene.lesions("brain tumor", count, [], lambda r: r.uniform(0.86, 1.0), largest=0.13, wobble=0.12, host=brain)
     return scene
 
 
 def _fundus(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     """Retina in colour, of a left or a right eye; the lit disc fills most of the frame."""
-    scene = _scene(rng, height, width, (0.02, 0.02, 0.02), scale=(0.86, 1.12), reach=(0.8, 0.8), turn=20)
+    scene = _scene(rng, height, width, (0.02, 0.02, 0.02), scale=(0.92, 1.1), reach=(0.8, 0.8), turn=12)
     bx, by = scene.body_coordinates()
     tint = np.array([rng.uniform(0.62, 0.8), rng.uniform(0.3, 0.42), rng.uniform(0.1, 0.2)], np.float32)
     glow = 1 + 0.22 * smooth_field(rng, height, width, 3) * 0.6 - 0.18 * (bx * bx + by * by)
@@ -194,13 +194,13 @@ def _fundus(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
             draw.line([scene.to_pixels(x, y) for x, y in zip(vx, vy, strict=True)], fill=int(rng.integers(130, 230)), width=2)
     vessels = np.asarray(layer, np.float32)[..., None] / 255 * (bx * bx + by * by < 0.9)[..., None]
     scene.image *= 1 - vessels * np.array([0.35, 0.55, 0.5], np.float32)
-    if rng.random() < 0.65:  # a scar: pale, larger than the disc, mottled
+    if rng.random() < 0.35:  # a scar: pale, larger than the disc, mottled
         at = (-eye * rng.uniform(0.0, 0.6), rng.choice([-1, 1]) * rng.uniform(0.45, 0.65))
         scar = scene.shape(at, rng.uniform(0.15, 0.3, 2), angle=rng.uniform(0, 3), wobble=0.3)
         scene.paint(scar, _texture(scene, 0.8, 0.12)[..., None] * np.float32([1.2, 1.0, 0.6]), edge=3.0)
-    for _ in range(int(rng.integers(2, 6))):  # hard exudates and reflexes: bright, not labelled
+    for _ in range(int(rng.integers(1, 4))):  # hard exudates and reflexes: bright, not labelled
         theta, rho = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.85)
-        radii = rng.uniform(0.04, 0.12, 2)
+        radii = rng.uniform(0.04, 0.09, 2)
         scene.paint(Shape(*scene.to_pixels(rho * np.cos(theta), rho * np.sin(theta)), *(scene.unit * radii)), (0.95, 0.85, 0.5), edge=2.0)
     if rng.random() < 0.7:  # light at the rim
         theta = rng.uniform(0, 2 * np.pi)
@@ -218,7 +218,7 @@ def _fundus(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
         scene.paint(Shape(shape.x, shape.y, 2.0, 2.0), tint * 1.2, edge=2.0)  # the foveal reflex
     retina = Shape(*scene.centre, 0.9 * scene.unit, 0.9 * scene.unit)
     count = counts.get("hemorrhage", 0)
-    scene.lesions("hemorrhage", count, [], lambda r: (r.uniform(0.3, 0.4), 0.03, 0.04), largest=0.105, wobble=0.18, host=retina)
+    scene.lesions("hemorrhage", count, [], lambda r: (r.uniform(0.3, 0.4), 0.03, 0.04), largest=0.12, wobble=0.18, host=retina)
     return scene
 
 
@@ -234,10 +234,10 @@ def _ultrasound(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
         scene.image += 0.35 * fan * (np.abs(depth - near) < 0.035)
     far = rng.uniform(2.3, 2.55)  # diaphragm
     scene.image += 0.45 * fan * (np.abs(depth - far - 0.15 * bx) < 0.04)
-    for _ in range(int(rng.integers(2, 6))):  # bright and dark patches of tissue
+    for _ in range(int(rng.integers(1, 4))):  # bright and dark patches of tissue
         at = (rng.uniform(-0.7, 0.7), rng.uniform(-0.5, 0.7))
         patch = scene.shape(at, rng.uniform(0.06, 0.16, 2), angle=rng.uniform(0, 3), wobble=0.2)
-        scene.paint(patch, rng.choice([0.75, 0.85, 0.2, 0.28]), edge=5.0, opacity=0.8)
+        scene.paint(patch, rng.choice([0.75, 0.85, 0.2, 0.28]), edge=5.0, opacity=0.6)
     side, stones = 1 if rng.random() < 0.5 else -1, counts.get("gallstone", 0)
     if "portal vein" in counts:
         at = (side * 0.4, rng.uniform(-0.35, 0.5))
@@ -250,7 +250,7 @@ def _ultrasound(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
         _beam(scene, shape, apex, 0.18, bx, by, depth, angle)
         scene.add("gallbladder", shape, 0.07, edge=2.0)
         bag = scene.structures[-1]
-        scene.lesions("gallstone", stones, [bag], lambda r: r.uniform(0.85, 1.0), largest=0.09, wobble=0.08)
+        scene.lesions("gallstone", stones, [bag], lambda r: r.uniform(0.85, 1.0), largest=0.105, wobble=0.08)
         for stone in scene.structures[scene.structures.index(bag) + 1 :]:
             _beam(scene, stone.shape, apex, -0.3, bx, by, depth, angle, outside=bag.mask)
     scene.image *= np.where(fan, 1, 0.04)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-MIN_RADIUS = 0.066  # of the image's longer side: what a 64 x 64 mask grid can still outline well
+MIN_RADIUS = 0.076  # of the image's longer side: what a 64 x 64 mask grid can still outline well
 TRIES = 12  # layouts of an image's lesions before the whole image is drawn anew
 
 

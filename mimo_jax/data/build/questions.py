@@ -19,15 +19,15 @@ from mimo_jax.config import MODALITIES
 from mimo_jax.data.build.knowledge import KNOWLEDGE, Fact
 from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn
 
-ABSENT_SHARE = 0.15  # of I and III
+ABSENT_SHARE = 0.3  # of I and III
 PAIR_SHARE = 0.15  # of I
 UNMARKED_SHARE = 0.35  # the share of images of which II, or IV, is also asked without pointing at anything
-PRESENCE_PER_IMAGE = 2.8  # yes-or-no questions of presence, on average
-HARD_SHARE = 0.6  # of the answers "No.": asked where such an entity might have been
+PRESENCE_PER_IMAGE = 4.0  # yes-or-no questions of presence, on average
+HARD_SHARE = 0.5  # of the answers "No.": asked where such an entity might have been
 MOST_LISTED = 8  # structures of an image beyond which nobody is asked to list them
 MOST_SPANS = 2  # grounded spans of one answer; what would take more is not asked
-ASK_COUNT, ASK_MODALITY, ASK_COMPARE = 0.4, 0.4, 0.9  # the share of images, of those where it can be asked
-LARGER = 1.25  # areas nearer than this are not compared
+ASK_COUNT, ASK_MODALITY, ASK_COMPARE, ASK_LIST = 0.4, 0.5, 0.6, 0.3  # the share of images, of those where it can be asked
+LARGER = 1.4  # areas nearer than this are not compared
 NEARER = 1.2  # places nearer than this to equally far are not told
 NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five")
 
@@ -183,7 +183,7 @@ class _Scene:
     def absent_entity(self, known: bool) -> str | None:
         """Something that is not there: rather of this kind of image than of another. `known`: one that a question of knowledge has."""
         allowed = [[e for e in group if not known or (e in KNOWLEDGE and not KNOWLEDGE[e].twin)] for group in (self.lacking, self.foreign)]
-        first, second = allowed if self.rng.random() < 0.7 else allowed[::-1]
+        first, second = allowed if self.rng.random() < 0.5 else allowed[::-1]
         return self.pick(first or second) if first or second else None
 
     @staticmethod
@@ -390,7 +390,7 @@ class _Scene:
 
     def inventory(self) -> list[Sample]:
         """An open question: everything that is labelled, lesions with their number, in the order of the alphabet."""
-        if not 0 < len(self.masks) <= MOST_LISTED:
+        if not 0 < len(self.masks) <= MOST_LISTED or self.rng.random() >= ASK_LIST:
             return []
         named = []
         for entity in sorted(self.masks):

@@ -5,8 +5,8 @@ L instruction tokens, P prompt tokens, M keys of a turn, W aligner width, D widt
 
 MIMO, section "Multi-modal Input Aligner": X_q cross-attends to (X_img, X_q^t, X_q^v), then a linear
 projection into the language model. Image keys carry the position code of the prompts, through the
-same projection, so that a point and the patch under it look alike; and every prompt token looks at the image
-before the queries read it, so that "what is here?" takes one step of attention, not two.
+same projection, so that a point and the patch under it look alike; and every token of the prompts and of the instruction
+looks at the image before the queries read it, so that "what is here?" and "is there one?" take one step of attention, not two.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ class Aligner(nnx.Module):
             keep_text, keep_visual = text_mask[..., None], seen[..., None]
             return jnp.concatenate([jnp.repeat(keys_image, copies, axis=0), keys_text * keep_text, keys_visual * keep_visual], axis=1)
 
-        n = image.shape[0]
-        looked = self.look(keys_visual.reshape(n, copies * p, -1), keys_image)  # the prompts of all of an image's turns together
-        keys_turn = jnp.concatenate([keys_text, keys_visual + looked.reshape(keys_visual.shape)], axis=1)
+        keys_turn = jnp.concatenate([keys_text, keys_visual], axis=1)
+        looked = self.look(keys_turn.reshape(image.shape[0], -1, keys_turn.shape[-1]), keys_image)  # all turns of an image together
+        keys_turn = keys_turn + looked.reshape(keys_turn.shape)
         mask = jnp.concatenate([text_mask, seen], axis=1)[:, None, None, :]  # [B, 1, 1, L + P]
         x = jnp.broadcast_to(self.queries[...].astype(self.dtype), (b, *self.queries.shape))
         return self.project(self.norm(self.blocks(x, keys_image, keys_turn, mask)))

@@ -83,3 +83,10 @@ def test_word_order_reaches_the_queries():
     cfg, run = build("cross_attention")
     given = inputs(cfg)
     assert np.abs(run(given) - run(given | {"text": given["text"].at[:, :2].set(given["text"][:, 1::-1])})).max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_turns_that_share_an_image_are_those_of_the_image_repeated(kind):
+    cfg, run = build(kind)
+    turns, images = inputs(cfg), inputs(cfg, seed=1)["image"][:1]
+    np.testing.assert_allclose(run(turns | {"image": images}), run(turns | {"image": jnp.repeat(images, 2, axis=0)}), atol=2e-5)

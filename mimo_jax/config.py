@@ -37,9 +37,13 @@ class ClipConfig:
     class_token: bool = False  # keep the class token as X_img's first key
     image_fit: str = "pad"  # "pad", "stretch" or "crop" to the square
 
+    def grid(self) -> int:
+        """g, patches on a side."""
+        return self.image_size // self.patch_size
+
     def tokens(self) -> int:
         """I, the length of X_img."""
-        return (self.image_size // self.patch_size) ** 2 + int(self.class_token)
+        return self.grid() ** 2 + int(self.class_token)
 
 
 @dataclass
@@ -164,6 +168,7 @@ class LossConfig:
     bce: float = 2.0
     dice: float = 0.5
     iou: float = 0.1
+    look: float = 0.0  # where the aligner's queries look, against the masks of the answer; not in the paper
 
 
 @dataclass
@@ -254,6 +259,8 @@ class Config:
         need(d.batch_size % self.train.accumulate == 0, "train.accumulate", "must divide data.batch_size")
         need(all(b <= m.llm.max_length for b in self.buckets()), "data.buckets", "must not exceed model.llm.max_length")
         need(d.sort_window >= 1, "data.sort_window", "must be at least 1")
+        looks = m.aligner.kind == "cross_attention" and m.clip.image_fit != "crop"
+        need(self.train.loss.look == 0 or looks, "train.loss.look", "needs aligner.kind cross_attention and clip.image_fit pad or stretch")
         need(self.train.optimizer in ("adam", "muon"), "train.optimizer", f"is {self.train.optimizer!r}; use adam or muon")
         need(self.train.steps >= 1, "train.steps", "must be at least 1")
 

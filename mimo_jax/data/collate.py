@@ -16,7 +16,7 @@ from mimo_jax.data.prompts import Prompts, draw_prompts, encode_prompts
 from mimo_jax.data.schema import Record, RecordError, Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import decode_image, mask_to_frame, views
-from mimo_jax.geometry import clip_frame, sam_frame
+from mimo_jax.geometry import Frame, clip_frame, sam_frame
 
 _POINTS_MOST = 4  # tokens that a drawn point prompt takes at most: three inside, one outside
 
@@ -48,7 +48,8 @@ def record_image(record: Record) -> np.ndarray:
 
 def wanted_masks(rendered: Rendered) -> list[str]:
     """Ids of the masks that a sample paints or points at, each once."""
-    return list(dict.fromkeys(mask_id for ids in [*rendered.seg_targets, *rendered.prompted] for mask_id in ids))
+    looked = [ids for ids in rendered.looked if ids]
+    return list(dict.fromkeys(mask_id for ids in [*rendered.seg_targets, *rendered.prompted, *looked] for mask_id in ids))
 
 
 def sample_arrays(
@@ -58,10 +59,10 @@ def sample_arrays(
     size: tuple[int, int],
     config: Config,
     rng: np.random.Generator,
-    frames: dict[tuple[str, ...], np.ndarray] | None = None,
+    frames: dict[tuple, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The arrays of one sample, without batch axis. `masks`: bool [H, W] by id; `size`: (H, W). `frames` keeps targets in the
-    SAM frame, by the ids of their masks, for the next call on the same image."""
+    """The arrays of one sample, without batch axis. `masks`: bool [H, W] by id; `size`: (H, W). `frames` keeps targets in
+    their frames, by the ids of their masks, for the next call on the same image."""
     model = config.model
     arrays = blank_arrays(model)
     count = len(rendered.seg_positions)
@@ -73,13 +74,20 @@ def sample_arrays(
         if mask_ids:
             prompts = point_at([masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name)
             arrays["prompt_xy"][turn], arrays["prompt_kind"][turn] = encode_prompts(prompts, frame, model.prompt)
-    side = model.mask_side()
     frames = {} if frames is None else frames
-    for slot, mask_ids in enumerate(map(tuple, rendered.seg_targets)):
-        if mask_ids not in frames:
-            united = np.logical_or.reduce([masks[mask_id] for mask_id in mask_ids])
-            frames[mask_ids] = mask_to_frame(united, sam_frame(*size, model.sam.image_size), side)
-        arrays["masks"][slot] = frames[mask_ids]
+
+    def united(mask_ids: Sequence[str], frame: Frame, side: int) -> np.ndarray:
+        key = (*sorted(mask_ids), side)
+        if key not in frames:
+            frames[key] = mask_to_frame(np.logical_or.reduce([masks[mask_id] for mask_id in mask_ids]), frame, side)
+        return frames[key]
+
+    for slot, mask_ids in enumerate(rendered.seg_targets):
+        arrays["masks"][slot] = united(mask_ids, sam_frame(*size, model.sam.image_size), model.mask_side())
+    for turn, mask_ids in enumerate(rendered.looked):
+        arrays["look_mask"][turn] = mask_ids is not None
+        if mask_ids:
+            arrays["look"][turn] = united(mask_ids, frame, model.clip.grid())
     arrays["seg_index"][:count] = rendered.seg_positions
     arrays["seg_mask"][:count] = True
     arrays["sample_weight"] = np.float32(1)
@@ -103,6 +111,8 @@ def blank_arrays(model: ModelConfig) -> dict[str, np.ndarray]:
         "instruction_mask": np.zeros((turns, model.aligner.max_text), bool),
         "prompt_xy": np.zeros((turns, tokens, 2), np.float32),
         "prompt_kind": np.zeros((turns, tokens), np.int32),
+        "look": np.zeros((turns, model.clip.grid(), model.clip.grid()), np.uint8),
+        "look_mask": np.zeros(turns, bool),
         "seg_index": np.zeros(slots, np.int32),
         "seg_mask": np.zeros(slots, bool),
         "masks": np.zeros((slots, side, side), np.uint8),

@@ -306,7 +306,7 @@ class _Ready:
     image: np.ndarray | None  # decoded, where it is to be augmented
     views: dict[str, np.ndarray] | None  # resized, else
     rendered: dict[int, Rendered]  # by sample
-    frames: dict[tuple[str, ...], np.ndarray]  # targets at mask resolution, by mask ids
+    frames: dict[tuple, np.ndarray]  # targets at mask resolution, by mask ids and side
 
 
 class _Maker:

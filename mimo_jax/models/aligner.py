@@ -43,6 +43,13 @@ class Attention(nnx.Module):
         out = attend(heads(self.q(x)), heads(self.k(memory)), heads(self.v(memory)), mask=mask, shared=both)
         return self.o(out.reshape(x.shape))
 
+    def scores(self, x: jax.Array, shared: jax.Array) -> jax.Array:
+        """[B, J] float32: what the softmax takes of each shared key, summed over heads, the mean over x's tokens."""
+        n, _, w = shared.shape
+        q = self.q(x.mean(axis=1)).reshape(n, -1, w)
+        scores = jnp.einsum("nbw,njw->nbj", q, self.k(shared), preferred_element_type=jnp.float32)
+        return scores.reshape(x.shape[0], -1) * (w // self.heads) ** -0.5
+
 
 class AlignerBlock(nnx.Module):
     """Self-attention over the queries, cross-attention to the memory, MLP ×4; pre-norm."""
@@ -56,11 +63,13 @@ class AlignerBlock(nnx.Module):
         self.up = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.down = Linear(4 * width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, keys_image: jax.Array, keys_turn: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keys_image: jax.Array, keys_turn: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the queries [B, Q, W] and where in the image they looked [B, I], as logits."""
         y = self.self_norm(x)
         x = x + self.self_attention(y, y)
-        x = x + self.cross_attention(self.cross_norm(x), keys_turn, mask, shared=keys_image)
-        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
+        y = self.cross_norm(x)
+        x = x + self.cross_attention(y, keys_turn, mask, shared=keys_image)
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)))), self.cross_attention.scores(y, keys_image)
 
 
 def sinusoid(length: int, width: int) -> jax.Array:
@@ -105,14 +114,17 @@ class Aligner(nnx.Module):
 
     def __call__(
         self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array
-    ) -> jax.Array:
-        """image [N, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask
-        [B, P] -> X_q [B, Q, D]. Where a turn has no prompt at all, a learned null token stands in the first place."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """X_q of B turns [B, Q, D], and where in the image the queries of the last block look [B, I] (logits; None for the
+        kinds without queries).
+
+        image [N, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask [B, P]. Where
+        a turn has no prompt at all, a learned null token stands in the first place."""
         copies = text.shape[0] // image.shape[0]
         if self.kind == "linear":
-            return jnp.repeat(self.project(image), copies, axis=0)
+            return jnp.repeat(self.project(image), copies, axis=0), None
         if self.kind == "mlp":
-            return jnp.repeat(self.project_out(jax.nn.gelu(self.project(image), approximate=False)), copies, axis=0)
+            return jnp.repeat(self.project_out(jax.nn.gelu(self.project(image), approximate=False)), copies, axis=0), None
 
         type_ = self.type[...].astype(self.dtype)
         b, p = visual_mask.shape
@@ -127,11 +139,12 @@ class Aligner(nnx.Module):
         keys_visual = jnp.where(null[..., None], self.null_prompt[...].astype(self.dtype), self.visual(visual)) + type_[2]
         if self.kind == "none":
             keep_text, keep_visual = text_mask[..., None], seen[..., None]
-            return jnp.concatenate([jnp.repeat(keys_image, copies, axis=0), keys_text * keep_text, keys_visual * keep_visual], axis=1)
+            return jnp.concatenate([jnp.repeat(keys_image, copies, axis=0), keys_text * keep_text, keys_visual * keep_visual], axis=1), None
 
         keys_turn = jnp.concatenate([keys_text, keys_visual], axis=1)
         looked = self.look(keys_turn.reshape(image.shape[0], -1, keys_turn.shape[-1]), keys_image)  # all turns of an image together
         keys_turn = keys_turn + looked.reshape(keys_turn.shape)
         mask = jnp.concatenate([text_mask, seen], axis=1)[:, None, None, :]  # [B, 1, 1, L + P]
         x = jnp.broadcast_to(self.queries[...].astype(self.dtype), (b, *self.queries.shape))
-        return self.project(self.norm(self.blocks(x, keys_image, keys_turn, mask)))
+        x, looks = self.blocks(x, keys_image, keys_turn, mask, with_output=True)
+        return self.project(self.norm(x)), looks[-1]

@@ -79,6 +79,11 @@ class Mimo(nnx.Module):
         self, image: jax.Array, instruction_ids: jax.Array, instruction_mask: jax.Array, prompt_xy: jax.Array, prompt_kind: jax.Array
     ) -> jax.Array:
         """X_img [N, I, Dc], instruction [B, R, L], prompts [B, R, P(, 2)] -> X_q [B, R, Q, D], every turn from its own text and prompts."""
+        return self.align_and_look(image, instruction_ids, instruction_mask, prompt_xy, prompt_kind)[0]
+
+    def align_and_look(self, image, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> tuple[jax.Array, jax.Array | None]:
+        """`align`, and where in the image each turn's queries look: logits [B, R, g, g] on the grid of CLIP's patches, or None
+        where `aligner.kind` has no queries."""
         b, r, _ = instruction_ids.shape
 
         def fold(x: jax.Array) -> jax.Array:
@@ -86,8 +91,11 @@ class Mimo(nnx.Module):
 
         visual = self.prompt(fold(prompt_xy), fold(prompt_kind))
         text = self.embedding(fold(instruction_ids))
-        x_q = self.aligner(image, self.prompt.image_code(), text, fold(instruction_mask), visual, fold(prompt_kind) > 0)
-        return x_q.reshape(b, r, *x_q.shape[1:])
+        x_q, look = self.aligner(image, self.prompt.image_code(), text, fold(instruction_mask), visual, fold(prompt_kind) > 0)
+        if look is not None:
+            g = self.config.clip.grid()
+            look = look[:, -g * g :].reshape(b, r, g, g)  # without the class token
+        return x_q.reshape(b, r, *x_q.shape[1:]), look
 
     # --- the language model
 
@@ -126,15 +134,17 @@ class Mimo(nnx.Module):
         return masks.reshape(b, s, *masks.shape[-2:]), iou.reshape(b, s)
 
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Teacher-forced forward: batch as `data/loader.py` makes it -> {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S]}."""
+        """Teacher-forced forward: batch as `data/loader.py` makes it -> {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S],
+        "look" [B, R, g, g] or None}."""
         image = self.encode_clip(batch["clip_image"], batch["clip_size"])
         features = self.encode_sam(batch["sam_image"], batch["sam_size"])
-        x_q = self.align(image, batch["instruction_ids"], batch["instruction_mask"], batch["prompt_xy"], batch["prompt_kind"])
+        turns = (batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
+        x_q, look = self.align_and_look(image, *turns)
         x = self.embed(batch["input_ids"], batch["query_index"], x_q)
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
         hidden = self.decode(x, positions)
         masks, iou = self.segment(features, self.seg_states(hidden, batch["seg_index"]))
-        return {"hidden": hidden, "masks": masks, "iou": iou}
+        return {"hidden": hidden, "masks": masks, "iou": iou, "look": look}
 
 
 def abstract(config: Config):

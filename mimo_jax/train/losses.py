@@ -27,13 +27,18 @@ def token_loss(logits: jax.Array, input_ids: jax.Array, weight: jax.Array) -> tu
     return (ce * weight).sum(), weight.sum(), (right * weight).sum()
 
 
+def bce_and_dice(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """logits [..., M, M], target 0/1 as float32 -> (BCE, Dice loss), each [...]."""
+    bce = optax.sigmoid_binary_cross_entropy(logits, target).mean((-2, -1))
+    p = jax.nn.sigmoid(logits)
+    return bce, 1.0 - (2.0 * (p * target).sum((-2, -1)) + EPS) / (p.sum((-2, -1)) + target.sum((-2, -1)) + EPS)
+
+
 def mask_losses(logits: jax.Array, iou: jax.Array, target: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
     """logits [B, S, M, M], predicted iou [B, S], target 0/1 [B, S, M, M], weight [B, S] -> weighted sums over masks:
     bce, dice, iou (squared error of the predicted IoU), true_iou (of the mask at threshold 0)."""
     target = target.astype(jnp.float32)
-    bce = optax.sigmoid_binary_cross_entropy(logits, target).mean((-2, -1))
-    p = jax.nn.sigmoid(logits)
-    dice = 1.0 - (2.0 * (p * target).sum((-2, -1)) + EPS) / (p.sum((-2, -1)) + target.sum((-2, -1)) + EPS)
+    bce, dice = bce_and_dice(logits, target)
     hard = (logits > 0).astype(jnp.float32)
     inter = (hard * target).sum((-2, -1))
     true_iou = inter / jnp.maximum(hard.sum((-2, -1)) + target.sum((-2, -1)) - inter, 1.0)
@@ -48,18 +53,23 @@ def batch_sums(model, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     ce, tokens, right = token_loss(model.logits(out["hidden"]), batch["input_ids"], batch["loss_mask"] * weight[:, None])
     seg_weight = batch["seg_mask"].astype(jnp.float32) * weight[:, None]
     sums = mask_losses(out["masks"], out["iou"], batch["masks"], seg_weight)
-    return {**sums, "ce": ce, "tokens": tokens, "right": right, "segs": seg_weight.sum()}
+    look = jnp.float32(0)
+    if out["look"] is not None:
+        bce, dice = bce_and_dice(out["look"], batch["look"].astype(jnp.float32))
+        look = ((bce + dice) * batch["look_mask"] * weight[:, None]).sum()
+    return {**sums, "look": look, "ce": ce, "tokens": tokens, "right": right, "segs": seg_weight.sum()}
 
 
-def weights_of(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """(weight of all tokens, weight of all masks) of a batch, from its arrays alone."""
+def weights_of(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The weight of all tokens, of all masks and of all looks of a batch, from its arrays alone."""
     weight = batch["sample_weight"]
     tokens = (batch["loss_mask"][:, 1:] * weight[:, None]).sum()
     segs = (batch["seg_mask"].astype(jnp.float32) * weight[:, None]).sum()
-    return jnp.maximum(tokens, 1.0), jnp.maximum(segs, 1.0)
+    looks = (batch["look_mask"] * weight[:, None]).sum()
+    return {"tokens": jnp.maximum(tokens, 1.0), "segs": jnp.maximum(segs, 1.0), "looks": jnp.maximum(looks, 1.0)}
 
 
-def total(sums: dict[str, jax.Array], cfg: LossConfig, tokens: jax.Array, segs: jax.Array) -> jax.Array:
-    """The loss of a micro-batch as its share of the whole batch, whose weights are `tokens` and `segs`."""
+def total(sums: dict[str, jax.Array], cfg: LossConfig, weights: dict[str, jax.Array]) -> jax.Array:
+    """The loss of a micro-batch as its share of the whole batch, whose weights `weights_of` gives."""
     masks = cfg.bce * sums["bce"] + cfg.dice * sums["dice"] + cfg.iou * sums["iou"]
-    return cfg.ce * sums["ce"] / tokens + masks / segs
+    return cfg.ce * sums["ce"] / weights["tokens"] + masks / weights["segs"] + cfg.look * sums["look"] / weights["looks"]

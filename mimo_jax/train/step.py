@@ -24,28 +24,28 @@ def make_step(plan: Plan) -> Callable:
     cfg = plan.config.train
     rate = schedule(cfg)
 
-    def loss_fn(params, frozen, batch, tokens, segs):
+    def loss_fn(params, frozen, batch, weights):
         model = stack.bind(plan.graphdef, pathtree.merge(params, frozen))
         sums = losses.batch_sums(model, batch)
-        return losses.total(sums, cfg.loss, tokens, segs), sums
+        return losses.total(sums, cfg.loss, weights), sums
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def accumulated(params, frozen, batch, tokens, segs):
+    def accumulated(params, frozen, batch, weights):
         if cfg.accumulate == 1:
-            return gradient(params, frozen, batch, tokens, segs)
+            return gradient(params, frozen, batch, weights)
         micro = jax.tree.map(lambda x: x.reshape(cfg.accumulate, -1, *x.shape[1:]), batch)
 
         def body(carry, part):
-            return jax.tree.map(jnp.add, carry, gradient(params, frozen, part, tokens, segs)), None
+            return jax.tree.map(jnp.add, carry, gradient(params, frozen, part, weights)), None
 
         first = jax.tree.map(lambda x: x[0], micro)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, frozen, first, tokens, segs))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, frozen, first, weights))
         return jax.lax.scan(body, zeros, micro)[0]
 
     def step(state, frozen, batch):
-        tokens, segs = losses.weights_of(batch)
-        (loss, sums), grads = accumulated(state["params"], frozen, batch, tokens, segs)
+        weights = losses.weights_of(batch)
+        (loss, sums), grads = accumulated(state["params"], frozen, batch, weights)
         norm = optax.global_norm(grads)
         updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
         moved = {"params": optax.apply_updates(state["params"], updates), "opt": opt, "step": state["step"] + 1}
@@ -53,12 +53,13 @@ def make_step(plan: Plan) -> Callable:
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, state)
         metrics = {
             "loss": loss,
-            "ce": sums["ce"] / tokens,
-            **{name: sums[name] / segs for name in ("bce", "dice", "iou", "true_iou")},
-            "token_accuracy": sums["right"] / tokens,
+            "ce": sums["ce"] / weights["tokens"],
+            **{name: sums[name] / weights["segs"] for name in ("bce", "dice", "iou", "true_iou")},
+            "look": sums["look"] / weights["looks"],
+            "token_accuracy": sums["right"] / weights["tokens"],
             "grad_norm": norm,
             "learning_rate": rate(state["step"]),
-            "tokens": tokens,
+            "tokens": weights["tokens"],
             "finite": finite.astype(jnp.float32),
         }
         return new, metrics

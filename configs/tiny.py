@@ -37,14 +37,15 @@ def get_config() -> Config:
     config.trainables = {r"^sam_prompt/": None, r"": 1.0}
     config.data.batch_size = 32
     config.data.samples_per_image = 4
-    config.data.buckets = "48"
+    config.data.buckets = "56"
     config.data.system_prompt = ""
     config.train.optimizer = "muon"
-    config.train.steps = 1700
+    config.train.steps = 3000
     config.train.learning_rate = 2.5e-3
     config.train.warmup_steps = 50
     config.train.b2 = 0.98
     config.train.loss.dice = 1.0
+    config.train.loss.look = 2.0  # stands in for what a pretrained CLIP brings along
     config.train.log_every = 20
     config.generate.max_new_tokens = 48
     config.generate.batch_size = 32

@@ -21,7 +21,7 @@ ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
 
 def main() -> int:
     if not DATA.exists():
-        mimo("data", "phantom", "--out", DATA, "--images", 3000, "--seed", 0)
+        mimo("data", "phantom", "--out", DATA, "--images", 6000, "--seed", 0)
     mimo("train", "--config", "configs/tiny.py", "--data", DATA, "--workdir", RUN)
     mimo("eval", "--checkpoint", RUN, "--data", DATA, "--split", "test", "--out", REPORT, "--overlays", OVERLAYS)
     IMAGES.mkdir(exist_ok=True)

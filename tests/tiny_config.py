@@ -74,6 +74,8 @@ def random_batch(config: Config, seed: int = 0, length: int = 40) -> dict[str, n
         "instruction_mask": np.ones((b, r, m.aligner.max_text), bool),
         "prompt_xy": rng.uniform(0, m.clip.image_size - 1, (b, r, m.prompt.max_tokens, 2)).astype(np.float32),
         "prompt_kind": rng.integers(0, 6, (b, r, m.prompt.max_tokens)).astype(np.int32),
+        "look": rng.integers(0, 2, (b, r, m.clip.grid(), m.clip.grid())).astype(np.uint8),
+        "look_mask": np.ones((b, r), bool),
         "seg_index": seg_index,
         "seg_mask": np.broadcast_to(np.arange(m.seg_max) < 2, (b, m.seg_max)).copy(),
         "masks": rng.integers(0, 2, (b, m.seg_max, m.mask_side(), m.mask_side())).astype(np.uint8),

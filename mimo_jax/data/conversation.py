@@ -93,7 +93,7 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
 def _looked(sample: Sample, turn: int) -> list[str] | None:
     """Ids of the masks that an assistant turn is about, none of them where it says that what was asked for is not there."""
     targets = [target for target in sample.targets if target.turn == turn]
-    return [mask_id for target in targets for mask_id in target.mask_ids] if targets else None
+    return sorted({mask_id for target in targets for mask_id in target.mask_ids}) if targets else None
 
 
 def template_text(config: Config, turns: Sequence[str]) -> str:
@@ -147,7 +147,7 @@ def _spans(sample: Sample, turn: int) -> dict[tuple[int, int], list[str]]:
     """Span -> mask ids of one assistant turn, in reading order."""
     spans: dict[tuple[int, int], list[str]] = {}
     for target in sample.targets:
-        if target.turn != turn or target.absent:
+        if target.turn != turn or target.absent or sample.perspective == "vqa":
             continue
         if target.span is None:
             raise SampleError(f"sample {sample.sample_id}: target {target.entity} has masks and no span; say where the answer names it")

@@ -49,11 +49,13 @@ class Turn:
 
 @dataclass
 class Target:
-    """A span of an assistant turn that carries masks; `absent` says that the entity is asked for and not there."""
+    """A span of an assistant turn that carries masks; `absent` says that the entity is asked for and not there.
+
+    In vqa, whose answers paint nothing: what the answer is about, with masks and without a span, or absent."""
 
     turn: int  # index into Sample.turns
     entity: str
-    span: list[int] | None = None  # None where absent
+    span: list[int] | None = None  # None where absent, and in vqa
     mask_ids: list[str] = field(default_factory=list)
     absent: bool = False
 

@@ -132,7 +132,7 @@ def score_baselines(baselines: dict[str, MeanMask | BestThreshold], records: Ite
         image, masks, guesses = record_image(record), {m.mask_id: m.decode() for m in record.masks}, {}
         for sample in record.samples:
             for target in sample.targets:
-                if target.absent:
+                if target.absent or sample.perspective == "vqa":
                     continue
                 truth = np.any([masks[i] for i in target.mask_ids], axis=0)
                 for name, baseline in baselines.items():

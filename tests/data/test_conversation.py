@@ -126,6 +126,21 @@ def test_targets_of_one_span_share_a_seg_and_masks_are_united(tokenizer):
     assert render(two_turns(), tokenizer, config).seg_targets == [["l1", "l2"], ["s"], ["s"]]
 
 
+def test_what_an_answer_is_about(tokenizer):
+    config = tiny_config(turns_max=2)
+    config.data.buckets = "256"
+    assert render(two_turns(), tokenizer, config).looked == [["l1", "l2", "s"], ["s"]]
+    turns = [Turn("user", "Is there a liver?"), Turn("assistant", "Yes.")]
+
+    def looked(*targets):
+        return render(Sample("s", "vqa", turns, list(targets)), tokenizer, config)
+
+    assert looked().looked == [None]
+    assert looked(Target(1, "liver", absent=True)).looked == [[]]
+    shown = looked(Target(1, "liver", mask_ids=["l"]))
+    assert shown.looked == [["l"]] and shown.seg_targets == []
+
+
 def test_instruction_is_cut_for_the_aligner_alone(tokenizer):
     config = tiny_config()
     long = "liver " * 40

@@ -107,6 +107,8 @@ def test_target_and_prompt_of_a_known_record(tokenizer):
     assert np.abs(cells.min(0) * 1.75 - (rows[0], cols[0])).max() < 1.75
     assert np.abs((cells.max(0) + 1) * 1.75 - (rows[-1] + 1, cols[-1] + 1)).max() < 1.75
     assert example["masks"][1:].sum() == 0 and example["seg_mask"].tolist() == [True, False, False]
+    looked = np.argwhere(example["look"][0])  # CLIP frame 32, patches of 8: one cell is 56/32 * 8 = 14 pixels
+    assert example["look_mask"].tolist()[0] and np.abs(looked.min(0) * 14 - (rows[0], cols[0])).max() < 14
     used = example["prompt_kind"][0] != NONE
     xy = clip_frame(40, 56, 32, "pad").from_frame(example["prompt_xy"][0][used])
     top, left, bottom, right = rows[0], cols[0], rows[-1], cols[-1]

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mimo_jax.config import AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, PromptConfig
 from mimo_jax.models import stack
-from mimo_jax.models.aligner import Aligner
+from mimo_jax.models.aligner import Aligner, AlignerBlock
 
 KINDS = ("cross_attention", "none", "linear", "mlp")
 
@@ -38,7 +39,7 @@ def build(kind):
     cfg = config(kind)
     graphdef, _ = stack.abstract(lambda rngs: Aligner(cfg, rngs=rngs))
     params = stack.initial(lambda rngs: Aligner(cfg, rngs=rngs), jax.random.key(0))
-    return cfg, lambda given: np.asarray(stack.bind(graphdef, params)(**given))
+    return cfg, lambda given: np.asarray(stack.bind(graphdef, params)(**given)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,3 +91,23 @@ def test_turns_that_share_an_image_are_those_of_the_image_repeated(kind):
     cfg, run = build(kind)
     turns, images = inputs(cfg), inputs(cfg, seed=1)["image"][:1]
     np.testing.assert_allclose(run(turns | {"image": images}), run(turns | {"image": jnp.repeat(images, 2, axis=0)}), atol=2e-5)
+
+
+def test_looks_are_the_mean_logits_of_the_last_block_toward_the_image():
+    cfg = config("cross_attention")
+    aligner = Aligner(cfg, rngs=nnx.Rngs(0))
+    given = inputs(cfg)
+    _, look = aligner(**given)
+    assert look.shape == (2, 16)
+    attention = AlignerBlock(32, 4, dtype=jnp.float32, rngs=nnx.Rngs(1)).cross_attention
+    x, keys = (jnp.asarray(np.random.default_rng(s).normal(size=(4 if s else 2, 5, 32)), jnp.float32) for s in (1, 0))
+    q = np.asarray(attention.q(x)).reshape(4, 5, 4, 8)
+    k = np.repeat(np.asarray(attention.k(keys)).reshape(2, 5, 4, 8), 2, axis=0)
+    by_hand = np.einsum("bqhd,bjhd->bhqj", q, k).mean(2).sum(1) * 8**-0.5
+    np.testing.assert_allclose(np.asarray(attention.scores(x, keys)), by_hand, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "mlp"])
+def test_kinds_without_queries_look_nowhere(kind):
+    cfg = config(kind)
+    assert Aligner(cfg, rngs=nnx.Rngs(0))(**inputs(cfg))[1] is None

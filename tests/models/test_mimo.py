@@ -26,10 +26,9 @@ def test_forward_and_backward_of_every_kind(kind, seg_state):
     graphdef, _ = mimo.abstract(config)
     params = mimo.initial(config, jax.random.key(0))
     batch = random_batch(config, length=80)
-    tokens, segs = losses.weights_of(batch)
 
     def loss(p):
-        return losses.total(losses.batch_sums(stack.bind(graphdef, p), batch), config.train.loss, tokens, segs)
+        return losses.total(losses.batch_sums(stack.bind(graphdef, p), batch), config.train.loss, losses.weights_of(batch))
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)

@@ -53,12 +53,13 @@ def test_a_sample_of_weight_zero_counts_nowhere():
         "loss_mask": jnp.ones((2, 4)),
         "sample_weight": jnp.asarray([1.0, 0.0]),
         "seg_mask": jnp.ones((2, 3), bool),
+        "look_mask": jnp.asarray([[True, False], [True, True]]),
     }
-    tokens, segs = losses.weights_of(batch)
-    assert tokens == 3 and segs == 3
+    assert losses.weights_of(batch) == {"tokens": 3, "segs": 3, "looks": 1}
 
 
 def test_total_weighs_the_parts_as_configured():
-    sums = {name: jnp.asarray(value) for name, value in {"ce": 6.0, "bce": 2.0, "dice": 4.0, "iou": 8.0}.items()}
-    got = losses.total(sums, LossConfig(ce=1.0, bce=2.0, dice=0.5, iou=0.25), jnp.asarray(3.0), jnp.asarray(2.0))
-    assert got == pytest.approx(6 / 3 + (2 * 2 + 0.5 * 4 + 0.25 * 8) / 2)
+    sums = {name: jnp.asarray(value) for name, value in {"ce": 6.0, "bce": 2.0, "dice": 4.0, "iou": 8.0, "look": 10.0}.items()}
+    weights = {"tokens": jnp.asarray(3.0), "segs": jnp.asarray(2.0), "looks": jnp.asarray(5.0)}
+    got = losses.total(sums, LossConfig(ce=1.0, bce=2.0, dice=0.5, iou=0.25, look=0.5), weights)
+    assert got == pytest.approx(6 / 3 + (2 * 2 + 0.5 * 4 + 0.25 * 8) / 2 + 0.5 * 10 / 5)

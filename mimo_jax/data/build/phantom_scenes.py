@@ -46,12 +46,12 @@ class Anatomy:
 
 ANATOMY = {
     "CT": Anatomy(
-        0.28, {"liver": 0.4, "spleen": 0.12, "left kidney": 0.12, "right kidney": 0.12, "aorta": 0.1}, "liver cyst", 2, home="liver"
+        0.28, {"liver": 0.4, "spleen": 0.15, "left kidney": 0.15, "right kidney": 0.15, "aorta": 0.15}, "liver cyst", 2, home="liver"
     ),
-    "X-ray": Anatomy(0.22, {"left lung": 0.1, "right lung": 0.1, "heart": 0.12}, "lung nodule", 2),
-    "MR": Anatomy(0.17, {"left lateral ventricle": 0.12, "right lateral ventricle": 0.12}, "brain tumor", 2),
-    "fundus": Anatomy(0.17, {"optic disc": 0.12, "macula": 0.12}, "hemorrhage", 2),
-    "ultrasound": Anatomy(0.16, {"gallbladder": 0.3, "portal vein": 0.12}, "gallstone", 2, home="gallbladder"),
+    "X-ray": Anatomy(0.22, {"left lung": 0.25, "right lung": 0.25, "heart": 0.25}, "lung nodule", 2),
+    "MR": Anatomy(0.17, {"left lateral ventricle": 0.3, "right lateral ventricle": 0.3}, "brain tumor", 2),
+    "fundus": Anatomy(0.17, {"optic disc": 0.3, "macula": 0.3}, "hemorrhage", 2),
+    "ultrasound": Anatomy(0.16, {"gallbladder": 0.4, "portal vein": 0.3}, "gallstone", 2, home="gallbladder"),
 }
 
 

@@ -14,7 +14,7 @@ from mimo_jax.data.build.phantom import DATASET, make_phantom, phantom_name
 from mimo_jax.data.records import DataError, write_records
 from mimo_jax.data.schema import Record
 
-BUILDER_VERSION = "1.1"  # raised whenever the same seed would give other phantoms
+BUILDER_VERSION = "1.2"  # raised whenever the same seed would give other phantoms
 SPLITS = {"train": 0.9, "val": 0.05, "test": 0.05}
 
 

@@ -19,14 +19,14 @@ from mimo_jax.config import MODALITIES
 from mimo_jax.data.build.knowledge import KNOWLEDGE, Fact
 from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn
 
-ABSENT_SHARE = 0.3  # of I and III
+ABSENT_SHARE = 0.35  # of I and III
 PAIR_SHARE = 0.15  # of I
 UNMARKED_SHARE = 0.35  # the share of images of which II, or IV, is also asked without pointing at anything
 PRESENCE_PER_IMAGE = 4.0  # yes-or-no questions of presence, on average
-HARD_SHARE = 0.5  # of the answers "No.": asked where such an entity might have been
+HARD_SHARE = 0.75  # of the answers "No.": asked where such an entity might have been
 MOST_LISTED = 8  # structures of an image beyond which nobody is asked to list them
 MOST_SPANS = 2  # grounded spans of one answer; what would take more is not asked
-ASK_COUNT, ASK_MODALITY, ASK_COMPARE, ASK_LIST = 0.4, 0.5, 0.6, 0.3  # the share of images, of those where it can be asked
+ASK_COUNT, ASK_MODALITY, ASK_COMPARE, ASK_LIST = 0.4, 0.4, 0.6, 1.0  # the share of images, of those where it can be asked
 LARGER = 1.4  # areas nearer than this are not compared
 NEARER = 1.2  # places nearer than this to equally far are not told
 NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five")
@@ -183,7 +183,7 @@ class _Scene:
     def absent_entity(self, known: bool) -> str | None:
         """Something that is not there: rather of this kind of image than of another. `known`: one that a question of knowledge has."""
         allowed = [[e for e in group if not known or (e in KNOWLEDGE and not KNOWLEDGE[e].twin)] for group in (self.lacking, self.foreign)]
-        first, second = allowed if self.rng.random() < 0.5 else allowed[::-1]
+        first, second = allowed if self.rng.random() < 0.75 else allowed[::-1]
         return self.pick(first or second) if first or second else None
 
     @staticmethod
@@ -340,8 +340,11 @@ class _Scene:
 
     # vqa: short answers without masks
 
-    def closed(self, kind: str, question: str, answer: str, choices: list[str], *others: str) -> Sample:
-        return self.sample("vqa", kind, question, (f"{answer}.", []), answer_type="closed", references=[answer, *others], choices=choices)
+    def closed(self, kind: str, question: str, answer: str, choices: list[str], *others: str, about: Iterable[str] = ()) -> Sample:
+        """about: the entities whose masks, or absence, make the answer true."""
+        targets = [Target(1, e, mask_ids=self.ids(e)) if e in self.masks else Target(1, e, absent=True) for e in about]
+        answered = (f"{answer}.", targets)
+        return self.sample("vqa", kind, question, answered, answer_type="closed", references=[answer, *others], choices=choices)
 
     def presences(self) -> list[Sample]:
         entities = self.judged + self.foreign
@@ -354,7 +357,7 @@ class _Scene:
                 homes = KNOWLEDGE[entity].homes if entity in KNOWLEDGE else ()
                 if len(homes) == 1 and self.rng.random() < 0.4:
                     question = f"Is there {a(entity)} in the {homes[0]}?"
-                samples.append(self.closed("yes_no", question, "Yes" if shown else "No", ["Yes", "No"]))
+                samples.append(self.closed("yes_no", question, "Yes" if shown else "No", ["Yes", "No"], about=[entity]))
         return samples
 
     def counts(self) -> list[Sample]:
@@ -364,7 +367,7 @@ class _Scene:
             number = len(self.masks.get(entity, []))
             if fact and fact.lesion and number < len(NUMBERS) and self.rng.random() < ASK_COUNT:
                 question = self.pick(COUNT).format(fact.plural)
-                samples.append(self.closed("count", question, NUMBERS[number], list(NUMBERS[:4]), str(number)))
+                samples.append(self.closed("count", question, NUMBERS[number], list(NUMBERS[:4]), str(number), about=[entity]))
         return samples
 
     def modality(self) -> list[Sample]:
@@ -385,7 +388,7 @@ class _Scene:
             if max(first, second) >= LARGER * min(first, second):
                 which = int(self.rng.integers(2))
                 answer = "Yes" if (first > second) == (which == 0) else "No"
-                samples.append(self.closed("compare", COMPARE[which].format(*pair), answer, ["Yes", "No"]))
+                samples.append(self.closed("compare", COMPARE[which].format(*pair), answer, ["Yes", "No"], about=pair))
         return samples
 
     def inventory(self) -> list[Sample]:

@@ -183,3 +183,13 @@ def test_what_cannot_run_is_refused_by_its_field(path, value, answer):
     with pytest.raises(ConfigError) as error:
         config.validate()
     assert str(error.value).startswith(f"config.{answer}")
+
+
+@pytest.mark.parametrize(("kind", "fit"), [("mlp", "pad"), ("cross_attention", "crop")])
+def test_looks_are_refused_where_nothing_looks_or_the_grid_is_cut(kind, fit):
+    config = tiny_config()
+    config.model.aligner.kind, config.model.clip.image_fit = kind, fit
+    config.validate()
+    config.train.loss.look = 1.0
+    with pytest.raises(ConfigError, match=r"^config\.train\.loss\.look: needs aligner\.kind cross_attention"):
+        config.validate()

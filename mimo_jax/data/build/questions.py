@@ -1,8 +1,9 @@
 """Questions of an image whose masks are named: from one record to its samples, by templates and a seeded generator.
 
 Perspectives I and II and the questions of presence and modality are asked of any entity; III, IV, counts and
-comparisons only of what `knowledge.KNOWLEDGE` knows. Nothing is asked whose answer could be told from its words: within each wording
-about as many images say yes as no, and a prompted question names nothing that only the prompt can tell.
+comparisons only of what `knowledge.KNOWLEDGE` knows. Nothing is asked whose answer could be told from its words: within each
+wording about as many images say yes as no, and a prompted question names nothing that only the prompt can tell. Absence is asked
+rather where the thing might have been (`HARD_SHARE`), so that it does not suffice to know what belongs into which kind of image.
 Absence is asked only of entities that this kind of image is labelled with, or, where the census vouches for it (`elsewhere`),
 of those of other kinds.
 """
@@ -125,7 +126,7 @@ class Census:
 
 
 def ask(record: Record, rng: np.random.Generator, census: Census, absent: Iterable[str] | None = None) -> list[Sample]:
-    """About 4 samples of I, 4 of II, 3 of III, 3 of IV and 4 of vqa, as far as the record's entities allow.
+    """About 4 samples of I, 4 of II, 3 of III, 3 of IV and 6 of vqa, as far as the record's entities allow.
 
     absent: entities known not to be in the image, where labels are not complete; without it, all that its kind of image is
     labelled with and that has no mask here."""

@@ -132,8 +132,8 @@ class Llama(nnx.Module):
         return hidden if cache is None else (hidden, cache_out)
 
 
-# Of rows drawn at random. Far above the customary 0.02: from nothing, a small model tells words apart several times sooner
-# when they stand out from what the layers add (benchmarks/RESULTS.md).
+# Of rows drawn at random. Far above the customary 0.02, so that words stand out from what the layers of a small model add to them
+# before it has learnt anything.
 EMBEDDING_STD = 0.5
 
 

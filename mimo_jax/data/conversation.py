@@ -44,7 +44,7 @@ class Rendered:
     prompted: list[list[str]]  # per user turn, ids of the masks that the user points at
     seg_positions: list[int]  # position of each <SEG>
     seg_targets: list[list[str]]  # ids of the masks that it stands for
-    looked: list[list[str] | None]  # per user turn, ids of all masks that the answer is about; None if it is about none in particular
+    looked: list[list[str] | None]  # per user turn, ids of all masks that the answer is about; None: unknown, or not trained on
 
 
 def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
@@ -84,7 +84,7 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
         loss_mask=np.array(loss, np.float32),
         instructions=[instruction_ids(tokenizer, config, turn.text) for turn in users],
         prompted=[turn.prompted for turn in users],
-        looked=[_looked(sample, 2 * number + 1) for number in range(len(users))],
+        looked=[_looked(sample, 2 * number + 1) if config.train.loss.look else None for number in range(len(users))],
         seg_positions=np.flatnonzero(input_ids == tokenizer.seg).tolist(),
         seg_targets=seg_targets,
     )

@@ -1,6 +1,9 @@
-"""The training loss: l1·CE + l2·BCE + l3·Dice + l4·(predicted IoU − true IoU)².
+"""The training loss: l1·CE + l2·BCE + l3·Dice + l4·(predicted IoU − true IoU)² + l5·(BCE + Dice of the looks).
 
-Axis letters: B samples, T tokens, V vocabulary, S <SEG> slots, M side of a mask in pixels.
+Axis letters: B samples, T tokens, V vocabulary, S <SEG> slots, M side of a mask in pixels, R user turns, g side of CLIP's grid.
+
+The last part is not the paper's: where the aligner's queries look [B, R, g, g], against the masks that the turn's answer is about
+(none where it says that something is absent), the mean over turns of which that is known.
 
 CE is the mean over unmasked tokens; BCE the mean over the pixels of a mask and Dice 1 − (2Σpg + 1)/(Σp + Σg + 1), both summed
 over masks and divided by their number (LISA's convention). Every sum carries the sample's weight, so that

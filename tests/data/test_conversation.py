@@ -129,6 +129,8 @@ def test_targets_of_one_span_share_a_seg_and_masks_are_united(tokenizer):
 def test_what_an_answer_is_about(tokenizer):
     config = tiny_config(turns_max=2)
     config.data.buckets = "256"
+    assert render(two_turns(), tokenizer, config).looked == [None, None]
+    config.train.loss.look = 1.0
     assert render(two_turns(), tokenizer, config).looked == [["l1", "l2", "s"], ["s"]]
     turns = [Turn("user", "Is there a liver?"), Turn("assistant", "Yes.")]
 

@@ -97,6 +97,7 @@ def test_a_batch_is_what_make_example_and_stack_batch_make(folder, tokenizer):
 
 def test_target_and_prompt_of_a_known_record(tokenizer):
     config = tiny_config()
+    config.train.loss.look = 1.0
     record = handmade.record(0)
     naming = next(s for s in record.samples if s.perspective == "II")
     example = make_example(record, naming, tokenizer, config, np.random.default_rng(0))["samples"][0]
@@ -115,6 +116,16 @@ def test_target_and_prompt_of_a_known_record(tokenizer):
     assert used.any() and (xy >= (left - 7, top - 7)).all() and (xy <= (right + 7, bottom + 7)).all()
     plain = make_example(record, record.samples[0], tokenizer, config, np.random.default_rng(0))["samples"][0]
     assert (plain["prompt_kind"] == NONE).all()
+
+
+@pytest.mark.parametrize("fit", ["pad", "stretch", "crop"])
+def test_without_their_loss_looks_are_not_made_and_every_fit_serves(fit, tokenizer):
+    config = tiny_config()
+    config.model.clip.image_fit = fit
+    for record in map(handmade.record, range(3)):
+        for sample in record.samples[:3]:
+            example = make_example(record, sample, tokenizer, config, np.random.default_rng(0))["samples"][0]
+            assert not example["look"].any() and not example["look_mask"].any()
 
 
 def test_samples_of_an_image_stand_together(folder, tokenizer):

@@ -2,7 +2,8 @@
 
     mimo train --config configs/lisa_7b.py --init IMPORT --data DIR --workdir runs/lisa_7b
 
-The image's 256 patches are X_q themselves; points, boxes and scribbles are not read.
+The image's 256 patches are X_q themselves; points, boxes and scribbles are not read. How many base rows there are, all but that
+of <SEG>, depends on the checkpoint: LLaVA and LISA add some to Llama's 32,000. Set --config.model.llm.vocab_size to that number.
 """
 
 from mimo_jax.config import AlignerConfig, ClipConfig, Config, LlamaConfig, LoraConfig, ModelConfig
@@ -10,7 +11,6 @@ from mimo_jax.config import AlignerConfig, ClipConfig, Config, LlamaConfig, Lora
 # LISA trains LoRA, every word's row, the projection of <SEG> and SAM's mask decoder; the projector stays as LLaVA left it.
 TRAINABLES = {
     r"^clip/": None,
-    r"^prompt/": None,
     r"^aligner/": None,
     r"^llm/.*lora_[ab]$": 1.0,
     r"^llm/": None,
@@ -25,13 +25,20 @@ TRAINABLES = {
 def get_config() -> Config:
     config = Config(name="lisa_7b", trainables=dict(TRAINABLES))
     config.model = ModelConfig(
-        clip=ClipConfig(width=1024, layers=24, heads=16, mlp_width=4096, activation="quick_gelu", feature_layer=-2, image_fit="crop"),
+        clip=ClipConfig(
+            width=1024, layers=24, heads=16, mlp_width=4096, activation="quick_gelu", feature_layer=-2, image_fit="crop", resample="bicubic"
+        ),
         aligner=AlignerConfig(kind="linear", queries=256),
         llm=LlamaConfig(eps=1e-6),  # its base is Vicuna v1.1 on the first Llama
         lora=LoraConfig(rank=8, alpha=16.0),
         seg_state="predict",
-        seg_place="after",
+        seg_place="bare",
     )
+    config.data.system_prompt = (
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    )
+    config.data.image_tokens = "<im_start>,<im_end>"
     config.data.buckets = "384,512,768"
     config.train.loss.iou = 0.0
     return config

@@ -2,10 +2,10 @@
 
     RUN/config.json       the config
     RUN/tokenizer.json
-    RUN/base.json         the frozen base: fingerprint, where it lies, and every parameter's SHA-256
-    RUN/base/             its arrays, unless they already lie in another run's base
+    RUN/provenance.json   where the weights come from, if the run did not begin from a seed
+    RUN/base.json, base/  the frozen base (`base`)
     RUN/steps/500/        extra.json   data position and whatever else the caller adds, as JSON
-                          arrays/      by orbax: item `params` (trained), item `train` (optimizer, step, …)
+                          arrays/      by orbax: item `state` (trained parameters), item `train` (optimizer, step, …)
                           manifest.json  shapes, versions, fingerprint of the base, SHA-256 of every file; written last
 
 A step, or a base, is whole if its manifest stands: orbax commits by renaming, the manifest follows. Orbax loads a flipped
@@ -15,33 +15,26 @@ bit without a word, so every file that is read is held to its SHA-256 first. An 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from mimo_jax import __version__, pathtree, storage
+from mimo_jax import __version__, arrays, base, pathtree, provenance, storage
+from mimo_jax.arrays import CheckpointError, some
 from mimo_jax.config import Config, ConfigError
-from mimo_jax.errors import UserError
 
 # Model settings that change neither a parameter nor what it means: a run may go on with others.
 _FREE = {"dtype", "remat", "unroll", "turns_max", "seg_max"}
-_PARAMS, _TRAIN, _BASE = "params", "train", "base"  # orbax items
-_LISTED = 6  # differences that a message spells out
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, of another model, or cannot be written; one line that names it."""
+_TRAIN = "train"  # the orbax item beside `arrays.STATE`
 
 
 class CheckpointWarning(UserWarning):
@@ -67,11 +60,14 @@ def open_run(workdir: str | os.PathLike, config: Config) -> bool:
 
 
 def start_run(workdir: str | os.PathLike, config: Config, frozen: dict) -> str:
-    """Write config.json and the frozen base of a new run; returns the base's fingerprint."""
+    """Write the frozen base, the provenance and config.json of a new run; returns the base's fingerprint."""
     workdir = storage.absolute(workdir)
-    fingerprint = save_base(workdir, frozen, source=config.init.path or None)
+    source = _run_of(config.init.path) if config.init.path else None
+    fingerprint = base.save(workdir, frozen, source)
     if jax.process_index() == 0:
-        with _writing(workdir / "config.json"):
+        with base.writing(workdir / "config.json"):
+            if source is not None:
+                provenance.hand_on(source, workdir, pathtree.flatten(frozen).keys())
             storage.write_json(workdir / "config.json", config.to_dict())
     return fingerprint
 
@@ -96,7 +92,7 @@ def check_config(saved: Config, wanted: Config, where: str = "the checkpoint") -
     if list(saved.trainables.items()) != list(wanted.trainables.items()):
         differing.append("trainables")
     if differing:
-        raise CheckpointError(f"{where} is of another config: {_some(differing)}; use its config, or another --workdir")
+        raise CheckpointError(f"{where} is of another config: {some(differing)}; use its config, or another --workdir")
 
 
 def tokenizer_path(path: str | os.PathLike) -> Path:
@@ -133,7 +129,7 @@ class Checkpoints:
         self.wait()
         folder = self._folder(step)
         items = {name: tree for name, tree in _items(state).items() if jax.tree.leaves(tree)}
-        leaves = {name: _leaves(tree) for name, tree in items.items()}
+        leaves = {name: arrays.kinds(tree) for name, tree in items.items()}
         try:
             if jax.process_index() == 0:
                 storage.remove(folder)
@@ -173,8 +169,8 @@ class Checkpoints:
             if response is not None:
                 response.result()
             if jax.process_index() == 0:
-                base = storage.read_json(self.workdir / "base.json") or {}
-                storage.write_manifest(self._folder(step), {"step": step, "base": base.get("fingerprint"), "leaves": leaves})
+                record = storage.read_json(self.workdir / "base.json") or {}
+                storage.write_manifest(self._folder(step), {"step": step, "base": record.get("fingerprint"), "leaves": leaves})
         except Exception as error:
             self._give_up(step, error)
         if jax.process_index() == 0:
@@ -202,94 +198,6 @@ class Checkpoints:
         ) from error
 
 
-# --- the frozen base
-
-
-def save_base(workdir: str | os.PathLike, frozen: dict, source: str | os.PathLike | None = None) -> str:
-    """Write the frozen parameters (nested dict) of a run, once; returns their fingerprint, a SHA-256 over names, dtypes,
-    shapes and values. Where the base of `source`, another checkpoint, holds them all, only a reference is written."""
-    workdir = storage.absolute(workdir)
-    leaves = {path: [*_kind(leaf), storage.hash_array(leaf)] for path, leaf in pathtree.flatten(frozen).items()}
-    fingerprint = hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()
-    saved = storage.read_json(workdir / "base.json")
-    if saved and saved["fingerprint"] == fingerprint:
-        return fingerprint
-    if saved and _whole_steps(workdir):
-        raise CheckpointError(f"{workdir}: its steps were trained on another frozen base; use another --workdir")
-    folder = _lender(source, leaves) or workdir / "base"
-    if leaves and folder == workdir / "base":
-        with _writing(folder):
-            if jax.process_index() == 0:
-                storage.remove(folder)
-                folder.mkdir(parents=True)
-            ocp.save_checkpointables(folder / "arrays", {_BASE: frozen})
-            if jax.process_index() == 0:
-                storage.write_manifest(folder, {"leaves": {_BASE: leaves}})
-    if jax.process_index() == 0:
-        relative = os.path.relpath(folder, workdir)
-        with _writing(workdir / "base.json"):
-            record = {"fingerprint": fingerprint, "path": str(folder), "relative": relative, "leaves": leaves}
-            storage.write_json(workdir / "base.json", record)
-    return fingerprint
-
-
-def load_base(path: str | os.PathLike, abstract: dict | None = None, shardings: Any = None, base: str | os.PathLike | None = None) -> dict:
-    """The frozen parameters of a checkpoint, as a nested dict. Looked for where the checkpoint says, then relative to it,
-    then in `base` (a base folder, or the run that holds it); always held to the recorded hashes.
-
-    abstract: what is expected (CheckpointError lists what differs), None for whatever there is; shardings as in
-    `Checkpoints.restore`, or a function from the abstract tree to them."""
-    run = _run_of(path)
-    record = storage.read_json(run / "base.json")
-    if record is None:
-        raise CheckpointError(f"{run / 'base.json'}: is missing or damaged, so the frozen base cannot be told")
-    leaves = record["leaves"]
-    kinds = {p: leaf[:2] for p, leaf in leaves.items()}
-    if abstract is None:
-        abstract = _abstract(kinds)
-    _compare(kinds, _leaves(abstract), run / "base.json")
-    if not leaves:
-        return {}
-    places = [Path(record["path"]), run / record["relative"]]
-    if base is not None:
-        places += [Path(base) / "base" if (Path(base) / "base").is_dir() else Path(base)]
-    tried = {}
-    for folder in dict.fromkeys(Path(os.path.abspath(p)) for p in places):
-        tried[folder] = _unfit(folder, leaves)
-        if tried[folder] is None:
-            there = pathtree.flatten(_abstract(storage.read_json(folder / storage.MANIFEST)["leaves"][_BASE]))
-            wanted = pathtree.flatten(_placed(abstract, shardings))
-            tree = pathtree.unflatten({p: wanted.get(p, ocp.PLACEHOLDER) for p in there})
-            loaded = pathtree.flatten(ocp.load_checkpointables(folder / "arrays", {_BASE: tree})[_BASE])
-            return pathtree.unflatten({p: loaded[p] for p in wanted})
-    reasons = "; ".join(f"{folder} {why}" for folder, why in tried.items())
-    raise CheckpointError(f"{run}: its frozen base {record['fingerprint'][:12]} is not found: {reasons}; name its folder with --base DIR")
-
-
-def _lender(source: str | os.PathLike | None, leaves: dict) -> Path | None:
-    """The base folder behind another checkpoint, if it holds all these parameters."""
-    if source is None:
-        return None
-    run = _run_of(source)
-    record = storage.read_json(run / "base.json") or {"path": "", "relative": "base"}
-    for folder in (Path(record["path"]), Path(os.path.abspath(run / record["relative"]))):
-        if _unfit(folder, leaves) is None:
-            return folder
-    return None
-
-
-def _unfit(folder: Path, leaves: dict) -> str | None:
-    """Why a base folder cannot give these parameters; None if it can."""
-    manifest = storage.read_json(folder / storage.MANIFEST)
-    if manifest is None or _BASE not in manifest.get("leaves", {}):
-        return "holds no whole base"
-    there = manifest["leaves"][_BASE]
-    differing = [path for path, leaf in leaves.items() if there.get(path) != leaf]
-    if differing:
-        return f"is another base: {_some(differing)}"
-    return _damage(folder, [_BASE])
-
-
 # --- reading a checkpoint from its path
 
 
@@ -307,34 +215,90 @@ def resolve(path: str | os.PathLike) -> tuple[Path, int]:
     raise CheckpointError(f"{path}: this step is not whole (its save did not finish); {newest}")
 
 
-def load_params(path: str | os.PathLike, base: str | os.PathLike | None = None, place: Callable[[dict], Any] | None = None) -> dict:
+class Loaded(NamedTuple):
+    """A checkpoint ready to use. params: all parameters, nested dict; tokenizer: path of its tokenizer.json; extra: JSON that
+    was saved with the step; origin: step, base and sources in one line."""
+
+    config: Config
+    params: dict
+    tokenizer: Path
+    extra: dict
+    origin: str
+
+
+def load_params(path: str | os.PathLike, base_at: str | os.PathLike | None = None, place: Callable[[dict], Any] | None = None) -> dict:
     """All parameters of a checkpoint, trained and frozen, as one nested dict in the dtypes they were saved in.
 
-    place: from a nested dict of ShapeDtypeStructs to their shardings; None for the first device."""
-    return _load_params(path, base, place)[0]
+    base_at: where the frozen base lies, if it was moved; place: from a nested dict of ShapeDtypeStructs to their shardings;
+    None for the first device."""
+    return _load_params(path, base_at, place)[0]
 
 
-def load_for_inference(
-    path: str | os.PathLike, base: str | os.PathLike | None = None, place: Callable[[dict], Any] | None = None
-) -> tuple[Config, dict, Path, dict]:
-    """(config, all parameters, path of tokenizer.json, extra) of a checkpoint; the optimizer is not read."""
+def load_for_inference(path: str | os.PathLike, base_at: str | os.PathLike | None = None, allow_untrained: bool = False) -> Loaded:
+    """A checkpoint without its optimizer. CheckpointError for one whose parameters are in part as a seed drew them, which
+    answers with noise, unless `allow_untrained`."""
     run = _run_of(path)
-    config, tokenizer = read_config(run), tokenizer_path(run)
-    params, extra = _load_params(path, base, place)
-    return config, params, tokenizer, extra
+    config, tokenizer, record = read_config(run), tokenizer_path(run), provenance.read(run)
+    raw = provenance.untrained(record)
+    if raw and not allow_untrained:
+        raise CheckpointError(
+            f"{path}: parameters were drawn from a seed and never trained: {raw}; train it first (mimo train --init {path}), "
+            "or give --allow-untrained to see what comes out"
+        )
+    params, extra, step = _load_params(path, base_at, None)
+    return Loaded(config, params, tokenizer, extra, f"{run} step {step}, {origin(run)}")
 
 
-def _load_params(path, base, place) -> tuple[dict, dict]:
+def origin(run: str | os.PathLike) -> str:
+    """Fingerprint of a run's base, and the sources of its weights, in one line."""
+    return f"base {base.read_record(Path(run))['fingerprint'][:12]}, {provenance.describe(provenance.read(Path(run)))}"
+
+
+class Leaves(Mapping[str, np.ndarray]):
+    """All parameters of a checkpoint by path, each read from the disk when it is asked for. run, step, config: whose they are;
+    shapes: {path: ShapeDtypeStruct}; trained: the paths of those that are not in the base."""
+
+    def __init__(self, path: str | os.PathLike, base_at: str | os.PathLike | None = None):
+        self.run, self.step, manifest = _whole_step(path)
+        self.config = read_config(self.run)
+        trained, frozen = manifest["leaves"].get(arrays.STATE, {}), base.read_record(self.run)["leaves"]
+        self.trained = set(trained)
+        self._places = dict.fromkeys(trained, (self.run / "steps" / str(self.step), trained))
+        if frozen:
+            folder = base.find(self.run, base_at)
+            there = storage.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
+            self._places |= dict.fromkeys(frozen, (folder, there))
+        self.shapes = pathtree.flatten(arrays.abstract(trained | frozen))
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        folder, there = self._places[path]
+        return np.asarray(arrays.read_parameters(folder, there, {path: arrays.placed(self.shapes[path], None)})[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _load_params(path, base_at, place) -> tuple[dict, dict, int]:
+    run, step, manifest = _whole_step(path)
+    abstract = arrays.abstract(manifest["leaves"].get(arrays.STATE, {}))
+    folder = run / "steps" / str(step)
+    state, extra = _load_step(folder, {"params": abstract}, {"params": place(abstract)} if place else None)
+    return pathtree.merge(base.load(run, None, place, base_at), state["params"]), extra, step
+
+
+def _whole_step(path: str | os.PathLike) -> tuple[Path, int, dict]:
+    """(run directory, step, its manifest) of the step that PATH means, or of the newest undamaged one before it."""
     run, step = resolve(path)
     candidates = [step] if _named_step(path) is not None else _whole_steps(run)
-    step, _ = _newest_undamaged(run, candidates, [_PARAMS])
+    step, _ = _newest_undamaged(run, candidates, [arrays.STATE])
     folder = run / "steps" / str(step)
     manifest, record = storage.read_json(folder / storage.MANIFEST), storage.read_json(run / "base.json") or {}
     if manifest["base"] != record.get("fingerprint"):
         raise CheckpointError(f"{folder}: was trained on another frozen base than {run / 'base.json'} records")
-    abstract = _abstract(manifest["leaves"].get(_PARAMS, {}))
-    state, extra = _load_step(folder, {_PARAMS: abstract}, {_PARAMS: place(abstract)} if place else None)
-    return pathtree.merge(load_base(run, None, place, base), state[_PARAMS]), extra
+    return run, step, manifest
 
 
 def _run_of(path: str | os.PathLike) -> Path:
@@ -376,85 +340,43 @@ def _newest_undamaged(run: Path, steps: list[int], items: Any) -> tuple[int, lis
     raise CheckpointError(f"{run}: step {step} {damage}, and no earlier whole step is there; give another checkpoint")
 
 
-# --- trees of arrays, in orbax and by name
+# --- a step's arrays, as orbax items
+
+
+def write_step(run: Path, step: int, leaves: Iterator[tuple[str, Any]], extra: dict) -> dict[str, list]:
+    """A step without optimizer, from its trained parameters (path, array) as they come; the base must stand. Returns
+    {path: [dtype, shape, SHA-256]}."""
+    folder = run / "steps" / str(step)
+    hashes: dict[str, list] = {}
+    with base.writing(folder):
+        folder.mkdir(parents=True)
+        storage.write_json(folder / "extra.json", extra)
+        arrays.write(folder, base.hashed(leaves, hashes))
+        kinds = {path: leaf[:2] for path, leaf in hashes.items()}
+        about = {"step": step, "base": base.read_record(run)["fingerprint"], "leaves": {arrays.STATE: kinds}}
+        storage.write_manifest(folder, about)
+    return hashes
 
 
 def _items(state: dict[str, Any]) -> dict[str, Any]:
     """The state as orbax items, so that parameters can be read without the optimizer."""
-    rest = {name: tree for name, tree in state.items() if name != _PARAMS}
-    return ({_PARAMS: state[_PARAMS]} if _PARAMS in state else {}) | ({_TRAIN: rest} if rest else {})
+    rest = {name: tree for name, tree in state.items() if name != "params"}
+    return ({arrays.STATE: state["params"]} if "params" in state else {}) | ({_TRAIN: rest} if rest else {})
 
 
 def _load_step(folder: Path, abstract: dict[str, Any], shardings: Any) -> tuple[dict[str, Any], dict]:
     leaves = storage.read_json(folder / storage.MANIFEST)["leaves"]
     items = _items(abstract)
     for name, tree in items.items():
-        _compare(leaves.get(name, {}), _leaves(tree), folder)
-    placed = _items(_placed(abstract, shardings))
+        arrays.compare(leaves.get(name, {}), arrays.kinds(tree), folder)
+    placed = _items(arrays.placed(abstract, shardings))
     wanted = {name: tree for name, tree in placed.items() if jax.tree.leaves(tree)}
-    loaded = placed | (ocp.load_checkpointables(folder / "arrays", wanted) if wanted else {})
-    state = ({_PARAMS: loaded[_PARAMS]} if _PARAMS in items else {}) | loaded.get(_TRAIN, {})
+    loaded = placed | (arrays.read(folder, wanted) if wanted else {})
+    state = ({"params": loaded[arrays.STATE]} if arrays.STATE in items else {}) | loaded.get(_TRAIN, {})
     return state, storage.read_json(folder / "extra.json")
 
 
-def _leaves(tree: Any) -> dict[str, list]:
-    """Any tree of arrays or shapes as {"a/b/c": [dtype, shape]}."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): _kind(leaf) for path, leaf in flat}
-
-
-def _kind(leaf: Any) -> list:
-    return [str(np.dtype(leaf.dtype)), list(leaf.shape)]
-
-
-def _abstract(leaves: dict[str, list]) -> dict:
-    """Nested dict of ShapeDtypeStructs from what `_leaves` recorded."""
-    return pathtree.unflatten({path: jax.ShapeDtypeStruct(tuple(leaf[1]), jax.numpy.dtype(leaf[0])) for path, leaf in leaves.items()})
-
-
-def _placed(abstract: Any, shardings: Any) -> Any:
-    """The abstract tree with a sharding on every leaf."""
-    if callable(shardings):
-        shardings = shardings(abstract)
-    if shardings is None:
-        shardings = SingleDeviceSharding(jax.devices()[0])
-    if isinstance(shardings, Sharding):
-        shardings = jax.tree.map(lambda _: shardings, abstract)
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
-
-
-def _compare(there: dict[str, list], wanted: dict[str, list], where: Path) -> None:
-    """CheckpointError that lists parameters which are missing, left over, or of another dtype or shape."""
-    differing = [f"lacks {path}" for path in sorted(wanted.keys() - there.keys())]
-    differing += [f"also has {path}" for path in sorted(there.keys() - wanted.keys())]
-    differing += [
-        f"{path} is {there[path][0]}{there[path][1]}, the config needs {kind[0]}{kind[1]}"
-        for path, kind in sorted(wanted.items())
-        if path in there and there[path] != kind
-    ]
-    if differing:
-        raise CheckpointError(f"{where} does not fit the config: {_some(differing)}")
-
-
 def _damage(folder: Path, items: Iterable[str]) -> str | None:
-    """What is wrong with the files of these orbax items of a step or base; None if nothing."""
-    others = tuple(f"arrays/{name}/" for name in (_PARAMS, _TRAIN, _BASE) if name not in items)
+    """What is wrong with the files of these orbax items of a step; None if nothing."""
+    others = tuple(f"arrays/{name}/" for name in (arrays.STATE, _TRAIN) if name not in items)
     return storage.damage(folder, lambda name: not name.startswith(others))
-
-
-def _some(rows: list[str]) -> str:
-    return ", ".join(rows[:_LISTED]) + (f" and {len(rows) - _LISTED} more" if len(rows) > _LISTED else "")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn a full or forbidden disk into CheckpointError; what was half written under `path` goes."""
-    try:
-        yield
-    except Exception as error:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        reason = storage.disk_fault(error)
-        if reason is None:
-            raise
-        raise CheckpointError(f"{path}: cannot be written: {reason}; mend that and run the same command again") from error

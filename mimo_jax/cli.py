@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from checkpoints_convert.command import add_verbs
 from mimo_jax import __version__
 from mimo_jax.errors import UserError
 
@@ -117,6 +118,13 @@ Every setting of the config file is set by its path, as --config.train.steps=500
     phantom.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed makes the same images; default: 0")
     phantom.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core")
     phantom.set_defaults(run=_phantom)
+
+    convert = commands.add_parser(
+        "convert",
+        help="PyTorch checkpoints to mimo_jax and back",
+        description="Turn CLIP, Vicuna, SAM, LoRA and whole LISA checkpoints into a mimo_jax checkpoint, and back.",
+    )
+    add_verbs(convert)
     return top
 
 
@@ -130,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(_negatives_joined(sys.argv[1:] if argv is None else argv))
         return args.run(args)
     except UserError as error:
-        return _user_error(" ".join(str(error).split()))
+        return _user_error(str(error) if error.listing else " ".join(str(error).split()))
     except OSError as error:
         if error.errno not in _USER_ERRNO:
             raise
@@ -141,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Flags of one command; its `overrides` are the `--config.…` arguments, which only `train` takes."""
+    """Flags of one command; its `overrides` are the `--config.…` arguments, of those commands that take any."""
     top = parser()
     command = _command(top, argv)
     known = [flag for action in command._actions for flag in action.option_strings]
@@ -188,6 +196,7 @@ def _checkpoint_flags(command: argparse.ArgumentParser) -> None:
     what = "a run directory (its newest whole step), one step, or an import"
     command.add_argument("--checkpoint", required=True, metavar="PATH", help=what)
     command.add_argument("--base", metavar="DIR", help="where the frozen base lies, if it was moved")
+    command.add_argument("--allow-untrained", action="store_true", help="take a checkpoint in which parameters are as a seed drew them")
 
 
 # --- what the commands do
@@ -226,14 +235,17 @@ def _sources(flags: Sequence[str]) -> dict:
 def _eval(args: argparse.Namespace) -> int:
     from mimo_jax.eval.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(args.checkpoint, args.data, args.split, args.out, limit=args.limit, overlays=args.overlays, base=args.base)
+    options = {"limit": args.limit, "overlays": args.overlays, "base": args.base, "allow_untrained": args.allow_untrained}
+    evaluate_checkpoint(args.checkpoint, args.data, args.split, args.out, **options)
     return EXIT_DONE
 
 
 def _ask(args: argparse.Namespace) -> int:
     from mimo_jax.infer.predictor import Mimo
 
-    chat = Mimo.load(args.checkpoint, base=args.base).open(args.image)
+    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained)
+    print(mimo.origin, file=sys.stderr)
+    chat = mimo.open(args.image)
     answer = chat.ask(args.question, points=args.point, boxes=args.box, scribbles=args.scribble, max_new_tokens=args.max_new_tokens)
     if args.json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))

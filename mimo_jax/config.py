@@ -12,7 +12,7 @@ from mimo_jax.errors import UserError
 
 PERSPECTIVES = ("vqa", "I", "II", "III", "IV")
 MODALITIES = ("CT", "MR", "X-ray", "ultrasound", "fundus", "dermoscopy", "endoscopy", "pathology")
-GROUNDING_TOKENS = ("<p>", "</p>", "<SEG>")  # in this order, after the base vocabulary
+GROUNDING_TOKENS = ("<p>", "</p>", "<SEG>")  # in this order, after the base vocabulary; see ModelConfig.grounding_tokens
 ALIGNER_KINDS = ("cross_attention", "none", "linear", "mlp")
 REMAT_POLICIES = ("none", "full", "dots")
 
@@ -36,6 +36,7 @@ class ClipConfig:
     feature_layer: int = -2  # which hidden state is X_img, as an index into [embeddings, layer 1 .. layer n]
     class_token: bool = False  # keep the class token as X_img's first key
     image_fit: str = "pad"  # "pad", "stretch" or "crop" to the square
+    resample: str = "bilinear"  # or "bicubic" (CLIP's stock processor)
 
     def grid(self) -> int:
         """g, patches on a side."""
@@ -65,6 +66,10 @@ class AlignerConfig:
     width: int = 1024
     heads: int = 16
     max_text: int = 64  # L, instruction tokens that the aligner reads
+
+    def image_only(self) -> bool:
+        """Whether this kind reads the image alone, neither the instruction nor prompts."""
+        return self.kind in ("linear", "mlp")
 
 
 @dataclass
@@ -117,7 +122,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     sam: SamConfig = field(default_factory=SamConfig)
     seg_state: str = "token"  # the state of <SEG> itself, or "predict": the one that predicts it (LISA)
-    seg_place: str = "inside"  # "inside": <p>x<SEG></p>; "after": <p> x </p> <SEG> (GLaMM)
+    seg_place: str = "inside"  # "inside": <p>x<SEG></p>; "after": <p> x </p> <SEG> (GLaMM); "bare": x <SEG> (LISA)
     turns_max: int = 1  # user turns in one training sample
     seg_max: int = 4  # S_max, <SEG> slots in one training sample
     dtype: str = "bfloat16"  # of activations
@@ -129,6 +134,10 @@ class ModelConfig:
         """Q, the fixed number of positions that one turn's X_q takes in the sequence, whatever the aligner's kind."""
         image, a = self.clip.tokens(), self.aligner
         return {"cross_attention": a.queries, "none": image + a.max_text + self.prompt.max_tokens}.get(a.kind, image)
+
+    def grounding_tokens(self) -> tuple[str, ...]:
+        """The tokens that follow the base vocabulary, in the order of their ids."""
+        return ("<SEG>",) if self.seg_place == "bare" else GROUNDING_TOKENS
 
     def mask_side(self) -> int:
         """M, the side of the decoder's masks in pixels: four per SAM patch."""
@@ -155,6 +164,7 @@ class DataConfig:
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     )
+    image_tokens: str = ""  # two added tokens of the base vocabulary around X_q, e.g. "<im_start>,<im_end>" (LLaVA, LISA, GLaMM)
     augment: bool = False  # random shift, scale and intensity; never a flip
     seed: int = 0
     workers: int = 0  # Grain worker processes
@@ -212,6 +222,20 @@ class InitConfig:
     path: str = ""  # a run, a step, or an import; empty: from the seed
     # Where parameters of `path` are missing or of another shape, these groups (path regexes) start from the seed.
     fresh: str = ""
+    # What `mimo convert import` fills each group from: ordered path regex -> sources, the first given one that holds any of it
+    # counts; "seed": drawn anew.
+    sources: dict[str, str] = field(
+        default_factory=lambda: {
+            r"^clip/": "clip,joint",
+            r"^llm/.*/lora_[ab]$": "lora,joint,seed",
+            r"^(llm/|(embedding|lm_head)/base$)": "llm,joint",
+            r"^(embedding|lm_head)/grounding$": "llm,joint,seed",
+            r"^aligner/": "joint,seed",
+            r"^prompt/": "joint,seed",
+            r"^seg_projection/": "joint,seed",
+            r"^sam_": "sam,joint",
+        }
+    )
 
 
 @dataclass
@@ -238,11 +262,12 @@ class Config:
 
         need(m.aligner.kind in ALIGNER_KINDS, "model.aligner.kind", f"is {m.aligner.kind!r}; use one of {', '.join(ALIGNER_KINDS)}")
         need(m.seg_state in ("token", "predict"), "model.seg_state", f"is {m.seg_state!r}; use token or predict")
-        need(m.seg_place in ("inside", "after"), "model.seg_place", f"is {m.seg_place!r}; use inside or after")
+        need(m.seg_place in ("inside", "after", "bare"), "model.seg_place", f"is {m.seg_place!r}; use inside, after or bare")
         need(m.remat in REMAT_POLICIES, "model.remat", f"is {m.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
         need(m.clip.image_size % m.clip.patch_size == 0, "model.clip.patch_size", "must divide model.clip.image_size")
         need(m.clip.width % m.clip.heads == 0, "model.clip.heads", "must divide model.clip.width")
         need(m.clip.image_fit in ("pad", "stretch", "crop"), "model.clip.image_fit", f"is {m.clip.image_fit!r}; use pad, stretch or crop")
+        need(m.clip.resample in ("bilinear", "bicubic"), "model.clip.resample", f"is {m.clip.resample!r}; use bilinear or bicubic")
         need(m.sam.image_size % m.sam.patch_size == 0, "model.sam.patch_size", "must divide model.sam.image_size")
         need(m.sam.width % m.sam.heads == 0, "model.sam.heads", "must divide model.sam.width")
         need(m.sam.layers % m.sam.global_every == 0, "model.sam.global_every", "must divide model.sam.layers")
@@ -259,6 +284,12 @@ class Config:
         need(d.batch_size % self.train.accumulate == 0, "train.accumulate", "must divide data.batch_size")
         need(all(b <= m.llm.max_length for b in self.buckets()), "data.buckets", "must not exceed model.llm.max_length")
         need(d.sort_window >= 1, "data.sort_window", "must be at least 1")
+        around = self.image_tokens()
+        need(
+            not around or (len(around) == 2 and all(around)),
+            "data.image_tokens",
+            f"is {d.image_tokens!r}; name two tokens, such as <im_start>,<im_end>, or none",
+        )
         looks = m.aligner.kind == "cross_attention" and m.clip.image_fit != "crop"
         need(self.train.loss.look == 0 or looks, "train.loss.look", "needs aligner.kind cross_attention and clip.image_fit pad or stretch")
         need(self.train.optimizer in ("adam", "muon"), "train.optimizer", f"is {self.train.optimizer!r}; use adam or muon")
@@ -270,6 +301,10 @@ class Config:
             return tuple(sorted(int(b) for b in self.data.buckets.split(",")))
         except ValueError:
             raise ConfigError(f"config.data.buckets: {self.data.buckets!r} is not a list of lengths such as 256,512") from None
+
+    def image_tokens(self) -> tuple[str, ...]:
+        """Names of the tokens before and after X_q; empty where there are none."""
+        return tuple(t.strip() for t in self.data.image_tokens.split(",")) if self.data.image_tokens else ()
 
     def lora_targets(self) -> tuple[str, ...]:
         return tuple(t.strip() for t in self.model.lora.targets.split(",") if t.strip())

@@ -105,5 +105,11 @@ def disk_fault(error: BaseException | None) -> str | None:
     return None
 
 
-# Orbax logs, with tracebacks, errors of its threads that it also raises: here they are raised, and put in one line.
-logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname)
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Orbax logs, with tracebacks, errors of its threads that it also raises: here they are raised, and put in one line. And it
+    warns, of arrays written as files of their own, that there is nothing to merge."""
+    orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return not orbax or (record.levelno < logging.ERROR and "Skipping merge of OCDBT" not in str(record.msg))
+
+
+logging.getLogger("absl").addFilter(_worth_saying)

@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from mimo_jax import checkpoint, pathtree
+from mimo_jax import base, checkpoint, pathtree
 from mimo_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from tests.tiny_config import tiny_config
 
@@ -91,7 +91,7 @@ def test_a_state_without_parameters_and_an_empty_base_work(tmp_path):
     checkpoints.save(0, {"params": {}}, {})
     checkpoints.wait()
     assert checkpoints.restore(0, {"params": {}})[0] == {"params": {}}
-    assert checkpoint.load_base(tmp_path, {}) == {}
+    assert base.load(tmp_path, {}) == {}
     assert checkpoint.load_params(tmp_path) == {}
 
 
@@ -124,7 +124,7 @@ def test_shardings_are_obeyed(tmp_path):
 
 def test_a_flipped_bit_is_found_and_the_step_before_is_taken(tmp_path):
     checkpoints = begin(tmp_path, steps=(1, 2, 3), keep_last=3)
-    flip_bit(tmp_path / "steps" / "3" / "arrays" / "params")
+    flip_bit(tmp_path / "steps" / "3" / "arrays" / "state")
     with pytest.warns(CheckpointWarning, match="step 3 is passed over: it is damaged"):
         state, extra = checkpoints.restore(3, abstract())
     assert_same(state, train_state(2))
@@ -148,14 +148,14 @@ def test_damage_of_the_optimizer_alone_does_not_concern_inference(tmp_path):
 
 def test_every_step_damaged_is_an_error(tmp_path):
     checkpoints = begin(tmp_path, steps=(1,))
-    flip_bit(tmp_path / "steps" / "1" / "arrays" / "params")
+    flip_bit(tmp_path / "steps" / "1" / "arrays" / "state")
     with pytest.raises(CheckpointError, match="no earlier whole step"):
         checkpoints.restore(1, abstract())
 
 
 def test_a_damaged_step_is_replaced_by_the_next_save_and_does_not_count_as_kept(tmp_path):
     checkpoints = begin(tmp_path, steps=(1, 2), keep_last=2)
-    flip_bit(tmp_path / "steps" / "2" / "arrays" / "params")
+    flip_bit(tmp_path / "steps" / "2" / "arrays" / "state")
     with pytest.warns(CheckpointWarning):
         checkpoints.restore(2, abstract())
     checkpoints.save(2, train_state(2), {})
@@ -256,16 +256,16 @@ def test_a_full_disk_is_reported_and_the_step_before_stands(tmp_path):
 
 def test_base_comes_back_bit_for_bit_in_its_dtypes(tmp_path):
     begin(tmp_path)
-    assert_same(checkpoint.load_base(tmp_path), frozen_tree())
-    assert_same(checkpoint.load_base(tmp_path, jax.eval_shape(frozen_tree)), frozen_tree())
+    assert_same(base.load(tmp_path), frozen_tree())
+    assert_same(base.load(tmp_path, jax.eval_shape(frozen_tree)), frozen_tree())
 
 
 def test_fingerprint_follows_names_dtypes_shapes_and_values(tmp_path):
     tree = {"a": jnp.arange(4.0)}
     variants = [tree, {"b": jnp.arange(4.0)}, {"a": jnp.arange(4)}, {"a": jnp.arange(4.0).reshape(2, 2)}, {"a": jnp.arange(4.0) + 1e-6}]
-    prints = {checkpoint.save_base(_made(tmp_path / str(i)), variant) for i, variant in enumerate(variants)}
+    prints = {base.save(_made(tmp_path / str(i)), variant) for i, variant in enumerate(variants)}
     assert len(prints) == len(variants)
-    assert checkpoint.save_base(_made(tmp_path / "again"), {"a": np.arange(4, dtype=np.float32)}) in prints
+    assert base.save(_made(tmp_path / "again"), {"a": np.arange(4, dtype=np.float32)}) in prints
 
 
 def _made(folder: Path) -> Path:
@@ -276,14 +276,14 @@ def _made(folder: Path) -> Path:
 def test_base_is_written_once(tmp_path):
     begin(tmp_path)
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "base").rglob("*")}
-    checkpoint.save_base(tmp_path, frozen_tree())
+    base.save(tmp_path, frozen_tree())
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "base").rglob("*")} == before
 
 
 def test_another_base_in_a_run_with_steps_is_refused(tmp_path):
     begin(tmp_path, steps=(1,))
     with pytest.raises(CheckpointError, match="another frozen base"):
-        checkpoint.save_base(tmp_path, frozen_tree(1))
+        base.save(tmp_path, frozen_tree(1))
 
 
 def test_base_of_another_checkpoint_is_referred_to_and_found_wherever_it_is_moved(tmp_path):
@@ -291,20 +291,20 @@ def test_base_of_another_checkpoint_is_referred_to_and_found_wherever_it_is_move
     begin(lender, steps=(0,))
     part = {"llm": frozen_tree()["llm"]}
     checkpoint.open_run(run, tiny_config())
-    checkpoint.save_base(run, part, source=lender)
+    base.save(run, part, source=lender)
     (run / "config.json").write_text((lender / "config.json").read_text())
     assert not (run / "base").exists()
-    assert_same(checkpoint.load_base(run), part)  # by the recorded path
+    assert_same(base.load(run), part)  # by the recorded path
 
     (tmp_path / "runs").rename(tmp_path / "moved")
     run = tmp_path / "moved" / "b"
-    assert_same(checkpoint.load_base(run), part)  # by the relative path
+    assert_same(base.load(run), part)  # by the relative path
 
     (tmp_path / "moved" / "import").rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="is not found: .*name its folder with --base DIR"):
-        checkpoint.load_base(run)
-    assert_same(checkpoint.load_base(run, base=tmp_path / "elsewhere"), part)
-    assert_same(checkpoint.load_base(run, base=tmp_path / "elsewhere" / "base"), part)
+        base.load(run)
+    assert_same(base.load(run, base=tmp_path / "elsewhere"), part)
+    assert_same(base.load(run, base=tmp_path / "elsewhere" / "base"), part)
 
 
 def test_a_wrong_or_damaged_base_is_refused(tmp_path):
@@ -313,7 +313,7 @@ def test_a_wrong_or_damaged_base_is_refused(tmp_path):
     begin(other, frozen=frozen_tree(1))
     flip_bit(run / "base" / "arrays")
     with pytest.raises(CheckpointError, match=r"a/base is damaged \(SHA-256.*other/base is another base: clip/kernel") as error:
-        checkpoint.load_base(run, base=other)
+        base.load(run, base=other)
     assert isinstance(error.value, ValueError)
 
 
@@ -322,7 +322,7 @@ def test_base_of_other_shapes_is_listed(tmp_path):
     wanted = pathtree.flatten(jax.eval_shape(frozen_tree))
     wanted["clip/kernel"] = jax.ShapeDtypeStruct((8, 4), jnp.float32)
     with pytest.raises(CheckpointError, match=r"clip/kernel is bfloat16\[8, 4\], the config needs float32\[8, 4\]"):
-        checkpoint.load_base(tmp_path, pathtree.unflatten(wanted))
+        base.load(tmp_path, pathtree.unflatten(wanted))
 
 
 # --- paths, configs
@@ -350,7 +350,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
 
 def test_inference_reads_config_tokenizer_and_all_parameters(tmp_path):
     begin(tmp_path, steps=(3,))
-    config, params, tokenizer, extra = checkpoint.load_for_inference(tmp_path)
+    config, params, tokenizer, extra, _ = checkpoint.load_for_inference(tmp_path)
     assert config == tiny_config()
     assert_same(params, pathtree.merge(frozen_tree(), train_state(3)["params"]))
     assert tokenizer == tmp_path / "tokenizer.json" and extra == {"position": 3}
@@ -396,15 +396,16 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
 
 SHARDED = """
 import sys, jax, jax.numpy as jnp, numpy as np
+from pathlib import Path
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mimo_jax import checkpoint
+from mimo_jax import base, checkpoint
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("127.0.0.1:" + sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
 split = NamedSharding(jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,)), P("fsdp"))
 values = np.arange(32, dtype=np.float32).reshape(8, 4)
 make = lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index])
-checkpoint.save_base(sys.argv[1], {"llm": {"w": make(values)}})
+base.save(Path(sys.argv[1]), {"llm": {"w": make(values)}})
 checkpoints = checkpoint.Checkpoints(sys.argv[1])
 checkpoints.save(1, {"params": {"w": make(values + 1)}}, {"position": 1})
 checkpoints.wait()
@@ -425,4 +426,4 @@ def test_what_two_processes_saved_in_parts_one_process_reads(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     assert_same(checkpoint.load_params(tmp_path), {"llm": {"w": jnp.asarray(values)}, "w": jnp.asarray(values + 1)})
     fingerprint = json.loads((tmp_path / "base.json").read_text())["fingerprint"]
-    assert checkpoint.save_base(_made(tmp_path / "alone"), {"llm": {"w": values}}) == fingerprint
+    assert base.save(_made(tmp_path / "alone"), {"llm": {"w": values}}) == fingerprint

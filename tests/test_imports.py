@@ -19,9 +19,13 @@ MAY_IMPORT = {
     "config": {"errors"},
     "geometry": {"errors"},
     "sharding": {"config", "errors", "pathtree"},
+    "parameters": {"config", "errors", "pathtree"},
     "storage": set(),
+    "arrays": {"errors", "pathtree", "storage"},
+    "provenance": {"errors", "storage"},
+    "base": {"arrays", "errors", "pathtree", "storage"},
     "flags": {"config", "errors", "pathtree"},
-    "checkpoint": {"config", "errors", "pathtree", "sharding", "storage"},
+    "checkpoint": {"arrays", "base", "config", "errors", "pathtree", "provenance", "sharding", "storage"},
     "models": {"config", "errors", "geometry", "pathtree", "sharding", "typing"},
     "data": {"config", "errors", "geometry", "typing"},
     "data.loader": {"config", "errors", "geometry", "typing", "sharding"},
@@ -30,12 +34,17 @@ MAY_IMPORT = {
         *("data.transforms", "data.tokenizer", "data.conversation", "data.prompts", "data.schema"),
     },
     "eval": {"config", "data", "errors", "geometry", "infer", "pathtree", "typing"},
-    "train": {"checkpoint", "config", "data", "errors", "eval", "geometry", "models", "pathtree", "sharding", "typing"},
+    "train": {
+        *("base", "checkpoint", "config", "data", "errors", "eval", "geometry", "models", "parameters", "pathtree", "sharding", "typing"),
+    },
     "cli": {"errors"},  # when it is imported; commands import theirs when they run
 }
 MAY_IMPORT_OUTSIDE = {
     "configs": {"config"},
-    "checkpoints_convert": {"checkpoint", "config", "errors", "models", "pathtree", "sharding"},
+    "checkpoints_convert": {
+        *("arrays", "base", "checkpoint", "config", "data.tokenizer", "errors", "flags", "models", "parameters", "pathtree"),
+        *("provenance", "sharding", "storage"),
+    },
 }
 HEAVY = {"torch", "transformers", "peft", "tensorflow"}
 

@@ -57,7 +57,7 @@ def random_batch(config: Config, seed: int = 0, length: int = 40) -> dict[str, n
     query_index[:, 2 : 2 + q] = np.arange(q)
     ids = rng.integers(3, m.llm.vocab_size, (b, length)).astype(np.int32)
     seg_index = np.sort(rng.choice(np.arange(length - 8, length - 1), (b, m.seg_max)), axis=1).astype(np.int32)
-    np.put_along_axis(ids, seg_index, m.llm.vocab_size + 2, axis=1)
+    np.put_along_axis(ids, seg_index, m.llm.vocab_size + len(m.grounding_tokens()) - 1, axis=1)  # <SEG>
     ids[query_index >= 0] = 0
     loss_mask = np.zeros((b, length), np.float32)
     loss_mask[:, length - 10 :] = 1

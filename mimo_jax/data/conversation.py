@@ -5,10 +5,16 @@
 Axis letters: T tokens, Q queries of X_q, R user turns.
 
 `<image>` stands for the Q positions of that turn's X_q. Three pieces are encoded apart from each other: what stands before
-the image, what stands between it and the answer, and the answer; so training and generation tokenise alike. Grounding
-tokens go in between the tokens of the clean answer, the space before a phrase inside the phrase:
+the image, what stands between it and the answer, and the answer; so training and generation tokenise alike. With
+`data.image_tokens`, X_q stands between two tokens of the base vocabulary, and white space next to these is stripped, as it is by
+the slow Llama tokenizer of transformers 4.31, with which LISA was trained:
+
+    {system} USER:<im_start><image><im_end>{question} ASSISTANT: {answer}</s>
+
+Grounding tokens go in between the tokens of the clean answer, the space before a phrase inside the phrase:
 "The liver is" -> ▁The <p> ▁liver <SEG> </p> ▁is. (With the space outside, Llama makes it a token of its own. GLaMM's
-tokenizer, transformers 4.28 with its stripping of spaces around added tokens, gave the same ids.)
+tokenizer, transformers 4.28 with its stripping of spaces around added tokens, gave the same ids.) `model.seg_place` says where
+<SEG> stands; with "bare" it stands alone: ▁The ▁liver <SEG> ▁is.
 """
 
 from __future__ import annotations
@@ -107,8 +113,11 @@ def prompt_turn(tokenizer: Tokenizer, config: Config, question: str, turn_index:
     the system prompt. `turn_index` is the turn's row in X_q."""
     queries = config.model.query_tokens()
     system = f"{config.data.system_prompt} " if first and config.data.system_prompt else ""
-    before = [tokenizer.bos] * first + tokenizer.encode(f"{system}USER: ")
-    after = tokenizer.encode(f"\n{question} ASSISTANT:")
+    before, after = f"{system}USER: ", f"\n{question} ASSISTANT:"
+    if around := [tokenizer.id_of(name) for name in config.image_tokens()]:
+        before, after = before.rstrip(), after.lstrip()
+    before = [tokenizer.bos] * first + tokenizer.encode(before) + around[:1]
+    after = around[1:] + tokenizer.encode(after)
     spliced = range(turn_index * queries, (turn_index + 1) * queries)
     return before + [0] * queries + after, [-1] * len(before) + [*spliced] + [-1] * len(after)
 
@@ -120,8 +129,8 @@ def instruction_ids(tokenizer: Tokenizer, config: Config, question: str) -> list
 
 def answer_ids(tokenizer: Tokenizer, config: Config, text: str, spans: Iterable[Sequence[int]] = ()) -> list[int]:
     """Ids of an answer in clean text, one `<SEG>` for each [start, end) of `spans`, and </s>. Spans must not overlap."""
-    inside = config.model.seg_place == "inside"
-    closing = [tokenizer.seg, tokenizer.p_close] if inside else [tokenizer.p_close, tokenizer.seg]
+    place, seg, p_close = config.model.seg_place, tokenizer.seg, tokenizer.p_close
+    closing = {"inside": [seg, p_close], "after": [p_close, seg], "bare": [seg]}[place]
     ids: list[int] = []
     at = 0
     started = False
@@ -133,10 +142,12 @@ def answer_ids(tokenizer: Tokenizer, config: Config, text: str, spans: Iterable[
             started = True
 
     for start, end in sorted(spans):
-        before = text[at:start].rstrip(" ")
-        say(before)
-        ids.append(tokenizer.p_open)
-        say(text[at + len(before) : end])
+        if place != "bare":
+            before = text[at:start].rstrip(" ")
+            say(before)
+            ids.append(tokenizer.p_open)
+            at += len(before)
+        say(text[at:end])
         ids.extend(closing)
         at = end
     say(text[at:])
@@ -162,7 +173,7 @@ def _spans(sample: Sample, turn: int) -> dict[tuple[int, int], list[str]]:
 
 def show(tokenizer: Tokenizer, ids: Sequence[int], query_index: Sequence[int]) -> str:
     """A sequence as the model gets it, `<image>` for each X_q block, special tokens written out; for logs and goldens."""
-    names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}
+    names = {i: name for name, i in tokenizer.control.items() if i != tokenizer.pad}
     shown, run, previous = [], [], -1
     for token, query in zip(ids, query_index, strict=True):
         if query < 0 and token not in names:
@@ -201,7 +212,7 @@ def parse_answer(text: str) -> tuple[str, list[dict], list[tuple[str, int, int]]
 def parse_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[dict], list[tuple[str, int, int]]]:
     """`parse_answer` of generated ids: only real grounding tokens count, text that merely spells a tag is dropped, so that
     phrases[k] always is the k-th `<SEG>` id."""
-    tags = dict(zip((tokenizer.p_open, tokenizer.p_close, tokenizer.seg), GROUNDING_TOKENS, strict=True))
+    tags = dict(enumerate(tokenizer.grounding, tokenizer.vocab_size))
     return _assemble([_TAG.sub(" ", p) if isinstance(p, str) else tags[p] for p in tokenizer.pieces(ids)], set(tags.values()))
 
 

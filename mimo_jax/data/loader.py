@@ -274,8 +274,10 @@ class _Pick(grain.transforms.RandomMap):
 
 def _overhead(config: Config, tokenizer: Tokenizer) -> int:
     """Tokens that any sample may have beside one for each byte of its texts."""
-    turns = [len(prompt_turn(tokenizer, config, "", turn, turn == 0)[0]) for turn in range(config.model.turns_max)]
-    return sum(turns) + 2 * len(turns) + 3 * config.model.seg_max  # "▁" and </s> of each answer; the grounding tokens
+    # A question of one letter: behind an image token, the "▁" before the question is its own.
+    turns = [len(prompt_turn(tokenizer, config, "?", turn, turn == 0)[0]) for turn in range(config.model.turns_max)]
+    grounding = len(config.model.grounding_tokens()) * config.model.seg_max
+    return sum(turns) + 2 * len(turns) + grounding  # "▁" and </s> of each answer
 
 
 class _Batches:

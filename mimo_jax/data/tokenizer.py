@@ -1,13 +1,14 @@
 """Text to ids and back: a Llama-style tokenizer.json, and one learnt from a corpus.
 
-A file holds `model.llm.vocab_size` base ids, then `<p>`, `</p>`, `<SEG>`. Text never becomes a control token: added tokens
-are taken out of the encoder, so a user who types "<SEG>" or "</s>" is read letter by letter, and control tokens are put in
-by `conversation.py` alone, by id. Every text is preceded by one space ("▁"), as Llama's is, which decoding takes off again;
-`continued=True` encodes text that goes on in the middle of a line, without it.
+A file holds `model.llm.vocab_size` base ids, then the grounding tokens: `<p>`, `</p>`, `<SEG>`, or `<SEG>` alone. Text never
+becomes a control token: added tokens are taken out of the encoder, so a user who types "<SEG>" or "</s>" is read letter by
+letter, and control tokens are put in by `conversation.py` alone, by id. Every text is preceded by one space ("▁"), as Llama's
+is, which decoding takes off again; `continued=True` encodes text that goes on in the middle of a line, without it.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from mimo_jax.config import GROUNDING_TOKENS
+from mimo_jax.config import GROUNDING_TOKENS, ModelConfig
 from mimo_jax.errors import UserError
 
 _SPACE = "▁"
@@ -34,13 +35,15 @@ class TokenizerError(UserError):
 class Tokenizer:
     """Reader of a tokenizer.json.
 
-    vocab_size: base ids V0. p_open, p_close, seg = V0, V0 + 1, V0 + 2. bos, eos; pad is 0. fingerprint: SHA-256 of the file.
-    Raises TokenizerError if the file is not Llama-style byte-fallback BPE, or if the grounding tokens are not at V0 … V0 + 2.
+    vocab_size: base ids V0. grounding: names of the ids from V0 on. p_open, p_close (None where they are not among these), seg.
+    bos, eos; pad is 0. control: name -> id of the base's ids that carry no text. fingerprint: SHA-256 of the file.
+    Raises TokenizerError if the file is not Llama-style byte-fallback BPE, if the grounding tokens do not stand at its end, or
+    if it is not that of `model`.
     """
 
     pad = 0
 
-    def __init__(self, path: str | os.PathLike, vocab_size: int | None = None):
+    def __init__(self, path: str | os.PathLike, model: ModelConfig | None = None):
         self.path = str(path)
         values, raw = _read(path)
         self.fingerprint = hashlib.sha256(raw).hexdigest()
@@ -49,23 +52,25 @@ class Tokenizer:
         if missing:
             raise TokenizerError(f"{path}: lacks {', '.join(missing[:3])}; a Llama-style BPE with byte fallback is needed")
         base = 1 + max(i for token, i in ids.items() if token not in GROUNDING_TOKENS)
-        found = [ids.get(token) for token in GROUNDING_TOKENS]
-        if found != [base, base + 1, base + 2]:
+        found, all_three, alone = [ids.get(token) for token in GROUNDING_TOKENS], [base, base + 1, base + 2], [None, None, base]
+        if found not in (all_three, alone):
             raise TokenizerError(
-                f"{path}: {', '.join(GROUNDING_TOKENS)} have the ids {found}, not {[base, base + 1, base + 2]}, the first after "
+                f"{path}: {', '.join(GROUNDING_TOKENS)} have the ids {found}, not {all_three} or {alone}, the first after "
                 "the base vocabulary; write the file with add_grounding"
             )
-        if vocab_size is not None and vocab_size != base:
-            raise TokenizerError(f"{path}: has {base} base ids, config.model.llm.vocab_size is {vocab_size}; make them equal")
         self.vocab_size = base
         self.p_open, self.p_close, self.seg = found
+        self.grounding = tuple(token for token in GROUNDING_TOKENS if token in ids)
+        if model is not None:
+            self._check(model)
         self.bos, self.eos = ids["<s>"], ids["</s>"]
 
         # Bytes of each base id; nothing for ids that carry no text.
-        silent = set(_SPECIAL) | {t["content"] for t in values.get("added_tokens", [])}
+        added = [t["content"] for t in values.get("added_tokens", []) if t["content"] not in self.grounding]
+        self.control = {token: ids[token] for token in (*_SPECIAL, *added) if token in ids}
         self._bytes = [b""] * base
         for token, i in ids.items():
-            if i < base and token not in silent and not token.startswith("<unused_"):
+            if i < base and token not in self.control and not token.startswith("<unused_"):
                 self._bytes[i] = token.replace(_SPACE, " ").encode()
         for i, token in enumerate(_BYTES):
             self._bytes[ids[token]] = bytes([i])
@@ -81,7 +86,28 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """Ids in all, grounding tokens included."""
-        return self.vocab_size + len(GROUNDING_TOKENS)
+        return self.vocab_size + len(self.grounding)
+
+    def _check(self, model: ModelConfig) -> None:
+        if self.vocab_size != model.llm.vocab_size:
+            raise TokenizerError(
+                f"{self.path}: has {self.vocab_size} base ids, config.model.llm.vocab_size is {model.llm.vocab_size}; make them equal"
+            )
+        if self.grounding != model.grounding_tokens():
+            remedy = "bare" if self.grounding == ("<SEG>",) else "inside or after"
+            raise TokenizerError(
+                f"{self.path}: its grounding tokens are {', '.join(self.grounding)}, those of config.model.seg_place={model.seg_place} "
+                f"are {', '.join(model.grounding_tokens())}; set config.model.seg_place={remedy}"
+            )
+
+    def id_of(self, name: str) -> int:
+        """Id of a control token of the base vocabulary, one of `config.data.image_tokens`."""
+        if name not in self.control:
+            raise TokenizerError(
+                f"config.data.image_tokens: {name} is no control token of the base vocabulary of {self.path}; "
+                f"name two of {', '.join(self.control)}, or none"
+            )
+        return self.control[name]
 
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
         """Ids of plain text, never a control token. `decode(encode(x)) == x` for any x without lone surrogates (read as "?").
@@ -96,8 +122,8 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, with `<p>`, `</p>`, `<SEG>` written out where they stand; other control tokens say nothing."""
-        return "".join(p if isinstance(p, str) else GROUNDING_TOKENS[p - self.vocab_size] for p in self.pieces(ids))
+        """Text of ids, with grounding tokens written out where they stand; other control tokens say nothing."""
+        return "".join(p if isinstance(p, str) else self.grounding[p - self.vocab_size] for p in self.pieces(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str | int]:
         """Runs of text between grounding tokens, and those tokens as ids: a text that merely spells a tag stays text."""
@@ -121,8 +147,8 @@ class Tokenizer:
         return self._backend.encode("\n" + text).ids[len(self._anchor) :]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:
-    """Learn a BPE tokenizer of exactly `vocab_size` base ids from `texts` and write it to `path`.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike, tokens: Sequence[str] = GROUNDING_TOKENS) -> Tokenizer:
+    """Learn a BPE tokenizer of exactly `vocab_size` base ids from `texts` and write it, with the grounding `tokens`, to `path`.
 
     Words are split at spaces and around punctuation and digits, a word keeps the space before it, so that a common word is
     one token. Bytes stand in for any other letter. What the corpus does not fill is padded with `<unused_i>`.
@@ -155,18 +181,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
     backend.train_from_iterator((" ".join("".join(c if c.isprintable() else " " for c in t).split()) for t in texts), trainer)
     values = json.loads(backend.to_str())
     values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] in _SPECIAL]
-    return _write(values, vocab_size, path)
+    return _write(values, vocab_size, path, tokens)
 
 
-def add_grounding(source: str | os.PathLike, path: str | os.PathLike, vocab_size: int) -> Tokenizer:
-    """Write the tokenizer.json `source` to `path`, padded to `vocab_size` base ids and followed by the grounding tokens.
-    Those that it already has are moved; any other id from `vocab_size` on is an error."""
-    values, _ = _read(source)
+def add_grounding(
+    source: str | os.PathLike | dict, path: str | os.PathLike, vocab_size: int, tokens: Sequence[str] = GROUNDING_TOKENS
+) -> Tokenizer:
+    """Write the tokenizer.json `source`, a file or its content, to `path`, padded to `vocab_size` base ids and followed by the
+    grounding `tokens` (`ModelConfig.grounding_tokens`). Any that it already has are moved or taken out; another id from
+    `vocab_size` on is an error."""
+    values = copy.deepcopy(source) if isinstance(source, dict) else _read(source)[0]
     values["added_tokens"] = [t for t in values.get("added_tokens", []) if t["content"] not in GROUNDING_TOKENS]
-    return _write(values, vocab_size, path)
+    return _write(values, vocab_size, path, tokens)
 
 
-def _write(values: dict, vocab_size: int, path: str | os.PathLike) -> Tokenizer:
+def _write(values: dict, vocab_size: int, path: str | os.PathLike, tokens: Sequence[str]) -> Tokenizer:
     ids = _ids(values)
     beyond = sorted((i, token) for token, i in ids.items() if i >= vocab_size)
     if beyond:
@@ -177,13 +206,13 @@ def _write(values: dict, vocab_size: int, path: str | os.PathLike) -> Tokenizer:
     vocab.update((f"<unused_{i}>", i) for i in range(vocab_size) if i not in taken)
     values["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda kv: kv[1]))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    for i, token in enumerate(GROUNDING_TOKENS):
+    for i, token in enumerate(tokens):
         values["added_tokens"].append({"id": vocab_size + i, "content": token, **flags})
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
     os.replace(temporary, path)
-    return Tokenizer(path, vocab_size)
+    return Tokenizer(path)
 
 
 def _read(path: str | os.PathLike) -> tuple[dict, bytes]:

@@ -25,6 +25,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow's other
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb; an error here
 _LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: a phone's JPEG with a second picture behind it
 _COLOUR = ("LA", "RGB", "RGBA")
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_WHOLE = 64  # an image up to so many times as long as wide is resized whole before it is cropped
 _LABELS_MAX = 8  # a lossless mask with more grey levels than this is a soft edge or decoded JPEG, not a label map
 
 
@@ -133,21 +135,26 @@ def views(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
     clip = clip_frame(height, width, cfg.clip.image_size, cfg.clip.image_fit)
     sam = sam_frame(height, width, cfg.sam.image_size)
     return {
-        "clip_image": image_to_frame(image, clip),
+        "clip_image": image_to_frame(image, clip, cfg.clip.resample),
         "clip_size": np.array(clip.size, np.int32),
         "sam_image": image_to_frame(image, sam),
         "sam_size": np.array(sam.size, np.int32),
     }
 
 
-def image_to_frame(image: np.ndarray, frame: Frame) -> np.ndarray:
-    """uint8 RGB [H, W, 3] -> uint8 [side, side, 3]: Pillow's bilinear filter (which averages when it shrinks), then zeros
-    right and bottom."""
+def image_to_frame(image: np.ndarray, frame: Frame, resample: str = "bilinear") -> np.ndarray:
+    """uint8 RGB [H, W, 3] -> uint8 [side, side, 3]: by Pillow's bilinear or bicubic filter (each averages when it
+    shrinks), cut to the frame, then zeros right and bottom."""
     rows, cols = frame.size
-    # Only the visible part is made: with "crop", a long thin image would otherwise be enlarged beyond all memory.
-    left, top = -frame.offset_x / frame.scale_x, -frame.offset_y / frame.scale_y
-    box = (left, top, min(left + cols / frame.scale_x, frame.width), min(top + rows / frame.scale_y, frame.height))
-    resized = np.asarray(Image.fromarray(image).resize((cols, rows), Image.Resampling.BILINEAR, box=box))
+    source = Image.fromarray(image)
+    if max(frame.content_height, frame.content_width) <= _WHOLE * frame.side:
+        whole = source.resize((frame.content_width, frame.content_height), _FILTERS[resample])
+        resized = np.asarray(whole.crop((-frame.offset_x, -frame.offset_y, cols - frame.offset_x, rows - frame.offset_y)))
+    else:
+        # A strip would be enlarged beyond all memory: only the visible part is made, which Pillow may round 1 off.
+        left, top = -frame.offset_x / frame.scale_x, -frame.offset_y / frame.scale_y
+        box = (left, top, min(left + cols / frame.scale_x, frame.width), min(top + rows / frame.scale_y, frame.height))
+        resized = np.asarray(source.resize((cols, rows), _FILTERS[resample], box=box))
     if (rows, cols) == (frame.side, frame.side):
         return resized
     out = np.zeros((frame.side, frame.side, 3), np.uint8)

@@ -101,6 +101,7 @@ def evaluate_checkpoint(
     limit: int | None = None,
     overlays: str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
+    allow_untrained: bool = False,
 ) -> dict:
     """`mimo eval`: write report.json to `out`, whole or not at all, print a table, and put overlays into the folder `overlays`.
 
@@ -108,12 +109,13 @@ def evaluate_checkpoint(
     out = Path(out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"{out}: cannot be written; give the path of a file in a folder that is there")
-    mimo = Mimo.load(checkpoint, base)
+    mimo = Mimo.load(checkpoint, base, allow_untrained)
+    print(mimo.origin)
     records = open_source(data, split)
     train = open_source(data, "train")
     report = evaluate(mimo, records, limit, baselines=fit_baselines(train), overlays=overlays)
     report["not_evaluable"] = records.not_evaluable if isinstance(records, Manifest) else not_evaluable(_Joined([train, records]))
-    report |= {"checkpoint": str(checkpoint), "data": str(data), "split": split, "limit": limit}
+    report |= {"checkpoint": str(checkpoint), "origin": mimo.origin, "data": str(data), "split": split, "limit": limit}
     write_report(report, out)
     print(table(report))
     print(f"\nreport: {out}" + (f"\noverlays: {overlays}" if overlays else ""))

@@ -82,16 +82,18 @@ class _Turn:
 class Mimo:
     """A model that answers. Not tied to one image; safe to share between chats."""
 
-    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer):
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer, origin: str = ""):
+        """origin: where the parameters come from, in one line."""
+        self.config, self.tokenizer, self.origin = config, tokenizer, origin
         self.engine = Engine(config, params, tokenizer.eos)
 
     @classmethod
-    def load(cls, checkpoint: str | os.PathLike, base: str | os.PathLike | None = None) -> Mimo:
+    def load(cls, checkpoint: str | os.PathLike, base: str | os.PathLike | None = None, allow_untrained: bool = False) -> Mimo:
         """From a run directory (its newest whole step), one step, or an import. `base`: where the frozen weights lie, if
-        neither the recorded path nor one beside the checkpoint holds them. Raises UserError for what cannot be loaded."""
-        config, params, tokenizer_path, _ = checkpoints.load_for_inference(checkpoint, base)
-        return cls(config, params, Tokenizer(tokenizer_path, config.model.llm.vocab_size))
+        neither the recorded path nor one beside the checkpoint holds them. Raises UserError for what cannot be loaded, and,
+        unless `allow_untrained`, for an import some of whose parameters no one has trained yet."""
+        config, params, tokenizer_path, _, origin = checkpoints.load_for_inference(checkpoint, base, allow_untrained)
+        return cls(config, params, Tokenizer(tokenizer_path, config.model), origin)
 
     def open(self, image: str | os.PathLike | np.ndarray) -> Chat:
         """A chat about one image: a file (PNG, JPEG, TIFF, …), or uint8 pixels [H, W] or [H, W, 3]. UserError if unreadable."""
@@ -154,7 +156,7 @@ class Mimo:
         image = request.image
         frame = image.clip_frame if isinstance(image, EncodedImage) else self._frames(image)[0]
         prompts = _checked(request.prompts, frame)
-        if prompts and m.aligner.kind in ("linear", "mlp"):
+        if prompts and m.aligner.image_only():
             raise UserError(f"this model's aligner ({m.aligner.kind}) reads no points, boxes or scribbles; ask without them")
         try:
             xy, kind = encode_prompts(prompts, frame, m.prompt)

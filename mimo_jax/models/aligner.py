@@ -112,20 +112,21 @@ class Aligner(nnx.Module):
             self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
             self.project = linear(width, out)
 
+    def of_image(self, image: jax.Array) -> jax.Array:
+        """X_q of every turn of each image, [N, I, Dc] -> [N, I, D], for the kinds that read the image alone."""
+        if self.kind == "linear":
+            return self.project(image)
+        return self.project_out(jax.nn.gelu(self.project(image), approximate=False))
+
     def __call__(
         self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array
     ) -> tuple[jax.Array, jax.Array | None]:
-        """X_q of B turns [B, Q, D], and where in the image the queries of the last block look [B, I] (logits; None for the
-        kinds without queries).
+        """X_q of B turns [B, Q, D], and where in the image the queries of the last block look [B, I] (logits; None without
+        queries); for the kinds that read text and prompts.
 
         image [N, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask [B, P]. Where
         a turn has no prompt at all, a learned null token stands in the first place."""
         copies = text.shape[0] // image.shape[0]
-        if self.kind == "linear":
-            return jnp.repeat(self.project(image), copies, axis=0), None
-        if self.kind == "mlp":
-            return jnp.repeat(self.project_out(jax.nn.gelu(self.project(image), approximate=False)), copies, axis=0), None
-
         type_ = self.type[...].astype(self.dtype)
         b, p = visual_mask.shape
         none = ~visual_mask.any(axis=1)

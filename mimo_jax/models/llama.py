@@ -1,7 +1,7 @@
 """Llama with grouped-query attention, LoRA and a KV cache; the grounding rows stand apart from the base's.
 
 Axis letters: B batch, T new tokens, S cache slots, D width, H heads, G key-value heads, K head width,
-F MLP width, V base vocabulary, N layers.
+F MLP width, V base vocabulary, E grounding tokens, N layers.
 
 Semantics of transformers' LlamaForCausalLM: rotate-half rotary embedding with HF-permuted weights,
 RMSNorm in fp32, SwiGLU.
@@ -138,15 +138,18 @@ EMBEDDING_STD = 0.5
 
 
 class TokenEmbedding(nnx.Module):
-    """Rows of the base vocabulary [V, D] and of the grounding tokens [3, D], which alone train under LoRA."""
+    """Rows of the base vocabulary [V, D] and of the grounding tokens [E, D], which alone train under LoRA."""
 
-    def __init__(self, cfg: LlamaConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: LlamaConfig, *, grounding: int = len(GROUNDING_TOKENS), dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        """grounding: E."""
         self.dtype = dtype
         self.base = nnx.Param(jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.width), param_dtype) * EMBEDDING_STD)
-        self.grounding = nnx.Param(jax.random.normal(rngs.params(), (len(GROUNDING_TOKENS), cfg.width), jnp.float32) * EMBEDDING_STD)
+        self.grounding = nnx.Param(jax.random.normal(rngs.params(), (grounding, cfg.width), jnp.float32) * EMBEDDING_STD)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """ids int [...] in 0 … V+2 -> [..., D]."""
+        """ids int [...] in 0 … V+E-1 -> [..., D]."""
         size = self.base.shape[0]
         base = jnp.take(self.base[...], jnp.minimum(ids, size - 1), axis=0).astype(self.dtype)
         grounding = jnp.take(self.grounding[...], jnp.maximum(ids - size, 0), axis=0).astype(self.dtype)
@@ -154,12 +157,15 @@ class TokenEmbedding(nnx.Module):
 
 
 class LanguageHead(nnx.Module):
-    """hidden [..., D] -> logits fp32 [..., V + 3]; columns of the grounding tokens stand apart, last."""
+    """hidden [..., D] -> logits fp32 [..., V + E]; columns of the grounding tokens stand apart, last."""
 
-    def __init__(self, cfg: LlamaConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: LlamaConfig, *, grounding: int = len(GROUNDING_TOKENS), dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        """grounding: E."""
         self.dtype = dtype
         self.base = nnx.Param(jax.random.normal(rngs.params(), (cfg.width, cfg.vocab_size), param_dtype) * cfg.width**-0.5)
-        self.grounding = nnx.Param(jax.random.normal(rngs.params(), (cfg.width, len(GROUNDING_TOKENS)), jnp.float32) * cfg.width**-0.5)
+        self.grounding = nnx.Param(jax.random.normal(rngs.params(), (cfg.width, grounding), jnp.float32) * cfg.width**-0.5)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         hidden = hidden.astype(self.dtype)

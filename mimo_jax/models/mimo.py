@@ -52,11 +52,12 @@ class Mimo(nnx.Module):
         self.config, self.dtype = m, dtype
         scan = Scan(m.remat, m.unroll)
         self.clip = ClipVit(m.clip, dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
-        self.prompt = VisualPromptEncoder(m.prompt, m.clip, dtype=dtype, rngs=rngs)
+        grounding = len(m.grounding_tokens())
+        self.prompt = None if m.aligner.image_only() else VisualPromptEncoder(m.prompt, m.clip, dtype=dtype, rngs=rngs)
         self.aligner = Aligner(m, dtype=dtype, scan=scan, rngs=rngs)
-        self.embedding = TokenEmbedding(m.llm, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
+        self.embedding = TokenEmbedding(m.llm, grounding=grounding, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
         self.llm = Llama(m.llm, m.lora, config.lora_targets(), dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
-        self.lm_head = LanguageHead(m.llm, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
+        self.lm_head = LanguageHead(m.llm, grounding=grounding, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
         self.seg_projection = SegProjection(m.llm.width, m.sam.decoder_width, dtype=dtype, rngs=rngs)
         self.sam_encoder = SamEncoder(m.sam, dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
         self.sam_prompt = SamPromptEncoder(m.sam, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
@@ -85,6 +86,9 @@ class Mimo(nnx.Module):
         """`align`, and where in the image each turn's queries look: logits [B, R, g, g] on the grid of CLIP's patches, or None
         where `aligner.kind` has no queries."""
         b, r, _ = instruction_ids.shape
+        if self.prompt is None:
+            x_q = jnp.repeat(self.aligner.of_image(image), b * r // image.shape[0], axis=0)
+            return x_q.reshape(b, r, *x_q.shape[1:]), None
 
         def fold(x: jax.Array) -> jax.Array:
             return x.reshape(b * r, *x.shape[2:])
@@ -113,7 +117,7 @@ class Mimo(nnx.Module):
         return self.llm.new_cache(batch, length)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> fp32 [..., V]; the grounding tokens are the last three."""
+        """[..., D] -> fp32 [..., V]; the grounding tokens come last."""
         return self.lm_head(hidden)
 
     # --- from <SEG> to masks

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from mimo_jax import __version__, checkpoint, pathtree, sharding
+from mimo_jax import __version__, base, checkpoint, pathtree, sharding
 from mimo_jax.checkpoint import CheckpointError, Checkpoints
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data import conversation
@@ -130,14 +129,14 @@ def _tokenizer(config: Config, workdir: Path, sources: dict) -> Tokenizer:
         if config.init.path:
             shutil.copy(checkpoint.tokenizer_path(config.init.path), path)
         elif config.tokenizer == "train":
-            train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, path)
+            train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, path, config.model.grounding_tokens())
         elif config.tokenizer:
             if not Path(config.tokenizer).is_file():
                 raise ConfigError(f"config.tokenizer: no file {config.tokenizer}")
             shutil.copy(config.tokenizer, path)
         else:
             raise ConfigError('config.tokenizer: is empty; give a tokenizer.json, or "train" to learn one from the data')
-    return Tokenizer(path, config.model.llm.vocab_size)
+    return Tokenizer(path, config.model)
 
 
 def _corpus(config: Config, sources: dict) -> Iterator[str]:
@@ -154,9 +153,18 @@ def _initial_params(plan: Plan) -> dict:
     key = jax.random.key(config.train.seed)
     if not config.init.path:
         return plan.initial_params(key)
-    source = pathtree.flatten(checkpoint.load_params(config.init.path))
-    wanted = pathtree.flatten(plan.params)
-    absent = [p for p, leaf in wanted.items() if p not in source or source[p].shape != leaf.shape]
+    wanted, places = pathtree.flatten(plan.params), pathtree.flatten(plan.param_shardings)
+
+    def fits(path: str, leaf) -> bool:
+        return path in wanted and wanted[path].shape == leaf.shape
+
+    def place(abstract: dict) -> dict:  # straight to where it will live
+        elsewhere = sharding.replicated(plan.mesh)
+        flat = pathtree.flatten(abstract)
+        return pathtree.unflatten({path: places[path] if fits(path, leaf) else elsewhere for path, leaf in flat.items()})
+
+    source = pathtree.flatten(checkpoint.load_params(config.init.path, place=place))
+    absent = [path for path in wanted if path not in source or not fits(path, source[path])]
     refused = [p for p in absent if not (config.init.fresh and re.search(config.init.fresh, p))]
     if refused:
         raise CheckpointError(
@@ -164,10 +172,7 @@ def _initial_params(plan: Plan) -> dict:
             "use its model config, or let config.init.fresh match them"
         )
     made = pathtree.flatten(plan.initial_params(key)) if absent else {}
-    places = pathtree.flatten(plan.param_shardings)
-    return pathtree.unflatten(
-        {p: made[p] if p in absent else jax.device_put(np.asarray(source[p]).astype(leaf.dtype), places[p]) for p, leaf in wanted.items()}
-    )
+    return pathtree.unflatten({p: made[p] if p in absent else source.pop(p).astype(leaf.dtype) for p, leaf in wanted.items()})
 
 
 def _restore(plan: Plan, checkpoints: Checkpoints, loader: Loader):
@@ -176,7 +181,7 @@ def _restore(plan: Plan, checkpoints: Checkpoints, loader: Loader):
     if step is None:
         return None, None
     state, position = checkpoints.restore(step, plan.state, plan.state_shardings)
-    frozen = checkpoint.load_base(checkpoints.workdir, plan.frozen, plan.frozen_shardings)
+    frozen = base.load(checkpoints.workdir, plan.frozen, plan.frozen_shardings)
     loader.restore(position)
     return state, frozen
 
@@ -204,6 +209,7 @@ def _banner(config: Config, plan: Plan, sources: dict, workdir: Path, first: int
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
     print(f"mimo_jax {__version__}, jax {jax.__version__}, {devices}")
     print(f"parameters: {counts['trained']:,} trained, {counts['frozen']:,} frozen; images: {images}; workdir {workdir}")
+    print(checkpoint.origin(workdir))
     if first:
         print(f"resuming at step {first} of {config.train.steps}")
 

@@ -1,4 +1,4 @@
-"""The optimizer, and the table of what trains."""
+"""The optimizer."""
 
 from __future__ import annotations
 
@@ -10,26 +10,12 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mimo_jax import pathtree
-from mimo_jax.config import Config, ConfigError, TrainConfig
+from mimo_jax.config import TrainConfig
 
 # What Muon turns: the matrices inside the towers, the last two axes of a kernel, layer by layer where layers are stacked.
 # Convolutions, embeddings, the language head and LoRA's thin factors stay with Adam.
 MATRICES = r"/kernel$"
 NOT_MATRICES = r"/(patch|neck_in|neck_out|mask_down1|mask_down2|mask_out|upscale1|upscale2)/"
-
-
-def multipliers(config: Config, params: dict) -> dict[str, float | None]:
-    """{parameter path: learning-rate multiplier, None where frozen}, by the first row of `config.trainables` that matches.
-
-    ConfigError if a parameter is matched by no row, or if nothing trains."""
-    table = config.trainables
-    try:
-        made = {path: pathtree.first_match(path, table, "config.trainables") for path in pathtree.flatten(params)}
-    except KeyError as error:
-        raise ConfigError(error.args[0]) from None
-    if all(value is None for value in made.values()):
-        raise ConfigError("config.trainables: freezes every parameter; give at least one row a multiplier")
-    return made
 
 
 def schedule(cfg: TrainConfig) -> optax.Schedule:

@@ -9,7 +9,6 @@ the loader from per-record keys, whose position is saved beside the state.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
@@ -17,13 +16,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mimo_jax import pathtree, sharding
+from mimo_jax import parameters, pathtree, sharding
 from mimo_jax.config import Config
 from mimo_jax.models import mimo
-from mimo_jax.train.optimizer import make_optimizer, multipliers
-
-# Frozen, and yet never rounded: a bf16 position code is off by up to 0.13.
-ALWAYS_FP32 = r"^sam_prompt/gaussian$"
+from mimo_jax.train.optimizer import make_optimizer
 
 
 class Plan:
@@ -32,14 +28,9 @@ class Plan:
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.graphdef, shapes = mimo.abstract(config)
-        self.multipliers = multipliers(config, shapes)
+        self.multipliers = parameters.multipliers(config, shapes)
         self.optimizer: optax.GradientTransformation = make_optimizer(config.train, self.multipliers)
-        frozen_dtype = jnp.dtype(config.model.frozen_dtype)
-        flat = {
-            path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if self.trains(path) or re.search(ALWAYS_FP32, path) else frozen_dtype)
-            for path, leaf in pathtree.flatten(shapes).items()
-        }
-        self.params = pathtree.unflatten(flat)
+        self.params = parameters.typed(config, shapes)
         self.param_shardings = sharding.of_params(self.params, mesh)
         self.train, self.frozen = pathtree.partition(self.params, self.trains)
         self.train_shardings, self.frozen_shardings = pathtree.partition(self.param_shardings, self.trains)

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import hypothesis
 import hypothesis.extra.numpy as arrays
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from checkpoints_convert import name_map
-from checkpoints_convert.name_map import CLIP, CLIP_IGNORED, SAM, KeyMapError, Row, export_state, find_prefix, import_state, with_prefix
-from checkpoints_convert.ops import OPS
+from checkpoints_convert.layouts import with_prefix
+from checkpoints_convert.name_map import KeyMapError, export_state, import_state
+from checkpoints_convert.ops import OPS, copy
+from checkpoints_convert.rows import CLIP, CLIP_IGNORED, SAM, Row
 from mimo_jax import pathtree
 from mimo_jax.config import ClipConfig, ModelConfig, SamConfig
 from mimo_jax.models import stack
@@ -90,7 +93,8 @@ def test_import_then_export_gives_the_same_bits(case, dtype):
     rows, roots = CASES[case]
     tensors = random_tensors(rows, roots, dtype=jnp.dtype(dtype))
     indices = name_map.layer_indices(TINY)
-    params = import_state(tensors, rows, indices, leaves_of(TINY, *roots))
+    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in leaves_of(TINY, *roots).items()}
+    params = import_state(tensors, rows, indices, leaves)
     assert {path: value.shape for path, value in params.items()} == {p: leaf.shape for p, leaf in leaves_of(TINY, *roots).items()}
     back = export_state(params, rows, indices)
     assert back.keys() == tensors.keys()
@@ -119,38 +123,6 @@ def test_every_problem_is_listed_in_one_error():
     assert "2 missing:\n  encoder.layers.1.mlp.fc1.bias\n  post_layernorm.weight\n" in message
     assert "1 left over:\n  encoder.layers.3.mlp.fc1.bias\n" in message
     assert "1 of another shape:\n  embeddings.class_embedding [9], wanted [8]" in message
-
-
-@pytest.mark.parametrize("prefix", ["", "vision_model.", "model.vision_tower.vision_tower.vision_model."])
-def test_clip_is_found_behind_any_prefix(prefix):
-    tensors = {prefix + key: value for key, value in random_tensors(CLIP, ("clip",)).items()}
-    assert find_prefix(tensors, CLIP) == prefix
-
-
-def test_a_whole_clip_file_is_filtered():
-    """Text tower, projections, temperature and the old position_ids beside the vision tower, as openai/clip-* files have them."""
-    tensors = {f"vision_model.{key}": value for key, value in random_tensors(CLIP, ("clip",)).items()}
-    tensors |= {"text_model.encoder.layers.0.mlp.fc1.weight": np.zeros(1), "text_model.embeddings.position_ids": np.zeros(1)}
-    tensors |= {"visual_projection.weight": np.zeros(1), "text_projection.weight": np.zeros(1), "logit_scale": np.zeros(())}
-    tensors |= {"vision_model.embeddings.position_ids": np.zeros(1)}
-    rows = with_prefix(CLIP, find_prefix(tensors, CLIP))
-    params = import_state(tensors, rows, name_map.layer_indices(TINY), leaves_of(TINY, "clip"), CLIP_IGNORED)
-    assert params.keys() == leaves_of(TINY, "clip").keys()
-
-
-def test_sam_is_found_inside_lisa_beside_clip():
-    clip, sam = random_tensors(CLIP, ("clip",)), random_tensors(*CASES["sam"])
-    tensors = {f"a.{k}": v for k, v in clip.items()} | {f"model.visual_model.{k}": v for k, v in sam.items()}
-    rows = with_prefix(CLIP, find_prefix(tensors, CLIP)) + with_prefix(SAM, find_prefix(tensors, SAM))
-    params = import_state(tensors, rows, name_map.layer_indices(TINY), leaves_of(TINY, *ROOTS))
-    assert params.keys() == leaves_of(TINY, *ROOTS).keys()
-
-
-def test_a_file_of_something_else_is_refused():
-    with pytest.raises(KeyMapError, match="no key in the checkpoint end in 'embeddings.class_embedding'"):
-        find_prefix(["model.embed_tokens.weight"], CLIP)
-    with pytest.raises(KeyMapError, match="2 keys"):
-        find_prefix(["a.embeddings.class_embedding", "b.embeddings.class_embedding"], CLIP)
 
 
 def test_a_parameter_without_a_row_is_refused():
@@ -202,3 +174,17 @@ def test_every_op_is_undone_by_its_inverse(data):
 def test_squeeze_refuses_to_drop_rows():
     with pytest.raises(ValueError):
         OPS["squeeze"].to_flax(np.zeros((2, 3)))
+
+
+@hypothesis.given(arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=70)))
+def test_copying_a_transposed_matrix_changes_nothing(matrix):
+    made = np.empty(matrix.T.shape, matrix.dtype)
+    copy(made, matrix.T)
+    np.testing.assert_array_equal(made, matrix.T)
+
+
+def test_values_are_cast_to_the_dtype_of_the_parameter():
+    values = np.array([1.0, 1.0 + 2**-9, 3.1], np.float32)
+    params = import_state({"w": values}, [Row("w", "a")], {}, {"a": jax.ShapeDtypeStruct((3,), jnp.bfloat16)})
+    assert params["a"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(params["a"].astype(np.float32), np.array([1.0, 1.0, 3.09375], np.float32))

@@ -1,12 +1,13 @@
 """Records small enough to check by eye, and a tokenizer for them."""
 
 import io
+import json
 
 import numpy as np
 from PIL import Image
 
 from mimo_jax.data.schema import Record, Sample, Target, Turn, encode_mask
-from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mimo_jax.data.tokenizer import Tokenizer, add_grounding, train_tokenizer
 
 HEIGHT, WIDTH = 40, 56
 CORPUS = [
@@ -17,6 +18,16 @@ CORPUS = [
 
 def tokenizer(folder, vocab_size: int = 512) -> Tokenizer:
     return train_tokenizer(CORPUS, vocab_size, folder / "tokenizer.json")
+
+
+def lisa_tokenizer(folder, vocab_size: int = 512) -> Tokenizer:
+    """A vocabulary as LISA's: `<im_start>` and `<im_end>` are the base's last, `<SEG>` alone follows."""
+    train_tokenizer(CORPUS, vocab_size - 2, folder / "base.json")
+    values = json.loads((folder / "base.json").read_text())
+    kind = values["added_tokens"][-1]
+    values["added_tokens"] += [{**kind, "id": vocab_size - 2 + i, "content": name} for i, name in enumerate(("<im_start>", "<im_end>"))]
+    (folder / "base.json").write_text(json.dumps(values))
+    return add_grounding(folder / "base.json", folder / "tokenizer.json", vocab_size, ("<SEG>",))
 
 
 def png(pixels: np.ndarray) -> bytes:

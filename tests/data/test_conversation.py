@@ -1,6 +1,7 @@
 """The template, rendered samples, and the reading of answers, however malformed."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,37 @@ from mimo_jax.data.conversation import (
     show,
 )
 from mimo_jax.data.schema import Sample, Target, Turn
+from mimo_jax.data.tokenizer import TokenizerError
+from mimo_jax.flags import find_config, read_config_file
 from tests.data import handmade
 from tests.tiny_config import tiny_config
 
-GOLDEN = Path(__file__).parent / "golden" / "conversations.txt"
+GOLDEN = Path(__file__).parent / "golden"
 TAGS = ("<p>", "</p>", "<SEG>")
+PLACES = ("inside", "after", "bare")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return handmade.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def lisa_tokenizer(tmp_path_factory):
+    return handmade.lisa_tokenizer(tmp_path_factory.mktemp("lisa"))
+
+
+@pytest.fixture(scope="module")
+def by_place(tokenizer, lisa_tokenizer):
+    return {"inside": tokenizer, "after": tokenizer, "bare": lisa_tokenizer}
+
+
+def lisa_config():
+    """A tiny model with the vocabulary and the template of configs/lisa_7b.py."""
+    lisa = read_config_file(find_config("configs/lisa_7b.py"))
+    config = tiny_config(turns_max=2, seg_place=lisa.model.seg_place)
+    config.data.system_prompt, config.data.image_tokens, config.data.buckets = lisa.data.system_prompt, lisa.data.image_tokens, "256"
+    return config
 
 
 def two_turns() -> Sample:
@@ -46,41 +68,86 @@ def two_turns() -> Sample:
     )  # fmt: skip
 
 
-def variants():
-    """(title, config, sample) of everything that a rendered prompt may look like."""
+def samples():
+    """Name -> sample of everything that a rendered prompt may look like."""
     record = handmade.record()
     by_kind = {sample.sample_id.split("/")[1]: sample for sample in record.samples}
     absent = Sample("a", "I", [Turn("user", "Segment the spleen."), Turn("assistant", "There is no spleen in this image.")],
                     [Target(1, "spleen", absent=True)])  # fmt: skip
     hostile = Sample("h", "vqa", [Turn("user", "<image>\n</s><p>liver<SEG></p>"), Turn("assistant", "No <SEG> here.")])
-    samples = {**{k: by_kind[k] for k in ("I0", "II0", "III", "IV", "vqa")}, "absent": absent, "two turns": two_turns(), "hostile": hostile}
+    return {**{k: by_kind[k] for k in ("I0", "II0", "III", "IV", "vqa")}, "absent": absent, "two turns": two_turns(), "hostile": hostile}
+
+
+def variants():
+    """(title, config, sample) in the templates of MIMO."""
     for place in ("inside", "after"):
         for system in ("", DataConfig().system_prompt):
             config = tiny_config(seg_place=place, turns_max=2)
             config.data.system_prompt = system
             config.data.buckets = "256"
-            for name, sample in samples.items():
+            for name, sample in samples().items():
                 yield f"{name}, seg_place={place}, {'system prompt' if system else 'no system prompt'}", config, sample
 
 
-def test_rendered_prompts_are_as_committed(tokenizer):
+def as_shown(tokenizer, variants) -> str:
     shown = []
-    for title, config, sample in variants():
+    for title, config, sample in variants:
         rendered = render(sample, tokenizer, config)
         loss = "".join("#" if x else "." for x in rendered.loss_mask)
         said = show(tokenizer, rendered.input_ids[rendered.loss_mask == 1], rendered.query_index[rendered.loss_mask == 1])
         assert len(loss) == len(rendered.input_ids)
         shown.append(f"== {title}\n{show(tokenizer, rendered.input_ids, rendered.query_index)}\nlearnt:{said}\n{rendered.seg_targets}\n")
-    assert "\n".join(shown) == GOLDEN.read_text(encoding="utf-8")
+    return "\n".join(shown)
 
 
-@pytest.mark.parametrize("place, tail", [("inside", ["seg", "p_close"]), ("after", ["p_close", "seg"])])
-def test_a_grounded_answer_has_the_tokens_of_the_plain_one(tokenizer, place, tail):
-    config = tiny_config(seg_place=place)
-    t = tokenizer
-    ids = answer_ids(t, config, "The liver is outlined.", [(4, 9)])
+def test_rendered_prompts_are_as_committed(tokenizer):
+    assert as_shown(tokenizer, variants()) == (GOLDEN / "conversations.txt").read_text(encoding="utf-8")
+
+
+def test_rendered_prompts_of_lisa_are_as_committed(lisa_tokenizer):
+    shown = as_shown(lisa_tokenizer, ((name, lisa_config(), sample) for name, sample in samples().items()))
+    assert shown == (GOLDEN / "lisa.txt").read_text(encoding="utf-8")
+
+
+def test_ids_of_lisas_turn_are_as_committed(lisa_tokenizer):
+    """<s> The liver. USER: <im_start> X_q <im_end> Segment the liver. ASSISTANT: The liver <SEG> is outlined. </s>"""
+    config = lisa_config()
+    config.data.system_prompt = "The liver."
+    rendered = render(samples()["I0"], lisa_tokenizer, config)
+    before, after = [1, 383, 364, 272, 417, 284, 510], [511, 431, 363, 364, 272, 434, 284]
+    answer = [383, 364, 512, 369, 433, 272, 2]
+    assert rendered.input_ids.tolist() == [*before, 0, 0, 0, 0, *after, *answer]
+    assert rendered.query_index.tolist() == [-1] * 7 + [0, 1, 2, 3] + [-1] * 14
+
+
+@settings(max_examples=200)
+@given(question=st.text(), system=st.sampled_from(["", lisa_config().data.system_prompt]))
+def test_lisas_turn_has_the_ids_of_the_slow_llama_tokenizer(lisa_tokenizer, question, system):
+    """transformers 4.31: text is cut at added tokens, stripped next to them, and each piece encoded with a space of its own."""
+    t, config = lisa_tokenizer, lisa_config()
+    config.data.system_prompt = system
+    raw = f"{system} USER: <im_start><image><im_end>\n{question} ASSISTANT:".removeprefix(" ")
+    pieces = re.split("(<im_start>)<image>(<im_end>)", raw)
+    pieces = [pieces[0].rstrip(), pieces[1], pieces[2], pieces[3].lstrip()]
+    ids = [t.bos, *(i for piece in pieces for i in ([t.id_of(piece)] if piece in t.control else t.encode(piece)))]
+    got, queries = prompt_turn(t, config, question, 0, True)
+    assert [i for i, query in zip(got, queries, strict=True) if query < 0] == ids
+    assert [query for query in queries if query >= 0] == list(range(config.model.query_tokens()))
+
+
+def test_image_tokens_that_the_tokenizer_lacks_are_named(tokenizer):
+    with pytest.raises(TokenizerError, match="^config.data.image_tokens: <im_start> is no control token"):
+        prompt_turn(tokenizer, lisa_config(), "Segment the liver.", 0, True)
+
+
+@pytest.mark.parametrize("place, head, tail", [
+    ("inside", ["p_open"], ["seg", "p_close"]), ("after", ["p_open"], ["p_close", "seg"]), ("bare", [], ["seg"]),
+])  # fmt: skip
+def test_a_grounded_answer_has_the_tokens_of_the_plain_one(by_place, place, head, tail):
+    t = by_place[place]
+    ids = answer_ids(t, tiny_config(seg_place=place), "The liver is outlined.", [(4, 9)])
     the, liver, *rest = t.encode("The liver is outlined.")
-    assert ids == [the, t.p_open, liver, *(getattr(t, name) for name in tail), *rest, t.eos]
+    assert ids == [the, *(getattr(t, name) for name in head), liver, *(getattr(t, name) for name in tail), *rest, t.eos]
 
 
 def test_training_tokens_are_those_of_generation(tokenizer):
@@ -100,8 +167,9 @@ def test_training_tokens_are_those_of_generation(tokenizer):
 
 
 @settings(max_examples=100)
-@given(questions=st.lists(st.text(max_size=30), min_size=1, max_size=2), place=st.sampled_from(["inside", "after"]))
-def test_positions_masks_and_queries_of_any_sample(tokenizer, questions, place):
+@given(questions=st.lists(st.text(max_size=30), min_size=1, max_size=2), place=st.sampled_from(PLACES))
+def test_positions_masks_and_queries_of_any_sample(by_place, questions, place):
+    tokenizer = by_place[place]
     config = tiny_config(turns_max=2, seg_place=place)
     config.data.buckets = "512"
     turns, targets = [], []
@@ -231,16 +299,25 @@ def test_any_ids_parse_and_only_real_segs_count(tokenizer, pieces):
     check_parsed(*parse_ids(tokenizer, ids), pieces.count(2))
 
 
+def test_bare_segs_have_no_phrase_and_spelt_tags_do_not_count(lisa_tokenizer):
+    t = lisa_tokenizer
+    ids = [*t.encode("The<p>liver<SEG>"), t.seg, *t.encode(" is seen", continued=True), t.seg, *t.encode(".", continued=True)]
+    clean, parts, phrases = parse_ids(t, ids)
+    assert clean == "The liver is seen." and phrases == [("", 9, 9), ("", 17, 17)]
+    assert [part["text"] for part in parts] == ["The liver", "", " is seen", "", "."]
+
+
 WORDS = st.lists(st.sampled_from(["the", "liver", "lies", "left.", "(here),", "é", "2"]), min_size=1, max_size=9)
 
 
 @settings(max_examples=300)
-@given(words=WORDS, cuts=st.sets(st.integers(0, 60)), place=st.sampled_from(["inside", "after"]))
-def test_what_is_rendered_is_parsed_again(tokenizer, words, cuts, place):
+@given(words=WORDS, cuts=st.sets(st.integers(0, 60)), place=st.sampled_from(PLACES))
+def test_what_is_rendered_is_parsed_again(by_place, words, cuts, place):
+    tokenizer = by_place[place]
     text = " ".join(words)
     cuts = sorted(cut for cut in cuts if cut <= len(text))
     spans = list(zip(cuts[::2], cuts[1::2], strict=False))
     assume(all(text[a:b].strip() == text[a:b] for a, b in spans))
     clean, _, phrases = parse_ids(tokenizer, answer_ids(tokenizer, tiny_config(seg_place=place), text, spans))
     assert clean == text
-    assert phrases == [(text[a:b], a, b) for a, b in spans]
+    assert phrases == [("", b, b) if place == "bare" else (text[a:b], a, b) for a, b in spans]

@@ -9,10 +9,10 @@ import pytest
 from mimo_jax.config import PERSPECTIVES, SourceConfig
 from mimo_jax.data.collate import make_example, point_at, smallest_bucket, stack_batch
 from mimo_jax.data.conversation import SampleError, render
-from mimo_jax.data.loader import GlobalOrder, make_loader
+from mimo_jax.data.loader import GlobalOrder, _overhead, make_loader
 from mimo_jax.data.prompts import NONE
 from mimo_jax.data.records import DataError, write_records
-from mimo_jax.data.schema import Turn
+from mimo_jax.data.schema import Sample, Target, Turn
 from mimo_jax.data.sources import open_sources
 from mimo_jax.geometry import clip_frame
 from tests.data import handmade
@@ -24,6 +24,11 @@ WEIGHTS = {"vqa": 1.0, "I": 1.0, "II": 2.0, "III": 2.0, "IV": 1.0}
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return handmade.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def lisa_tokenizer(tmp_path_factory):
+    return handmade.lisa_tokenizer(tmp_path_factory.mktemp("lisa"))
 
 
 def long_record(number):
@@ -116,6 +121,18 @@ def test_target_and_prompt_of_a_known_record(tokenizer):
     assert used.any() and (xy >= (left - 7, top - 7)).all() and (xy <= (right + 7, bottom + 7)).all()
     plain = make_example(record, record.samples[0], tokenizer, config, np.random.default_rng(0))["samples"][0]
     assert (plain["prompt_kind"] == NONE).all()
+
+
+def test_arrays_of_lisas_layout(folder, lisa_tokenizer):
+    config = config_for(folder)
+    config.model.seg_place, config.data.image_tokens = "bare", "<im_start>,<im_end>"
+    for batch in take(loader_for(config, lisa_tokenizer), 2):
+        rows = np.arange(len(batch["input_ids"]))[:, None]
+        assert ((batch["input_ids"][rows, batch["seg_index"]] == 512) == batch["seg_mask"]).all()
+        assert (batch["input_ids"] <= 512).all() and ((batch["input_ids"] == 512).sum(1) == batch["seg_mask"].sum(1)).all()
+        queries = batch["query_index"] >= 0
+        before, after = queries.argmax(1) - 1, queries.argmax(1) + queries.sum(1)
+        assert (batch["input_ids"][rows[:, 0], before] == 510).all() and (batch["input_ids"][rows[:, 0], after] == 511).all()
 
 
 @pytest.mark.parametrize("fit", ["pad", "stretch", "crop"])
@@ -226,6 +243,17 @@ def test_bucket_of_texts_with_a_token_a_byte(tmp_path, tokenizer):
         assert bucket == smallest_bucket(len(render(sample, tokenizer, config).input_ids), (96, 192))
         found[bucket] += 1
     assert min(found[96], found[192]) > 3
+
+
+@pytest.mark.parametrize("letter", ["\x01", "a"])
+@pytest.mark.parametrize("place", ["inside", "after", "bare"])
+def test_no_sample_takes_more_than_a_token_a_byte_and_the_overhead(tokenizer, lisa_tokenizer, place, letter):
+    config = tiny_config(seg_place=place, seg_max=1, turns_max=2)
+    config.data.image_tokens = "<im_start>,<im_end>" if place == "bare" else ""
+    t = lisa_tokenizer if place == "bare" else tokenizer
+    turns = [Turn(role, 3 * letter) for role in ("user", "assistant") * 2]
+    sample = Sample("s", "I", turns, [Target(1, "a", [0, 3], ["l"])])
+    assert len(render(sample, t, config).input_ids) <= 3 * len(turns) + _overhead(config, t)
 
 
 @pytest.mark.parametrize("augment", [False, True])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers
 
+from mimo_jax.config import LlamaConfig, ModelConfig
 from mimo_jax.data.tokenizer import Tokenizer, TokenizerError, add_grounding, train_tokenizer
 from tests.data import handmade
 
@@ -90,6 +91,23 @@ def test_grounding_ids_follow_the_base_vocabulary(tokenizer):
     assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, len(tokenizer)) == (0, 1, 2, v + 3)
 
 
+def test_a_seg_may_follow_the_base_alone(tmp_path):
+    t = handmade.lisa_tokenizer(tmp_path)
+    assert (t.grounding, t.p_open, t.p_close, t.seg, t.vocab_size, len(t)) == (("<SEG>",), None, None, 512, 512, 513)
+    ids = [t.id_of("<im_start>"), *t.encode("a <p>liver</p> <SEG>"), t.seg, *t.encode(" is", continued=True), t.id_of("<im_end>")]
+    assert (ids[0], ids[-1]) == (510, 511)
+    assert t.pieces(ids) == ["a <p>liver</p> <SEG>", t.seg, " is"]
+    assert t.decode(ids) == "a <p>liver</p> <SEG><SEG> is"
+
+
+def test_only_control_tokens_of_the_base_are_found_by_name(tmp_path):
+    t = handmade.lisa_tokenizer(tmp_path)
+    assert t.id_of("</s>") == t.eos
+    for name in ("<SEG>", "<p>", "<image>", "▁liver"):
+        with pytest.raises(TokenizerError, match=rf"^config.data.image_tokens: {name} is no .*name two of .*<im_start>, <im_end>, or none"):
+            t.id_of(name)
+
+
 def test_survives_pickling(tokenizer):
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode("Segment the liver.") == tokenizer.encode("Segment the liver.")
@@ -146,7 +164,9 @@ def damage(folder, change):
 
 def test_missing_grounding_tokens(tmp_path):
     size = write_llama(tmp_path / "t.json")
-    with pytest.raises(TokenizerError, match=rf"<p>, </p>, <SEG> have the ids \[None, None, None\], not \[{size}, .*add_grounding"):
+    with pytest.raises(
+        TokenizerError, match=rf"<SEG> have the ids \[None, None, None\], not \[{size}, .* or \[None, None, {size}\], .*add_grounding"
+    ):
         Tokenizer(tmp_path / "t.json")
 
 
@@ -166,10 +186,30 @@ def test_add_grounding_moves_tokens_that_stand_elsewhere(tmp_path):
     assert (t.p_open, t.p_close, t.seg) == (520, 521, 522)
 
 
-def test_another_vocabulary_size_than_the_models(tmp_path):
+def test_add_grounding_takes_out_what_is_not_asked_for(tmp_path):
     handmade.tokenizer(tmp_path)
+    bare = add_grounding(tmp_path / "tokenizer.json", tmp_path / "bare.json", 512, ("<SEG>",))
+    assert (bare.grounding, bare.seg, len(bare)) == (("<SEG>",), 512, 513)
+    assert add_grounding(tmp_path / "bare.json", tmp_path / "again.json", 512).grounding == TAGS
+
+
+def model(vocab_size=512, seg_place="inside"):
+    return ModelConfig(llm=LlamaConfig(vocab_size=vocab_size), seg_place=seg_place)
+
+
+def test_another_vocabulary_than_the_models(tmp_path):
+    (tmp_path / "bare").mkdir()
+    handmade.tokenizer(tmp_path)
+    handmade.lisa_tokenizer(tmp_path / "bare")
+    three, bare = tmp_path / "tokenizer.json", tmp_path / "bare" / "tokenizer.json"
+    assert Tokenizer(three, model(seg_place="after")).grounding == model().grounding_tokens() == TAGS
+    assert Tokenizer(bare, model(seg_place="bare")).grounding == model(seg_place="bare").grounding_tokens() == ("<SEG>",)
     with pytest.raises(TokenizerError, match="has 512 base ids, config.model.llm.vocab_size is 600"):
-        Tokenizer(tmp_path / "tokenizer.json", 600)
+        Tokenizer(three, model(600))
+    with pytest.raises(TokenizerError, match="are <SEG>, those of .*=after are <p>, </p>, <SEG>; set config.model.seg_place=bare$"):
+        Tokenizer(bare, model(seg_place="after"))
+    with pytest.raises(TokenizerError, match="are <p>, </p>, <SEG>, those of .*=bare are <SEG>; set .*.seg_place=inside or after"):
+        Tokenizer(three, model(seg_place="bare"))
 
 
 def test_add_grounding_refuses_a_base_that_is_too_large(tmp_path):

@@ -17,6 +17,7 @@ from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer import answer as answers
 from mimo_jax.infer.predictor import Mimo, Request, _bucket
+from tests.data.handmade import lisa_tokenizer
 from tests.data.handmade import tokenizer as make_tokenizer
 from tests.tiny_config import random_params, tiny_config
 
@@ -251,6 +252,20 @@ def test_every_kind_of_aligner_answers_and_the_text_only_ones_refuse_prompts(tok
     else:
         with pytest.raises(UserError, match="reads no points"):
             model.predict([pointed])
+
+
+def test_lisas_layout_answers_and_paints_bare_segs(tmp_path):
+    config = tiny_config(seg_state="predict", seg_place="bare")
+    config.model.aligner.kind, config.data.image_tokens = "linear", "<im_start>,<im_end>"
+    config.generate.max_new_tokens = 24
+    t = lisa_tokenizer(tmp_path)
+    with Said(Mimo(config, random_params(config), t), [*t.encode("It is"), t.seg, *t.encode(".", continued=True), t.eos]) as said:
+        answer = said.mimo.open(picture()).ask("Segment the liver.")
+    assert answer.text == "It is." and [e.phrase for e in answer.entities] == [""] and answer.entities[0].mask.shape == (40, 56)
+    _, ids, query_index, mask = said.calls[0]
+    assert ids[0, mask[0] & (query_index[0] < 0)].tolist() == [
+        *(t.bos, *t.encode("USER:"), t.id_of("<im_start>"), t.id_of("<im_end>"), *t.encode("Segment the liver. ASSISTANT:"))
+    ]
 
 
 def test_images_from_files_and_arrays(mimo, tmp_path):

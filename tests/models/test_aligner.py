@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
-from mimo_jax.config import AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, PromptConfig
+from mimo_jax.config import ALIGNER_KINDS, AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, PromptConfig
 from mimo_jax.models import stack
 from mimo_jax.models.aligner import Aligner, AlignerBlock
 
-KINDS = ("cross_attention", "none", "linear", "mlp")
+READERS = ("cross_attention", "none")  # of text and prompts
+IMAGE_ONLY = ("linear", "mlp")
 
 
 def config(kind: str) -> ModelConfig:
@@ -42,7 +44,12 @@ def build(kind):
     return cfg, lambda given: np.asarray(stack.bind(graphdef, params)(**given)[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_are_told_apart_by_what_they_read():
+    assert READERS + IMAGE_ONLY == ALIGNER_KINDS
+    assert tuple(kind for kind in ALIGNER_KINDS if config(kind).aligner.image_only()) == IMAGE_ONLY
+
+
+@pytest.mark.parametrize("kind", READERS)
 def test_length_is_that_of_the_config_whatever_is_given(kind):
     cfg, run = build(kind)
     given = inputs(cfg)
@@ -50,7 +57,7 @@ def test_length_is_that_of_the_config_whatever_is_given(kind):
         assert run(given | changed).shape == (2, cfg.query_tokens(), cfg.llm.width)
 
 
-@pytest.mark.parametrize("kind", ["cross_attention", "none"])
+@pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("name", ["image", "text", "visual"])
 def test_everything_that_is_read_changes_x_q(kind, name):
     cfg, run = build(kind)
@@ -58,7 +65,7 @@ def test_everything_that_is_read_changes_x_q(kind, name):
     assert np.abs(run(given) - run(given | {name: other[name]})).max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["cross_attention", "none"])
+@pytest.mark.parametrize("kind", READERS)
 def test_masked_text_and_prompts_change_nothing(kind):
     cfg, run = build(kind)
     given = inputs(cfg)
@@ -73,11 +80,13 @@ def test_no_prompt_differs_from_any_prompt():
     assert np.abs(run(given) - run(given | {"visual_mask": jnp.zeros((2, 6), bool)})).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_image_only_kinds_ignore_text_and_prompts(kind):
-    cfg, run = build(kind)
-    given, other = inputs(cfg), inputs(cfg, seed=1)
-    np.testing.assert_array_equal(run(given), run(given | {"text": other["text"], "visual": other["visual"]}))
+def test_image_only_kinds_project_every_patch():
+    image = inputs(config("linear"))["image"]
+    linear, mlp = (Aligner(config(kind), rngs=nnx.Rngs(0)) for kind in IMAGE_ONLY)
+    np.testing.assert_allclose(linear.of_image(image), image @ linear.project.kernel[...] + linear.project.bias[...], atol=1e-5)
+    hidden = torch.nn.functional.gelu(torch.tensor(np.asarray(mlp.project(image))))
+    np.testing.assert_allclose(mlp.of_image(image), mlp.project_out(jnp.asarray(hidden.numpy())), atol=1e-5)
+    assert linear.of_image(image).shape == mlp.of_image(image).shape == (2, config("linear").query_tokens(), 20)
 
 
 def test_word_order_reaches_the_queries():
@@ -86,7 +95,7 @@ def test_word_order_reaches_the_queries():
     assert np.abs(run(given) - run(given | {"text": given["text"].at[:, :2].set(given["text"][:, 1::-1])})).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", READERS)
 def test_turns_that_share_an_image_are_those_of_the_image_repeated(kind):
     cfg, run = build(kind)
     turns, images = inputs(cfg), inputs(cfg, seed=1)["image"][:1]
@@ -107,7 +116,6 @@ def test_looks_are_the_mean_logits_of_the_last_block_toward_the_image():
     np.testing.assert_allclose(np.asarray(attention.scores(x, keys)), by_hand, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["none", "linear", "mlp"])
-def test_kinds_without_queries_look_nowhere(kind):
-    cfg = config(kind)
+def test_without_queries_nothing_looks():
+    cfg = config("none")
     assert Aligner(cfg, rngs=nnx.Rngs(0))(**inputs(cfg))[1] is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from checkpoints_convert import name_map
+from checkpoints_convert import rows
 from mimo_jax import pathtree
 from mimo_jax.config import ClipConfig, ConfigError, ModelConfig
 from mimo_jax.models import clip_vit, stack
@@ -31,7 +31,7 @@ def pixels(cfg: ClipConfig, n: int = 2) -> np.ndarray:
 
 def here(cfg: ClipConfig, oracle: torch.nn.Module, **kwargs):
     make = lambda rngs: clip_vit.ClipVit(cfg, rngs=rngs, **kwargs)  # noqa: E731
-    return oracles.brought_here(oracle, make, "clip", name_map.CLIP, ModelConfig(clip=cfg))
+    return oracles.brought_here(oracle, make, "clip", rows.CLIP, ModelConfig(clip=cfg))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])

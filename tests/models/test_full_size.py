@@ -37,6 +37,7 @@ def test_lisa_7b_has_the_published_sizes():
     assert made["clip"] == pytest.approx(303.2e6, rel=2e-3)
     assert made["aligner"] == 1024 * 4096 + 4096
     assert made["seg_projection"] == 4096 * 4096 + 4096 + 4096 * 256 + 256
+    assert made["grounding"] == 2 * 4096 and "prompt" not in made
 
 
 def test_small_has_the_sizes_of_its_parts():

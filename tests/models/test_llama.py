@@ -8,7 +8,7 @@ import torch
 import transformers
 from flax import nnx
 
-from checkpoints_convert import name_map
+from checkpoints_convert import name_map, rows
 from mimo_jax import pathtree
 from mimo_jax.config import LlamaConfig, LoraConfig, ModelConfig
 from mimo_jax.models import stack
@@ -49,7 +49,7 @@ def torch_llama(cfg: LlamaConfig) -> transformers.LlamaForCausalLM:
 def convert(model, cfg, shapes) -> dict:
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     indices = name_map.layer_indices(ModelConfig(llm=cfg))
-    return pathtree.unflatten(name_map.import_state(state, name_map.LLAMA, indices, pathtree.flatten(shapes), name_map.LLAMA_IGNORED))
+    return pathtree.unflatten(name_map.import_state(state, rows.LLAMA, indices, pathtree.flatten(shapes), rows.LLAMA_IGNORED))
 
 
 @pytest.fixture(params=[TINY, GROUPED], ids=["full", "grouped"])
@@ -118,6 +118,14 @@ def test_grounding_rows_stand_apart_from_the_base():
     np.testing.assert_array_equal(out[0, 2], params["grounding"][2])
     grads = jax.grad(lambda p: stack.bind(graphdef, p)(ids[:, 1:]).sum())(params)
     assert np.abs(grads["base"]).max() == 0 and np.abs(grads["grounding"][1]).max() == 0 and np.abs(grads["grounding"][2]).min() > 0
+
+
+def test_a_vocabulary_with_one_grounding_token():
+    embedding, head = TokenEmbedding(TINY, grounding=1, rngs=nnx.Rngs(0)), LanguageHead(TINY, grounding=1, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(embedding(jnp.asarray([49, 50])), jnp.stack([embedding.base[49], embedding.grounding[0]]))
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32)), jnp.float32)
+    assert head(hidden).shape == (2, 51)
+    np.testing.assert_allclose(head(hidden)[:, 50], hidden @ head.grounding[:, 0], rtol=1e-5)
 
 
 def test_full_size_counts_its_parameters():

@@ -19,9 +19,11 @@ def build(config):
     return params, lambda p, batch: stack.bind(graphdef, p)(batch)
 
 
-@pytest.mark.parametrize(("kind", "seg_state"), [("cross_attention", "token"), ("none", "token"), ("linear", "predict"), ("mlp", "token")])
-def test_forward_and_backward_of_every_kind(kind, seg_state):
-    config = tiny_config(seg_state=seg_state)
+@pytest.mark.parametrize(("kind", "seg_state", "seg_place"), [
+    ("cross_attention", "token", "inside"), ("none", "token", "inside"), ("linear", "predict", "bare"), ("mlp", "token", "after"),
+])  # fmt: skip
+def test_forward_and_backward_of_every_kind(kind, seg_state, seg_place):
+    config = tiny_config(seg_state=seg_state, seg_place=seg_place)
     config.model.aligner = dataclasses.replace(config.model.aligner, kind=kind)
     graphdef, _ = mimo.abstract(config)
     params = mimo.initial(config, jax.random.key(0))
@@ -36,7 +38,24 @@ def test_forward_and_backward_of_every_kind(kind, seg_state):
     assert not dead
     roots = {p.split("/")[0] for p, g in pathtree.flatten(grads).items() if np.abs(g).max() > 0}
     wanted = {"clip", "aligner", "embedding", "llm", "lm_head", "seg_projection", "sam_encoder", "sam_decoder"}
-    assert wanted <= roots and (("prompt" in roots) == (kind in ("cross_attention", "none")))
+    assert wanted <= roots and ("prompt" in params) == ("prompt" in roots) == (kind in ("cross_attention", "none"))
+    rows = {"inside": 3, "after": 3, "bare": 1}[seg_place]
+    assert params["embedding"]["grounding"].shape == (rows, 16) and params["lm_head"]["grounding"].shape == (16, rows)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_turns_of_the_kinds_that_read_the_image_alone_differ_by_image_only(kind):
+    config = tiny_config(turns_max=2)
+    config.model.aligner.kind = kind
+    model = stack.bind(mimo.abstract(config)[0], mimo.initial(config, jax.random.key(0)))
+    batch = random_batch(config, length=80)
+    image = model.encode_clip(batch["clip_image"], batch["clip_size"])
+    x_q, look = model.align_and_look(image, *(batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind")))
+    assert look is None and x_q.shape == (4, 2, config.model.query_tokens(), 16)
+    for b in range(4):  # two samples of two turns to an image
+        np.testing.assert_array_equal(x_q[b, 0], x_q[b, 1])
+        np.testing.assert_allclose(x_q[b, 0], model.aligner.of_image(image[b // 2][None])[0], atol=1e-5)
+    assert np.abs(x_q[0] - x_q[2]).max() > 1e-3
 
 
 @pytest.fixture(scope="module")

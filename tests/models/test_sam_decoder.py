@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints_convert import name_map
+from checkpoints_convert import rows
 from mimo_jax import pathtree
 from mimo_jax.config import ModelConfig, SamConfig
 from mimo_jax.models import stack
@@ -43,14 +43,14 @@ def torch_prompt(cfg: SamConfig) -> torch.nn.Module:
 
 def decoder_here(cfg: SamConfig, oracle: torch.nn.Module, grads: bool = False, **kwargs):
     make = lambda rngs: MaskDecoder(cfg, rngs=rngs, **kwargs)  # noqa: E731
-    rows = tuple(row for row in name_map.SAM if row.path.startswith("sam_decoder/"))
-    return oracles.brought_here(oracle, make, "sam_decoder", rows, ModelConfig(sam=cfg), prefix="mask_decoder.", grads=grads)
+    table = tuple(row for row in rows.SAM if row.path.startswith("sam_decoder/"))
+    return oracles.brought_here(oracle, make, "sam_decoder", table, ModelConfig(sam=cfg), prefix="mask_decoder.", grads=grads)
 
 
 def prompt_here(cfg: SamConfig, oracle: torch.nn.Module, **kwargs) -> SamPromptEncoder:
     make = lambda rngs: SamPromptEncoder(cfg, rngs=rngs, **kwargs)  # noqa: E731
-    rows = tuple(row for row in name_map.SAM if row.path.startswith("sam_prompt/"))
-    return stack.bind(*oracles.brought_here(oracle, make, "sam_prompt", rows, ModelConfig(sam=cfg), prefix="prompt_encoder."))
+    table = tuple(row for row in rows.SAM if row.path.startswith("sam_prompt/"))
+    return stack.bind(*oracles.brought_here(oracle, make, "sam_prompt", table, ModelConfig(sam=cfg), prefix="prompt_encoder."))
 
 
 def inputs(cfg: SamConfig, dense: str) -> tuple[np.ndarray, ...]:

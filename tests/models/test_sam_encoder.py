@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints_convert import name_map
+from checkpoints_convert import rows
 from mimo_jax import pathtree
 from mimo_jax.config import ModelConfig, SamConfig
 from mimo_jax.models import stack
@@ -15,7 +15,7 @@ from mimo_jax.models.sam_encoder import SamEncoder, from_windows, to_windows
 from mimo_jax.models.stack import Scan
 from tests.models import oracles
 
-ROWS = tuple(row for row in name_map.SAM if row.path.startswith("sam_encoder/"))
+ROWS = tuple(row for row in rows.SAM if row.path.startswith("sam_encoder/"))
 
 
 def tiny(**changes) -> SamConfig:

@@ -9,7 +9,8 @@ import pytest
 
 from mimo_jax import pathtree, sharding
 from mimo_jax.config import ConfigError, LoraConfig, MeshConfig, TrainConfig
-from mimo_jax.train.optimizer import make_optimizer, multipliers, schedule
+from mimo_jax.parameters import multipliers
+from mimo_jax.train.optimizer import make_optimizer, schedule
 from mimo_jax.train.state import Plan
 from mimo_jax.train.step import make_step
 from tests.tiny_config import random_batch, tiny_config

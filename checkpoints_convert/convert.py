@@ -1,0 +1,240 @@
+"""`mimo convert import`: PyTorch checkpoints to a mimo_jax checkpoint, larger than memory if need be, or nothing at all.
+
+Everything that can be wrong is looked for before a byte is written: names, shapes, settings, vocabulary, space on the disk, then
+every value. What is written lies beside the target until it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from checkpoints_convert import name_map, settings, sources
+from checkpoints_convert.name_map import KeyMapError
+from checkpoints_convert.readers import is_finite
+from checkpoints_convert.sources import SEED, Source, SourceError
+from checkpoints_convert.vocabulary import Vocabulary
+from mimo_jax import base, checkpoint, parameters, pathtree, provenance, storage
+from mimo_jax.config import Config, ConfigError
+from mimo_jax.data.tokenizer import add_grounding
+from mimo_jax.models import mimo
+
+_SPARE_BYTES = 64 * 2**20  # room for what is not arrays
+# Drawn from a seed and yet harmless: LoRA's B is zero, so that it changes nothing until it is trained.
+_NEUTRAL = r"/lora_[ab]$"
+
+
+@dataclass
+class Request:
+    """What to import. given: {source: path}, of `sources.SOURCES`; key_map: JSON rows beside the tables; the regexes and
+    `allow_nonfinite` excuse what otherwise stops the import, and are recorded."""
+
+    config: Config
+    given: Mapping[str, Path]
+    out: Path
+    seed: int = 0
+    key_map: Path | None = None
+    lora_alpha: float | None = None
+    lora_base: str | None = None
+    allow_missing: Sequence[str] = ()
+    ignore_extra: Sequence[str] = ()
+    allow_nonfinite: bool = False
+    say: Callable[[str], None] = field(default=print)
+
+
+class _Plan:
+    """An import that has been checked against the headers: every parameter's home, shape and dtype."""
+
+    def __init__(self, request: Request):
+        config = self.config = request.config
+        for name, path in request.given.items():
+            if not Path(path).exists():
+                raise SourceError(f"--{name} {path}: there is no such file or folder")
+        rows = sources.read_key_map(request.key_map) if request.key_map else ()
+        self.sources = sources.open_sources(request.given, rows, config)
+        self.remarks = [settings.check_settings(n, s.path, s.parts, config) for n, s in self.sources.items()]
+        self._check_lora(request)
+        _, shapes = mimo.abstract(config)
+        self.leaves = pathtree.flatten(parameters.typed(config, shapes))
+        self.trained = {path for path, value in parameters.multipliers(config, shapes).items() if value is not None}
+        self.assigned = sources.assign(list(self.leaves), self.sources, config)
+        self.indices = name_map.layer_indices(config.model)
+        self.vocabulary: Vocabulary = sources.vocabulary_of(self.assigned, self.sources, config)
+        problems, self.excused = sources.listed_misfits(
+            self.assigned, self.sources, self.leaves, self.indices, request.allow_missing, request.ignore_extra
+        )
+        name_map.raise_listed(problems)
+        incomplete = set(self.excused["allowed_missing"])
+        self.drawn = {
+            *(path for path, home in self.assigned.items() if home == SEED),
+            *(path for path in self.leaves if incomplete and incomplete & set(self.keys(path))),
+        }
+        self.untrained = sorted(path for path in self.drawn if not re.search(_NEUTRAL, path))
+
+    def _check_lora(self, request: Request) -> None:
+        lora = next((source for source in self.sources.values() if "lora" in source.parts), None)
+        if lora is None:
+            return
+        if self.config.model.lora.rank == 0:
+            raise ConfigError(f"--{lora.name} {lora.path}: holds LoRA, and the configuration has none; set --config.model.lora.rank")
+        found = settings.lora_alpha(lora.path)
+        if request.lora_alpha is not None and found is not None and request.lora_alpha != found:
+            raise SourceError(f"--lora-alpha {request.lora_alpha:g}: {lora.path} says {found:g} in its adapter_config.json")
+        alpha = found if request.lora_alpha is None else request.lora_alpha
+        if alpha is None:
+            raise SourceError(f"{lora.path}: the weights of LoRA do not show its alpha; give it with --lora-alpha, as it was trained")
+        self.config.model.lora.alpha = float(alpha)
+        if lora.name == "lora" and "llm" in request.given:
+            settings.check_adapter_base(lora.path, Path(request.given["llm"]), request.lora_base)
+
+    def keys(self, path: str) -> list[str]:
+        """The tensors that fill a parameter."""
+        source = self.sources.get(self.assigned[path])
+        rows = source.rows if source else ()
+        return [key for row in rows if path in name_map.paths_of(row) for key in name_map.keys_of(row, self.indices).ravel()]
+
+    def wanted_keys(self, source: Source) -> set[str]:
+        own = {path: leaf for path, leaf in self.leaves.items() if self.assigned[path] == source.name}
+        return set(name_map.torch_shapes(own, source.rows, self.indices)) & source.kinds.keys()
+
+    def bytes(self) -> int:
+        kept = [source.kinds[key] for source in self.sources.values() for key in source.kept]
+        leaves = [(leaf.dtype, leaf.shape) for leaf in self.leaves.values()]
+        return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in (*leaves, *kept))
+
+    def stream(self, only: Collection[str], drawn: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        """(path, array) of the parameters in `only`, source by source, one held at a time."""
+        for name, source in self.sources.items():
+            own = {path: leaf for path, leaf in self.leaves.items() if self.assigned[path] == name}
+            yield from name_map.import_leaves(source, source.rows, self.indices, own, only, drawn)
+        for path in sorted(only):
+            if self.assigned[path] == SEED:
+                yield path, drawn[path]
+
+
+def import_checkpoint(request: Request) -> dict[str, Any]:
+    """Convert, and return what provenance.json records. UserError subclasses for everything that is the user's to mend; then
+    nothing is written."""
+    out = storage.absolute(request.out)
+    _check_target(out)
+    plan = _Plan(request)
+    _check_space(out, plan.bytes())
+    _report(plan, request.say)
+    started = time.monotonic()
+    hashes, nonfinite = _verify(plan)
+    if nonfinite and not request.allow_nonfinite:
+        raise KeyMapError("\n".join([f"{len(nonfinite)} tensors hold NaN or Inf (--allow-nonfinite takes them as they are)", *nonfinite]))
+    request.say(f"read and hashed {len(hashes)} files: {time.monotonic() - started:.0f} s")
+    stage = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        record = _write(plan, request, stage, out, hashes, nonfinite)
+        if out.exists():
+            out.rmdir()
+        os.rename(stage, out)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    request.say(f"written to {out}: {time.monotonic() - started:.0f} s; base {record['base'][:12]}")
+    return record
+
+
+def _write(plan: _Plan, request: Request, stage: Path, out: Path, hashes: dict, nonfinite: list[str]) -> dict[str, Any]:
+    config = plan.config
+    config.init.path = ""
+    with base.writing(stage):
+        stage.mkdir()
+        drawn = _draw(plan, request.seed)
+        frozen = base.write(stage, plan.stream(plan.leaves.keys() - plan.trained, drawn), out)
+        trained = checkpoint.write_step(stage, 0, plan.stream(plan.trained, drawn), {})
+        record = {
+            "sources": sources.origins(plan.sources, hashes),
+            "seed": request.seed,
+            "untrained": plan.untrained,
+            "neutral": sorted(plan.drawn - set(plan.untrained)),
+            **plan.excused,
+            "allow_missing": list(request.allow_missing),
+            "ignore_extra": list(request.ignore_extra),
+            "nonfinite": nonfinite,
+            "key_map": request.key_map.read_text() if request.key_map else None,
+            "grounding": plan.vocabulary.grounding,
+            "base": frozen["fingerprint"],
+            "parameters": base.fingerprint(trained),
+        }
+        add_grounding(plan.vocabulary.tokenizer, stage / "tokenizer.json", config.model.llm.vocab_size, config.model.grounding_tokens())
+        kept = {key: np.ascontiguousarray(source[key]) for source in plan.sources.values() for key in source.kept}
+        if kept:
+            save_file(kept, stage / provenance.KEPT)
+        storage.write_json(stage / provenance.FILE, record)
+        storage.write_json(stage / "config.json", config.to_dict())
+    return record
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SourceError(f"--out {out}: is there already; give a folder that is not, or is empty")
+    if not out.parent.is_dir():
+        raise SourceError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise SourceError(f"--out {out}: {out.parent} may not be written to; choose another, or change its permissions")
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < needed + _SPARE_BYTES:
+        raise SourceError(f"--out {out}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room, or choose another")
+
+
+def _report(plan: _Plan, say: Callable[[str], None]) -> None:
+    for name, source in plan.sources.items():
+        parts = ", ".join(found.part.title for found in source.found) or "rows of the key map"
+        say(f"{name}: {source.path} ({parts}; {len(source.kinds)} tensors)")
+    for remark in filter(None, plan.remarks):
+        say(remark)
+    raw = provenance.untrained({"untrained": plan.untrained})
+    if raw:
+        say(f"drawn from the seed, to be trained: {raw}")
+    if plan.drawn - set(plan.untrained):
+        say("drawn from the seed, without effect until trained: LoRA")
+    kept = sum(len(source.kept) for source in plan.sources.values())
+    if kept:
+        say(f"not used, kept for export: {kept} tensors of a region encoder")
+    for kind, keys in plan.excused.items():
+        if keys:
+            say(f"{kind.replace('_', ' ')}: {len(keys)} tensors, listed in {provenance.FILE}")
+
+
+def _verify(plan: _Plan) -> tuple[dict[Path, str], list[str]]:
+    """(SHA-256 of every file, names of tensors with NaN or Inf), the one taken while the other is looked for."""
+
+    def nonfinite(source: Source) -> list[str]:
+        return [f"  --{source.name}: {key}" for key in sorted(plan.wanted_keys(source)) if not is_finite(source[key])]
+
+    with ThreadPoolExecutor(1) as pool:
+        files = [file for source in plan.sources.values() for file in source.tensors.files]
+        hashing = pool.submit(lambda: {file: storage.hash_files(file.parent, [file.name])[file.name] for file in files})
+        bad = [line for source in plan.sources.values() for line in nonfinite(source)]
+        return hashing.result(), bad
+
+
+def _draw(plan: _Plan, seed: int) -> dict[str, np.ndarray]:
+    """The parameters that come from the seed, as the model draws them; the rest is never made."""
+    if not plan.drawn:
+        return {}
+
+    def make(key):
+        flat = pathtree.flatten(mimo.initial(plan.config, key))
+        return {path: flat[path].astype(plan.leaves[path].dtype) for path in plan.drawn}
+
+    return jax.tree.map(np.asarray, jax.jit(make)(jax.random.key(seed)))

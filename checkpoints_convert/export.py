@@ -1,0 +1,271 @@
+"""`mimo convert export`: a mimo_jax checkpoint in the layouts of transformers, peft, segment-anything and LISA, or as one directory.
+
+    hf      OUT/clip and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or left out with `apart`
+    peft    OUT, an adapter of llm/
+    sam     OUT/sam_vit_h.pth, which segment-anything loads
+    joint   OUT, one model in LISA's layout: what `mimo convert import --joint` reads
+    mimo    OUT, the checkpoint with its base inside
+
+Parameters are read one by one, so that a checkpoint may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from checkpoints_convert import name_map, ops, rows
+from checkpoints_convert.layouts import with_prefix
+from checkpoints_convert.sources import SourceError
+from mimo_jax import base, checkpoint, provenance, storage
+from mimo_jax.checkpoint import Leaves
+from mimo_jax.config import Config
+from mimo_jax.models.lora import merge_lora
+
+_SHARD_BYTES = 2 * 10**9
+_SAM_NAMES = {768: "b", 1024: "l", 1280: "h"}
+_JOINT_CLIP, _JOINT_SAM = "model.vision_tower.vision_tower.vision_model.", "model.visual_model."
+
+
+def export_checkpoint(
+    path: str | os.PathLike, form: str, out: Path, base_at: str | os.PathLike | None = None, merge: bool = True
+) -> list[str]:
+    """Write a checkpoint in another format; returns a line for each thing written. UserError where the checkpoint or the target
+    cannot serve; then nothing is written. merge: fold LoRA into the language model (hf, joint)."""
+    out = storage.absolute(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SourceError(f"--out {out}: is there already; give a folder that is not, or is empty")
+    if not out.parent.is_dir():
+        raise SourceError(f"--out {out}: there is no folder {out.parent}; make it first")
+    leaves = Leaves(path, base_at)
+    if form == "peft" and not leaves.config.model.lora.rank:
+        raise SourceError(f"{path}: has no LoRA to export (config.model.lora.rank is 0)")
+    stage = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        with base.writing(stage):
+            stage.mkdir()
+            _WRITERS[form](leaves, stage, merge)
+            files = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
+            size = sum((stage / file).stat().st_size for file in files)
+            if out.exists():
+                out.rmdir()
+            os.rename(stage, out)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    shown = [str(out / file) for file in files if file.suffix in (".safetensors", ".pth", ".json") and "steps" not in file.parts]
+    return [*shown[:12], f"{form}: {size / 1e9:.2f} GB in {len(files)} files under {out}, from step {leaves.step} of {leaves.run}"]
+
+
+# --- the formats
+
+
+def _write_hf(leaves: Leaves, out: Path, merge: bool) -> None:
+    _write_clip(leaves, out / "clip")
+    _write_llm(leaves, out / "llm", _llm_tensors(leaves, merge))
+
+
+def _write_clip(leaves: Leaves, out: Path) -> None:
+    import transformers
+
+    m = leaves.config.model.clip
+    _shards(_tensors(leaves, rows.CLIP, "clip/"), out)
+    transformers.CLIPVisionConfig(
+        hidden_size=m.width, num_hidden_layers=m.layers, num_attention_heads=m.heads, intermediate_size=m.mlp_width,
+        hidden_act=m.activation, layer_norm_eps=m.eps, image_size=m.image_size, patch_size=m.patch_size,
+        architectures=["CLIPVisionModel"],
+    ).save_pretrained(out)  # fmt: skip
+
+
+def _write_llm(leaves: Leaves, out: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    import transformers
+
+    m = leaves.config.model.llm
+    _shards(tensors, out)
+    transformers.LlamaConfig(
+        vocab_size=m.vocab_size + len(leaves.config.model.grounding_tokens()), hidden_size=m.width, num_hidden_layers=m.layers,
+        num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_width, rms_norm_eps=m.eps,
+        rope_theta=m.rope_theta, max_position_embeddings=m.max_length, tie_word_embeddings=False, pad_token_id=0,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(out)  # fmt: skip
+    _write_tokenizer(leaves, out)
+
+
+def _write_peft(leaves: Leaves, out: Path, merge: bool) -> None:
+    tensors = {f"base_model.model.{key}": value for key, value in _tensors(leaves, rows.LORA, "llm/", r"lora")}
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, out / "adapter_model.safetensors", {"format": "pt"})
+    _write_adapter_config(leaves.config, out)
+
+
+def _write_adapter_config(config: Config, out: Path) -> None:
+    import peft
+
+    targets = [f"{name}_proj" for name in config.lora_targets()]
+    lora = config.model.lora
+    peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, bias="none", task_type="CAUSAL_LM").save_pretrained(out)
+
+
+def _write_sam(leaves: Leaves, out: Path, merge: bool) -> None:
+    import torch
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        array = np.array(array)
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype == jnp.bfloat16 else torch.from_numpy(array)
+
+    width = leaves.config.model.sam.width
+    tensors = {key: tensor(value) for key, value in _tensors(leaves, rows.SAM, "sam_")}
+    torch.save(tensors, out / f"sam_vit_{_SAM_NAMES.get(width, width)}.pth")
+
+
+def _write_joint(leaves: Leaves, out: Path, merge: bool) -> None:
+    kind = leaves.config.model.aligner.kind
+    aligner = {"linear": rows.PROJECTOR_LINEAR, "mlp": rows.PROJECTOR_MLP}.get(kind, rows.ALIGNER)
+    apart = bool(leaves.config.model.lora.rank) and not merge
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        yield from _llm_tensors(leaves, merge)
+        if apart:
+            for key, value in _tensors(leaves, rows.LORA, "llm/", r"lora"):
+                yield key.replace("lora_A.weight", "lora_A.default.weight").replace("lora_B.weight", "lora_B.default.weight"), value
+        for table, root in ((aligner, "aligner/"), (rows.PROMPT, "prompt/"), (rows.SEG_PROJECTION, "seg_projection/")):
+            yield from _tensors(leaves, table, root)
+        yield from _tensors(leaves, with_prefix(rows.SAM, _JOINT_SAM), "sam_")
+        yield from _tensors(leaves, with_prefix(rows.CLIP, _JOINT_CLIP), "clip/")
+        if (leaves.run / provenance.KEPT).is_file():
+            yield from load_file(leaves.run / provenance.KEPT).items()
+
+    _write_llm(leaves, out, tensors())
+    storage.write_json(out / "mimo_config.json", leaves.config.to_dict())
+    if apart:
+        _write_adapter_config(leaves.config, out)
+
+
+def _write_mimo(leaves: Leaves, out: Path, merge: bool) -> None:
+    final = out.with_name(out.name.removeprefix(".").removesuffix(".partial"))
+    base.write(out, ((path, leaves[path]) for path in leaves if path not in leaves.trained), final)
+    checkpoint.write_step(out, leaves.step, ((path, leaves[path]) for path in sorted(leaves.trained)), {})
+    for name in ("config.json", "tokenizer.json", provenance.FILE, provenance.KEPT):
+        if (leaves.run / name).is_file():
+            shutil.copy(leaves.run / name, out / name)
+
+
+_WRITERS = {"hf": _write_hf, "peft": _write_peft, "sam": _write_sam, "joint": _write_joint, "mimo": _write_mimo}
+
+
+# --- tensors
+
+
+def _tensors(leaves: Mapping[str, np.ndarray], table, root: str, containing: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Torch tensors of the parameters below `root` whose path contains a word."""
+    shapes = {path: shape for path, shape in leaves.shapes.items() if path.startswith(root) and containing in path}
+    yield from name_map.export_tensors(leaves, table, name_map.layer_indices(leaves.config.model), shapes)
+
+
+def _llm_tensors(leaves: Leaves, merge: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """The language model with its whole vocabulary, in the order of rows that the original had."""
+    own = _Language(leaves, merge)
+    order = _order(leaves)
+    for key, value in name_map.export_tensors(own, rows.LLAMA, name_map.layer_indices(leaves.config.model), own.shapes):
+        if key in (rows.EMBEDDING_KEY, rows.HEAD_KEY):
+            moved = np.empty_like(value)
+            moved[order] = value
+            value = moved
+        yield key, value
+
+
+class _Language(Mapping[str, np.ndarray]):
+    """The language model's parameters without LoRA, which is folded into the kernels if `merge`."""
+
+    def __init__(self, leaves: Leaves, merge: bool):
+        self._leaves, self._merge = leaves, merge
+        roots = ("llm/", "embedding/", "lm_head/")
+        self.shapes = {p: s for p, s in leaves.shapes.items() if p.startswith(roots) and not p.endswith(("/lora_a", "/lora_b"))}
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        value, parts = self._leaves[path], {name: path.replace("/kernel", f"/{name}") for name in ("lora_a", "lora_b")}
+        if not self._merge or not path.endswith("/kernel") or parts["lora_a"] not in self._leaves:
+            return value
+        lora = {name: self._leaves[part] for name, part in parts.items()}
+        merged = np.empty_like(value)
+        for layer in range(len(value)):  # one by one: the sum is taken in float32
+            flat = {"w/kernel": jnp.asarray(value[layer]), **{f"w/{name}": jnp.asarray(part[layer]) for name, part in lora.items()}}
+            merged[layer] = merge_lora(flat, self._leaves.config.model.lora.alpha)["w/kernel"]
+        return merged
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _grounding(leaves: Leaves) -> list[list[Any]]:
+    """[name, row] of the grounding tokens in the vocabulary that is written: where an import found them, else behind the base."""
+    found = provenance.read(leaves.run).get("grounding")
+    tokens, size = leaves.config.model.grounding_tokens(), leaves.config.model.llm.vocab_size
+    return found or [[token, size + i] for i, token in enumerate(tokens)]
+
+
+def _order(leaves: Leaves) -> np.ndarray:
+    """The row that is written for each id here."""
+    last = [row for _, row in _grounding(leaves)]
+    count = leaves.config.model.llm.vocab_size + len(last)
+    return np.array([row for row in range(count) if row not in last] + last)
+
+
+def _write_tokenizer(leaves: Leaves, out: Path) -> None:
+    """tokenizer.json with ids as they are written, and what transformers wants beside it."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    values = json.loads(checkpoint.tokenizer_path(leaves.run).read_text())
+    order, names = _order(leaves), dict(zip(leaves.config.model.grounding_tokens(), (name for name, _ in _grounding(leaves)), strict=True))
+    values["model"]["vocab"] = {token: int(order[i]) for token, i in values["model"]["vocab"].items()}
+    for token in values["added_tokens"]:
+        token |= {"id": int(order[token["id"]]), "content": names.get(token["content"], token["content"])}
+    values["added_tokens"].sort(key=lambda token: token["id"])
+    backend = Tokenizer.from_str(json.dumps(values))
+    backend.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    backend.save(str(out / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": leaves.config.model.llm.max_length}
+    storage.write_json(out / "tokenizer_config.json", about | special)
+
+
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], out: Path) -> None:
+    """model.safetensors, or shards of it with an index; one shard is held in memory at a time."""
+    out.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(held, out / f"{len(shards)}.part", {"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for key, value in tensors:
+        whole = np.empty(value.shape, value.dtype)
+        ops.copy(whole, value)
+        total += whole.nbytes
+        if held and sum(array.nbytes for array in held.values()) + whole.nbytes > _SHARD_BYTES:
+            flush()
+        held[key] = whole
+    flush()
+    if len(shards) == 1:
+        os.rename(out / "0.part", out / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        os.rename(out / f"{i}.part", out / name)
+    homes = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+    storage.write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": homes})

@@ -1,0 +1,123 @@
+"""Which model a file's tensors are, told by their names alone, and those names in one spelling.
+
+A `Part` is a table of rows with a key that gives it away; what stands before that key in a file is its prefix there. So a CLIP
+tower is found alone, in a whole CLIP file, and inside a LISA checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from checkpoints_convert import rows
+from checkpoints_convert.rows import Row
+from mimo_jax.errors import UserError
+
+# Regex of a key -> what it is spelt here. PEFT wraps layers since 0.6, names its adapter, and wraps the model; DeepSpeed and
+# DataParallel wrap it again; GLaMM calls SAM otherwise.
+_SPELLINGS = (
+    (r"^module\.", ""),
+    (r"^base_model\.model\.", ""),
+    (r"\.base_layer\.(weight|bias)$", r".\1"),
+    (r"\.lora_([AB])\.default\.weight$", r".lora_\1.weight"),
+    (r"(^|\.)grounding_encoder\.", r"\1visual_model."),
+)
+
+# transformers' SamModel -> facebook's names, where a file has the first of them.
+_SAM_HF = r"^vision_encoder\.patch_embed\.projection\.weight$"
+_SAM_HF_SPELLINGS = (
+    (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+    (r"^vision_encoder\.pos_embed$", "image_encoder.pos_embed"),
+    (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+    (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+    (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+    (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+    (r"^vision_encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"image_encoder.blocks.\1.norm\2."),
+    (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+    # One matrix under two names.
+    (r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.positional_embedding$",
+     "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
+    (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
+    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
+    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
+    (r"^(mask_decoder\.transformer\.layers\.\d+)\.layer_norm(\d)\.", r"\1.norm\2."),
+    (r"^mask_decoder\.transformer\.layer_norm_final_attn\.", "mask_decoder.transformer.norm_final_attn."),
+    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
+    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
+    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.0\.", r"\1.layers.1."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.proj_in\.", r"\1.layers.0."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.proj_out\.", r"\1.layers.2."),
+)  # fmt: skip
+
+
+class Part(NamedTuple):
+    """title: for people; probe: regex of the end of a key that only this part has, `key` the row key it stands for; ignored: what
+    else such files hold that nothing here needs."""
+
+    title: str
+    rows: tuple[Row, ...]
+    probe: str
+    ignored: tuple[str, ...] = ()
+
+
+PARTS = {
+    "clip": Part("CLIP vision tower, transformers", rows.CLIP, r"embeddings\.class_embedding$", rows.CLIP_IGNORED),
+    "clip_open": Part("CLIP vision tower, open_clip", rows.CLIP_OPEN, r"(?<=visual\.)class_embedding$", rows.CLIP_OPEN_IGNORED),
+    "llama": Part("Llama", rows.LLAMA, r"model\.embed_tokens\.weight$", rows.LLAMA_IGNORED),
+    "lora": Part("LoRA", rows.LORA, r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_A\.weight$"),
+    "sam": Part("SAM", rows.SAM, r"mask_decoder\.iou_token\.weight$"),
+    "projector": Part("linear projector (LISA, LLaVA)", rows.PROJECTOR_LINEAR, r"model\.mm_projector\.weight$"),
+    "projector_mlp": Part("MLP projector (GLaMM, LLaVA 1.5)", rows.PROJECTOR_MLP, r"model\.mm_projector\.0\.weight$"),
+    "seg": Part("projection of <SEG>", rows.SEG_PROJECTION, r"model\.text_hidden_fcs\.0\.0\.weight$"),
+    "aligner": Part("Multi-modal Input Aligner", rows.ALIGNER, r"model\.aligner\.type_embedding$"),
+    "prompt": Part("visual prompt encoder", rows.PROMPT, r"model\.visual_prompt\.kind$"),
+}
+# GLaMM's encoder of regions: not part of the model here, kept for export.
+KEPT = r"(^|\.)region_encoder\."
+
+
+class Found(NamedTuple):
+    """A part in a file, and what stands before its keys there."""
+
+    name: str
+    prefix: str
+
+    @property
+    def part(self) -> Part:
+        return PARTS[self.name]
+
+
+def spelled(keys: Iterable[str]) -> dict[str, list[str]]:
+    """{key as the tables spell it: keys of the file that are spelt so}."""
+    keys = list(keys)
+    spellings = _SPELLINGS + (_SAM_HF_SPELLINGS if any(re.search(_SAM_HF, key) for key in keys) else ())
+    made: dict[str, list[str]] = {}
+    for key in keys:
+        name = key
+        for pattern, replacement in spellings:
+            name = re.sub(pattern, replacement, name)
+        made.setdefault(name, []).append(key)
+    return made
+
+
+def detect(keys: Iterable[str]) -> list[Found]:
+    """The parts among keys as `spelled` gives them; UserError for a part that is there twice."""
+    keys = list(keys)
+    found = []
+    for name, part in PARTS.items():
+        matches = ((key, re.search(part.probe, key)) for key in keys)
+        prefixes = sorted({key[: match.start()] for key, match in matches if match})
+        if len(prefixes) > 1:
+            named = ", ".join(prefix or "(none)" for prefix in prefixes)
+            raise UserError(f"the file holds {part.title} {len(prefixes)} times, behind {named}; give the checkpoint of one model")
+        found += [Found(name, prefix) for prefix in prefixes]
+    return found
+
+
+def with_prefix(table: Sequence[Row], prefix: str) -> tuple[Row, ...]:
+    return tuple(row._replace(key=prefix + row.key) for row in table)

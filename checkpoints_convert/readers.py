@@ -1,0 +1,231 @@
+"""Files of tensors: safetensors by mapping, torch's by `torch.load(weights_only=True, mmap=True)` and never otherwise.
+
+tensors = open_tensors("vicuna-7b-v1.5")      # a file or a folder, in shards or whole
+tensors.kinds["lm_head.weight"]               # (dtype, shape), from the headers alone
+tensors["lm_head.weight"]                     # an array; of a mapped file, its pages
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mimo_jax.errors import UserError
+
+
+class ReadError(UserError):
+    """A file of tensors that cannot be read, or is not what it says; the message names it."""
+
+
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+# What a folder's weights are called, the first that is there counts: repositories often hold them in two formats.
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WHOLE = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
+_WRAPPERS = ("state_dict", "model", "module")  # under which training code keeps the tensors of a file
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
+    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """Tensors by name, from one or several files. kinds: {name: (dtype, shape)}; files: what they were read from, in order."""
+
+    def __init__(self, shards: Mapping[Path, _Shard]):
+        self.files = list(shards)
+        self._shards = shards
+        self._homes: dict[str, Path] = {}
+        for path, shard in shards.items():
+            for key in shard.kinds:
+                if key in self._homes and not np.array_equal(_bits(shard.read(key)), _bits(self[key])):
+                    raise ReadError(f"{path}: holds {key} with other values than {self._homes[key]}; give one checkpoint")
+                self._homes.setdefault(key, path)
+        self.kinds = {key: shards[home].kinds[key] for key, home in self._homes.items()}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._shards[self._homes[key]].read(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def home(self, key: str) -> Path:
+        """The file that holds a tensor."""
+        return self._homes[key]
+
+
+class _Shard:
+    """One file. kinds: {name: (dtype, shape)}."""
+
+    kinds: dict[str, tuple[np.dtype, tuple[int, ...]]]
+
+    def read(self, key: str) -> np.ndarray:
+        raise KeyError(key)
+
+
+class _Safetensors(_Shard):
+    """Tensors as pages of the mapped file. The library checks the header: that it is whole and that it covers the file."""
+
+    def __init__(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "numpy"):
+                pass
+        except SafetensorError as error:
+            raise ReadError(f"{path}: is truncated or damaged ({error}); fetch it again") from None
+        self.path = path
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        unknown = sorted({entry["dtype"] for entry in header.values()} - _SAFETENSORS_DTYPES.keys())
+        if unknown:
+            raise ReadError(f"{path}: holds tensors of type {', '.join(unknown)}; quantised weights cannot be converted")
+        self.kinds = {k: (np.dtype(_SAFETENSORS_DTYPES[e["dtype"]]), tuple(e["shape"])) for k, e in header.items()}
+        self._offsets = {k: 8 + length + e["data_offsets"][0] for k, e in header.items()}
+
+    def read(self, key: str) -> np.ndarray:
+        dtype, shape = self.kinds[key]
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(self.path, dtype, "r", self._offsets[key], shape or (1,)).reshape(shape)
+
+
+class _Torch(_Shard):
+    """Tensors of a torch file; those of the zip format, which every torch since 1.6 writes, are mapped."""
+
+    def __init__(self, path: Path):
+        try:
+            import torch
+        except ImportError:
+            raise ReadError(f'{path}: is a torch file, and torch is not installed; pip install "mimo_jax[convert]"') from None
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            reason = str(error).split("\n")[0][:200]
+            if "nsupported" not in str(error) and "lobal" not in str(error):
+                raise ReadError(f"{path}: is truncated or damaged ({reason}); fetch it again") from None
+            raise ReadError(
+                f"{path}: holds code or objects beside tensors, and is not run ({reason}); where you trust it, save its "
+                "state_dict as safetensors"
+            ) from None
+        except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise ReadError(f"{path}: is truncated or damaged ({str(error).splitlines()[0]}); fetch it again") from None
+        self._tensors = _unwrapped(path, loaded, torch.Tensor)
+        self.kinds = {}
+        for key, tensor in self._tensors.items():
+            if tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
+                raise ReadError(f"{path}: {key} is {tensor.dtype}, {tensor.layout}; quantised and sparse weights cannot be converted")
+            self.kinds[key] = (_torch_array(tensor[:0] if tensor.ndim else tensor).dtype, tuple(tensor.shape))
+
+    def read(self, key: str) -> np.ndarray:
+        return _torch_array(self._tensors[key])
+
+
+def _torch_array(tensor: Any) -> np.ndarray:
+    """A torch tensor as an array over the same memory."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _unwrapped(path: Path, loaded: Any, tensor: type) -> dict[str, Any]:
+    """The tensors of what a file holds: a dict of them, or one under a customary name, beside optimizers and counters."""
+    for _ in range(2):
+        if not isinstance(loaded, dict):
+            break
+        tensors = {key: value for key, value in loaded.items() if isinstance(value, tensor)}
+        if tensors:
+            return tensors
+        loaded = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), dict)), None)
+    raise ReadError(f"{path}: holds no tensors by name; give a file with a state_dict")
+
+
+def _open(path: Path) -> _Shard:
+    """One file, its format told by its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if len(start) == 9 and start[8:] == b"{" and start[:4] != b"PK\x03\x04":
+        return _Safetensors(path)
+    if path.suffix == ".safetensors":
+        raise ReadError(f"{path}: is no safetensors file, or is truncated; fetch it again")
+    return _Torch(path)
+
+
+def open_tensors(path: str | Path) -> Tensors:
+    """The tensors of a file, or of a folder: in shards with an index, whole, or else of all its weight files together."""
+    path = Path(path)
+    if not path.exists():
+        raise ReadError(f"{path}: there is no such file or folder")
+    if path.is_file():
+        return Tensors({path: _open(path)})
+    for name in _INDEXES:
+        if (path / name).is_file():
+            return _indexed(path / name)
+    for name in _WHOLE:
+        if (path / name).is_file():
+            return Tensors({path / name: _open(path / name)})
+    for suffix in _SUFFIXES:
+        files = sorted(path.glob(f"*{suffix}"))
+        if files:
+            return Tensors({file: _open(file) for file in files})
+    raise ReadError(f"{path}: holds no weights (*{', *'.join(_SUFFIXES)})")
+
+
+def _indexed(index: Path) -> Tensors:
+    """The shards that an index names, which must hold exactly what it says."""
+    try:
+        homes = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(homes.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ReadError(f"{index}: is no index of shards (no weight_map); fetch it again") from None
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise ReadError(f"{index}: names {', '.join(absent)}, not there; fetch the missing shards")
+    shards = {index.parent / name: _open(index.parent / name) for name in names}
+    there = {key: path.name for path, shard in shards.items() for key in shard.kinds}
+    wrong = sorted(key for key in homes.keys() | there.keys() if homes.get(key) != there.get(key))
+    if wrong:
+        shown = ", ".join(f"{key} (index: {homes.get(key)}, files: {there.get(key)})" for key in wrong[:6])
+        raise ReadError(f"{index}: does not fit its shards in {len(wrong)} tensors: {shown}; fetch the folder again")
+    return Tensors(shards)
+
+
+# --- values
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+_EXPONENTS = {"float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80), "float32": (np.uint32, 0x7F800000)}
+_RUN = 2**20  # values looked at together
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """No NaN or Inf in it: no value whose exponent is all ones."""
+    if array.dtype.name not in _EXPONENTS:
+        return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+    kind, mask = _EXPONENTS[array.dtype.name]
+    bits = np.ascontiguousarray(array).reshape(-1).view(kind)
+    masked = np.empty(min(_RUN, bits.size), kind)
+    for at in range(0, bits.size, _RUN):
+        run = bits[at : at + _RUN]
+        if np.bitwise_and(run, kind(mask), out=masked[: run.size]).max(initial=0) == mask:
+            return False
+    return True

@@ -1,0 +1,220 @@
+"""The tables: which torch tensor is which parameter here.
+
+A row is (torch key, path here, op). A key may hold one placeholder, such as `{clip_layer}`: then the parameter is a
+stack over the numbers that the key takes (`name_map.layer_indices`). A path may hold one choice, such as `{q,k,v}`: then the
+torch tensor packs those parameters along its first axis. Keys are written as `layouts` spells them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    key: str
+    path: str
+    op: str = "identity"
+
+
+def _linear(key: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{key}.weight", f"{path}/kernel", "linear"), Row(f"{key}.bias", f"{path}/bias")
+
+
+def _conv(key: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{key}.weight", f"{path}/kernel", "conv"), Row(f"{key}.bias", f"{path}/bias")
+
+
+def _conv_transpose(key: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{key}.weight", f"{path}/kernel", "conv_transpose"), Row(f"{key}.bias", f"{path}/bias")
+
+
+def _norm(key: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{key}.weight", f"{path}/scale"), Row(f"{key}.bias", f"{path}/bias")
+
+
+_CLIP_LAYER = "encoder.layers.{clip_layer}"
+
+# transformers' CLIPVisionModel as 5.x saves it; older files carry the prefix "vision_model.".
+CLIP: tuple[Row, ...] = (
+    Row("embeddings.class_embedding", "clip/class_embedding"),
+    Row("embeddings.patch_embedding.weight", "clip/patch/kernel", "conv"),
+    Row("embeddings.position_embedding.weight", "clip/position_embedding"),
+    *_norm("pre_layrnorm", "clip/pre_norm"),
+    *_norm(f"{_CLIP_LAYER}.layer_norm1", "clip/layers/block/attention_norm"),
+    *_linear(f"{_CLIP_LAYER}.self_attn.q_proj", "clip/layers/block/q"),
+    *_linear(f"{_CLIP_LAYER}.self_attn.k_proj", "clip/layers/block/k"),
+    *_linear(f"{_CLIP_LAYER}.self_attn.v_proj", "clip/layers/block/v"),
+    *_linear(f"{_CLIP_LAYER}.self_attn.out_proj", "clip/layers/block/o"),
+    *_norm(f"{_CLIP_LAYER}.layer_norm2", "clip/layers/block/mlp_norm"),
+    *_linear(f"{_CLIP_LAYER}.mlp.fc1", "clip/layers/block/up"),
+    *_linear(f"{_CLIP_LAYER}.mlp.fc2", "clip/layers/block/down"),
+    *_norm("post_layernorm", "clip/post_norm"),
+)
+
+# What else a CLIP file may hold: the text tower, both projections, the temperature, and a buffer of old versions.
+CLIP_IGNORED = (
+    r"^text_model\.",
+    r"^(visual|text)_projection\.weight$",
+    r"^logit_scale$",
+    r"(^|\.)embeddings\.position_ids$",
+)
+
+
+def _sam_block(placeholder: str, path: str) -> tuple[Row, ...]:
+    key = f"image_encoder.blocks.{{{placeholder}}}"
+    return (
+        *_norm(f"{key}.norm1", f"{path}/attention_norm"),
+        *_linear(f"{key}.attn.qkv", f"{path}/{{q,k,v}}"),
+        *_linear(f"{key}.attn.proj", f"{path}/o"),
+        Row(f"{key}.attn.rel_pos_h", f"{path}/rel_pos_h"),
+        Row(f"{key}.attn.rel_pos_w", f"{path}/rel_pos_w"),
+        *_norm(f"{key}.norm2", f"{path}/mlp_norm"),
+        *_linear(f"{key}.mlp.lin1", f"{path}/up"),
+        *_linear(f"{key}.mlp.lin2", f"{path}/down"),
+    )
+
+
+def _sam_attention(key: str, path: str) -> tuple[Row, ...]:
+    parts = (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o"))
+    return tuple(row for theirs, ours in parts for row in _linear(f"{key}.{theirs}", f"{path}/{ours}"))
+
+
+def _sam_two_way(layer: str, path: str) -> tuple[Row, ...]:
+    key = f"mask_decoder.transformer.layers.{layer}"
+    return (
+        *_sam_attention(f"{key}.self_attn", f"{path}/self_attention"),
+        *_norm(f"{key}.norm1", f"{path}/self_norm"),
+        *_sam_attention(f"{key}.cross_attn_token_to_image", f"{path}/token_to_image"),
+        *_norm(f"{key}.norm2", f"{path}/token_norm"),
+        *_linear(f"{key}.mlp.lin1", f"{path}/up"),
+        *_linear(f"{key}.mlp.lin2", f"{path}/down"),
+        *_norm(f"{key}.norm3", f"{path}/mlp_norm"),
+        *_norm(f"{key}.norm4", f"{path}/image_norm"),
+        *_sam_attention(f"{key}.cross_attn_image_to_token", f"{path}/image_to_token"),
+    )
+
+
+# facebook's segment-anything (sam_vit_{b,l,h}.pth, MedSAM); inside LISA and GLaMM behind a prefix.
+SAM: tuple[Row, ...] = (
+    Row("image_encoder.pos_embed", "sam_encoder/position_embedding", "squeeze"),
+    *_conv("image_encoder.patch_embed.proj", "sam_encoder/patch"),
+    *_sam_block("sam_windowed", "sam_encoder/stages/block/windowed/block"),
+    *_sam_block("sam_whole", "sam_encoder/stages/block/whole"),
+    Row("image_encoder.neck.0.weight", "sam_encoder/neck_in/kernel", "conv"),
+    *_norm("image_encoder.neck.1", "sam_encoder/neck_in_norm"),
+    Row("image_encoder.neck.2.weight", "sam_encoder/neck_out/kernel", "conv"),
+    *_norm("image_encoder.neck.3", "sam_encoder/neck_out_norm"),
+    Row("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", "sam_prompt/gaussian"),
+    Row("prompt_encoder.point_embeddings.{sam_point}.weight", "sam_prompt/point_embedding", "squeeze"),
+    Row("prompt_encoder.not_a_point_embed.weight", "sam_prompt/not_a_point_embedding", "squeeze"),
+    Row("prompt_encoder.no_mask_embed.weight", "sam_prompt/no_mask_embedding", "squeeze"),
+    *_conv("prompt_encoder.mask_downscaling.0", "sam_prompt/mask_down1"),
+    *_norm("prompt_encoder.mask_downscaling.1", "sam_prompt/mask_norm1"),
+    *_conv("prompt_encoder.mask_downscaling.3", "sam_prompt/mask_down2"),
+    *_norm("prompt_encoder.mask_downscaling.4", "sam_prompt/mask_norm2"),
+    *_conv("prompt_encoder.mask_downscaling.6", "sam_prompt/mask_out"),
+    Row("mask_decoder.iou_token.weight", "sam_decoder/iou_token", "squeeze"),
+    Row("mask_decoder.mask_tokens.weight", "sam_decoder/mask_tokens"),
+    *_sam_two_way("0", "sam_decoder/first"),
+    *_sam_two_way("{sam_decoder_layer}", "sam_decoder/rest/block"),
+    *_sam_attention("mask_decoder.transformer.final_attn_token_to_image", "sam_decoder/final_attention"),
+    *_norm("mask_decoder.transformer.norm_final_attn", "sam_decoder/final_norm"),
+    *_conv_transpose("mask_decoder.output_upscaling.0", "sam_decoder/upscale1"),
+    *_norm("mask_decoder.output_upscaling.1", "sam_decoder/upscale_norm"),
+    *_conv_transpose("mask_decoder.output_upscaling.3", "sam_decoder/upscale2"),
+    *(
+        row
+        for i in range(3)
+        for row in _linear(f"mask_decoder.output_hypernetworks_mlps.{{sam_mask}}.layers.{i}", f"sam_decoder/hyper/layer{i + 1}")
+    ),
+    *(row for i in range(3) for row in _linear(f"mask_decoder.iou_prediction_head.layers.{i}", f"sam_decoder/iou_head/layer{i + 1}")),
+)
+
+_LLAMA_LAYER = "model.layers.{llm_layer}"
+_LLAMA_PROJECTIONS = (
+    *((f"self_attn.{name}_proj", name) for name in "qkvo"),
+    *((f"mlp.{name}_proj", name) for name in ("gate", "up", "down")),
+)
+
+# transformers' LlamaForCausalLM. Its vocabulary is the base's alone, or ends with the rows of the grounding tokens.
+_LLAMA_LAYERS: tuple[Row, ...] = (
+    Row(f"{_LLAMA_LAYER}.input_layernorm.weight", "llm/layers/block/attention_norm/scale"),
+    *(Row(f"{_LLAMA_LAYER}.{theirs}.weight", f"llm/layers/block/{ours}/kernel", "linear") for theirs, ours in _LLAMA_PROJECTIONS),
+    Row(f"{_LLAMA_LAYER}.post_attention_layernorm.weight", "llm/layers/block/mlp_norm/scale"),
+    Row("model.norm.weight", "llm/norm/scale"),
+)
+EMBEDDING_KEY, HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _vocabulary(rows: str) -> tuple[Row, ...]:
+    return Row(EMBEDDING_KEY, f"embedding/{rows}"), Row(HEAD_KEY, f"lm_head/{rows}", "linear")
+
+
+LLAMA: tuple[Row, ...] = (*_vocabulary("{base,grounding}"), *_LLAMA_LAYERS)
+LLAMA_BASE: tuple[Row, ...] = (*_vocabulary("base"), *_LLAMA_LAYERS)
+
+# A buffer of old versions.
+LLAMA_IGNORED = (r"rotary_emb\.inv_freq$",)
+
+# PEFT's adapter of the language model, of any of its projections.
+LORA: tuple[Row, ...] = tuple(
+    Row(f"{_LLAMA_LAYER}.{theirs}.lora_{half}.weight", f"llm/layers/block/{ours}/lora_{half.lower()}", "linear")
+    for theirs, ours in _LLAMA_PROJECTIONS
+    for half in "AB"
+)
+
+# open_clip's vision tower, which packs q, k and v.
+_OPEN_LAYER = "transformer.resblocks.{clip_layer}"
+CLIP_OPEN: tuple[Row, ...] = (
+    Row("class_embedding", "clip/class_embedding"),
+    Row("conv1.weight", "clip/patch/kernel", "conv"),
+    Row("positional_embedding", "clip/position_embedding"),
+    *_norm("ln_pre", "clip/pre_norm"),
+    *_norm(f"{_OPEN_LAYER}.ln_1", "clip/layers/block/attention_norm"),
+    Row(f"{_OPEN_LAYER}.attn.in_proj_weight", "clip/layers/block/{q,k,v}/kernel", "linear"),
+    Row(f"{_OPEN_LAYER}.attn.in_proj_bias", "clip/layers/block/{q,k,v}/bias"),
+    *_linear(f"{_OPEN_LAYER}.attn.out_proj", "clip/layers/block/o"),
+    *_norm(f"{_OPEN_LAYER}.ln_2", "clip/layers/block/mlp_norm"),
+    *_linear(f"{_OPEN_LAYER}.mlp.c_fc", "clip/layers/block/up"),
+    *_linear(f"{_OPEN_LAYER}.mlp.c_proj", "clip/layers/block/down"),
+    *_norm("ln_post", "clip/post_norm"),
+)
+# The text tower and both projections beside it.
+CLIP_OPEN_IGNORED = (
+    r"^(token_embedding\.weight|positional_embedding|text_projection|attn_mask)$",
+    r"^(transformer|ln_final|text)\.",
+    r"^visual\.proj$",
+    r"^logit_(scale|bias)$",
+)
+
+# What a whole model adds: LISA's and GLaMM's projector of the image, and the projection of <SEG>.
+PROJECTOR_LINEAR: tuple[Row, ...] = _linear("model.mm_projector", "aligner/project")
+PROJECTOR_MLP: tuple[Row, ...] = (
+    *_linear("model.mm_projector.0", "aligner/project"),
+    *_linear("model.mm_projector.2", "aligner/project_out"),
+)
+SEG_PROJECTION: tuple[Row, ...] = (
+    *_linear("model.text_hidden_fcs.0.0", "seg_projection/hidden"),
+    *_linear("model.text_hidden_fcs.0.2", "seg_projection/out"),
+)
+
+
+def _attention(key: str, path: str) -> tuple[Row, ...]:
+    return tuple(row for name in "qkvo" for row in _linear(f"{key}.{name}", f"{path}/{name}"))
+
+
+_BLOCK, _BLOCK_PATH = "model.aligner.blocks.{aligner_block}", "aligner/blocks/block"
+
+# MIMO's own parts. The names of the original are unknown: these are ours, a key map gives others.
+ALIGNER: tuple[Row, ...] = (
+    Row("model.aligner.type_embedding", "aligner/type"),
+    *(Row(f"model.aligner.{name}", f"aligner/{name}") for name in ("null_prompt", "queries")),
+    *(row for name in ("image", "text", "visual", "project") for row in _linear(f"model.aligner.{name}", f"aligner/{name}")),
+    *(row for name in ("image_norm", "text_norm", "norm") for row in _norm(f"model.aligner.{name}", f"aligner/{name}")),
+    *_attention("model.aligner.look", "aligner/look"),
+    *(row for name in ("self_norm", "cross_norm", "mlp_norm") for row in _norm(f"{_BLOCK}.{name}", f"{_BLOCK_PATH}/{name}")),
+    *_attention(f"{_BLOCK}.self_attention", f"{_BLOCK_PATH}/self_attention"),
+    *_attention(f"{_BLOCK}.cross_attention", f"{_BLOCK_PATH}/cross_attention"),
+    *(row for name in ("up", "down") for row in _linear(f"{_BLOCK}.{name}", f"{_BLOCK_PATH}/{name}")),
+)
+PROMPT: tuple[Row, ...] = tuple(Row(f"model.visual_prompt.{name}", f"prompt/{name}") for name in ("frequency", "kind"))

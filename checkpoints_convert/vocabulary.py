@@ -1,0 +1,138 @@
+"""The tokenizer of a checkpoint as `tokenizer.json`, and the order of its vocabulary's rows.
+
+Here the base vocabulary comes first, then the grounding tokens in a fixed order. Originals have theirs where their training
+code added them: LISA's [SEG] at 32000, before <im_start>. So rows move on import, and back on export.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mimo_jax.errors import UserError
+
+# What grounding tokens are called elsewhere.
+ALIASES = {"<p>": ("<p>",), "</p>": ("</p>",), "<SEG>": ("<SEG>", "[SEG]")}
+FILES = ("tokenizer.model", "tokenizer.json")
+
+
+class VocabularyError(UserError):
+    """A tokenizer that is missing, that cannot be converted, or that does not fit the rows of its model."""
+
+
+class Vocabulary(NamedTuple):
+    """tokenizer: content of a tokenizer.json without grounding tokens, ids as they are here; order: rows of the original's
+    tables, base first; grounding: [name there, row there] of the grounding tokens, or nothing where it has none."""
+
+    tokenizer: dict
+    order: np.ndarray
+    grounding: list[list]
+
+    @property
+    def base_size(self) -> int:
+        return len(self.order) - len(self.grounding)
+
+
+def find_tokenizer(folders: Sequence[Path]) -> Path:
+    """The first folder that holds a tokenizer; VocabularyError if none does."""
+    for folder in folders:
+        if any((folder / name).is_file() for name in FILES):
+            return folder
+    places = ", ".join(map(str, folders)) or "no folder was given"
+    raise VocabularyError(
+        f"no tokenizer is found ({places}): put the checkpoint's tokenizer.model or tokenizer.json there, or name a tokenizer.json "
+        "with --config.tokenizer=FILE"
+    )
+
+
+def read_vocabulary(source: Path, rows: int, tokens: Sequence[str]) -> Vocabulary:
+    """Of a folder with a tokenizer, or a tokenizer.json, for a model with so many rows in its tables. `tokens`: the grounding
+    tokens of the configuration (`ModelConfig.grounding_tokens`)."""
+    values = _tokenizer_of(source)
+    ids = {**values["model"]["vocab"], **{token["content"]: token["id"] for token in values["added_tokens"]}}
+    grounding = [next(([name, ids[name]] for name in ALIASES[token] if name in ids), None) for token in tokens]
+    names = {name for aliases in ALIASES.values() for name in aliases}
+    there = [entry for entry in grounding if entry]
+    others = sorted(names & ids.keys() - {entry[0] for entry in there})
+    if there and (None in grounding or others):
+        has = sorted(names & ids.keys())
+        place = "bare" if len(has) == 1 else "inside or after"
+        raise VocabularyError(
+            f"{source}: has the grounding tokens {', '.join(has)}, the configuration {', '.join(tokens)}; "
+            f"set --config.model.seg_place={place}"
+        )
+    beyond = sorted((i, token) for token, i in ids.items() if i >= rows)
+    if beyond:
+        shown = ", ".join(f"{token} {i}" for i, token in beyond[:3])
+        raise VocabularyError(f"{source}: {shown} lie beyond the {rows} rows of the embedding; give the tokenizer of this checkpoint")
+    last = [entry[1] for entry in there]
+    order = np.array([row for row in range(rows) if row not in last] + last)
+    here = {row: i for i, row in enumerate(order[: rows - len(last)].tolist())}
+    values["model"]["vocab"] = {token: here[i] for token, i in values["model"]["vocab"].items() if i in here}
+    values["added_tokens"] = [token | {"id": here[token["id"]]} for token in values["added_tokens"] if token["id"] in here]
+    return Vocabulary(values, order, there)
+
+
+def _tokenizer_of(source: Path) -> dict:
+    """Content of a tokenizer.json: from the sentencepiece model where there is one, with the tokens that were added to it."""
+    if source.is_file():
+        return _read_json(source)
+    if not (source / "tokenizer.model").is_file():
+        return _read_json(source / "tokenizer.json")
+    values = _from_sentencepiece(source / "tokenizer.model")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    known = {token["content"] for token in values["added_tokens"]}
+    for content, i in _added(source).items():
+        if content not in known:
+            values["model"]["vocab"].pop(content, None)
+            values["added_tokens"].append({"id": i, "content": content, **flags})
+    return values
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values | {"model": values["model"], "added_tokens": values.get("added_tokens", []), "post_processor": None}
+    except (ValueError, KeyError, TypeError):
+        raise VocabularyError(f"{path}: is no tokenizer.json; give the checkpoint's own") from None
+
+
+def _added(folder: Path) -> dict[str, int]:
+    """Tokens that were added to a sentencepiece model, as transformers 4 (added_tokens.json) and later ones record them."""
+    added: dict[str, int] = {}
+    if (folder / "added_tokens.json").is_file():
+        added |= json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+    if (folder / "tokenizer_config.json").is_file():
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        added |= {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    return added
+
+
+def _from_sentencepiece(path: Path) -> dict:
+    """Llama's tokenizer.model as tokenizer.json: the same ids for every text.
+
+    Spaces become "▁", one more is put before the text, nothing else is normalised; merges are ranked by the scores of what they
+    make, which for BPE is the order in which pieces were learnt."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+    try:
+        extractor = SentencePieceExtractor(str(path))
+        spec, kind = extractor.proto.normalizer_spec, extractor.proto.trainer_spec.model_type
+    except Exception as error:  # protobuf's and sentencepiece's own
+        raise VocabularyError(f"{path}: is no sentencepiece model ({type(error).__name__}); fetch it again") from None
+    if kind != 2 or spec.name != "identity" or not spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+        raise VocabularyError(
+            f"{path}: is not Llama's kind of sentencepiece model: BPE, normalisation identity, a space put before the text, "
+            "spaces kept as they are"
+        )
+    made = extractor.extract(models.BPE)
+    backend = Tokenizer(models.BPE(made["vocab"], made["merges"], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([token for token in ("<unk>", "<s>", "</s>") if token in made["vocab"]])
+    return json.loads(backend.to_str())

@@ -1,0 +1,122 @@
+"""Trees of arrays on disk, by orbax: written one array after the other, so that a tree may be larger than memory, and read
+into place. Orbax loads a flipped bit, another dtype or another shape without a word; who calls this holds files to their
+hashes (`storage`) and shapes to what is expected (`compare`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from mimo_jax import pathtree
+from mimo_jax.errors import UserError
+
+STATE = "state"  # orbax's own name for the item that is written in parts
+# A stored chunk: small enough that a process which needs a part of an array reads little more than that part.
+CHUNK_BYTES = 64 * 2**20
+_BATCH_BYTES = 256 * 2**20  # small arrays are written together
+_READ_BYTES = 2 * 2**30  # in flight while reading, unless one array is larger
+_LISTED = 6  # differences that a message spells out
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, of another model, or cannot be written; one line that names it."""
+
+
+def _context() -> ocp.Context:
+    """Chunks as files of their own, uncompressed: no second copy of an array is made while it is written or read."""
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.memory.deepcopy_host_arrays = False
+    return context
+
+
+def write(folder: Path, leaves: Iterator[tuple[str, Any]]) -> None:
+    """Write parameters (path, array) under `folder`/arrays; nothing restorable exists there before the last one is written.
+
+    An array is let go before the next one is asked for, so that of large ones only one is held."""
+    batch: dict[str, Any] = {}
+    written = False
+    with _context():
+        for path, leaf in leaves:
+            batch[path] = leaf
+            del leaf
+            if sum(held.nbytes for held in batch.values()) >= _BATCH_BYTES:
+                ocp.partial.save(folder / "arrays", pathtree.unflatten(batch))
+                written = True
+                batch.clear()
+        if batch:
+            ocp.partial.save(folder / "arrays", pathtree.unflatten(batch))
+        if batch or written:
+            ocp.partial.finalize(folder / "arrays")
+
+
+def read(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
+    """{item: abstract tree with shardings} -> {item: tree of arrays}, of those items of `folder`/arrays."""
+    sizes = [np.dtype(leaf.dtype).itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(items) if hasattr(leaf, "shape")]
+    context = ocp.Context()
+    context.memory.read_concurrent_bytes = max([_READ_BYTES, *sizes])
+    with context:
+        return ocp.load_checkpointables(folder / "arrays", items)
+
+
+def read_parameters(folder: Path, there: Iterable[str], wanted: dict[str, Any]) -> dict[str, Any]:
+    """{path: abstract with sharding} -> {path: array}, some of the parameters `there` that `write` left in `folder`."""
+    tree = pathtree.unflatten({path: wanted.get(path, ocp.PLACEHOLDER) for path in there})
+    loaded = pathtree.flatten(read(folder, {STATE: tree})[STATE])
+    return {path: loaded[path] for path in wanted}
+
+
+# --- trees by name
+
+
+def kind(leaf: Any) -> list:
+    return [str(np.dtype(leaf.dtype)), list(leaf.shape)]
+
+
+def kinds(tree: Any) -> dict[str, list]:
+    """Any tree of arrays or shapes as {"a/b/c": [dtype, shape]}."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): kind(leaf) for path, leaf in flat}
+
+
+def abstract(kinds: dict[str, list]) -> dict:
+    """Nested dict of ShapeDtypeStructs from what `kinds` recorded."""
+    return pathtree.unflatten({path: jax.ShapeDtypeStruct(tuple(leaf[1]), jax.numpy.dtype(leaf[0])) for path, leaf in kinds.items()})
+
+
+def placed(abstract: Any, shardings: Any) -> Any:
+    """The abstract tree with a sharding on every leaf. shardings: the same tree of them, one for all, a function from the
+    abstract tree to one of these, or None for the first device."""
+    if callable(shardings):
+        shardings = shardings(abstract)
+    if shardings is None:
+        shardings = SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, abstract)
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
+
+
+def compare(there: dict[str, list], wanted: dict[str, list], where: Path) -> None:
+    """CheckpointError that lists parameters which are missing, left over, or of another dtype or shape."""
+    differing = [f"lacks {path}" for path in sorted(wanted.keys() - there.keys())]
+    differing += [f"also has {path}" for path in sorted(there.keys() - wanted.keys())]
+    differing += [
+        f"{path} is {there[path][0]}{there[path][1]}, the config needs {kind[0]}{kind[1]}"
+        for path, kind in sorted(wanted.items())
+        if path in there and there[path] != kind
+    ]
+    if differing:
+        raise CheckpointError(f"{where} does not fit the config: {some(differing)}")
+
+
+def some(rows: list[str]) -> str:
+    return ", ".join(rows[:_LISTED]) + (f" and {len(rows) - _LISTED} more" if len(rows) > _LISTED else "")

@@ -1,0 +1,38 @@
+"""What trains, and in which dtype every parameter is kept: decided here for training, restore, import and export alike."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from mimo_jax import pathtree
+from mimo_jax.config import Config, ConfigError
+
+# Frozen, and yet never rounded: a bf16 position code is off by up to 0.13.
+ALWAYS_FP32 = r"^sam_prompt/gaussian$"
+
+
+def multipliers(config: Config, params: dict) -> dict[str, float | None]:
+    """{parameter path: learning-rate multiplier, None where frozen}, by the first row of `config.trainables` that matches.
+
+    ConfigError if a parameter is matched by no row, or if nothing trains."""
+    table = config.trainables
+    try:
+        made = {path: pathtree.first_match(path, table, "config.trainables") for path in pathtree.flatten(params)}
+    except KeyError as error:
+        raise ConfigError(error.args[0]) from None
+    if all(value is None for value in made.values()):
+        raise ConfigError("config.trainables: freezes every parameter; give at least one row a multiplier")
+    return made
+
+
+def typed(config: Config, shapes: dict) -> dict:
+    """Nested dict of shapes -> of ShapeDtypeStructs: float32 what trains, `config.model.frozen_dtype` what does not."""
+    table, frozen = multipliers(config, shapes), jnp.dtype(config.model.frozen_dtype)
+
+    def dtype(path: str):
+        return jnp.float32 if table[path] is not None or re.search(ALWAYS_FP32, path) else frozen
+
+    return pathtree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path)) for path, leaf in pathtree.flatten(shapes).items()})

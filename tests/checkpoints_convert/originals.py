@@ -1,0 +1,87 @@
+"""Small checkpoints on disk as their makers would have left them: folders of LISA, MIMO, Vicuna, CLIP, SAM and LoRA, with random
+weights and a sentencepiece tokenizer that is trained here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+
+from configs import lisa_7b, mimo_7b
+from mimo_jax.config import Config, LoraConfig
+from tests.tiny_config import tiny_config
+
+PIECES = 420  # of the sentencepiece model
+_CORPUS = """The left lung and the right lung are outlined.
+Where is the liver? Segment the spleen. What is this structure?
+A chat between a curious human and an artificial intelligence assistant.
+The assistant gives helpful, detailed, and polite answers to the human's questions.
+USER: ASSISTANT: It is the heart. There are 2 kidneys in 1024 x 768 pixels.
+No: nothing is marked here; the dose is 3.5 mg/kg (iv).""".split("\n")
+
+
+@functools.cache
+def sentencepiece_model() -> bytes:
+    """A tokenizer.model of Llama's kind: BPE with byte fallback, no normalisation."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_CORPUS * 20), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=PIECES,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
+            split_digits=True, allow_whitespace_only_pieces=True, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+        return (folder / "tokenizer.model").read_bytes()
+    finally:
+        shutil.rmtree(folder)
+
+
+def put_tokenizer(folder: Path, added: dict[str, int] | None = None) -> None:
+    """tokenizer.model, and added_tokens.json with tokens that training code put behind it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    if added:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+
+
+def put_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
+    """Safetensors, whole or in shards with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return
+    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    homes = {key: names[i % shards] for i, key in enumerate(tensors)}
+    for name in names:
+        save_file({key: tensors[key] for key, home in homes.items() if home == name}, folder / name, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": homes}))
+
+
+def mimo_config(**model) -> Config:
+    """A tiny MIMO whose vocabulary is that of `sentencepiece_model`, frozen and trained as the paper's."""
+    config = tiny_config(**({"lora": LoraConfig(rank=4, alpha=8.0)} | model))
+    config.trainables = dict(mimo_7b.TRAINABLES)
+    config.model.llm.vocab_size = PIECES
+    config.tokenizer = ""
+    return config
+
+
+def lisa_config(**model) -> Config:
+    """A tiny model of LISA's layout."""
+    like = lisa_7b.get_config()
+    fields = {name: getattr(like.model, name) for name in ("seg_state", "seg_place")}
+    config = mimo_config(**(fields | model))
+    config.trainables = dict(lisa_7b.TRAINABLES)
+    config.model.aligner = like.model.aligner
+    config.model.aligner.queries = config.model.clip.tokens()
+    for name in ("activation", "feature_layer", "image_fit", "resample"):
+        setattr(config.model.clip, name, getattr(like.model.clip, name))
+    config.data.system_prompt, config.data.image_tokens = like.data.system_prompt, like.data.image_tokens
+    config.data.buckets = "192"
+    return config

@@ -7,8 +7,10 @@ tensors["lm_head.weight"]                     # an array; of a mapped file, its 
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +35,7 @@ _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
+_TORCH_DTYPES = {*(np.dtype(kind).name for kind in _SAFETENSORS_DTYPES.values())}
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -43,10 +46,10 @@ class Tensors(Mapping[str, np.ndarray]):
         self._shards = shards
         self._homes: dict[str, Path] = {}
         for path, shard in shards.items():
-            for key in shard.kinds:
-                if key in self._homes and not np.array_equal(_bits(shard.read(key)), _bits(self[key])):
-                    raise ReadError(f"{path}: holds {key} with other values than {self._homes[key]}; give one checkpoint")
-                self._homes.setdefault(key, path)
+            for key, kind in shard.kinds.items():
+                home = self._homes.setdefault(key, path)
+                if home != path and (kind != shards[home].kinds[key] or not np.array_equal(_bits(shard.read(key)), _bits(self[key]))):
+                    raise ReadError(f"{path}: holds {key} with other values than {home}; give one checkpoint")
         self.kinds = {key: shards[home].kinds[key] for key, home in self._homes.items()}
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -111,27 +114,30 @@ class _Torch(_Shard):
             raise ReadError(f'{path}: is a torch file, and torch is not installed; pip install "mimo_jax[convert]"') from None
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:
-            reason = str(error).split("\n")[0][:200]
-            if "nsupported" not in str(error) and "lobal" not in str(error):
-                raise ReadError(f"{path}: is truncated or damaged ({reason}); fetch it again") from None
-            raise ReadError(
-                f"{path}: holds code or objects beside tensors, and is not run ({reason}); where you trust it, save its "
-                "state_dict as safetensors"
-            ) from None
-        except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-            if isinstance(error, OSError) and error.errno:
+        except Exception as error:  # what damaged bytes make the unpickler raise is of almost any type
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
                 raise
-            raise ReadError(f"{path}: is truncated or damaged ({str(error).splitlines()[0]}); fetch it again") from None
+            raise ReadError(f"{path}: {_trouble(error)}") from None
         self._tensors = _unwrapped(path, loaded, torch.Tensor)
         self.kinds = {}
         for key, tensor in self._tensors.items():
-            if tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
+            dense = tensor.layout == torch.strided and not tensor.is_quantized
+            if not dense or str(tensor.dtype).removeprefix("torch.") not in _TORCH_DTYPES:
                 raise ReadError(f"{path}: {key} is {tensor.dtype}, {tensor.layout}; quantised and sparse weights cannot be converted")
             self.kinds[key] = (_torch_array(tensor[:0] if tensor.ndim else tensor).dtype, tuple(tensor.shape))
 
     def read(self, key: str) -> np.ndarray:
         return _torch_array(self._tensors[key])
+
+
+def _trouble(error: Exception) -> str:
+    """What is wrong with a file that torch refuses; its own words advise to run whatever is in it."""
+    said = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
+    named = re.search(r"(?:GLOBAL|function|but got) (\w+(?:\.\w+)+) ", f"{said} ") if isinstance(error, pickle.UnpicklingError) else None
+    if named:
+        return f"holds code or objects beside tensors ({named[1]}), and is not run; where you trust it, save its state_dict as safetensors"
+    reason = "".join(c for c in f"{type(error).__name__} {said}".splitlines()[0][:120] if c.isprintable()).strip()
+    return f"is no file of tensors, or is truncated or damaged ({reason}); fetch it again"
 
 
 def _torch_array(tensor: Any) -> np.ndarray:
@@ -145,14 +151,14 @@ def _torch_array(tensor: Any) -> np.ndarray:
 
 
 def _unwrapped(path: Path, loaded: Any, tensor: type) -> dict[str, Any]:
-    """The tensors of what a file holds: a dict of them, or one under a customary name, beside optimizers and counters."""
+    """The tensors of what a file holds: a dict of them, or one under customary names, beside optimizers and counters."""
     for _ in range(2):
-        if not isinstance(loaded, dict):
-            break
-        tensors = {key: value for key, value in loaded.items() if isinstance(value, tensor)}
-        if tensors:
-            return tensors
-        loaded = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), dict)), None)
+        inner = [loaded[name] for name in _WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)]
+        loaded = inner[0] if inner else loaded
+    found = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = {key: value for key, value in found if isinstance(key, str) and isinstance(value, tensor)}
+    if tensors:
+        return tensors
     raise ReadError(f"{path}: holds no tensors by name; give a file with a state_dict")
 
 
@@ -191,7 +197,7 @@ def _indexed(index: Path) -> Tensors:
     """The shards that an index names, which must hold exactly what it says."""
     try:
         homes = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(homes.values()))
+        names = sorted({str(name) for name in homes.values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ReadError(f"{index}: is no index of shards (no weight_map); fetch it again") from None
     absent = [name for name in names if not (index.parent / name).is_file()]

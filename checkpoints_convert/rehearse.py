@@ -61,13 +61,13 @@ def rehearse(config: Config, workdir: Path) -> int:
     size = 2 * sum(int(np.prod(shape)) for wanted in tensors.values() for shape in wanted.values())
     needed = int(3.1 * size)  # the originals, the checkpoint, and the copy that is timed
     workdir.mkdir(parents=True, exist_ok=True)
+    sources, out = workdir / "sources", workdir / "import"
+    for folder in (sources, out):
+        shutil.rmtree(folder, ignore_errors=True)
     print(f"{size / 1e9:.1f} GB of random bf16 weights; {needed / 1e9:.1f} GB of disk are needed in {workdir}", flush=True)
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise SourceError(f"--workdir {workdir}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; choose another")
-    sources, out = workdir / "sources", workdir / "import"
-    for folder in (sources, out):
-        shutil.rmtree(folder, ignore_errors=True)
     given = {"clip": sources / "clip", "llm": sources / "llm", "sam": sources / "sam.pth"}
     started = time.monotonic()
     _make(config, tensors, given)
@@ -122,6 +122,19 @@ def _make(config: Config, tensors: dict[str, dict], given: dict[str, Path]) -> N
         train_tokenizer(words, config.model.llm.vocab_size, given["llm"] / "tokenizer.json", config.model.grounding_tokens())
         _without_grounding(given["llm"] / "tokenizer.json", config.model.grounding_tokens())
     m = config.model
+    storage.write_json(
+        given["clip"] / "config.json",
+        {
+            "hidden_size": m.clip.width,
+            "num_hidden_layers": m.clip.layers,
+            "num_attention_heads": m.clip.heads,
+            "intermediate_size": m.clip.mlp_width,
+            "hidden_act": m.clip.activation,
+            "layer_norm_eps": m.clip.eps,
+            "image_size": m.clip.image_size,
+            "patch_size": m.clip.patch_size,
+        },
+    )
     storage.write_json(
         given["llm"] / "config.json",
         {

@@ -7,7 +7,7 @@ code added them: LISA's [SEG] at 32000, before <im_start>. So rows move on impor
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,9 +38,9 @@ class Vocabulary(NamedTuple):
 
 
 def find_tokenizer(folders: Sequence[Path]) -> Path:
-    """The first folder that holds a tokenizer; VocabularyError if none does."""
+    """The first folder that holds a tokenizer, or is one's tokenizer.json; VocabularyError if none does."""
     for folder in folders:
-        if any((folder / name).is_file() for name in FILES):
+        if folder.is_file() or any((folder / name).is_file() for name in FILES):
             return folder
     places = ", ".join(map(str, folders)) or "no folder was given"
     raise VocabularyError(
@@ -83,10 +83,11 @@ def _tokenizer_of(source: Path) -> dict:
         return _read_json(source)
     if not (source / "tokenizer.model").is_file():
         return _read_json(source / "tokenizer.json")
-    values = _from_sentencepiece(source / "tokenizer.model")
+    added = _added(source)
+    values = _from_sentencepiece(source / "tokenizer.model", added)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     known = {token["content"] for token in values["added_tokens"]}
-    for content, i in _added(source).items():
+    for content, i in added.items():
         if content not in known:
             values["model"]["vocab"].pop(content, None)
             values["added_tokens"].append({"id": i, "content": content, **flags})
@@ -96,43 +97,68 @@ def _tokenizer_of(source: Path) -> dict:
 def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return values | {"model": values["model"], "added_tokens": values.get("added_tokens", []), "post_processor": None}
+        dict.keys(values["model"]["vocab"])
+        return values | {"added_tokens": values.get("added_tokens", []), "post_processor": None}
     except (ValueError, KeyError, TypeError):
-        raise VocabularyError(f"{path}: is no tokenizer.json; give the checkpoint's own") from None
+        raise VocabularyError(f"{path}: is no tokenizer.json with a BPE model; give the checkpoint's own") from None
 
 
 def _added(folder: Path) -> dict[str, int]:
     """Tokens that were added to a sentencepiece model, as transformers 4 (added_tokens.json) and later ones record them."""
     added: dict[str, int] = {}
-    if (folder / "added_tokens.json").is_file():
-        added |= json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
-    if (folder / "tokenizer_config.json").is_file():
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        added |= {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        try:
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            if name == "tokenizer_config.json":
+                values = {entry["content"]: i for i, entry in values.get("added_tokens_decoder", {}).items()}
+            added |= {token: int(i) for token, i in values.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise VocabularyError(f"{folder / name}: is damaged; fetch it again") from None
     return added
 
 
-def _from_sentencepiece(path: Path) -> dict:
-    """Llama's tokenizer.model as tokenizer.json: the same ids for every text.
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of pieces
 
-    Spaces become "▁", one more is put before the text, nothing else is normalised; merges are ranked by the scores of what they
-    make, which for BPE is the order in which pieces were learnt."""
+
+def _from_sentencepiece(path: Path, added: Collection[str]) -> dict:
+    """Llama's tokenizer.model as tokenizer.json: the same ids for every text. `added`: tokens that no text may become.
+
+    Spaces become "▁", one more is put before the text, nothing else is normalised; of two neighbours that make a piece, those are
+    merged first whose piece has the highest score."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
     try:
-        extractor = SentencePieceExtractor(str(path))
-        spec, kind = extractor.proto.normalizer_spec, extractor.proto.trainer_spec.model_type
-    except Exception as error:  # protobuf's and sentencepiece's own
+        proto = SentencePieceExtractor(str(path)).proto
+    except Exception as error:  # protobuf's own
         raise VocabularyError(f"{path}: is no sentencepiece model ({type(error).__name__}); fetch it again") from None
-    if kind != 2 or spec.name != "identity" or not spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL and piece.piece not in added}
+    pairs = [(whole[:i], whole[i:]) for whole in normal for i in range(1, len(whole)) if whole[:i] in normal and whole[i:] in normal]
+    merged = {left + right for left, right in pairs}
+    normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
+    like_llama = (
+        trainer.model_type == 2
+        and trainer.byte_fallback
+        and not trainer.treat_whitespace_as_suffix
+        and normalizer.name == "identity"
+        and normalizer.add_dummy_prefix
+        and normalizer.escape_whitespaces
+        and not normalizer.remove_extra_whitespaces
+        and {piece.type for piece in proto.pieces} <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}
+        and len({normal[whole] for whole in merged}) == len(merged)
+    )
+    if not like_llama:
         raise VocabularyError(
-            f"{path}: is not Llama's kind of sentencepiece model: BPE, normalisation identity, a space put before the text, "
-            "spaces kept as they are"
+            f"{path}: is not Llama's kind of sentencepiece model: BPE with byte fallback and a score of its own for every piece, "
+            "normalisation identity, a space put before the text, spaces kept as they are; name a tokenizer.json of the same "
+            "vocabulary with --config.tokenizer=FILE"
         )
-    made = extractor.extract(models.BPE)
-    backend = Tokenizer(models.BPE(made["vocab"], made["merges"], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    pairs.sort(key=lambda pair: (-normal["".join(pair)], len(pair[0])))
+    backend = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    backend.add_special_tokens([token for token in ("<unk>", "<s>", "</s>") if token in made["vocab"]])
+    backend.add_special_tokens([piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)])
     return json.loads(backend.to_str())

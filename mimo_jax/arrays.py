@@ -21,7 +21,7 @@ STATE = "state"  # orbax's own name for the item that is written in parts
 # A stored chunk: small enough that a process which needs a part of an array reads little more than that part.
 CHUNK_BYTES = 64 * 2**20
 _BATCH_BYTES = 256 * 2**20  # small arrays are written together
-_READ_BYTES = 2 * 2**30  # in flight while reading, unless one array is larger
+_READ_BYTES = 2 * 2**30  # in flight while reading; room for two arrays where one is larger
 _LISTED = 6  # differences that a message spells out
 
 
@@ -63,7 +63,7 @@ def read(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
     """{item: abstract tree with shardings} -> {item: tree of arrays}, of those items of `folder`/arrays."""
     sizes = [np.dtype(leaf.dtype).itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(items) if hasattr(leaf, "shape")]
     context = ocp.Context()
-    context.memory.read_concurrent_bytes = max([_READ_BYTES, *sizes])
+    context.memory.read_concurrent_bytes = max([_READ_BYTES, *(2 * size for size in sizes)])
     with context:
         return ocp.load_checkpointables(folder / "arrays", items)
 

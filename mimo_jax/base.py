@@ -130,7 +130,7 @@ def _lender(source: Path | None, leaves: dict) -> Path | None:
     if source is None:
         return None
     record = storage.read_json(source / "base.json") or {"path": "", "relative": "base"}
-    for folder in (Path(record["path"]), storage.absolute(source / record["relative"])):
+    for folder in (storage.absolute(source / record["relative"]), Path(record["path"])):
         if _unfit(folder, leaves) is None:
             return folder
     return None

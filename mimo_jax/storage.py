@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,11 +106,22 @@ def disk_fault(error: BaseException | None) -> str | None:
     return None
 
 
+# What orbax says of its own accord, and would stand between a user and the one line that matters. Errors of its threads it also
+# raises; when one array of several cannot be written, the others report to a loop that has ended.
+
+
 def _worth_saying(record: logging.LogRecord) -> bool:
-    """Orbax logs, with tracebacks, errors of its threads that it also raises: here they are raised, and put in one line. And it
-    warns, of arrays written as files of their own, that there is nothing to merge."""
+    if record.name == "asyncio":
+        return "Handler._open_and_write" not in record.getMessage()
     orbax = f"{os.sep}orbax{os.sep}" in record.pathname
     return not orbax or (record.levelno < logging.ERROR and "Skipping merge of OCDBT" not in str(record.msg))
 
 
-logging.getLogger("absl").addFilter(_worth_saying)
+def _worth_raising(unraisable: Any) -> None:
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
+
+
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(_worth_saying)
+sys.unraisablehook = _worth_raising

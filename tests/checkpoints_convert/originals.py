@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from configs import lisa_7b, mimo_7b
 from mimo_jax.config import Config, LoraConfig
+from tests.checkpoints_convert import torch_models
+from tests.models.oracles import randomised
 from tests.tiny_config import tiny_config
 
 PIECES = 420  # of the sentencepiece model
@@ -61,6 +63,33 @@ def put_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1)
     for name in names:
         save_file({key: tensors[key] for key, home in homes.items() if home == name}, folder / name, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": homes}))
+
+
+def put_three(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> dict[str, Path]:
+    """CLIP and Vicuna as transformers saves them, SAM as facebook did: {"clip", "llm", "sam": path}."""
+    paths = {"clip": folder / "clip", "llm": folder / "llm", "sam": folder / "sam.pth"}
+    m = config.model
+    randomised(torch_models.clip_model(m.clip), 1).to(dtype).save_pretrained(paths["clip"])
+    randomised(torch_models.llama_model(m.llm, PIECES), 2).to(dtype).save_pretrained(paths["llm"])
+    put_tokenizer(paths["llm"])
+    torch.save(randomised(torch_models.sam_model(m.sam), 3).to(dtype).state_dict(), paths["sam"])
+    return paths
+
+
+def flags_of(paths: dict[str, Path]) -> list[str]:
+    return [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+
+
+def config_file(folder: Path, config: Config) -> str:
+    """A config file that gives this config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    path = folder / "config.py"
+    path.write_text(
+        "import json\nfrom pathlib import Path\nfrom mimo_jax.config import Config\n\n"
+        "def get_config():\n    return Config.from_dict(json.loads((Path(__file__).parent / 'config.json').read_text()))\n"
+    )
+    return str(path)
 
 
 def mimo_config(**model) -> Config:

@@ -28,21 +28,9 @@ def picture(height: int = 50, width: int = 70) -> np.ndarray:
     return np.random.default_rng(5).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def config_file(folder: Path, config) -> str:
-    """A config file that gives this config."""
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    path = folder / "config.py"
-    path.write_text(
-        "import json\nfrom pathlib import Path\nfrom mimo_jax.config import Config\n\n"
-        "def get_config():\n    return Config.from_dict(json.loads((Path(__file__).parent / 'config.json').read_text()))\n"
-    )
-    return str(path)
-
-
 def convert(folder: Path, config, *flags: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     out = folder / "import"
-    assert cli.main(["convert", "import", "--config", config_file(folder, config), *map(str, flags), "--out", str(out)]) == 0
+    assert cli.main(["convert", "import", "--config", originals.config_file(folder, config), *map(str, flags), "--out", str(out)]) == 0
     return out
 
 

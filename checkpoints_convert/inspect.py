@@ -81,7 +81,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "dtypes": dict(Counter(str(leaf.dtype) for leaf in leaves.shapes.values())),
         "base": base.read_record(run)["fingerprint"],
         "sources": sources,
-        "untrained": record.get("untrained", []),
+        "untrained": provenance.untrained(record) or "none",
     }
 
 

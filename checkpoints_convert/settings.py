@@ -63,7 +63,10 @@ _LLAMA_ONLY = {
 _LORA_ONLY = {
     "use_dora": (None, False), "use_rslora": (None, False), "bias": (None, "none"), "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}), "fan_in_fan_out": (None, False), "layers_to_transform": (None,), "peft_type": (None, "LORA"),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # the others change the base too
 }  # fmt: skip
+# Parts of a whole model -> the kinds of aligner that they may be.
+_ALIGNERS = {"projector": ("linear",), "projector_mlp": ("mlp",), "aligner": ("cross_attention", "none")}
 _PROJECTIONS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
@@ -81,6 +84,9 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config) -> st
         if isinstance(targets, list) and sorted(_PROJECTIONS.get(t.rsplit(".", 1)[-1], t) for t in set(targets)) != wanted:
             named = ",".join(_PROJECTIONS.get(t.rsplit(".", 1)[-1], t) for t in targets)
             problems.append(f"target_modules is {targets}: set --config.model.lora.targets={named}")
+    for part, kinds in _ALIGNERS.items():
+        if part in parts and config.model.aligner.kind not in kinds:
+            problems.append(f"its aligner is not of kind {config.model.aligner.kind}: set --config.model.aligner.kind={kinds[0]}")
     if "llama" in parts and told:
         told = _llama(told)
         problems += _differing(_LLAMA, told, config) + _unserved(_LLAMA_ONLY, told)
@@ -127,11 +133,10 @@ def _llama(told: dict) -> dict:
     """A Llama's config.json in one form: transformers 5 keeps the rotary settings together, old files lack key-value heads."""
     rope = told.get("rope_parameters") or {}
     scaled = rope if rope.get("rope_type", "default") != "default" else None
-    return {
-        "num_key_value_heads": told.get("num_attention_heads"),
-        "rope_theta": rope.get("rope_theta"),
-        "rope_scaling": scaled,
-        **told,
+    return told | {
+        "num_key_value_heads": told.get("num_key_value_heads") or told.get("num_attention_heads"),
+        "rope_theta": told.get("rope_theta") or rope.get("rope_theta"),
+        "rope_scaling": told.get("rope_scaling") or scaled,
     }
 
 

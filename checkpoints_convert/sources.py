@@ -193,6 +193,13 @@ def vocabulary_of(assigned: Mapping[str, str], sources: Mapping[str, Source], co
         raise VocabularyError(
             f"the checkpoint's vocabulary has {there} rows{rest}, the configuration {size}; set --config.model.llm.vocab_size={there}"
         )
+    added = {token["content"] for token in vocabulary.tokenizer["added_tokens"]}
+    absent = [name for name in config.image_tokens() if name not in added]
+    if absent:
+        raise VocabularyError(
+            f"the checkpoint's tokenizer has no {' and no '.join(absent)}; name those that stand around its images with "
+            "--config.data.image_tokens=A,B, or none with --config.data.image_tokens="
+        )
     return vocabulary
 
 

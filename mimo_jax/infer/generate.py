@@ -148,14 +148,24 @@ def _fit(config: Config, params: dict) -> None:
         raise UserError(f"checkpoint: {len(wrong)} parameters do not fit its model config: {shown}; was the config changed?")
 
 
+def compiler_options(config: Config) -> dict[str, str] | None:
+    """What XLA is told. On a CPU it would hoist a float32 copy of all scanned bf16 weights out of the loop over the layers,
+    twice the model beside it; kept inside, one layer is widened at a time."""
+    if jax.default_backend() == "cpu" and config.model.frozen_dtype != "float32":
+        return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    return None
+
+
 @lru_cache(maxsize=4)
 def _functions(model_json: str, eos_id: int):
     """Jitted (encode, align, generate, segment) of a model config, kept so that evaluations during training compile once."""
     config = Config.from_dict({"model": json.loads(model_json)})
     graphdef, _ = mimo.abstract(config)
+    compiler = compiler_options(config)
 
     def jitted(function, **options):
-        return jax.jit(lambda params, *args, **kwargs: function(stack.bind(graphdef, params), *args, **kwargs), **options)
+        bound = lambda params, *args, **kwargs: function(stack.bind(graphdef, params), *args, **kwargs)  # noqa: E731
+        return jax.jit(bound, compiler_options=compiler, **options)
 
     def encode(model, clip_image, clip_size, sam_image, sam_size):
         return model.encode_clip(clip_image, clip_size), model.encode_sam(sam_image, sam_size)

@@ -52,6 +52,9 @@ def here(cfg: SamConfig, oracle: torch.nn.Module, grads: bool = False, **kwargs)
         {"window": 14},  # the grid is smaller than the window
         {"global_every": 1, "layers": 2},  # no windows
         {"global_every": 3, "layers": 6, "mlp_ratio": 2.5, "window": 8},
+        {"global_every": 3, "layers": 12, "width": 16},  # the stages of ViT-B,
+        {"global_every": 6, "layers": 24, "width": 16},  # ViT-L
+        {"global_every": 8, "layers": 32, "width": 16},  # and ViT-H
     ],
     ids=str,
 )

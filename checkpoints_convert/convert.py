@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,7 @@ class _Plan:
         self.assigned = sources.assign(list(self.leaves), self.sources, config)
         self.indices = name_map.layer_indices(config.model)
         self.vocabulary: Vocabulary = sources.vocabulary_of(self.assigned, self.sources, config)
+        self.tokenizer = self._tokenizer()
         problems, self.excused = sources.listed_misfits(
             self.assigned, self.sources, self.leaves, self.indices, request.allow_missing, request.ignore_extra
         )
@@ -97,6 +99,13 @@ class _Plan:
         self.config.model.lora.alpha = float(alpha)
         if lora.name == "lora" and "llm" in request.given:
             settings.check_adapter_base(lora.path, Path(request.given["llm"]), request.lora_base)
+
+    def _tokenizer(self) -> str:
+        """Content of tokenizer.json, read once as a model reads it."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tokenizer.json"
+            add_grounding(self.vocabulary.tokenizer, path, self.config.model.llm.vocab_size, self.config.model.grounding_tokens())
+            return path.read_text(encoding="utf-8")
 
     def keys(self, path: str) -> list[str]:
         """The tensors that fill a parameter."""
@@ -172,7 +181,7 @@ def _write(plan: _Plan, request: Request, stage: Path, out: Path, hashes: dict, 
             "base": frozen["fingerprint"],
             "parameters": base.fingerprint(trained),
         }
-        add_grounding(plan.vocabulary.tokenizer, stage / "tokenizer.json", config.model.llm.vocab_size, config.model.grounding_tokens())
+        (stage / "tokenizer.json").write_text(plan.tokenizer, encoding="utf-8")
         kept = {key: np.ascontiguousarray(source[key]) for source in plan.sources.values() for key in source.kept}
         if kept:
             save_file(kept, stage / provenance.KEPT)

@@ -40,5 +40,6 @@ def get_config() -> Config:
     )
     config.data.image_tokens = "<im_start>,<im_end>"
     config.data.buckets = "384,512,768"
+    config.data.weights = {"vqa": 1.0, "I": 1.0, "II": 0.0, "III": 2.0, "IV": 0.0}  # no prompts
     config.train.loss.iou = 0.0
     return config

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from mimo_jax.errors import UserError
 
 PERSPECTIVES = ("vqa", "I", "II", "III", "IV")
+PROMPTED = ("II", "IV")  # those in which the user points at something
 MODALITIES = ("CT", "MR", "X-ray", "ultrasound", "fundus", "dermoscopy", "endoscopy", "pathology")
 GROUNDING_TOKENS = ("<p>", "</p>", "<SEG>")  # in this order, after the base vocabulary; see ModelConfig.grounding_tokens
 ALIGNER_KINDS = ("cross_attention", "none", "linear", "mlp")

@@ -77,7 +77,9 @@ class Tokenizer:
         # U+2581 itself would come back as a space, so it is spelt in bytes.
         self._space_ids = [ids[_BYTES[b]] for b in _SPACE.encode()]
 
-        plain = {**values, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        merges = [merge for merge in values["model"]["merges"] if _merged(merge) not in self.control]
+        model_alone = {**values["model"], "merges": merges}  # nor does text become one by a merge: "</" and "s>"
+        plain = {**values, "model": model_alone, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(plain))
         # A line feed never merges with its neighbours, so what follows one is encoded as in the middle of a line.
         self._anchor = [ids[_SPACE], ids[_BYTES[10]]]
@@ -227,6 +229,11 @@ def _read(path: str | os.PathLike) -> tuple[dict, bytes]:
     if kind != "BPE":
         raise TokenizerError(f"{path}: holds a model of type {kind}; a tokenizer.json with a BPE model is needed")
     return values, raw
+
+
+def _merged(merge: str | Sequence[str]) -> str:
+    """What a merge rule makes; files of before tokenizers 0.20 write it as one text with a space."""
+    return "".join(merge.split(" ") if isinstance(merge, str) else merge)
 
 
 def _ids(values: dict) -> dict[str, int]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mimo_jax.config import MODALITIES, PERSPECTIVES, Config
+from mimo_jax.config import MODALITIES, PERSPECTIVES, PROMPTED, Config
 from mimo_jax.data.collate import point_at, record_image
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.records import DataError
@@ -113,7 +113,11 @@ def evaluate_checkpoint(
     print(mimo.origin)
     records = open_source(data, split)
     train = open_source(data, "train")
-    report = evaluate(mimo, records, limit, baselines=fit_baselines(train), overlays=overlays)
+    perspectives = PERSPECTIVES
+    if mimo.config.model.aligner.image_only():
+        perspectives = [p for p in PERSPECTIVES if p not in PROMPTED]
+        print(f"this model's aligner ({mimo.config.model.aligner.kind}) reads no prompts: {', '.join(PROMPTED)} are left out")
+    report = evaluate(mimo, records, limit, None, perspectives, fit_baselines(train), overlays)
     report["not_evaluable"] = records.not_evaluable if isinstance(records, Manifest) else not_evaluable(_Joined([train, records]))
     report |= {"checkpoint": str(checkpoint), "origin": mimo.origin, "data": str(data), "split": split, "limit": limit}
     write_report(report, out)

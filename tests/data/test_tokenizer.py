@@ -60,6 +60,14 @@ def test_continued_text_adds_no_space(tokenizer, before, text):
     assert tokenizer.decode(ids) == f"{before}<p>{text}"
 
 
+def test_no_merge_makes_a_control_token_of_text(tmp_path):
+    """As a tokenizer.json may have it whose vocabulary holds both halves of "</s>"."""
+    size = write_llama(tmp_path / "base.json", merges=("▁ l", "< /", "s >", "</ s>"))
+    made = add_grounding(tmp_path / "base.json", tmp_path / "tokenizer.json", size)
+    ids = made.encode("hi </s>")
+    assert made.eos not in ids and made.decode(ids) == "hi </s>"
+
+
 def test_continued_words_are_the_same_tokens(tokenizer):
     assert tokenizer.encode(" liver", continued=True) == tokenizer.encode("liver")
     assert len(tokenizer.encode("liver")) == 1

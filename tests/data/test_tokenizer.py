@@ -17,10 +17,10 @@ from tests.data import handmade
 TAGS = ("<p>", "</p>", "<SEG>")
 
 
-def write_llama(path, merges=("▁ l", "i v", "e r", "iv er", "▁l iver", "▁ ▁", "▁ t", "h e", "▁t he")):
+def write_llama(path, merges=("▁ l", "i v", "e r", "iv er", "▁l iver", "▁ ▁", "▁ t", "h e", "▁t he"), letters=string.ascii_letters):
     """A tokenizer.json as Vicuna's: no pre-tokenizer, '▁' put before everything, specials as added tokens, BOS added."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{i:02X}>": i + 3 for i in range(256)}
-    for token in [*"▁" + string.ascii_letters, *(merge.replace(" ", "") for merge in merges)]:
+    for token in [*"▁" + letters, *(merge.replace(" ", "") for merge in merges)]:
         vocab.setdefault(token, len(vocab))
     backend = tokenizers.Tokenizer(
         models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
@@ -62,7 +62,7 @@ def test_continued_text_adds_no_space(tokenizer, before, text):
 
 def test_no_merge_makes_a_control_token_of_text(tmp_path):
     """As a tokenizer.json may have it whose vocabulary holds both halves of "</s>"."""
-    size = write_llama(tmp_path / "base.json", merges=("▁ l", "< /", "s >", "</ s>"))
+    size = write_llama(tmp_path / "base.json", merges=("▁ l", "< /", "s >", "</ s>"), letters="his</>l")
     made = add_grounding(tmp_path / "base.json", tmp_path / "tokenizer.json", size)
     ids = made.encode("hi </s>")
     assert made.eos not in ids and made.decode(ids) == "hi </s>"

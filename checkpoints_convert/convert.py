@@ -6,6 +6,8 @@ every value. What is written lies beside the target until it is whole.
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 import shutil
@@ -241,9 +243,17 @@ def _draw(plan: _Plan, seed: int) -> dict[str, np.ndarray]:
     """The parameters that come from the seed, as the model draws them; the rest is never made."""
     if not plan.drawn:
         return {}
+    wanted = tuple(sorted((path, str(plan.leaves[path].dtype)) for path in plan.drawn))
+    return jax.tree.map(np.asarray, _drawer(plan.config.model_json(), wanted)(jax.random.key(seed)))
+
+
+@functools.lru_cache(maxsize=8)
+def _drawer(model_json: str, wanted: tuple[tuple[str, str], ...]) -> Callable:
+    """Jitted: key -> {path: array} of some of a model's initial parameters."""
+    config = Config.from_dict({"model": json.loads(model_json)})
 
     def make(key):
-        flat = pathtree.flatten(mimo.initial(plan.config, key))
-        return {path: flat[path].astype(plan.leaves[path].dtype) for path in plan.drawn}
+        flat = pathtree.flatten(mimo.initial(config, key))
+        return {path: flat[path].astype(dtype) for path, dtype in wanted}
 
-    return jax.tree.map(np.asarray, jax.jit(make)(jax.random.key(seed)))
+    return jax.jit(make)

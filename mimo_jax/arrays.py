@@ -22,7 +22,7 @@ STATE = "state"  # orbax's own name for the item that is written in parts
 # A stored chunk: small enough that a process which needs a part of an array reads little more than that part.
 CHUNK_BYTES = 64 * 2**20
 _BATCH_BYTES = 256 * 2**20  # small arrays are written together
-_READ_BYTES = 2 * 2**30  # in flight while reading; room for two arrays where one is larger
+_READ_BYTES = 2**30  # arrays of so many bytes are read together
 _LISTED = 6  # differences that a message spells out
 
 
@@ -62,7 +62,7 @@ def write(folder: Path, leaves: Iterator[tuple[str, Any]]) -> None:
 
 
 def _trim() -> None:
-    """Hand freed memory back to the system; glibc would keep half a gigabyte for every large array that was written."""
+    """Hand freed memory back to the system; glibc would keep half a gigabyte for every large array."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -70,17 +70,28 @@ def _trim() -> None:
 
 def read(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
     """{item: abstract tree with shardings} -> {item: tree of arrays}, of those items of `folder`/arrays."""
-    sizes = [np.dtype(leaf.dtype).itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(items) if hasattr(leaf, "shape")]
-    context = ocp.Context()
-    context.memory.read_concurrent_bytes = max([_READ_BYTES, *(2 * size for size in sizes)])
-    with context:
-        return ocp.load_checkpointables(folder / "arrays", items)
+    return ocp.load_checkpointables(folder / "arrays", items)
 
 
 def read_parameters(folder: Path, there: Iterable[str], wanted: dict[str, Any]) -> dict[str, Any]:
-    """{path: abstract with sharding} -> {path: array}, some of the parameters `there` that `write` left in `folder`."""
-    tree = pathtree.unflatten({path: wanted.get(path, ocp.PLACEHOLDER) for path in there})
-    loaded = pathtree.flatten(read(folder, {STATE: tree})[STATE])
+    """{path: abstract with sharding} -> {path: array}, some of the parameters `there` that `write` left in `folder`; a few at a
+    time, so that little more memory is taken than they fill."""
+    nothing = dict.fromkeys(there, ocp.PLACEHOLDER)
+    loaded: dict[str, Any] = {}
+    batch: dict[str, Any] = {}
+
+    def fetch() -> None:
+        found = pathtree.flatten(read(folder, {STATE: pathtree.unflatten(nothing | batch)})[STATE])
+        loaded.update((path, found[path]) for path in batch)
+        batch.clear()
+        _trim()
+
+    for path, leaf in wanted.items():
+        batch[path] = leaf
+        if sum(np.dtype(held.dtype).itemsize * int(np.prod(held.shape)) for held in batch.values()) >= _READ_BYTES:
+            fetch()
+    if batch:
+        fetch()
     return {path: loaded[path] for path in wanted}
 
 

@@ -255,8 +255,10 @@ def origin(run: str | os.PathLike) -> str:
 
 
 class Leaves(Mapping[str, np.ndarray]):
-    """All parameters of a checkpoint by path, each read from the disk when it is asked for. run, step, config: whose they are;
-    shapes: {path: ShapeDtypeStruct}; trained: the paths of those that are not in the base."""
+    """All parameters of a checkpoint by path, read from the disk when they are asked for: the small ones together and kept, each
+    large one anew. run, step, config: whose they are; shapes: {path: ShapeDtypeStruct}; trained: the paths not in the base."""
+
+    _SMALL = 2**20  # bytes
 
     def __init__(self, path: str | os.PathLike, base_at: str | os.PathLike | None = None):
         self.run, self.step, manifest = _whole_step(path)
@@ -269,10 +271,22 @@ class Leaves(Mapping[str, np.ndarray]):
             there = storage.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
             self._places |= dict.fromkeys(frozen, (folder, there))
         self.shapes = pathtree.flatten(arrays.abstract(trained | frozen))
+        self._kept: dict[str, Any] = {}
 
     def __getitem__(self, path: str) -> np.ndarray:
-        folder, there = self._places[path]
-        return np.asarray(arrays.read_parameters(folder, there, {path: arrays.placed(self.shapes[path], None)})[path])
+        if not self._is_small(path):
+            return np.asarray(self._read(self._places[path], [path])[path])
+        if path not in self._kept:
+            small = [other for other, place in self._places.items() if place == self._places[path] and self._is_small(other)]
+            self._kept |= self._read(self._places[path], small)
+        return np.asarray(self._kept[path])
+
+    def _is_small(self, path: str) -> bool:
+        return self.shapes[path].size * self.shapes[path].dtype.itemsize <= self._SMALL
+
+    def _read(self, place: tuple, paths: list[str]) -> dict[str, Any]:
+        folder, there = place
+        return arrays.read_parameters(folder, there, {path: arrays.placed(self.shapes[path], None) for path in paths})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -6,6 +6,7 @@ entries, never a list. Sizes are in pixels or tokens as each comment says.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 
 from mimo_jax.errors import UserError
@@ -309,6 +310,10 @@ class Config:
 
     def lora_targets(self) -> tuple[str, ...]:
         return tuple(t.strip() for t in self.model.lora.targets.split(",") if t.strip())
+
+    def model_json(self) -> str:
+        """All that a model's graph and shapes depend on, as a key to remember them by."""
+        return json.dumps(dataclasses.asdict(self.model))
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

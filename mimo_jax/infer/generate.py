@@ -117,8 +117,7 @@ class Engine:
         """params: nested dict of all parameters, wherever they are placed. UserError if they are not those of the config."""
         _fit(config, params)
         self.params = jax.tree.map(jnp.asarray, params)
-        model = Config(model=config.model).to_dict()["model"]
-        self._encode, self._align, self._generate, self._segment = _functions(json.dumps(model), eos_id)
+        self._encode, self._align, self._generate, self._segment = _functions(config.model_json(), eos_id)
 
     def encode(self, clip_image, clip_size, sam_image, sam_size) -> tuple[jax.Array, jax.Array]:
         """N images as in a batch -> X_img [N, I, Dc] and SAM's features [N, g, g, C]."""

@@ -10,6 +10,9 @@ hidden = LLM(template with X_q spliced in); masks = SAM decoder(SAM encoder(imag
 
 from __future__ import annotations
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -152,7 +155,14 @@ class Mimo(nnx.Module):
 
 
 def abstract(config: Config):
-    """(graphdef, nested dict of ShapeDtypeStruct): the whole model without its arrays."""
+    """(graphdef, nested dict of ShapeDtypeStruct): the whole model without its arrays. Traced once for each model config."""
+    graphdef, shapes = _abstract(config.model_json())
+    return graphdef, jax.tree.map(lambda leaf: leaf, shapes)
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(model_json: str):
+    config = Config.from_dict({"model": json.loads(model_json)})
     return stack.abstract(lambda rngs: Mimo(config, rngs))
 
 

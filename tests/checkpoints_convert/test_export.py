@@ -174,7 +174,7 @@ def test_a_lisa_goes_back_to_the_rows_and_names_that_it_had(tmp_path):
 def test_glamms_region_encoder_comes_back(tmp_path):
     config = originals.lisa_config(lora=LoraConfig(rank=0), seg_place="after")
     config.model.aligner.kind = "mlp"
-    config.model.llm.vocab_size = originals.PIECES
+    config.model.llm.vocab_size, config.data.image_tokens = originals.PIECES, ""
     oracle = LisaOracle(config, originals.PIECES + 3, glamm=True)
     folder = lisa_folder(tmp_path, oracle, {"<p>": 420, "</p>": 421, "[SEG]": 422}, vision_tower=True)
     import_checkpoint(Request(config, {"joint": folder}, tmp_path / "first", say=lambda line: None))

@@ -1,4 +1,4 @@
-"""One check of an installed mimo_jax, in the current folder: imports, help, data, train, resume or ask."""
+"""One check of an installed mimo_jax, in the current folder: imports, help, data, train, resume, ask or export."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def imports() -> None:
 
 
 def help() -> None:
-    for command in ("", "train", "eval", "ask", "data", "data phantom"):
+    for command in ("", "train", "eval", "ask", "data", "data phantom", "convert", "convert import"):
         assert "usage: mimo" in mimo(*command.split(), "--help")
 
 
@@ -71,5 +71,13 @@ def ask() -> None:
     assert "entities" in json.loads(mimo(*question, "--json").splitlines()[-1])
 
 
+def export() -> None:
+    """One directory that needs no other, and answers."""
+    mimo("convert", "export", "--checkpoint", "run", "--format", "mimo", "--out", "whole")
+    Path("run").rename("away")
+    image = next(Path().glob("image.*"))
+    assert "entities" in json.loads(mimo("ask", "--checkpoint", "whole", str(image), "What is this?", "--json").splitlines()[-1])
+
+
 if __name__ == "__main__":
-    {"imports": imports, "help": help, "data": data, "train": train, "resume": resume, "ask": ask}[sys.argv[1]]()
+    {"imports": imports, "help": help, "data": data, "train": train, "resume": resume, "ask": ask, "export": export}[sys.argv[1]]()

@@ -34,6 +34,7 @@ def get_config() -> Config:
         seg_state="predict",
         seg_place="bare",
     )
+    config.model.sam.pe_dtype = "bfloat16"  # its fork of SAM computes the position code in the dtype of the weights
     config.data.system_prompt = (
         "A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions."

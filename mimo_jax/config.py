@@ -108,6 +108,7 @@ class SamConfig:
     mlp_ratio: float = 4.0
     window: int = 14  # tokens
     global_every: int = 8  # each stage is (global_every - 1) windowed blocks and one global block
+    pe_dtype: str = "float32"  # of the position code; "bfloat16" as LISA and GLaMM compute it, and trained with it
     decoder_width: int = 256
     decoder_layers: int = 2
     decoder_heads: int = 8
@@ -271,6 +272,7 @@ class Config:
         need(m.clip.image_fit in ("pad", "stretch", "crop"), "model.clip.image_fit", f"is {m.clip.image_fit!r}; use pad, stretch or crop")
         need(m.clip.resample in ("bilinear", "bicubic"), "model.clip.resample", f"is {m.clip.resample!r}; use bilinear or bicubic")
         need(m.sam.image_size % m.sam.patch_size == 0, "model.sam.patch_size", "must divide model.sam.image_size")
+        need(m.sam.pe_dtype in ("float32", "bfloat16"), "model.sam.pe_dtype", f"is {m.sam.pe_dtype!r}; use float32 or bfloat16")
         need(m.sam.width % m.sam.heads == 0, "model.sam.heads", "must divide model.sam.width")
         need(m.sam.layers % m.sam.global_every == 0, "model.sam.global_every", "must divide model.sam.layers")
         need(m.sam.decoder_width % (2 * m.sam.decoder_heads) == 0, "model.sam.decoder_heads", "twice this must divide decoder_width")

@@ -58,9 +58,11 @@ def asked(monkeypatch):
 
     class FakeMimo:
         @classmethod
-        def load(cls, checkpoint, base=None):
-            record.update(checkpoint=checkpoint, base=base)
-            return cls()
+        def load(cls, checkpoint, base=None, allow_untrained=False):
+            record.update(checkpoint=checkpoint, base=base, allow_untrained=allow_untrained)
+            made = cls()
+            made.origin = "base 1234"
+            return made
 
         def open(self, image):
             record.update(image=image)
@@ -158,7 +160,7 @@ def test_eval_and_phantom_hand_over_their_flags(called, capsys):
     assert cli.main("eval --checkpoint c --data d --split val --out o --limit 3 --overlays v".split()) == 0
     assert cli.main("data phantom --out d --images 8 --seed 2 --workers 1".split()) == 0
     assert called.calls == [
-        ("evaluate_checkpoint", ("c", "d", "val", "o"), {"limit": 3, "overlays": "v", "base": None}),
+        ("evaluate_checkpoint", ("c", "d", "val", "o"), {"limit": 3, "overlays": "v", "base": None, "allow_untrained": False}),
         ("build_phantoms", ("d", 8, 2), {"workers": 1}),
     ]
     assert "d train: 8 images, 9 masks, 10 samples (I 10)" in capsys.readouterr().out
@@ -166,16 +168,19 @@ def test_eval_and_phantom_hand_over_their_flags(called, capsys):
 
 def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path):
     out = tmp_path / "overlay.png"
-    argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--point", "1,2.5,0", "--point", "3,4", "--max-new-tokens", "9"]
+    argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--allow-untrained"]
+    argv += ["--point", "1,2.5,0", "--point", "3,4", "--max-new-tokens", "9"]
     assert cli.main([*argv, "--box", "-1,2,3,4", "--scribble", "1,2 3,4", "--scribble", "5,6", "--out", str(out)]) == 0
     assert asked == {
-        **{"checkpoint": "c", "base": "b", "image": "i.png", "question": "Which?", "max_new_tokens": 9},
+        **{"checkpoint": "c", "base": "b", "allow_untrained": True, "image": "i.png", "question": "Which?", "max_new_tokens": 9},
         "points": [[1.0, 2.5, 0.0], [3.0, 4.0, 1.0]],
         "boxes": [[-1.0, 2.0, 3.0, 4.0]],
         "scribbles": [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]],
     }
     assert out.read_text() == "picture"
-    assert capsys.readouterr().out.splitlines() == ["The liver is outlined.", "  liver: 12 px, box [1, 2, 3, 4], score 0.25, uncertain"]
+    said = capsys.readouterr()
+    assert said.out.splitlines() == ["The liver is outlined.", "  liver: 12 px, box [1, 2, 3, 4], score 0.25, uncertain"]
+    assert said.err.splitlines()[0] == "base 1234"
 
 
 def test_ask_prints_json_alone(asked, capsys):

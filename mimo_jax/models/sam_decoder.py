@@ -40,7 +40,7 @@ class SamPromptEncoder(nnx.Module):
         def embedding(*shape: int) -> nnx.Param:
             return nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
 
-        # Frequencies of the position code stay float32: rounded to bfloat16 the code is off by up to 0.13.
+        # Frequencies of the position code stay float32: rounded to bfloat16 the code is off by up to 0.13 (see `pe_dtype`).
         self.gaussian = nnx.Param(jax.random.normal(rngs.params(), (2, c // 2), jnp.float32))
         self.point_embedding = embedding(4, c)  # point out, point in, box top left, box bottom right
         self.not_a_point_embedding = embedding(c)
@@ -107,12 +107,16 @@ class SamPromptEncoder(nnx.Module):
         return x.reshape(*masks.shape[:-2], *x.shape[1:])
 
     def position_code(self, xy: jax.Array) -> jax.Array:
-        """Random Fourier features of xy [..., 2] in 0 .. 1 -> float32 [..., C]."""
-        centred = 2.0 * xy.astype(jnp.float32) - 1.0
+        """Random Fourier features of xy [..., 2] in 0 .. 1 -> float32 [..., C], every step rounded to `pe_dtype`."""
+
+        def rounded(x: jax.Array) -> jax.Array:  # not by a cast and back, which XLA may leave out
+            return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if self.cfg.pe_dtype == "bfloat16" else x
+
+        centred = rounded(2.0 * xy.astype(jnp.float32) - 1.0)
         # Two products and a sum, not a matmul: an accelerator's would round the angles to bfloat16.
-        g = self.gaussian[...].astype(jnp.float32)
-        angle = 2.0 * jnp.pi * (centred[..., 0:1] * g[0] + centred[..., 1:2] * g[1])
-        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        g = rounded(self.gaussian[...].astype(jnp.float32))
+        angle = rounded(2.0 * jnp.pi * rounded(centred[..., 0:1] * g[0] + centred[..., 1:2] * g[1]))
+        return rounded(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1))
 
 
 class Attention(nnx.Module):

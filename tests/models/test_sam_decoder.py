@@ -179,6 +179,23 @@ def test_dense_code_is_segment_anythings_and_stays_float32():
     assert drawn["no_mask_embedding"].dtype == jnp.bfloat16
 
 
+def test_a_code_in_bfloat16_is_that_of_lisas_fork():
+    """LISA's copy of PositionEmbeddingRandom makes its grid, and all that follows, in the dtype of the matrix: bfloat16."""
+    cfg = tiny(pe_dtype="bfloat16")
+    oracle = torch_prompt(cfg)
+    matrix = oracle.pe_layer.positional_encoding_gaussian_matrix.to(torch.bfloat16)
+    grid = torch.ones((8, 8), dtype=torch.bfloat16)
+    x, y = (grid.cumsum(1) - 0.5) / 8, (grid.cumsum(0) - 0.5) / 8
+    coordinates = 2 * torch.stack([x, y], dim=-1) - 1
+    angle = 2 * np.pi * (coordinates @ matrix)
+    wanted = torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1).float().numpy()
+    encoder = prompt_here(cfg, oracle)
+    for found in (encoder.dense_pe(), jax.jit(lambda: encoder.dense_pe())()):
+        same = np.isclose(found, wanted, rtol=2**-7, atol=2**-9)  # a step of bfloat16, where two sines round apart
+        assert same.mean() > 0.999
+    assert np.abs(wanted - prompt_here(tiny(), oracle).dense_pe()).max() > 0.01, "it is another code"
+
+
 def test_own_prompts_lead_to_segment_anythings_masks():
     """Prompt encoder and decoder together, as SAM's own callers join them."""
     cfg = tiny()

@@ -16,8 +16,9 @@ EXAMPLES = {
 A row of a key map is [torch key, path here] or [torch key, path here, op], with {llm_layer}, {clip_layer}, {aligner_block}, … for
 the number of a layer; ops are identity, linear, conv, conv_transpose, squeeze.""",
     "export": """examples:
-  mimo convert export --checkpoint runs/b --format hf --out exported        # clip/, llm/, sam.pth; LoRA merged into llm/
-  mimo convert export --checkpoint runs/b --format peft --out adapter       # LoRA alone
+  mimo convert export --checkpoint runs/b --format hf --out exported        # clip/ and llm/; LoRA merged into llm/
+  mimo convert export --checkpoint runs/b --format peft --out adapter       # LoRA alone, for llm/ of --format hf --lora apart
+  mimo convert export --checkpoint runs/b --format sam --out sam            # sam_vit_h.pth
   mimo convert export --checkpoint runs/b --format joint --lora apart --out whole
   mimo convert export --checkpoint runs/b --format mimo --out model         # one directory that needs no other""",
     "inspect": """examples:

@@ -66,7 +66,7 @@ class _Plan:
                 raise SourceError(f"--{name} {path}: there is no such file or folder")
         rows = sources.read_key_map(request.key_map) if request.key_map else ()
         self.sources = sources.open_sources(request.given, rows, config)
-        self.remarks = [settings.check_settings(n, s.path, s.parts, config) for n, s in self.sources.items()]
+        self.remarks = self._check_settings()
         self._check_lora(request)
         _, shapes = mimo.abstract(config)
         self.leaves = pathtree.flatten(parameters.typed(config, shapes))
@@ -86,6 +86,18 @@ class _Plan:
         }
         self.untrained = sorted(path for path in self.drawn if not re.search(_NEUTRAL, path))
 
+    def _check_settings(self) -> list[str]:
+        """Remarks on sources without settings of their own; SettingsError with all that differ."""
+        remarks, wrong = [], []
+        for name, source in self.sources.items():
+            try:
+                remarks.append(settings.check_settings(name, source.path, source.parts, self.config))
+            except settings.SettingsError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise settings.SettingsError("\n".join(wrong))
+        return [remark for remark in remarks if remark]
+
     def _check_lora(self, request: Request) -> None:
         lora = next((source for source in self.sources.values() if "lora" in source.parts), None)
         if lora is None:
@@ -99,8 +111,9 @@ class _Plan:
         if alpha is None:
             raise SourceError(f"{lora.path}: the weights of LoRA do not show its alpha; give it with --lora-alpha, as it was trained")
         self.config.model.lora.alpha = float(alpha)
-        if lora.name == "lora" and "llm" in request.given:
-            settings.check_adapter_base(lora.path, Path(request.given["llm"]), request.lora_base)
+        language = request.given.get("llm") or request.given.get("joint")
+        if lora.name == "lora" and language:
+            settings.check_adapter_base(lora.path, Path(language), request.lora_base)
 
     def _tokenizer(self) -> str:
         """Content of tokenizer.json, read once as a model reads it."""
@@ -211,7 +224,7 @@ def _report(plan: _Plan, say: Callable[[str], None]) -> None:
     for name, source in plan.sources.items():
         parts = ", ".join(found.part.title for found in source.found) or "rows of the key map"
         say(f"{name}: {source.path} ({parts}; {len(source.kinds)} tensors)")
-    for remark in filter(None, plan.remarks):
+    for remark in plan.remarks:
         say(remark)
     raw = provenance.untrained({"untrained": plan.untrained})
     if raw:

@@ -33,8 +33,9 @@ def inspect(path: Path, config: Config | None = None, key_map: Path | None = Non
         "bytes": sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in source.kinds.values()),
         "dtypes": dict(Counter(str(dtype) for dtype, _ in source.kinds.values())),
         "files": {file.name: file.stat().st_size for file in source.tensors.files},
-        "kept for export, not used": source.kept,
     }
+    if source.kept:
+        found["kept for export, not used"] = source.kept
     if config is not None:
         found |= _fit(source, config)
     return found

@@ -151,7 +151,7 @@ def import_leaves(
         for path in made.keys() & start.keys():
             made[path][...] = start[path]
         for at in np.ndindex(keys.shape) if made else ():
-            if keys[at] not in tensors and start:
+            if keys[at] not in tensors and made.keys() <= start.keys():
                 continue
             tensor = tensors[keys[at]]
             for path, part in zip(paths, np.split(tensor, ends) if len(paths) > 1 else [tensor], strict=True):

@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -61,21 +61,16 @@ class Tensors(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._homes)
 
-    def home(self, key: str) -> Path:
-        """The file that holds a tensor."""
-        return self._homes[key]
 
-
-class _Shard:
-    """One file. kinds: {name: (dtype, shape)}."""
+class _Shard(Protocol):
+    """One file. kinds: {name: (dtype, shape)}; read: a tensor by name."""
 
     kinds: dict[str, tuple[np.dtype, tuple[int, ...]]]
 
-    def read(self, key: str) -> np.ndarray:
-        raise KeyError(key)
+    def read(self, key: str) -> np.ndarray: ...
 
 
-class _Safetensors(_Shard):
+class _Safetensors:
     """Tensors as pages of the mapped file. The library checks the header: that it is whole and that it covers the file."""
 
     def __init__(self, path: Path):
@@ -104,7 +99,7 @@ class _Safetensors(_Shard):
         return np.memmap(self.path, dtype, "r", self._offsets[key], shape or (1,)).reshape(shape)
 
 
-class _Torch(_Shard):
+class _Torch:
     """Tensors of a torch file; those of the zip format, which every torch since 1.6 writes, are mapped."""
 
     def __init__(self, path: Path):

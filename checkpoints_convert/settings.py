@@ -90,10 +90,11 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config) -> st
     if "llama" in parts and told:
         told = _llama(told)
         problems += _differing(_LLAMA, told, config) + _unserved(_LLAMA_ONLY, told)
-    if parts & {"clip", "clip_open"} and "llama" not in parts and told:
+    kind = str(told.get("model_type", ""))  # of whatever lies beside a lone file
+    if parts & {"clip", "clip_open"} and "llama" not in parts and told and (not kind or kind.startswith("clip")):
         vision = told.get("vision_config", told)
         problems += _differing(_CLIP, vision, config)
-    if parts == {"sam"} and told.get("vision_config"):
+    if parts == {"sam"} and kind == "sam" and told.get("vision_config"):
         problems += _differing(_SAM_HF, told["vision_config"], config)
         blocks = config.model.sam.layers // config.model.sam.global_every
         whole = [(i + 1) * config.model.sam.global_every - 1 for i in range(blocks)]

@@ -1,6 +1,6 @@
 """The attention of every tower, in one place, so that a kernel is chosen here and nowhere else.
 
-Axis letters: B batch, T queries, S keys, H heads, K head width, V value width,
+Axis letters: B batch, T queries, S keys, H heads, G key-value heads, K head width, V value width,
 N groups of rows that share J keys, g side of a token grid.
 """
 
@@ -21,13 +21,16 @@ def attend(
 ) -> jax.Array:
     """softmax(scale · q kᵀ + bias) v, the softmax in float32.
 
-    q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] -> [B, T, H, V] in v's dtype. mask: bool, broadcastable to
-    [B, H, T, S], True where a query may look; a query that may look nowhere gets the mean of all values, not NaN.
-    bias: broadcastable to [B, H, T, S]. scale: K ** -0.5 unless given.
+    q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] -> [B, T, H, V] in v's dtype. k and v may have fewer heads G, each for H/G
+    heads of q in a row (grouped queries; a mask is then the same for all heads, and there is no bias).
+    mask: bool, broadcastable to [B, H, T, S], True where a query may look; a query that may look nowhere gets the mean of all
+    values, not NaN. bias: broadcastable to [B, H, T, S]. scale: K ** -0.5 unless given.
     shared: further keys and values [N, J, H, K], [N, J, H, V], unmasked, the n-th seen by the rows n·B/N … (n+1)·B/N - 1:
     the same as if they were repeated for each row and stood before k and v.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if k.shape[2] < q.shape[2]:
+        return _attend_grouped(q, k, v, mask, scale)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # heads first: batched matrix products without a transposed operand
     logits = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
@@ -51,6 +54,17 @@ def attend(
     weights = jax.nn.softmax(jnp.concatenate([logits_shared, logits], axis=-1), axis=-1).astype(v.dtype)
     out = apart(jnp.einsum("nhtj,nhjv->nhtv", together(weights[..., :j]), v_shared))
     return (out + jnp.einsum("bhts,bhsv->bhtv", weights[..., j:], v)).swapaxes(1, 2)
+
+
+def _attend_grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, scale: float) -> jax.Array:
+    """The heads of q that share keys stand behind one another as further queries, so that keys and values are not repeated."""
+    b, t, h, _ = q.shape
+    groups = k.shape[2]
+    q = q.reshape(b, t, groups, h // groups, -1).transpose(0, 3, 1, 2, 4).reshape(b, h // groups * t, groups, -1)
+    if mask is not None:
+        mask = jnp.tile(jnp.broadcast_to(mask, (*mask.shape[:-2], t, k.shape[1])), (1, 1, h // groups, 1))
+    out = attend(q, k, v, mask=mask, scale=scale)
+    return out.reshape(b, h // groups, t, groups, -1).transpose(0, 2, 3, 1, 4).reshape(b, t, h, -1)
 
 
 def fold_relative_position(q: jax.Array, k: jax.Array, rows: jax.Array, columns: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:

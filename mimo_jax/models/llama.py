@@ -82,8 +82,6 @@ class LlamaLayer(nnx.Module):
                 "v": cache["v"].at[index, rows, positions].set(v.astype(cache["v"].dtype)),
             }
             k, v = cache["k"][index].astype(k.dtype), cache["v"][index].astype(v.dtype)
-        repeat = self.heads // self.kv_heads
-        k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
         x = x + self.o(attend(q, k, v, mask=mask).reshape(b, t, -1))
         y = self.mlp_norm(x)
         x = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))

@@ -19,6 +19,14 @@ def test_attend_is_jax_attention():
     np.testing.assert_allclose(attend(q, k, v, mask=mask, bias=bias, scale=0.5), wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_grouped_queries_are_repeated_keys(rows):
+    q, k, v = draw(2, rows, 6, 8), draw(2, 7, 2, 8, seed=1), draw(2, 7, 2, 8, seed=2)
+    mask = jnp.asarray(np.random.default_rng(3).random((2, 1, rows, 7)) < 0.7).at[..., 0].set(True)
+    repeated = (jnp.repeat(x, 3, axis=2) for x in (k, v))
+    np.testing.assert_allclose(attend(q, k, v, mask=mask), jax.nn.dot_product_attention(q, *repeated, mask=mask), atol=1e-6)
+
+
 @pytest.mark.parametrize("copies", [1, 3])
 def test_shared_keys_are_repeated_keys(copies):
     n, b = 2, 2 * copies

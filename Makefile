@@ -33,6 +33,6 @@ $(CORE): setup.py pyproject.toml | $(BIN)/python
 $(DEV): $(CORE)
 	@echo "installing what the tests need into $(VENV): a few minutes, once"
 	$(BIN)/python -m pip install -q "torch==$(TORCH)+cpu" 2>/dev/null || $(BIN)/python -m pip install -q "torch==$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[dev,convert]"
+	$(BIN)/python -m pip install -q -e ".[dev,convert,medical]"
 	$(BIN)/python -m pip install -q --no-deps segment-anything==1.0
 	@touch $@

@@ -34,7 +34,15 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "convert": ["torch>=2.6,<=2.13.0", "peft>=0.17"],
-    "medical": ["pydicom>=3.0", "highdicom>=0.25", "nibabel>=5.3", "pynrrd>=1.1", "python-gdcm>=3.0.24", "pylibjpeg-openjpeg>=2.4"],
+    "medical": [
+        "pydicom>=3.0",
+        "highdicom>=0.25",
+        "nibabel>=5.3",
+        "pynrrd>=1.1",
+        "python-gdcm>=3.0.24",
+        "pylibjpeg-openjpeg>=2.4",
+        "pylibjpeg>=2",
+    ],
     "beam": ["apache-beam>=2.65"],
     "wandb": ["wandb>=0.19"],
     # segment-anything, which tests compare with, is installed by the Makefile with --no-deps.

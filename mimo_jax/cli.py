@@ -90,15 +90,24 @@ Every setting of the config file is set by its path, as --config.train.steps=500
         epilog="""examples:
   mimo ask --checkpoint runs/a image.png "Segment the liver." --out overlay.png
   mimo ask --checkpoint runs/a image.png "What is this?" --box 10,12,40,44 --json
-  mimo ask --checkpoint runs/a image.png "What is this?" --point 31,40,1 --point 5,5,0 --scribble "20,30 24,33 29,31" """,
+  mimo ask --checkpoint runs/a image.png "What is this?" --point 31,40,1 --point 5,5,0 --scribble "20,30 24,33 29,31"
+  mimo ask --checkpoint runs/a ct.dcm "Segment the liver." --window soft --out overlay.png --out liver.dcm
+  mimo ask --checkpoint runs/a cine.dcm "What is this?" --frame 12 --point 31,40,1 --out overlay.png
+  mimo ask --checkpoint runs/a ct.nii.gz "Segment the liver." --slice axial:30 --window -160,240 --out liver.nii.gz""",
     )
     _checkpoint_flags(ask)
-    ask.add_argument("image", metavar="IMAGE", help="an image file")
+    ask.add_argument("image", metavar="IMAGE", help="an image file: PNG, JPEG, TIFF, BMP, DICOM or NIfTI")
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--point", type=_point, action="append", default=[], metavar="X,Y,LABEL", help="label 1: in, 0: out; repeatable")
     ask.add_argument("--box", type=_box, action="append", default=[], metavar="X0,Y0,X1,Y1", help="x1 and y1 are outside; repeatable")
     ask.add_argument("--scribble", type=_scribble, action="append", default=[], metavar='"X,Y X,Y …"', help="a stroke; repeatable")
-    ask.add_argument("--out", metavar="FILE", help="write the overlay (.png), the answer (.json) or the masks (.npy)")
+    ask.add_argument("--frame", type=_index, metavar="N", help="of a DICOM of several frames, from 0; such as 12")
+    slice_help = "of a NIfTI volume; AXIS axial, coronal, sagittal, or the file's i, j, k; INDEX along it, from 0; such as axial:30"
+    ask.add_argument("--slice", metavar="AXIS:INDEX", help=slice_help)
+    window_help = "values that become black and white, such as -160,240; or, in HU, lung, bone, soft, brain, abdomen or mediastinum"
+    ask.add_argument("--window", type=_window, metavar="LOW,HIGH|NAME", help=window_help)
+    out_help = "write the overlay (.png), the answer (.json), the masks (.npy), or on the input's own grid .nii, .nii.gz, .dcm; repeatable"
+    ask.add_argument("--out", action="append", default=[], metavar="FILE", help=out_help)
     ask.add_argument("--json", action="store_true", help="print the answer as JSON, masks as COCO RLE")
     ask.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer, in tokens")
     ask.set_defaults(run=_ask)
@@ -180,7 +189,7 @@ def _negatives_joined(argv: Sequence[str]) -> list[str]:
     """`--box -3,4,9,9` as `--box=-3,4,9,9`: argparse takes a leading minus for a flag."""
     joined: list[str] = []
     for argument in argv:
-        if joined and joined[-1] in ("--point", "--box", "--scribble") and argument[:1] == "-" and argument[1:2].isdecimal():
+        if joined and joined[-1] in ("--point", "--box", "--scribble", "--window") and argument[:1] == "-" and argument[1:2].isdecimal():
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
@@ -241,11 +250,19 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _ask(args: argparse.Namespace) -> int:
+    from mimo_jax.data.medical import open_picture
+    from mimo_jax.infer.answer import check_outputs
     from mimo_jax.infer.predictor import Mimo
 
+    # A big model takes minutes to load: what is wrong with the image or the outputs is said before.
+    picture = open_picture(args.image, frame=args.frame, slice=args.slice, window=args.window)
+    check_outputs(*args.out, grid=picture.grid)
+    for out in args.out:
+        if os.path.exists(out) and os.path.samefile(out, args.image):
+            raise UserError(f"--out {out}: is the image itself; choose another name")
     mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained)
     print(mimo.origin, file=sys.stderr)
-    chat = mimo.open(args.image)
+    chat = mimo.open(picture)
     answer = chat.ask(args.question, points=args.point, boxes=args.box, scribbles=args.scribble, max_new_tokens=args.max_new_tokens)
     if args.json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
@@ -253,10 +270,11 @@ def _ask(args: argparse.Namespace) -> int:
         print(answer.describe())
         for entity in answer.entities:
             doubt = ", uncertain" if entity.uncertain else ""
-            print(f"  {entity.phrase or 'unnamed'}: {entity.area_px} px, box {entity.box_xyxy}, score {entity.score:.2f}{doubt}")
+            area = f"{entity.area_px} px" if entity.area_mm2 is None else f"{entity.area_px} px, {entity.area_mm2:.1f} mm²"
+            print(f"  {entity.phrase or 'unnamed'}: {area}, box {entity.box_xyxy}, score {entity.score:.2f}{doubt}")
     if args.out:
-        answer.save(args.out)
-        print(f"written to {args.out}", file=sys.stderr)
+        answer.save(*args.out)
+        print(f"written to {', '.join(args.out)}", file=sys.stderr)
     return EXIT_DONE
 
 
@@ -279,6 +297,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
 def _numbers(text: str, counts: tuple[int, ...], shape: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
@@ -295,6 +319,14 @@ def _point(text: str) -> list[float]:
 
 def _box(text: str) -> list[float]:
     return _numbers(text, (4,), "X0,Y0,X1,Y1 such as 10,12,40,44")
+
+
+def _window(text: str) -> str | tuple[float, float]:
+    """A name as it is, of which `open_picture` knows; two numbers otherwise."""
+    if text.isalpha():
+        return text
+    low, high = _numbers(text, (2,), "LOW,HIGH such as -160,240, or a name such as lung")
+    return low, high
 
 
 def _scribble(text: str) -> list[list[float]]:

@@ -7,9 +7,13 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mimo_jax import __version__, cli
+from mimo_jax.data import medical
+from mimo_jax.data.medical import Picture
 from mimo_jax.errors import UserError
 
 COMMANDS = ["train", "eval", "ask", "data", "data phantom"]
@@ -39,7 +43,7 @@ def called(monkeypatch):
 
 
 class FakeAnswer:
-    entities = [types.SimpleNamespace(phrase="liver", area_px=12, box_xyxy=[1, 2, 3, 4], score=0.25, uncertain=True)]
+    entities = [types.SimpleNamespace(phrase="liver", area_px=12, area_mm2=None, box_xyxy=[1, 2, 3, 4], score=0.25, uncertain=True)]
 
     def describe(self):
         return "The liver is outlined."
@@ -47,14 +51,19 @@ class FakeAnswer:
     def to_json(self):
         return {"text": "The liver is outlined."}
 
-    def save(self, path):
-        Path(path).write_text("picture")
+    def save(self, *paths):
+        for path in paths:
+            Path(path).write_text("picture")
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """`Mimo`, replaced: what it was loaded, opened and asked with."""
+    """`Mimo` and `open_picture`, replaced: what they were loaded, opened and asked with."""
     record = {}
+
+    def open_picture(image, **chosen):
+        record.update(image=image, **chosen)
+        return Picture(np.zeros((4, 5, 3), np.uint8))
 
     class FakeMimo:
         @classmethod
@@ -65,7 +74,7 @@ def asked(monkeypatch):
             return made
 
         def open(self, image):
-            record.update(image=image)
+            assert isinstance(image, Picture)
             return self
 
         def ask(self, question, **prompts):
@@ -75,6 +84,7 @@ def asked(monkeypatch):
     module = types.ModuleType("mimo_jax.infer.predictor")
     module.Mimo = FakeMimo
     monkeypatch.setitem(sys.modules, "mimo_jax.infer.predictor", module)
+    monkeypatch.setattr(medical, "open_picture", open_picture)
     return record
 
 
@@ -131,6 +141,11 @@ def test_help_loads_no_jax():
         ("ask --checkpoint c i.png q --box 1,2,3", "'1,2,3' is not X0,Y0,X1,Y1 such as 10,12,40,44"),
         ("ask --checkpoint c i.png q --point 1", "'1' is not X,Y,LABEL such as 31,40,1"),
         ("ask --checkpoint c i.png q --scribble 1,2,3", "'1,2,3' is not X,Y pairs"),
+        ("ask --checkpoint c i.png q --frame -1", "'-1' is not a whole number of 0 or more"),
+        ("ask --checkpoint c i.png q --window -5,3,1", "'-5,3,1' is not LOW,HIGH such as -160,240, or a name such as lung"),
+        ("ask --checkpoint c i.png q --window liver", "window liver: is unknown; give LOW,HIGH or one of lung, bone"),
+        ("ask --checkpoint c i.png q --window 3,3", "window 3,3: give two numbers LOW,HIGH with LOW < HIGH"),
+        ("ask --checkpoint c gone.png q", "gone.png: No such file"),
         ("train --config tiny --workdir w --config.train.stesp=5", "config.train.stesp: is unknown; did you mean config.train.steps?"),
         ("train --config tiny --workdir w --config.train.steps", "--config.train.steps"),
         ("train --config gone.py --workdir w", "--config gone.py: no such file"),
@@ -166,21 +181,48 @@ def test_eval_and_phantom_hand_over_their_flags(called, capsys):
     assert "d train: 8 images, 9 masks, 10 samples (I 10)" in capsys.readouterr().out
 
 
-def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path):
-    out = tmp_path / "overlay.png"
+def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypatch):
+    out, other = tmp_path / "overlay.png", tmp_path / "answer.json"
     argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--allow-untrained"]
     argv += ["--point", "1,2.5,0", "--point", "3,4", "--max-new-tokens", "9"]
-    assert cli.main([*argv, "--box", "-1,2,3,4", "--scribble", "1,2 3,4", "--scribble", "5,6", "--out", str(out)]) == 0
+    argv += ["--frame", "3", "--slice", "k:4", "--window", "-160,240", "--out", str(out), "--out", str(other)]
+    assert cli.main([*argv, "--box", "-1,2,3,4", "--scribble", "1,2 3,4", "--scribble", "5,6"]) == 0
     assert asked == {
         **{"checkpoint": "c", "base": "b", "allow_untrained": True, "image": "i.png", "question": "Which?", "max_new_tokens": 9},
+        **{"frame": 3, "slice": "k:4", "window": (-160.0, 240.0)},
         "points": [[1.0, 2.5, 0.0], [3.0, 4.0, 1.0]],
         "boxes": [[-1.0, 2.0, 3.0, 4.0]],
         "scribbles": [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]],
     }
-    assert out.read_text() == "picture"
+    assert out.read_text() == other.read_text() == "picture"
     said = capsys.readouterr()
     assert said.out.splitlines() == ["The liver is outlined.", "  liver: 12 px, box [1, 2, 3, 4], score 0.25, uncertain"]
-    assert said.err.splitlines()[0] == "base 1234"
+    assert said.err.splitlines() == ["base 1234", f"written to {out}, {other}"]
+    assert cli.main(["ask", "--checkpoint", "c", "i.png", "Which?", "--window", "lung"]) == 0 and asked["window"] == "lung"
+    monkeypatch.setattr(FakeAnswer.entities[0], "area_mm2", 7.06)
+    assert cli.main(["ask", "--checkpoint", "c", "i.png", "Which?"]) == 0
+    assert "  liver: 12 px, 7.1 mm², box" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "out, error",
+    [
+        ("a.gz.gif", "cannot tell what to write"),
+        ("a.nii.gz", "only NIfTI and DICOM input"),
+        ("a.dcm", "only DICOM input"),
+        ("no/a.png", "no folder"),
+    ],
+)
+def test_ask_refuses_outputs_before_a_model_is_loaded(asked, capsys, out, error):
+    assert error in fails(capsys, "ask", "--checkpoint", "c", "i.png", "Which?", "--out", "b.json", "--out", out)
+    assert "checkpoint" not in asked
+
+
+def test_ask_never_overwrites_its_image(asked, capsys, tmp_path):
+    image = tmp_path / "i.png"
+    image.write_text("scan")
+    assert "is the image itself" in fails(capsys, "ask", "--checkpoint", "c", str(image), "Which?", "--out", f"{tmp_path}/./i.png")
+    assert image.read_text() == "scan" and "checkpoint" not in asked
 
 
 def test_ask_prints_json_alone(asked, capsys):
@@ -204,7 +246,8 @@ def test_exit_codes(called, capsys):
 
 
 def test_a_real_process_shows_a_traceback_only_where_the_fault_is_ours(tmp_path):
-    run = [sys.executable, "-m", "mimo_jax.cli", "ask", "--checkpoint", str(tmp_path), "i.png", "q"]
+    Image.new("L", (4, 4)).save(tmp_path / "i.png")
+    run = [sys.executable, "-m", "mimo_jax.cli", "ask", "--checkpoint", str(tmp_path), str(tmp_path / "i.png"), "q"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith(f"mimo: error: {tmp_path}: is not a checkpoint") and done.stderr.count("\n") == 1

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "data.loader": {"config", "errors", "geometry", "typing", "sharding"},
     "infer": {
         *("checkpoint", "config", "errors", "geometry", "models", "pathtree", "sharding", "typing"),
-        *("data.transforms", "data.tokenizer", "data.conversation", "data.prompts", "data.schema"),
+        *("data.transforms", "data.medical", "data.tokenizer", "data.conversation", "data.prompts", "data.schema"),
     },
     "eval": {"config", "data", "errors", "geometry", "infer", "pathtree", "typing"},
     "train": {
@@ -121,9 +121,10 @@ def test_running_imports_load_neither_torch_nor_transformers():
 
 def test_every_library_that_the_package_imports_is_declared():
     """A stranger's `pip install` brings all that `import mimo_jax…` needs."""
-    core = (ROOT / "setup.py").read_text().split("CORE = [")[1].split("]")[0]
-    declared = set(re.findall(r'"([\w-]+)>=', core))
+    setup = (ROOT / "setup.py").read_text()
+    core, medical = (set(re.findall(r'"([\w-]+)>=', setup.split(start)[1].split("]")[0])) for start in ("CORE = [", '"medical": ['))
     names = {"PIL": "pillow", "orbax": "orbax-checkpoint", "ml_collections": "ml-collections", "absl": "absl-py", "google": "protobuf"}
-    imported = {name.split(".")[0] for path in sources("mimo_jax") for name in imports(path)}
-    libraries = {names.get(name, name) for name in imported - sys.stdlib_module_names - {"mimo_jax", "configs", "checkpoints_convert"}}
-    assert libraries <= declared | {"jaxlib"}, f"not in setup.py: {', '.join(sorted(libraries - declared))}"
+    for deep, declared in ((False, core | {"jaxlib"}), (True, core | medical | {"jaxlib"})):  # what runs later may come with the extra
+        imported = {name.split(".")[0] for path in sources("mimo_jax") for name in imports(path, deep)}
+        libraries = {names.get(name, name) for name in imported - sys.stdlib_module_names - {"mimo_jax", "configs", "checkpoints_convert"}}
+        assert libraries <= declared, f"not in setup.py: {', '.join(sorted(libraries - declared))}"

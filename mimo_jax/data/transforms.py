@@ -50,7 +50,7 @@ def decode_image(
     """
     image, name = _open(source, name)
     if image.mode.startswith(("I", "F")):
-        grey = _window(np.asarray(image, np.float32), window, percentiles, name)
+        grey = windowed(np.asarray(image, np.float32), window, percentiles, name)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if window is not None:
         raise ImageError(f"{name}: window {window} given, but Pillow reads this {image.mode} file as 8 bits; leave the window away")
@@ -111,7 +111,7 @@ def _open(source: bytes | str | os.PathLike, name: str) -> tuple[Image.Image, st
     return upright, name
 
 
-def _window(values: np.ndarray, window: tuple[float, float] | None, percentiles: tuple[float, float], name: str) -> np.ndarray:
+def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles: tuple[float, float], name: str) -> np.ndarray:
     """float [H, W] -> uint8 [H, W], linear between low and high; what is not finite becomes 0."""
     finite = np.isfinite(values)
     if not finite.any():

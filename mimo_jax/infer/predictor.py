@@ -20,13 +20,15 @@ import numpy as np
 from mimo_jax import checkpoint as checkpoints
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
+from mimo_jax.data.medical import Picture, Window, open_picture
 from mimo_jax.data.prompts import PromptError, Prompts, encode_prompts
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.data.transforms import ImageError, decode_image, mask_from_logits, views
+from mimo_jax.data.transforms import mask_from_logits, views
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, GeometryError, clip_frame, sam_frame, validate_boxes, validate_points, validate_scribbles
 from mimo_jax.infer.answer import Answer, Entity
 from mimo_jax.infer.generate import Engine
+from mimo_jax.infer.write_masks import Grid
 
 _IMAGES = 4  # an image in the towers weighs about as much as so many answers
 _LENGTH_STEP = 32  # prompt buckets: 32, 64, 96, 128, then 192, 256, 384, 512, 768, …
@@ -34,13 +36,16 @@ _LENGTH_STEP = 32  # prompt buckets: 32, 64, 96, 128, then 192, 256, 384, 512, 7
 
 @dataclass
 class EncodedImage:
-    """An image after both towers. pixels uint8 [H, W, 3]; x_img [I, Dc]; features [g, g, C]."""
+    """An image after both towers. pixels uint8 [H, W, 3]; x_img [I, Dc]; features [g, g, C]; spacing_mm of rows and of columns,
+    and grid, are those of the medical file that it comes from."""
 
     pixels: np.ndarray
     clip_frame: Frame
     sam_frame: Frame
     x_img: jax.Array
     features: jax.Array
+    spacing_mm: tuple[float, float] | None = None
+    grid: Grid = None
 
 
 @dataclass
@@ -95,9 +100,20 @@ class Mimo:
         config, params, tokenizer_path, _, origin = checkpoints.load_for_inference(checkpoint, base, allow_untrained)
         return cls(config, params, Tokenizer(tokenizer_path, config.model), origin)
 
-    def open(self, image: str | os.PathLike | np.ndarray) -> Chat:
-        """A chat about one image: a file (PNG, JPEG, TIFF, …), or uint8 pixels [H, W] or [H, W, 3]. UserError if unreadable."""
-        return Chat(self, self.encode([read_image(image)])[0])
+    def open(
+        self,
+        image: str | os.PathLike | np.ndarray | Picture,
+        frame: int | None = None,
+        slice: str | None = None,
+        window: Window = None,
+    ) -> Chat:
+        """A chat about one image: a file (PNG, JPEG, TIFF, DICOM, NIfTI, …), uint8 pixels [H, W] or [H, W, 3], or what
+        `open_picture` made; frame (from 0), slice ("axial:30") and window ((low, high) or a name) are of a file, as
+        `open_picture` takes them. UserError if unreadable."""
+        picture = read_image(image, frame, slice, window)
+        (encoded,) = self.encode([picture.pixels])
+        encoded.spacing_mm, encoded.grid = picture.spacing_mm, picture.grid
+        return Chat(self, encoded)
 
     def encode(self, images: Sequence[np.ndarray]) -> list[EncodedImage]:
         """Both towers over uint8 images [H, W, 3], in batches."""
@@ -222,9 +238,9 @@ class Mimo:
             entities = []
             for k, ((phrase, _, _), place) in enumerate(zip(phrases, places[b], strict=True)):
                 mask = mask_from_logits(logits[b, k], image.sam_frame, *image.pixels.shape[:2])
-                entities.append(Entity.of(k, phrase, mask, iou[b, k], probs[b, place]))
+                entities.append(Entity.of(k, phrase, mask, iou[b, k], probs[b, place], image.spacing_mm))
             parts = [{"text": p["text"]} if p["seg"] is None else {"text": p["text"], "entity_id": p["seg"]} for p in pieces]
-            answer = Answer(text, parts, entities, not ended[b], request.question, image.pixels, turn.prompts)
+            answer = Answer(text, parts, entities, not ended[b], request.question, image.pixels, turn.prompts, image.grid)
             results.append((answer, self._past(turn, said[b], new_x_q[b])))
         return results
 
@@ -285,18 +301,23 @@ class Chat:
         return answer
 
 
-def read_image(image: str | os.PathLike | np.ndarray) -> np.ndarray:
-    """A file, or uint8 pixels [H, W] or [H, W, 3], as uint8 [H, W, 3]. UserError if it is neither."""
-    if not isinstance(image, np.ndarray):
-        try:
-            return decode_image(image)
-        except ImageError as error:
-            raise UserError(str(error)) from None
+def read_image(
+    image: str | os.PathLike | np.ndarray | Picture, frame: int | None = None, slice: str | None = None, window: Window = None
+) -> Picture:
+    """A file, or uint8 pixels [H, W] or [H, W, 3], as a Picture; one that is there already stays. UserError for anything else,
+    and for frame, slice or window without a file."""
+    if not isinstance(image, np.ndarray | Picture):
+        return open_picture(image, frame=frame, slice=slice, window=window)
+    for name, value in (("frame", frame), ("slice", slice), ("window", window)):
+        if value is not None:
+            raise UserError(f"{name} {value}: is for a file; these are pixels already, leave it away")
+    if isinstance(image, Picture):
+        return image
     if image.ndim == 2:
         image = np.repeat(image[:, :, None], 3, axis=2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise UserError(f"image: an array {image.dtype}{list(image.shape)}; give uint8 [height, width, 3] or [height, width]")
-    return image
+    return Picture(image)
 
 
 def _checked(prompts: Prompts, frame: Frame) -> Prompts:

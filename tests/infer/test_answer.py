@@ -27,4 +27,7 @@ def test_an_empty_mask_has_no_box_and_is_uncertain():
     one = np.zeros((4, 5), bool)
     one[2, 3] = True
     assert Entity.of(0, "cyst", one, 0.9, 0.9).box_xyxy == [3, 2, 4, 3]
+    assert entity.area_mm2 is None and "area_mm2" not in entity.to_json()
+    measured = Entity.of(0, "cyst", one, 0.9, 0.9, spacing_mm=(0.7, 1.1111))
+    assert measured.area_mm2 == pytest.approx(0.77777) and measured.to_json()["area_mm2"] == 0.78
     assert not Entity.of(0, "cyst", one, 0.9, 0.9).uncertain and Entity.of(0, "cyst", one, 0.9, 0.5).uncertain

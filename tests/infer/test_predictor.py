@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import nibabel
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,12 +14,14 @@ from pycocotools import mask as coco
 
 from mimo_jax import checkpoint, pathtree
 from mimo_jax.data.conversation import prompt_turn
+from mimo_jax.data.medical import Picture, open_picture
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer import answer as answers
 from mimo_jax.infer.predictor import Mimo, Request, _bucket
 from tests.data.handmade import lisa_tokenizer
 from tests.data.handmade import tokenizer as make_tokenizer
+from tests.data.medical_files import dicom, nifti, saved
 from tests.tiny_config import random_params, tiny_config
 
 
@@ -293,6 +296,35 @@ def test_answers_are_saved_by_their_ending(mimo, tokenizer, tmp_path):
         with pytest.raises(UserError, match="a.gif|none"):
             answer.save(tmp_path / "b.json", tmp_path / bad)
     assert not (tmp_path / "b.json").exists()
+
+
+def test_medical_files_are_opened_asked_about_and_answered_on_their_grid(mimo, tokenizer, tmp_path):
+    volume = np.random.default_rng(0).integers(0, 999, (30, 20, 4)).astype(np.int16)
+    path = nifti(tmp_path / "a.nii.gz", volume, np.diag([2.0, 3, 4, 1]))
+    chat = mimo.open(path, slice="axial:2", window=(0, 999))
+    np.testing.assert_array_equal(chat.image.pixels, open_picture(path, slice="axial:2", window=(0, 999)).pixels)
+    with Said(mimo, grounded(tokenizer, "liver", "spleen")):
+        answer = chat.ask("Segment both.")
+    answer.save(tmp_path / "b.nii.gz", tmp_path / "b.json")
+    labels = np.asanyarray(nibabel.load(tmp_path / "b.nii.gz").dataobj)
+    liver, spleen = (e.mask[::-1, ::-1].T for e in answer.entities)
+    np.testing.assert_array_equal(labels[:, :, 2], np.where(spleen, 2, liver))
+    assert not labels[:, :, [0, 1, 3]].any()
+    for e, row in zip(answer.entities, json.loads((tmp_path / "b.json").read_text())["entities"], strict=True):
+        assert e.area_mm2 == row["area_mm2"] == 6 * e.area_px
+
+    frames = np.random.default_rng(0).integers(0, 999, (3, 20, 30)).astype(np.uint16)
+    chat = mimo.open(saved(dicom(frames, frames=3), tmp_path / "c.dcm"), frame=2, window="soft")
+    with Said(mimo, grounded(tokenizer, "liver")):
+        assert chat.ask("Segment it.").entities[0].area_mm2 == chat.answers[0].entities[0].area_px * 0.125
+    assert mimo.open(open_picture(path, slice="k:0")).image.grid.index == 0
+
+
+@pytest.mark.parametrize("error, chosen", [("frame 0: is for a file", {"frame": 0}), ("slice k:1: is for", {"slice": "k:1"})])
+def test_frame_and_slice_are_refused_with_pixels(mimo, error, chosen):
+    for image in (picture(), Picture(picture())):
+        with pytest.raises(UserError, match=error):
+            mimo.open(image, **chosen)
 
 
 def test_load_answers_as_the_model_that_was_saved(mimo, tokenizer, tmp_path):

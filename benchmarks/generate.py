@@ -1,0 +1,148 @@
+"""Greedy generation on a CPU against `transformers` with the same weights, in one run.
+
+    python benchmarks/generate.py
+
+A Llama with random weights (float32), made by transformers, converted by the name table. Same tokens? How many tokens a second, at
+batch 1 and 16, and against decoding without a cache? Prompts of mixed lengths; torch runs on as many threads as there are cores.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoints_convert import name_map, rows  # noqa: E402
+from mimo_jax import pathtree  # noqa: E402
+from mimo_jax.config import LlamaConfig  # noqa: E402
+from mimo_jax.infer.generate import Engine  # noqa: E402
+from mimo_jax.models import mimo, stack  # noqa: E402
+from tests.tiny_config import random_params, tiny_config  # noqa: E402
+
+LLM = LlamaConfig(vocab_size=8000, width=768, layers=12, heads=12, kv_heads=4, mlp_width=2048, max_length=1024)
+PROMPTS, NEW, BUCKET, REPEATS = 64, 32, 256, 5
+CONTEXT = 512  # of the comparison with no cache
+
+
+def language_model() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=LLM.vocab_size + 3, hidden_size=LLM.width, intermediate_size=LLM.mlp_width, num_hidden_layers=LLM.layers,
+        num_attention_heads=LLM.heads, num_key_value_heads=LLM.kv_heads, rms_norm_eps=LLM.eps, max_position_embeddings=LLM.max_length,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=None, pad_token_id=0, initializer_range=0.05,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def here(model: transformers.LlamaForCausalLM):
+    """(config, parameters) of a MIMO around the same language model; its other parts are tiny and never asked."""
+    config = tiny_config()
+    config.model.llm = LLM
+    params = pathtree.flatten(random_params(config))
+    leaves = {path: leaf for path, leaf in params.items() if path.split("/")[0] in ("llm", "embedding", "lm_head")}
+    tensors = {key: value.numpy() for key, value in model.state_dict().items()}
+    imported = name_map.import_state(tensors, rows.LLAMA, name_map.layer_indices(config.model), leaves, rows.LLAMA_IGNORED)
+    return config, pathtree.unflatten(params | imported)
+
+
+def ours(engine: Engine, x_q: jax.Array, prompts: list[np.ndarray], new: int, bucket: int) -> np.ndarray:
+    """ids [B, new]"""
+    ids, mask = np.zeros((len(prompts), bucket), np.int32), np.zeros((len(prompts), bucket), bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
+    out = engine.generate(x_q[: len(prompts)], ids, np.full_like(ids, -1), mask, np.full(len(prompts), new, np.int32), new)
+    return np.asarray(out.ids)
+
+
+@torch.no_grad()
+def theirs(model: transformers.LlamaForCausalLM, prompts: list[np.ndarray], new: int) -> np.ndarray:
+    """ids [B, new], by `generate` with its cache; left-padded to the longest."""
+    longest = max(map(len, prompts))
+    ids, mask = torch.zeros((len(prompts), longest), dtype=torch.long), torch.zeros((len(prompts), longest), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = torch.from_numpy(prompt), 1
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, use_cache=True)
+    return out[:, longest:].numpy()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    call()  # compiles, or warms up
+    taken = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def without_cache(config, params, prompt: np.ndarray, new: int) -> Callable[[], object]:
+    """The whole sequence through the model for every token, as LISA and GLaMM decode."""
+    graphdef, _ = mimo.abstract(config)
+    length = len(prompt) + new
+
+    @jax.jit
+    def step(params, ids, at):
+        model = stack.bind(graphdef, params)
+        hidden = model.decode(model.embedding(ids), jax.numpy.arange(length)[None])
+        token = model.logits(hidden[:, at])[0].argmax().astype(jax.numpy.int32)
+        return ids.at[0, at + 1].set(token)
+
+    def call():
+        ids = jax.numpy.asarray(np.pad(prompt, (0, new))[None].astype(np.int32))
+        for at in range(len(prompt) - 1, length - 1):
+            ids = step(params, ids, at)
+        return ids[0, len(prompt) :]
+
+    return call
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    model = language_model()
+    config, params = here(model)
+    engine = Engine(config, params, eos_id=-1)
+    x_q = jax.numpy.zeros((16, 1, config.model.query_tokens(), LLM.width))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, LLM.vocab_size, rng.integers(8, BUCKET)) for _ in range(PROMPTS)]
+    threads = (
+        f"torch {torch.__version__} on {torch.get_num_threads()} threads, transformers {transformers.__version__}, jax {jax.__version__}"
+    )
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, float32; {threads}")
+
+    wanted = [theirs(model, [prompt], NEW)[0] for prompt in prompts]
+    for batch in (1, 16):
+        groups = [prompts[at : at + batch] for at in range(0, PROMPTS, batch)]
+        found = [row for group in groups for row in ours(engine, x_q, group, NEW, BUCKET)]
+        same = sum(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+        print(f"greedy, {NEW} tokens, batch {batch}: identical to transformers in {same} of {PROMPTS}", flush=True)
+    for batch in (1, 16):
+        group = prompts[:batch]
+        us = seconds(lambda group=group: ours(engine, x_q, group, NEW, BUCKET))
+        them = seconds(lambda group=group: theirs(model, group, NEW))
+        rate = batch * NEW
+        print(
+            f"tokens/s, batch {batch}, prompts up to {max(map(len, group))}: ours {rate / us:.1f}, transformers {rate / them:.1f}, "
+            f"ratio {them / us:.2f}",
+            flush=True,
+        )
+    prompt = rng.integers(3, LLM.vocab_size, CONTEXT)
+    short, long = (seconds(lambda new=new: ours(engine, x_q, [prompt], new, CONTEXT)) for new in (8, 40))
+    cached = (long - short) / 32
+    uncached = seconds(without_cache(config, params, prompt, 8)) / 8
+    print(
+        f"a token at {CONTEXT} of context: {1000 * cached:.1f} ms with the cache, {1000 * uncached:.1f} ms without, "
+        f"{uncached / cached:.1f} x"
+    )
+
+
+if __name__ == "__main__":
+    main()

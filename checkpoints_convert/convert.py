@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from checkpoints_convert import name_map, settings, sources
 from checkpoints_convert.name_map import KeyMapError
 from checkpoints_convert.readers import is_finite
 from checkpoints_convert.sources import SEED, Source, SourceError
+from checkpoints_convert.target import check_target, staged
 from checkpoints_convert.vocabulary import Vocabulary
 from mimo_jax import base, checkpoint, parameters, pathtree, provenance, storage
 from mimo_jax.config import Config, ConfigError
@@ -151,25 +150,17 @@ def import_checkpoint(request: Request) -> dict[str, Any]:
     """Convert, and return what provenance.json records. UserError subclasses for everything that is the user's to mend; then
     nothing is written."""
     out = storage.absolute(request.out)
-    _check_target(out)
+    check_target(out)
     plan = _Plan(request)
-    _check_space(out, plan.bytes())
+    check_target(out, plan.bytes() + _SPARE_BYTES)
     _report(plan, request.say)
     started = time.monotonic()
     hashes, nonfinite = _verify(plan)
     if nonfinite and not request.allow_nonfinite:
         raise KeyMapError("\n".join([f"{len(nonfinite)} tensors hold NaN or Inf (--allow-nonfinite takes them as they are)", *nonfinite]))
     request.say(f"read and hashed {len(hashes)} files: {time.monotonic() - started:.0f} s")
-    stage = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(stage, ignore_errors=True)
-    try:
+    with staged(out) as stage:
         record = _write(plan, request, stage, out, hashes, nonfinite)
-        if out.exists():
-            out.rmdir()
-        os.rename(stage, out)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
     request.say(f"written to {out}: {time.monotonic() - started:.0f} s; base {record['base'][:12]}")
     return record
 
@@ -177,47 +168,30 @@ def import_checkpoint(request: Request) -> dict[str, Any]:
 def _write(plan: _Plan, request: Request, stage: Path, out: Path, hashes: dict, nonfinite: list[str]) -> dict[str, Any]:
     config = plan.config
     config.init.path = ""
-    with base.writing(stage):
-        stage.mkdir()
-        drawn = _draw(plan, request.seed)
-        frozen = base.write(stage, plan.stream(plan.leaves.keys() - plan.trained, drawn), out)
-        trained = checkpoint.write_step(stage, 0, plan.stream(plan.trained, drawn), {})
-        record = {
-            "sources": sources.origins(plan.sources, hashes),
-            "seed": request.seed,
-            "untrained": plan.untrained,
-            "neutral": sorted(plan.drawn - set(plan.untrained)),
-            **plan.excused,
-            "allow_missing": list(request.allow_missing),
-            "ignore_extra": list(request.ignore_extra),
-            "nonfinite": nonfinite,
-            "key_map": request.key_map.read_text() if request.key_map else None,
-            "grounding": plan.vocabulary.grounding,
-            "base": frozen["fingerprint"],
-            "parameters": base.fingerprint(trained),
-        }
-        (stage / "tokenizer.json").write_text(plan.tokenizer, encoding="utf-8")
-        kept = {key: np.ascontiguousarray(source[key]) for source in plan.sources.values() for key in source.kept}
-        if kept:
-            save_file(kept, stage / provenance.KEPT)
-        storage.write_json(stage / provenance.FILE, record)
-        storage.write_json(stage / "config.json", config.to_dict())
+    drawn = _draw(plan, request.seed)
+    frozen = base.write(stage, plan.stream(plan.leaves.keys() - plan.trained, drawn), out)
+    trained = checkpoint.write_step(stage, 0, plan.stream(plan.trained, drawn), {})
+    record = {
+        "sources": sources.origins(plan.sources, hashes),
+        "seed": request.seed,
+        "untrained": plan.untrained,
+        "neutral": sorted(plan.drawn - set(plan.untrained)),
+        **plan.excused,
+        "allow_missing": list(request.allow_missing),
+        "ignore_extra": list(request.ignore_extra),
+        "nonfinite": nonfinite,
+        "key_map": request.key_map.read_text() if request.key_map else None,
+        "grounding": plan.vocabulary.grounding,
+        "base": frozen["fingerprint"],
+        "parameters": base.fingerprint(trained),
+    }
+    (stage / "tokenizer.json").write_text(plan.tokenizer, encoding="utf-8")
+    kept = {key: np.ascontiguousarray(source[key]) for source in plan.sources.values() for key in source.kept}
+    if kept:
+        save_file(kept, stage / provenance.KEPT)
+    storage.write_json(stage / provenance.FILE, record)
+    storage.write_json(stage / "config.json", config.to_dict())
     return record
-
-
-def _check_target(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SourceError(f"--out {out}: is there already; give a folder that is not, or is empty")
-    if not out.parent.is_dir():
-        raise SourceError(f"--out {out}: there is no folder {out.parent}; make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise SourceError(f"--out {out}: {out.parent} may not be written to; choose another, or change its permissions")
-
-
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < needed + _SPARE_BYTES:
-        raise SourceError(f"--out {out}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room, or choose another")
 
 
 def _report(plan: _Plan, say: Callable[[str], None]) -> None:

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from checkpoints_convert import name_map, ops, rows
 from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.sources import SourceError
+from checkpoints_convert.target import check_target, staged
 from mimo_jax import base, checkpoint, provenance, storage
 from mimo_jax.checkpoint import Leaves
 from mimo_jax.config import Config
@@ -41,27 +42,16 @@ def export_checkpoint(
     """Write a checkpoint in another format; returns a line for each thing written. UserError where the checkpoint or the target
     cannot serve; then nothing is written. merge: fold LoRA into the language model (hf, joint)."""
     out = storage.absolute(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SourceError(f"--out {out}: is there already; give a folder that is not, or is empty")
-    if not out.parent.is_dir():
-        raise SourceError(f"--out {out}: there is no folder {out.parent}; make it first")
+    check_target(out)
     leaves = Leaves(path, base_at)
     if form == "peft" and not leaves.config.model.lora.rank:
         raise SourceError(f"{path}: has no LoRA to export (config.model.lora.rank is 0)")
-    stage = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(stage, ignore_errors=True)
-    try:
-        with base.writing(stage):
-            stage.mkdir()
-            _WRITERS[form](leaves, stage, merge)
-            files = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
-            size = sum((stage / file).stat().st_size for file in files)
-            if out.exists():
-                out.rmdir()
-            os.rename(stage, out)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
+    if form not in ("peft", "sam"):
+        check_target(out, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.shapes.values()))
+    with staged(out) as stage:
+        _WRITERS[form](leaves, stage, merge)
+        files = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
+        size = sum((stage / file).stat().st_size for file in files)
     shown = [str(out / file) for file in files if file.suffix in (".safetensors", ".pth", ".json") and "steps" not in file.parts]
     return [*shown[:12], f"{form}: {size / 1e9:.2f} GB in {len(files)} files under {out}, from step {leaves.step} of {leaves.run}"]
 

@@ -13,6 +13,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+# Most of the time goes into compiling: unoptimised code of tiny models is ready in half of it, and runs as fast.
+# (benchmarks/parity_full_width.py holds optimised code against the same libraries.)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 # Two processes share two cores: time says nothing about a case.
 settings.register_profile("mimo", deadline=None)
 settings.load_profile("mimo")

@@ -10,6 +10,7 @@ M keys, C width of SAM's features, g side of their grid, n masks.
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import math
@@ -75,7 +76,7 @@ def longest_side(pixels: np.ndarray, side: int) -> Tensor:
     return torch.tensor(np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))).permute(2, 0, 1).float()
 
 
-class Oracle:
+class Oracle(abc.ABC):
     """What LISA, GLaMM and MIMO share. A subclass says in `embedded` how a prompt becomes the language model's input; its
     arguments are the `prompt` of the other methods.
 
@@ -94,13 +95,13 @@ class Oracle:
         hidden, out = nn.Linear(m.llm.width, m.llm.width), nn.Linear(m.llm.width, m.sam.decoder_width)
         self.llama.model.text_hidden_fcs = nn.ModuleList([nn.Sequential(hidden, nn.ReLU(), out, nn.Dropout(0.0))])
 
+    @abc.abstractmethod
     def embedded(self, pixels: np.ndarray, *prompt) -> Tensor:
         """The prompt up to where the answer begins -> [T, D]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def clip_pixels(self, pixels: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> what CLIP sees, [1, 3, S, S]."""
-        raise NotImplementedError
 
     def patches(self, pixels: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> X_img [I, Dc]."""

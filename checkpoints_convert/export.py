@@ -53,7 +53,7 @@ def export_checkpoint(
         files = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
         size = sum((stage / file).stat().st_size for file in files)
     shown = [str(out / file) for file in files if file.suffix in (".safetensors", ".pth", ".json") and "steps" not in file.parts]
-    return [*shown[:12], f"{form}: {size / 1e9:.2f} GB in {len(files)} files under {out}, from step {leaves.step} of {leaves.run}"]
+    return [*shown[:12], f"{form}: {size / 1e6:,.1f} MB in {len(files)} files under {out}, from step {leaves.step} of {leaves.run}"]
 
 
 # --- the formats

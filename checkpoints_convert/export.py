@@ -68,7 +68,7 @@ def _write_clip(leaves: Leaves, out: Path) -> None:
     import transformers
 
     m = leaves.config.model.clip
-    _shards(_tensors(leaves, rows.CLIP, "clip/"), out)
+    save_shards(_tensors(leaves, rows.CLIP, "clip/"), out)
     transformers.CLIPVisionConfig(
         hidden_size=m.width, num_hidden_layers=m.layers, num_attention_heads=m.heads, intermediate_size=m.mlp_width,
         hidden_act=m.activation, layer_norm_eps=m.eps, image_size=m.image_size, patch_size=m.patch_size,
@@ -80,7 +80,7 @@ def _write_llm(leaves: Leaves, out: Path, tensors: Iterable[tuple[str, np.ndarra
     import transformers
 
     m = leaves.config.model.llm
-    _shards(tensors, out)
+    save_shards(tensors, out)
     transformers.LlamaConfig(
         vocab_size=m.vocab_size + len(leaves.config.model.grounding_tokens()), hidden_size=m.width, num_hidden_layers=m.layers,
         num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_width, rms_norm_eps=m.eps,
@@ -231,7 +231,7 @@ def _write_tokenizer(leaves: Leaves, out: Path) -> None:
     storage.write_json(out / "tokenizer_config.json", about | special)
 
 
-def _shards(tensors: Iterable[tuple[str, np.ndarray]], out: Path) -> None:
+def save_shards(tensors: Iterable[tuple[str, np.ndarray]], out: Path) -> None:
     """model.safetensors, or shards of it with an index; one shard is held in memory at a time."""
     out.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from checkpoints_convert import name_map, ops, rows
 from checkpoints_convert.convert import Request, import_checkpoint
+from checkpoints_convert.export import save_shards
 from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.rows import Row
 from checkpoints_convert.sources import SourceError, open_sources
@@ -32,7 +32,6 @@ _TABLES = {
     "llm": (rows.LLAMA_BASE, ("llm/", "embedding/base", "lm_head/base")),
     "sam": (rows.SAM, ("sam_",)),
 }
-_SHARD_BYTES = 2 * 10**9
 _NOISE = 2**24  # values drawn once and dealt out again
 
 
@@ -119,7 +118,7 @@ def _make(config: Config, tensors: dict[str, dict], given: dict[str, Path]) -> N
 
     for name in ("clip", "llm"):
         given[name].mkdir(parents=True)
-        _save_shards(_random(tensors[name]), given[name])
+        save_shards(_random(tensors[name]), given[name])
     words = ["The left lung and the right lung are outlined."] * 2
     if not config.tokenizer or config.tokenizer == "train":
         train_tokenizer(words, config.model.llm.vocab_size, given["llm"] / "tokenizer.json", config.model.grounding_tokens())
@@ -154,25 +153,6 @@ def _without_grounding(path: Path, tokens: tuple[str, ...]) -> None:
     values = json.loads(path.read_text())
     values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in tokens]
     storage.write_json(path, values)
-
-
-def _save_shards(tensors: Iterator[tuple[str, np.ndarray]], folder: Path) -> None:
-    homes: dict[str, str] = {}
-    held: dict[str, np.ndarray] = {}
-
-    def flush() -> None:
-        name = f"model-{len(set(homes.values())) + 1:05}.safetensors"
-        save_file(held, folder / name, {"format": "pt"})
-        homes.update(dict.fromkeys(held, name))
-        held.clear()
-
-    for key, value in tensors:
-        held[key] = value
-        if sum(array.nbytes for array in held.values()) > _SHARD_BYTES:
-            flush()
-    if held:
-        flush()
-    storage.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": homes})
 
 
 def _copy_and_hash(sources: Path, copy: Path) -> float:

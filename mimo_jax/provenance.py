@@ -16,13 +16,18 @@ from collections.abc import Collection
 from pathlib import Path
 
 from mimo_jax import storage
+from mimo_jax.errors import UserError
 
 FILE, KEPT = "provenance.json", "kept.safetensors"
 
 
 def read(run: Path) -> dict:
-    """What is known of a run's weights; nothing for one that began from its own seed."""
-    return storage.read_json(run / FILE) or {}
+    """What is known of a run's weights; nothing for one that began from its own seed. UserError where it cannot be read: it may
+    say that parameters were never trained."""
+    record = storage.read_json(run / FILE)
+    if record is None and (run / FILE).exists():
+        raise UserError(f"{run / FILE}: is damaged, so where the weights come from cannot be told; copy it from where the run was made")
+    return record or {}
 
 
 def hand_on(source: Path, run: Path, frozen: Collection[str]) -> None:
@@ -44,4 +49,4 @@ def untrained(record: dict) -> str:
 def describe(record: dict) -> str:
     """The sources in one line, with the beginnings of their fingerprints."""
     sources = ", ".join(f"{name} {source['fingerprint'][:12]}" for name, source in record.get("sources", {}).items())
-    return f"weights: {sources}" if sources else "weights: from a seed"
+    return f"weights: {sources}" if sources else "weights: trained from a seed"

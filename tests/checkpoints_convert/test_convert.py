@@ -124,6 +124,13 @@ def test_what_was_never_trained_is_refused_by_those_who_ask_and_taken_by_trainin
     assert Mimo.load(imported, allow_untrained=True).origin.count("base ") == 1
 
 
+def test_a_damaged_provenance_does_not_make_a_checkpoint_pass_for_trained(imported, tmp_path):
+    shutil.copytree(imported, tmp_path / "copy")
+    (tmp_path / "copy" / provenance.FILE).write_text("{")
+    with pytest.raises(UserError, match="provenance.json: is damaged"):
+        Mimo.load(tmp_path / "copy")
+
+
 def test_the_tokenizer_comes_along_with_the_grounding_tokens_behind_it(imported):
     model = Mimo.load(imported, allow_untrained=True)
     assert model.tokenizer.vocab_size == originals.PIECES and model.tokenizer.seg == originals.PIECES + 2

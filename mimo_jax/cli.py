@@ -19,6 +19,8 @@ from typing import NoReturn
 from checkpoints_convert.command import add_verbs
 from mimo_jax import __version__
 from mimo_jax.errors import UserError
+from mimo_jax.flag_values import positive
+from mimo_jax.infer.command import add_ask, checkpoint_flags
 
 EXIT_DONE, EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 # What the operating system refuses because of a path, a permission or a full disk.
@@ -75,42 +77,15 @@ Every setting of the config file is set by its path, as --config.train.steps=500
   mimo eval --checkpoint runs/a --data data/phantom --split test --out report.json
   mimo eval --checkpoint runs/a/steps/500 --data my.jsonl --split val --limit 200 --overlays overlays --out report.json""",
     )
-    _checkpoint_flags(evaluate)
+    checkpoint_flags(evaluate)
     evaluate.add_argument("--data", required=True, metavar="DIR", help=data_help)
     evaluate.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
     evaluate.add_argument("--out", required=True, metavar="FILE", help="where the report goes, as JSON")
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples")
+    evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N samples")
     evaluate.add_argument("--overlays", metavar="DIR", help="write pictures of answers there")
     evaluate.set_defaults(run=_eval)
 
-    ask = commands.add_parser(
-        "ask",
-        help="ask about one image",
-        description="Ask about one image. Coordinates are pixels of the image: x right, y down, integers are pixel centres.",
-        epilog="""examples:
-  mimo ask --checkpoint runs/a image.png "Segment the liver." --out overlay.png
-  mimo ask --checkpoint runs/a image.png "What is this?" --box 10,12,40,44 --json
-  mimo ask --checkpoint runs/a image.png "What is this?" --point 31,40,1 --point 5,5,0 --scribble "20,30 24,33 29,31"
-  mimo ask --checkpoint runs/a ct.dcm "Segment the liver." --window soft --out overlay.png --out liver.dcm
-  mimo ask --checkpoint runs/a cine.dcm "What is this?" --frame 12 --point 31,40,1 --out overlay.png
-  mimo ask --checkpoint runs/a ct.nii.gz "Segment the liver." --slice axial:30 --window -160,240 --out liver.nii.gz""",
-    )
-    _checkpoint_flags(ask)
-    ask.add_argument("image", metavar="IMAGE", help="an image file: PNG, JPEG, TIFF, BMP, DICOM or NIfTI")
-    ask.add_argument("question", metavar="QUESTION")
-    ask.add_argument("--point", type=_point, action="append", default=[], metavar="X,Y,LABEL", help="label 1: in, 0: out; repeatable")
-    ask.add_argument("--box", type=_box, action="append", default=[], metavar="X0,Y0,X1,Y1", help="x1 and y1 are outside; repeatable")
-    ask.add_argument("--scribble", type=_scribble, action="append", default=[], metavar='"X,Y X,Y …"', help="a stroke; repeatable")
-    ask.add_argument("--frame", type=_index, metavar="N", help="of a DICOM of several frames, from 0; such as 12")
-    slice_help = "of a NIfTI volume; AXIS axial, coronal, sagittal, or the file's i, j, k; INDEX along it, from 0; such as axial:30"
-    ask.add_argument("--slice", metavar="AXIS:INDEX", help=slice_help)
-    window_help = "values that become black and white, such as -160,240; or, in HU, lung, bone, soft, brain, abdomen or mediastinum"
-    ask.add_argument("--window", type=_window, metavar="LOW,HIGH|NAME", help=window_help)
-    out_help = "write the overlay (.png), the answer (.json), the masks (.npy), or on the input's own grid .nii, .nii.gz, .dcm; repeatable"
-    ask.add_argument("--out", action="append", default=[], metavar="FILE", help=out_help)
-    ask.add_argument("--json", action="store_true", help="print the answer as JSON, masks as COCO RLE")
-    ask.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer, in tokens")
-    ask.set_defaults(run=_ask)
+    add_ask(commands)
 
     data = commands.add_parser("data", help="make datasets", description="Make datasets.")
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -123,9 +98,9 @@ Every setting of the config file is set by its path, as --config.train.steps=500
   mimo data phantom --out data/small --images 64""",
     )
     phantom.add_argument("--out", required=True, metavar="DIR", help="where the dataset goes")
-    phantom.add_argument("--images", type=_positive, default=2000, metavar="N", help="default: 2000")
+    phantom.add_argument("--images", type=positive, default=2000, metavar="N", help="default: 2000")
     phantom.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed makes the same images; default: 0")
-    phantom.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core")
+    phantom.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core")
     phantom.set_defaults(run=_phantom)
 
     convert = commands.add_parser(
@@ -201,13 +176,6 @@ def _user_error(message: str) -> int:
     return EXIT_USER
 
 
-def _checkpoint_flags(command: argparse.ArgumentParser) -> None:
-    what = "a run directory (its newest whole step), one step, or an import"
-    command.add_argument("--checkpoint", required=True, metavar="PATH", help=what)
-    command.add_argument("--base", metavar="DIR", help="where the frozen base lies, if it was moved")
-    command.add_argument("--allow-untrained", action="store_true", help="take a checkpoint in which parameters are as a seed drew them")
-
-
 # --- what the commands do
 
 
@@ -249,35 +217,6 @@ def _eval(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _ask(args: argparse.Namespace) -> int:
-    from mimo_jax.data.medical import open_picture
-    from mimo_jax.infer.answer import check_outputs
-    from mimo_jax.infer.predictor import Mimo
-
-    # A big model takes minutes to load: what is wrong with the image or the outputs is said before.
-    picture = open_picture(args.image, frame=args.frame, slice=args.slice, window=args.window)
-    check_outputs(*args.out, grid=picture.grid)
-    for out in args.out:
-        if os.path.exists(out) and os.path.samefile(out, args.image):
-            raise UserError(f"--out {out}: is the image itself; choose another name")
-    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained)
-    print(mimo.origin, file=sys.stderr)
-    chat = mimo.open(picture)
-    answer = chat.ask(args.question, points=args.point, boxes=args.box, scribbles=args.scribble, max_new_tokens=args.max_new_tokens)
-    if args.json:
-        print(json.dumps(answer.to_json(), ensure_ascii=False))
-    else:
-        print(answer.describe())
-        for entity in answer.entities:
-            doubt = ", uncertain" if entity.uncertain else ""
-            area = f"{entity.area_px} px" if entity.area_mm2 is None else f"{entity.area_px} px, {entity.area_mm2:.1f} mm²"
-            print(f"  {entity.phrase or 'unnamed'}: {area}, box {entity.box_xyxy}, score {entity.score:.2f}{doubt}")
-    if args.out:
-        answer.save(*args.out)
-        print(f"written to {', '.join(args.out)}", file=sys.stderr)
-    return EXIT_DONE
-
-
 def _phantom(args: argparse.Namespace) -> int:
     from mimo_jax.data.build.phantom_set import build_phantoms
 
@@ -286,55 +225,6 @@ def _phantom(args: argparse.Namespace) -> int:
         kinds = ", ".join(f"{perspective} {count}" for perspective, count in split["perspectives"].items())
         print(f"{args.out} {name}: {split['records']} images, {split['masks']} masks, {split['samples']} samples ({kinds})")
     return EXIT_DONE
-
-
-# --- values of flags
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _index(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
-def _numbers(text: str, counts: tuple[int, ...], shape: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in counts:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {shape}")
-    return values
-
-
-def _point(text: str) -> list[float]:
-    return (_numbers(text, (2, 3), "X,Y,LABEL such as 31,40,1") + [1.0])[:3]
-
-
-def _box(text: str) -> list[float]:
-    return _numbers(text, (4,), "X0,Y0,X1,Y1 such as 10,12,40,44")
-
-
-def _window(text: str) -> str | tuple[float, float]:
-    """A name as it is, of which `open_picture` knows; two numbers otherwise."""
-    if text.isalpha():
-        return text
-    low, high = _numbers(text, (2,), "LOW,HIGH such as -160,240, or a name such as lung")
-    return low, high
-
-
-def _scribble(text: str) -> list[list[float]]:
-    points = [_numbers(pair, (2,), 'X,Y pairs such as "20,30 24,33"') for pair in text.split()]
-    if not points:
-        raise argparse.ArgumentTypeError('is empty; write X,Y pairs such as "20,30 24,33"')
-    return points
-
 
 if __name__ == "__main__":
     sys.exit(main())

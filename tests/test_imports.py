@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "arrays": {"errors", "pathtree", "storage"},
     "provenance": {"errors", "storage"},
     "base": {"arrays", "errors", "pathtree", "storage"},
+    "flag_values": set(),
     "flags": {"config", "errors", "pathtree"},
     "checkpoint": {"arrays", "base", "config", "errors", "pathtree", "provenance", "sharding", "storage"},
     "models": {"config", "errors", "geometry", "pathtree", "sharding", "typing"},
@@ -31,13 +32,14 @@ MAY_IMPORT = {
     "data.loader": {"config", "errors", "geometry", "typing", "sharding"},
     "infer": {
         *("checkpoint", "config", "errors", "geometry", "models", "pathtree", "sharding", "typing"),
+        "flag_values",
         *("data.transforms", "data.medical", "data.tokenizer", "data.conversation", "data.prompts", "data.schema"),
     },
     "eval": {"config", "data", "errors", "geometry", "infer", "pathtree", "typing"},
     "train": {
         *("base", "checkpoint", "config", "data", "errors", "eval", "geometry", "models", "parameters", "pathtree", "sharding", "typing"),
     },
-    "cli": {"errors"},  # when it is imported; commands import theirs when they run
+    "cli": {"errors", "flag_values", "infer.command"},  # when it is imported; commands import theirs when they run
 }
 MAY_IMPORT_OUTSIDE = {
     "configs": {"config"},

@@ -1,0 +1,50 @@
+"""Values of command-line flags: text to what it means, or argparse's error with an example."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def numbers(text: str, counts: tuple[int, ...], shape: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in counts:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {shape}")
+    return values
+
+
+def point(text: str) -> list[float]:
+    return (numbers(text, (2, 3), "X,Y,LABEL such as 31,40,1") + [1.0])[:3]
+
+
+def box(text: str) -> list[float]:
+    return numbers(text, (4,), "X0,Y0,X1,Y1 such as 10,12,40,44")
+
+
+def window(text: str) -> str | tuple[float, float]:
+    """A name as it is, of which `open_picture` knows; two numbers otherwise."""
+    if text.isalpha():
+        return text
+    low, high = numbers(text, (2,), "LOW,HIGH such as -160,240, or a name such as lung")
+    return low, high
+
+
+def scribble(text: str) -> list[list[float]]:
+    points = [numbers(pair, (2,), 'X,Y pairs such as "20,30 24,33"') for pair in text.split()]
+    if not points:
+        raise argparse.ArgumentTypeError('is empty; write X,Y pairs such as "20,30 24,33"')
+    return points

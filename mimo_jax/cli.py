@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import json
 import os
 import sys
 import warnings
@@ -225,6 +224,7 @@ def _phantom(args: argparse.Namespace) -> int:
         kinds = ", ".join(f"{perspective} {count}" for perspective, count in split["perspectives"].items())
         print(f"{args.out} {name}: {split['records']} images, {split['masks']} masks, {split['samples']} samples ({kinds})")
     return EXIT_DONE
+
 
 if __name__ == "__main__":
     sys.exit(main())

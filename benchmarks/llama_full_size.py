@@ -66,7 +66,7 @@ def our_logits(folder: Path) -> np.ndarray:
     import jax.numpy as jnp
 
     from mimo_jax import checkpoint, pathtree
-    from mimo_jax.infer.generate import compiler_options
+    from mimo_jax.infer.engine import compiler_options
     from mimo_jax.models import mimo, stack
 
     run = folder / "import"

@@ -17,6 +17,7 @@ MODALITIES = ("CT", "MR", "X-ray", "ultrasound", "fundus", "dermoscopy", "endosc
 GROUNDING_TOKENS = ("<p>", "</p>", "<SEG>")  # in this order, after the base vocabulary; see ModelConfig.grounding_tokens
 ALIGNER_KINDS = ("cross_attention", "none", "linear", "mlp")
 REMAT_POLICIES = ("none", "full", "dots")
+WEIGHTS = ("int8", "int4")  # how the language model's matrices may be held for inference; see `quantize`
 
 
 class ConfigError(UserError):
@@ -87,6 +88,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     eps: float = 1e-5
     max_length: int = 2048  # tokens, X_q included
+    weights: str = ""  # of the loaded model, never of a checkpoint: "int8" or "int4", chosen where it is loaded for inference
 
 
 @dataclass
@@ -218,6 +220,7 @@ class MeshConfig:
 class GenerateConfig:
     max_new_tokens: int = 128
     batch_size: int = 16
+    store_mb: int = 4096  # features of open images and KV caches of chats that are kept on the device, MB
 
 
 @dataclass
@@ -277,6 +280,11 @@ class Config:
         need(m.sam.layers % m.sam.global_every == 0, "model.sam.global_every", "must divide model.sam.layers")
         need(m.sam.decoder_width % (2 * m.sam.decoder_heads) == 0, "model.sam.decoder_heads", "twice this must divide decoder_width")
         need(m.llm.width % m.llm.heads == 0, "model.llm.heads", "must divide model.llm.width")
+        need(
+            m.llm.weights == "",
+            "model.llm.weights",
+            'is for inference alone; leave it empty here, and give --weights int8 (in Python: Mimo.load(…, weights="int8"))',
+        )
         need(m.llm.heads % m.llm.kv_heads == 0, "model.llm.kv_heads", "must divide model.llm.heads")
         need(m.aligner.width % m.aligner.heads == 0, "model.aligner.heads", "must divide model.aligner.width")
         need(m.lora.rank >= 0, "model.lora.rank", "must be 0 or more")
@@ -298,6 +306,16 @@ class Config:
         need(self.train.loss.look == 0 or looks, "train.loss.look", "needs aligner.kind cross_attention and clip.image_fit pad or stretch")
         need(self.train.optimizer in ("adam", "muon"), "train.optimizer", f"is {self.train.optimizer!r}; use adam or muon")
         need(self.train.steps >= 1, "train.steps", "must be at least 1")
+
+    def with_weights(self, weights: str) -> "Config":
+        """The same config with the language model's matrices held as `weights`: "" as the checkpoint has them, "int8" or "int4".
+        ConfigError for another name, or for a matrix that cannot be held so."""
+        if weights not in ("", *WEIGHTS):
+            raise ConfigError(f"weights: is {weights!r}; use one of {', '.join(WEIGHTS)}, or none for those of the checkpoint")
+        llm = self.model.llm
+        if weights == "int4" and (llm.width % 2 or llm.mlp_width % 2):
+            raise ConfigError(f"weights: int4 needs an even width and mlp_width, and they are {llm.width} and {llm.mlp_width}; use int8")
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, llm=dataclasses.replace(llm, weights=weights)))
 
     def buckets(self) -> tuple[int, ...]:
         """Sequence lengths in tokens, ascending."""

@@ -1,96 +1,64 @@
 """Ask a trained model about images: `Mimo.load(path).open(image).ask("What is this?", boxes=[[10, 12, 40, 44]])`.
 
-Axis letters: H, W height and width of the original image; B rows of a batch, T prompt bucket, R turns, Q tokens of one
-turn's X_q, D width of the language model, S `<SEG>` slots.
+Axis letters: H, W height and width of the original image in pixels; Q, D tokens and width of one turn's X_q.
 
-CLIP and SAM see an image once, whatever is asked of it. Earlier turns of a chat are never rewritten: their X_q and their
-tokens stand, only the new turn is aligned, and only its `<SEG>`s are painted.
+CLIP and SAM see an image once, whatever is asked of it. Earlier turns of a chat are never rewritten: their X_q, their tokens and
+their keys and values stand, only the new turn is aligned and prefilled, and only its `<SEG>`s are painted.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from mimo_jax import checkpoint as checkpoints
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
 from mimo_jax.data.medical import Picture, Window, open_picture
-from mimo_jax.data.prompts import PromptError, Prompts, encode_prompts
+from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.data.transforms import mask_from_logits, views
+from mimo_jax.data.transforms import views
 from mimo_jax.errors import UserError
-from mimo_jax.geometry import Frame, GeometryError, clip_frame, sam_frame, validate_boxes, validate_points, validate_scribbles
+from mimo_jax.geometry import Frame, clip_frame, sam_frame
 from mimo_jax.infer.answer import Answer, Entity
-from mimo_jax.infer.generate import Engine
-from mimo_jax.infer.write_masks import Grid
+from mimo_jax.infer.engine import Engine
+from mimo_jax.infer.requests import EncodedImage, KeptCache, PastTurn, Request, Sampling, Turn, prepare
+from mimo_jax.infer.run import Run, bucket, capacity, stacked
+from mimo_jax.infer.store import Store
 
 _IMAGES = 4  # an image in the towers weighs about as much as so many answers
-_LENGTH_STEP = 32  # prompt buckets: 32, 64, 96, 128, then 192, 256, 384, 512, 768, …
+_FIRST, _NEXT = 1, 4  # tokens between two looks at a streamed answer
+_PAINTED = (1, 2, 4)  # structures in an answer that a warmed-up model is ready for
+
+_log = logging.getLogger("mimo_jax")  # shapes, counts and seconds only: no names, no words
 
 
-@dataclass
-class EncodedImage:
-    """An image after both towers. pixels uint8 [H, W, 3]; x_img [I, Dc]; features [g, g, C]; spacing_mm of rows and of columns,
-    and grid, are those of the medical file that it comes from."""
+@dataclass(frozen=True)
+class Event:
+    """A piece of a streamed answer, in the order of its coming: further `text` (the pieces together are the answer's text), or an
+    `entity` just painted, or at the end the whole `answer`."""
 
-    pixels: np.ndarray
-    clip_frame: Frame
-    sam_frame: Frame
-    x_img: jax.Array
-    features: jax.Array
-    spacing_mm: tuple[float, float] | None = None
-    grid: Grid = None
-
-
-@dataclass
-class PastTurn:
-    """What a finished turn leaves to the later ones. ids, query_index: its tokens from "USER:" to </s>; x_q [Q, D]."""
-
-    ids: list[int]
-    query_index: list[int]
-    x_q: jax.Array
-
-
-@dataclass
-class Request:
-    """One question. image: encoded, or uint8 pixels [H, W, 3]; prompts in pixels of it; past: earlier turns of the chat."""
-
-    image: EncodedImage | np.ndarray
-    question: str
-    prompts: Prompts = field(default_factory=Prompts)
-    max_new_tokens: int | None = None
-    past: Sequence[PastTurn] = ()
-
-
-@dataclass
-class _Turn:
-    """A request as arrays. ids and query_index: the whole conversation up to where the answer begins; the new turn from
-    `start` on. limit: tokens that the answer may have."""
-
-    ids: list[int]
-    query_index: list[int]
-    start: int
-    instruction_ids: np.ndarray  # int32 [L]
-    instruction_mask: np.ndarray  # bool [L]
-    prompt_xy: np.ndarray
-    prompt_kind: np.ndarray
-    prompts: Prompts
-    limit: int
+    text: str = ""
+    entity: Entity | None = None
+    answer: Answer | None = None
 
 
 class Mimo:
-    """A model that answers. Not tied to one image; safe to share between chats."""
+    """A model that answers. Not tied to one image; safe to share between chats, one request at a time."""
 
     def __init__(self, config: Config, params: dict, tokenizer: Tokenizer, origin: str = ""):
         """origin: where the parameters come from, in one line."""
         self.config, self.tokenizer, self.origin = config, tokenizer, origin
         self.engine = Engine(config, params, tokenizer.eos)
+        self.store = Store(config.generate.store_mb * 2**20)
 
     @classmethod
     def load(cls, checkpoint: str | os.PathLike, base: str | os.PathLike | None = None, allow_untrained: bool = False) -> Mimo:
@@ -110,22 +78,26 @@ class Mimo:
         """A chat about one image: a file (PNG, JPEG, TIFF, DICOM, NIfTI, …), uint8 pixels [H, W] or [H, W, 3], or what
         `open_picture` made; frame (from 0), slice ("axial:30") and window ((low, high) or a name) are of a file, as
         `open_picture` takes them. UserError if unreadable."""
-        picture = read_image(image, frame, slice, window)
-        (encoded,) = self.encode([picture.pixels])
-        encoded.spacing_mm, encoded.grid = picture.spacing_mm, picture.grid
+        (encoded,) = self.encode([read_image(image, frame, slice, window)])
         return Chat(self, encoded)
 
-    def encode(self, images: Sequence[np.ndarray]) -> list[EncodedImage]:
-        """Both towers over uint8 images [H, W, 3], in batches."""
-        encoded = []
+    def encode(self, images: Sequence[Picture | np.ndarray]) -> list[EncodedImage]:
+        """Both towers over pictures or uint8 images [H, W, 3], in batches."""
+        pictures = [image if isinstance(image, Picture) else Picture(image) for image in images]
+        encoded = [EncodedImage(picture, *self._frames(picture.pixels)) for picture in pictures]
+        self._encode(encoded)
+        self.store.keep(*encoded)
+        return encoded
+
+    def _encode(self, images: Sequence[EncodedImage]) -> None:
         size = 1 if len(images) == 1 else max(1, self.config.generate.batch_size // _IMAGES)
         for at in range(0, len(images), size):
             chunk = images[at : at + size]
-            seen = [views(pixels, self.config.model) for pixels in chunk]
-            arrays = (_stacked([v[name] for v in seen], size) for name in ("clip_image", "clip_size", "sam_image", "sam_size"))
-            x_img, features = self.engine.encode(*arrays)
-            encoded += [EncodedImage(p, *self._frames(p), x_img[i], features[i]) for i, p in enumerate(chunk)]
-        return encoded
+            seen = [views(image.pixels, self.config.model) for image in chunk]
+            arrays = (stacked([v[name] for v in seen], size) for name in ("clip_image", "clip_size", "sam_image", "sam_size"))
+            x_img, features = self.engine.encode(*arrays, len(chunk))
+            for i, image in enumerate(chunk):
+                image.x_img, image.features = x_img[i], features[i]
 
     def predict(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer to each request, in order, in batches of `config.generate.batch_size`. Requests that hold the same
@@ -143,13 +115,36 @@ class Mimo:
         encoded = dict(zip(raw, self.encode(list(raw.values())), strict=True))
         images = [encoded.get(id(r.image), r.image) for r in requests]
         results: list[tuple[Answer, PastTurn] | None] = [None] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].past), _bucket(len(turns[i].ids))))
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].past), len(turns[i].ids)))
         size = self._rows(len(requests))
         for at in range(0, len(order), size):
             rows = order[at : at + size]
-            made = self._run([requests[i] for i in rows], [images[i] for i in rows], [turns[i] for i in rows], size)
-            for i, result in zip(rows, made, strict=True):
+            run = self._run([requests[i] for i in rows], [images[i] for i in rows], [turns[i] for i in rows])
+            run.advance()
+            for i, result in zip(rows, self.finish(run), strict=True):
                 results[i] = result
+        return results
+
+    def start(self, request: Request) -> Run:
+        """A request on its way, for one who wants to see the answer come; hand it to `finish` when it is done."""
+        image = request.image if isinstance(request.image, EncodedImage) else self.encode([request.image])[0]
+        return self._run([request], [image], [self._prepare(request)])
+
+    def _run(self, requests: Sequence[Request], images: Sequence[EncodedImage], turns: Sequence[Turn]) -> Run:
+        """A batch that has been prefilled, its images encoded again where the store let their features go."""
+        self.started = time.perf_counter()
+        self._encode([image for image in dict.fromkeys(images) if image.features is None])
+        self.store.keep(*images)
+        return Run(self.engine, self.config, self.tokenizer, requests, images, turns, self._rows(len(requests)))
+
+    def finish(self, run: Run) -> list[tuple[Answer, PastTurn]]:
+        """Answers of a run that is done, and what their chats need for the next turn."""
+        results = run.finish()
+        self.store.keep(*run.images, *(request.cache for request in run.requests if request.cache))
+        marked = sum(bool(turn.prompts) for turn in run.turns)
+        shape = f"{len(run.turns)} questions ({marked} with prompts), {sum(map(len, run.said))} tokens"
+        painted = sum(len(answer.entities) for answer, _ in results)
+        _log.info("request %s: %s, %d masks, %.2f s", secrets.token_hex(4), shape, painted, time.perf_counter() - self.started)
         return results
 
     def _rows(self, count: int) -> int:
@@ -161,118 +156,42 @@ class Mimo:
         height, width = pixels.shape[:2]
         return clip_frame(height, width, m.clip.image_size, m.clip.image_fit), sam_frame(height, width, m.sam.image_size)
 
-    def _prepare(self, request: Request) -> _Turn:
-        """Check a request and turn it into arrays; UserError names what is wrong with it."""
-        m = self.config.model
-        if not isinstance(request.question, str) or not request.question.strip():
-            raise UserError("question: is empty; ask something, such as 'Segment the liver.'")
-        most = self.config.generate.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        if most < 1:
-            raise UserError(f"max_new_tokens: is {most}; give 1 or more")
+    def _prepare(self, request: Request) -> Turn:
         image = request.image
-        frame = image.clip_frame if isinstance(image, EncodedImage) else self._frames(image)[0]
-        prompts = _checked(request.prompts, frame)
-        if prompts and m.aligner.image_only():
-            raise UserError(f"this model's aligner ({m.aligner.kind}) reads no points, boxes or scribbles; ask without them")
-        try:
-            xy, kind = encode_prompts(prompts, frame, m.prompt)
-        except PromptError as error:
-            raise UserError(f"prompts: {error}") from None
+        if not isinstance(image, EncodedImage):
+            pixels = image.pixels if isinstance(image, Picture) else image
+            return prepare(request, self._frames(pixels)[0], self.tokenizer, self.config)
+        return prepare(request, image.clip_frame, self.tokenizer, self.config)
 
-        ids = [i for turn in request.past for i in turn.ids]
-        query_index = [q for turn in request.past for q in turn.query_index]
-        number, start = len(request.past), len(ids)
-        new_ids, new_index = conversation.prompt_turn(self.tokenizer, self.config, request.question, number, number == 0)
-        ids, query_index = ids + new_ids, query_index + new_index
-        room = m.llm.max_length - len(ids)
-        if room < 1:
-            earlier = f" after {start} of earlier turns" if start else ""
-            raise UserError(
-                f"question: takes {len(new_ids)} tokens{earlier}; the context of {m.llm.max_length} leaves no room to answer, shorten it"
+    def warm_up(self, progress: bool = False) -> None:
+        """Compile all that a chat needs, so that no question waits for it: the encoders, every size of the cache with every length of
+        a turn whose question the aligner reads in full, and answers of the usual length with up to 4 structures."""
+        (image,) = self.encode([np.zeros((8, 8, 3), np.uint8)])
+        queries, usual, most = self.config.model.query_tokens(), self.config.generate.max_new_tokens, self.config.model.llm.max_length
+        shortest = len(conversation.prompt_turn(self.tokenizer, self.config, "?", 1, False)[0])
+        longest = len(conversation.prompt_turn(self.tokenizer, self.config, "?", 0, True)[0]) + self.config.model.aligner.max_text
+        lengths = sorted({bucket(n) for n in range(shortest, longest + 1)})
+        sizes = sorted({capacity(min(n + usual, most)) for n in range(shortest, most)})
+        pairs = [(length, size) for size in sizes for length in lengths if length <= size]
+        for length, size in tqdm(pairs, desc="compile", unit="shape", disable=None if progress else True):
+            kept = max(0, size - length - usual)
+            request = Request(
+                image, "?", past=[PastTurn([], [], None)] if kept else (), cache=KeptCache(self.engine.new_cache(1, size), kept)
             )
-        instruction = conversation.instruction_ids(self.tokenizer, self.config, request.question)
-        padding = m.aligner.max_text - len(instruction)
-        return _Turn(
-            ids=ids,
-            query_index=query_index,
-            start=start,
-            instruction_ids=np.pad(np.array(instruction, np.int32), (0, padding)),
-            instruction_mask=np.arange(m.aligner.max_text) < len(instruction),
-            prompt_xy=xy,
-            prompt_kind=kind,
-            prompts=prompts,
-            limit=min(most, room),
-        )
-
-    def _run(
-        self, requests: Sequence[Request], images: Sequence[EncodedImage], turns: Sequence[_Turn], size: int
-    ) -> list[tuple[Answer, PastTurn]]:
-        """One batch of at most `size` rows; rows that only fill it up generate nothing."""
-
-        def stacked(name: str) -> np.ndarray:
-            return _stacked([getattr(t, name) for t in turns], size)
-
-        x_img = _stacked_on_device([i.x_img for i in images], size)
-        aligned = ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind")
-        new_x_q = self.engine.align(x_img, *(stacked(name)[:, None] for name in aligned))[:, 0]  # [B, Q, D]
-        x_q = self._with_past(new_x_q, requests)
-
-        length = _bucket(max(len(t.ids) for t in turns))
-        input_ids, query_index = np.zeros((size, length), np.int32), np.full((size, length), -1, np.int32)
-        lengths, limits = np.ones(size, np.int32), np.zeros(size, np.int32)
-        for b, turn in enumerate(turns):
-            lengths[b], limits[b] = len(turn.ids), turn.limit
-            input_ids[b, : lengths[b]], query_index[b, : lengths[b]] = turn.ids, turn.query_index
-        token_mask = np.arange(length) < lengths[:, None]
-        usual, most = self.config.generate.max_new_tokens, int(limits.max())
-        new_tokens = usual if most <= usual else _bucket(most)
-        generated = self.engine.generate(x_q, input_ids, query_index, token_mask, limits, new_tokens)
-        ids, probs, counts, ended = jax.device_get((generated.ids, generated.probs, generated.lengths, generated.ended))
-        said = [ids[b, : counts[b]].tolist() for b in range(len(turns))]
-
-        places = [[n for n, token in enumerate(row) if token == self.tokenizer.seg] for row in said]
-        logits, iou = self._paint(images, generated.states, places, size)
-        results = []
-        for b, (request, image, turn) in enumerate(zip(requests, images, turns, strict=True)):
-            text, pieces, phrases = conversation.parse_ids(self.tokenizer, said[b])
-            entities = []
-            for k, ((phrase, _, _), place) in enumerate(zip(phrases, places[b], strict=True)):
-                mask = mask_from_logits(logits[b, k], image.sam_frame, *image.pixels.shape[:2])
-                entities.append(Entity.of(k, phrase, mask, iou[b, k], probs[b, place], image.spacing_mm))
-            parts = [{"text": p["text"]} if p["seg"] is None else {"text": p["text"], "entity_id": p["seg"]} for p in pieces]
-            answer = Answer(text, parts, entities, not ended[b], request.question, image.pixels, turn.prompts, image.grid)
-            results.append((answer, self._past(turn, said[b], new_x_q[b])))
-        return results
-
-    def _with_past(self, new_x_q: jax.Array, requests: Sequence[Request]) -> jax.Array:
-        """X_q of all turns [B, R, Q, D]: each row's earlier ones as they were, then the new one."""
-        turns = _power_of_two(1 + max(len(r.past) for r in requests))
-        if turns == 1:
-            return new_x_q[:, None]
-        nothing = jnp.zeros_like(new_x_q[0])
-        rows = []
-        for b in range(new_x_q.shape[0]):
-            earlier = [turn.x_q for turn in requests[b].past] if b < len(requests) else []
-            rows.append(jnp.stack([*earlier, new_x_q[b], *[nothing] * (turns - 1 - len(earlier))]))
-        return jnp.stack(rows)
-
-    def _past(self, turn: _Turn, said: list[int], x_q: jax.Array) -> PastTurn:
-        """The new turn as later ones see it; an answer that was cut off is closed."""
-        ids = [*turn.ids[turn.start :], *said, self.tokenizer.eos]
-        query_index = turn.query_index[turn.start :]
-        return PastTurn(ids, query_index + [-1] * (len(ids) - len(query_index)), x_q)
-
-    def _paint(
-        self, images: Sequence[EncodedImage], states: jax.Array, places: list[list[int]], size: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mask logits [B, S, M, M] and predicted IoU [B, S] of every `<SEG>`, in one call; none of either if nobody said one."""
-        most = max(map(len, places))
-        if not most:
-            return np.zeros((size, 0, 0, 0), np.float32), np.zeros((size, 0), np.float32)
-        index = np.zeros((size, _power_of_two(most)), np.int32)
-        for b, row in enumerate(places):
-            index[b, : len(row)] = row
-        return jax.device_get(self.engine.segment(_stacked_on_device([i.features for i in images], size), states, index))
+            first = queries if kept else 0
+            turn = self._prepare(Request(image, "?"))
+            turn.start, turn.limit = kept, 1
+            turn.ids = [self.tokenizer.bos] * (kept + length)
+            turn.query_index = [-1] * kept + [*range(first, first + queries), *[-1] * (length - queries)]
+            run = self._run([request], [image], [turn])
+            run.advance()
+            self.finish(run)
+        for count in _PAINTED:
+            run.said, run.entities = [[self.tokenizer.seg] * count], [[]]
+            run.paint()
+        for i, size in enumerate(sizes):
+            for larger in sizes[i + 1 :]:
+                self.engine.extend(self.engine.new_cache(1, size), larger)
 
 
 class Chat:
@@ -282,23 +201,52 @@ class Chat:
         self.mimo, self.image = mimo, image
         self.answers: list[Answer] = []
         self._past: list[PastTurn] = []
+        self._cache = KeptCache()
 
-    def ask(
+    def ask(self, question: str, **asked: Any) -> Answer:
+        """The next turn; see `request` for what may stand beside the question. UserError for what cannot be asked; the chat then
+        stands as it was."""
+        ((answer, past),) = self.mimo.converse([self.request(question, **asked)])
+        self._said(answer, past)
+        return answer
+
+    def stream(self, question: str, **asked: Any) -> Iterator[Event]:
+        """`ask`, piece by piece. A stream that is left before its end leaves the chat as it was."""
+        run = self.mimo.start(self.request(question, **asked))
+        told, painted = 0, 0
+        while not run.done:
+            run.advance(_NEXT if told else _FIRST)
+            text = run.text(0)
+            if len(text) > told:
+                yield Event(text=text[told:])
+                told = len(text)
+            for entity in run.paint()[0][painted:]:
+                yield Event(entity=entity)
+                painted += 1
+        ((answer, past),) = self.mimo.finish(run)
+        self._said(answer, past)
+        yield Event(answer=answer)
+
+    def request(
         self,
         question: str,
         points: Sequence[Sequence[float]] = (),
         boxes: Sequence[Sequence[float]] = (),
         scribbles: Sequence[Sequence[Sequence[float]]] = (),
         max_new_tokens: int | None = None,
-    ) -> Answer:
-        """The next turn. points [[x, y, label]] (1 in, 0 out), boxes [[x0, y0, x1, y1]] half-open, scribbles [[[x, y], …]],
-        all in pixels of the image, integers being pixel centres. UserError for input that cannot be asked; the chat then
-        stands as it was."""
-        request = Request(self.image, question, Prompts(points, boxes, scribbles), max_new_tokens, self._past)
-        ((answer, past),) = self.mimo.converse([request])
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Request:
+        """points [[x, y, label]] (1 in, 0 out), boxes [[x0, y0, x1, y1]] half-open, scribbles [[[x, y], …]], all in pixels of the
+        image, integers being pixel centres; max_new_tokens: longest answer; temperature, top_p, seed and stop as in `Sampling`."""
+        sampling = Sampling(temperature, top_p, seed, tuple(stop))
+        return Request(self.image, question, Prompts(points, boxes, scribbles), max_new_tokens, self._past, sampling, self._cache)
+
+    def _said(self, answer: Answer, past: PastTurn) -> None:
         self.answers.append(answer)
         self._past.append(past)
-        return answer
 
 
 def read_image(
@@ -318,36 +266,3 @@ def read_image(
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise UserError(f"image: an array {image.dtype}{list(image.shape)}; give uint8 [height, width, 3] or [height, width]")
     return Picture(image)
-
-
-def _checked(prompts: Prompts, frame: Frame) -> Prompts:
-    """The same prompts as arrays; UserError for NaN, a place outside the image, or a box without area."""
-    try:
-        return Prompts(
-            validate_points(prompts.points, frame.height, frame.width),
-            validate_boxes(prompts.boxes, frame.height, frame.width),
-            validate_scribbles(prompts.scribbles, frame.height, frame.width),
-        )
-    except GeometryError as error:
-        raise UserError(str(error)) from None
-
-
-def _bucket(length: int) -> int:
-    """The least prompt bucket that holds `length` tokens: multiples of 32 up to 128, then steps of a half and a third more."""
-    if length <= 4 * _LENGTH_STEP:
-        return -(-length // _LENGTH_STEP) * _LENGTH_STEP
-    power = _power_of_two(length)
-    return power * 3 // 4 if length <= power * 3 // 4 else power
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-def _stacked(rows: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """[size, …]: the rows, then the first one again until the batch is full."""
-    return np.stack([*rows, *[rows[0]] * (size - len(rows))])
-
-
-def _stacked_on_device(rows: Sequence[jax.Array], size: int) -> jax.Array:
-    return jnp.stack([*rows, *[rows[0]] * (size - len(rows))])

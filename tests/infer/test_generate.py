@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mimo_jax.config import Config
-from mimo_jax.infer.generate import Engine
+from mimo_jax.infer.engine import Engine
+from mimo_jax.infer.generate import choose
 from mimo_jax.models import mimo, stack
 from tests.tiny_config import random_batch, random_params, tiny_config
 
@@ -35,15 +36,25 @@ def scene(request):
     engine = Engine(config, params, eos_id=-1)
     batch = random_batch(config, seed=2)
     batch["token_mask"] = np.arange(40) < LENGTHS[:, None]
-    x_img, features = (jnp.repeat(f, 2, axis=0) for f in engine.encode(*(batch[k] for k in IMAGES)))
+    x_img, features = (jnp.repeat(f, 2, axis=0) for f in engine.encode(*(batch[k] for k in IMAGES), 2))
     x_q = engine.align(x_img, *(batch[k] for k in PROMPTS))
     return Scene(config, params, batch, features, x_q, engine)
 
 
-def run(scene, limits, rows=slice(None), new_tokens=NEW, engine=None):
-    arrays = (scene.batch[name][rows] for name in ("input_ids", "query_index", "token_mask"))
-    out = (engine or scene.engine).generate(scene.x_q[rows], *arrays, np.asarray(limits, np.int32), new_tokens)
-    return jax.tree.map(np.asarray, out)
+def run(scene, limits, rows=slice(None), new_tokens=NEW, engine=None, pieces=(NEW,), greed=None):
+    """The state after the last piece, as numpy; pieces: where decoding is interrupted."""
+    engine = engine or scene.engine
+    ids, query_index, mask = (scene.batch[name][rows] for name in ("input_ids", "query_index", "token_mask"))
+    b = len(ids)
+    temperature, top_p, seed = greed or (np.zeros(b, np.float32), np.ones(b, np.float32), np.zeros(b, np.uint32))
+    where = np.zeros(b, np.int32), mask.sum(axis=1).astype(np.int32)
+    cache = engine.new_cache(b, 40 + new_tokens)
+    state = engine.prefill(
+        cache, scene.x_q[rows], ids, query_index, *where, np.asarray(limits, np.int32), temperature, top_p, seed, new_tokens
+    )
+    for until in pieces:
+        state = engine.decode(state, until)
+    return jax.tree.map(np.asarray, state)
 
 
 def whole(scene, new_ids):
@@ -82,9 +93,9 @@ def test_cached_decoding_equals_the_uncached_forward(scene):
         np.testing.assert_allclose(got.probs[b], np.asarray(jax.nn.softmax(before)).max(axis=-1), rtol=1e-3)
         first = n if scene.config.model.seg_state == "token" else n - 1
         np.testing.assert_allclose(got.states[b], out["hidden"][b, first : first + NEW], rtol=2e-3, atol=2e-4)
-    assert (got.lengths == NEW).all() and not got.ended.any()
+    assert (got.taken == NEW).all() and not got.ended.any()
 
-    logits, iou = scene.engine.segment(scene.features, got.states, index)
+    logits, iou = scene.engine.segment(scene.features, got.states, index, 12)
     np.testing.assert_allclose(logits, out["masks"], rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(iou, out["iou"], rtol=1e-2, atol=1e-4)
 
@@ -95,7 +106,7 @@ def test_rows_do_not_feel_each_other(scene):
         alone = run(scene, [limit], rows=slice(b, b + 1))
         np.testing.assert_array_equal(together.ids[b], alone.ids[0])
         np.testing.assert_allclose(together.states[b], alone.states[0], rtol=2e-3, atol=2e-4)
-        assert together.lengths[b] == alone.lengths[0] == limit
+        assert together.taken[b] == alone.taken[0] == limit
     assert not together.ids[2].any() and not together.states[1, 4:].any()
 
 
@@ -114,7 +125,60 @@ def test_the_end_token_ends_its_row_alone(scene):
     for b in range(4):
         place = np.flatnonzero(free.ids[b] == eos)
         length = place[0] if len(place) else NEW
-        assert got.lengths[b] == length and got.ended[b] == bool(len(place))
+        assert got.taken[b] == length and got.ended[b] == bool(len(place))
         np.testing.assert_array_equal(got.ids[b, :length], free.ids[b, :length])
         assert not got.ids[b, length:].any() and not got.probs[b, length:].any()
     assert got.ended.any() and not got.ended.all()
+
+
+def test_pieces_make_the_whole(scene):
+    whole, pieces = run(scene, [NEW, 4, 0, NEW]), run(scene, [NEW, 4, 0, NEW], pieces=(1, 1, 5, NEW))
+    for name in ("ids", "taken", "probs", "states", "live", "ended"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name), err_msg=name)
+
+
+def test_a_turn_behind_a_kept_cache_equals_the_whole_prompt(scene):
+    """The first 8 tokens of every row in one call, the rest behind them in a larger cache: the same answer and the same cache."""
+    whole = run(scene, [NEW] * 4)
+    nobody = np.zeros(4, np.float32), np.ones(4, np.float32), np.zeros(4, np.uint32)
+    parts = {name: scene.batch[name] for name in ("input_ids", "query_index")}
+    first, zero, limits = np.full(4, 8, np.int32), np.zeros(4, np.int32), np.full(4, NEW, np.int32)
+    state = scene.engine.prefill(
+        scene.engine.new_cache(4, 32), scene.x_q, *(a[:, :8] for a in parts.values()), zero, first, limits, *nobody, NEW
+    )
+    before = scene.engine.counts["prefilled"]
+    cache = scene.engine.extend(state.cache, 40 + NEW)
+    state = scene.engine.prefill(
+        cache, scene.x_q, *(a[:, 8:] for a in parts.values()), first, (LENGTHS - 8).astype(np.int32), limits, *nobody, NEW
+    )
+    assert scene.engine.counts["prefilled"] - before == LENGTHS.sum() - 4 * 8
+    got = jax.tree.map(np.asarray, scene.engine.decode(state, NEW))
+    rows = slice(0, 3)  # the last has no second part: its prompt ends where its first part does
+    np.testing.assert_array_equal(got.ids[rows], whole.ids[rows])
+    np.testing.assert_allclose(got.states[rows], whole.states[rows], rtol=2e-3, atol=2e-4)
+    for b, n in enumerate(LENGTHS[rows]):
+        np.testing.assert_allclose(got.cache["k"][:, b, : n + NEW], whole.cache["k"][:, b, : n + NEW], rtol=2e-3, atol=2e-4)
+
+
+def test_drawn_rows_follow_their_seed_alone_and_greedy_ones_stay(scene):
+    warm, top, seed = np.array([0.0, 1.5, 1.5, 1.5], np.float32), np.ones(4, np.float32), np.array([1, 2, 2, 3], np.uint32)
+    greedy, mixed = run(scene, [NEW] * 4), run(scene, [NEW] * 4, greed=(warm, top, seed))
+    np.testing.assert_array_equal(mixed.ids[0], greedy.ids[0])
+    assert (mixed.ids[1:] != greedy.ids[1:]).any(axis=1).all()
+    alone = run(scene, [NEW], rows=slice(1, 2), greed=(warm[1:2], top[1:2], seed[1:2]))
+    np.testing.assert_array_equal(mixed.ids[1], alone.ids[0])
+    np.testing.assert_array_equal(run(scene, [NEW] * 4, greed=(warm, top * 1e-6, seed)).ids, greedy.ids)
+
+
+def test_draws_have_the_frequencies_of_the_nucleus():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    rows = 20000
+    draw = jax.jit(lambda seed, top_p, t: choose(jnp.tile(logits, (rows, 1)), jnp.full(rows, t), jnp.full(rows, top_p), seed, jnp.int32(3)))
+    for top_p, temperature, expected in (
+        (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]),
+        (0.8, 1.0, [0.625, 0.375, 0, 0]),
+        (0.81, 1.0, [0.5263, 0.3158, 0.1579, 0]),
+        (1.0, 0.5, [0.6849, 0.2466, 0.0616, 0.0068]),
+    ):
+        drawn = np.bincount(draw(np.arange(rows, dtype=np.uint32), top_p, temperature), minlength=4) / rows
+        np.testing.assert_allclose(drawn, expected, atol=0.012)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import nibabel
 import numpy as np
@@ -18,7 +19,9 @@ from mimo_jax.data.medical import Picture, open_picture
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer import answer as answers
-from mimo_jax.infer.predictor import Mimo, Request, _bucket
+from mimo_jax.infer.predictor import Mimo
+from mimo_jax.infer.requests import Request, Sampling
+from mimo_jax.infer.run import bucket, capacity
 from tests.data.handmade import lisa_tokenizer
 from tests.data.handmade import tokenizer as make_tokenizer
 from tests.data.medical_files import dicom, nifti, saved
@@ -42,27 +45,45 @@ def picture(height=40, width=56, seed=0):
 
 
 class Said:
-    """While it holds, the model's generated ids are these; states and masks stay the model's own. `calls`: what it was given."""
+    """While it holds, the model's generated ids are these; states and masks stay the model's own, and what is said goes into the
+    cache. `calls`: (x_q, ids, query_index, start, lengths) that it was given."""
 
     def __init__(self, mimo, *rows, prob=0.5):
         self.mimo, self.rows, self.prob, self.calls = mimo, rows, prob, []
 
     def __enter__(self):
-        real = self.real = self.mimo.engine.generate
+        engine, eos = self.mimo.engine, self.mimo.tokenizer.eos
+        real_prefill, real_decode = engine.prefill, engine.decode
 
-        def generate(x_q, input_ids, query_index, token_mask, limits, new_tokens):
-            self.calls.append((np.asarray(x_q), input_ids, query_index, token_mask))
-            out = real(x_q, input_ids, query_index, token_mask, np.full_like(limits, new_tokens), new_tokens)
-            ids, lengths = np.zeros_like(out.ids), np.zeros_like(out.lengths)
+        def prefill(cache, x_q, ids, query_index, start, lengths, limits, *rest):
+            self.calls.append((np.asarray(x_q), ids, query_index, start, lengths))
+            return real_prefill(cache, x_q, ids, query_index, start, lengths, np.full_like(limits, rest[-1]), *rest)
+
+        def decode(state, until):
+            state = real_decode(state, state.ids.shape[1])
+            ids, taken = np.zeros(state.ids.shape, np.int32), np.zeros(state.taken.shape, np.int32)
             for b, row in enumerate(self.rows):
-                ids[b, : len(row)], lengths[b] = row, len(row)
-            return out._replace(ids=ids, lengths=lengths, probs=np.full(ids.shape, self.prob, np.float32), ended=lengths > 0)
+                ids[b, : len(row)], taken[b] = row, len(row)
+            closed = np.pad(ids, ((0, 0), (0, 1)))
+            closed[np.arange(len(ids)), taken] = eos
+            sampling, limits = (state.temperature, state.top_p, state.seed), np.zeros_like(taken)
+            kept = real_prefill(
+                state.cache, self.calls[-1][0], closed, np.full_like(closed, -1), np.asarray(state.filled), taken + 1, limits, *sampling, 1
+            )
+            return state._replace(
+                cache=kept.cache,
+                ids=jnp.asarray(ids),
+                taken=jnp.asarray(taken),
+                probs=jnp.full(ids.shape, self.prob),
+                ended=jnp.asarray(taken > 0),
+                live=jnp.zeros(len(ids), bool),
+            )
 
-        self.mimo.engine.generate = generate
+        engine.prefill, engine.decode = prefill, decode
         return self
 
     def __exit__(self, *_):
-        del self.mimo.engine.generate
+        del self.mimo.engine.prefill, self.mimo.engine.decode
 
 
 def grounded(tokenizer, *phrases):
@@ -105,17 +126,15 @@ def test_prompts_and_question_reach_the_answer(mimo):
     assert plain.text != asked.text and plain.text != pointed.text
 
 
-def test_an_image_is_encoded_once(mimo, monkeypatch):
-    calls = []
-    real = mimo.engine.encode
-    monkeypatch.setattr(mimo.engine, "encode", lambda *arrays: calls.append(len(arrays[0])) or real(*arrays))
+def test_an_image_is_encoded_once(mimo):
+    mimo.engine.counts.clear()
     chat = mimo.open(picture())
     chat.ask("What is this?")
     chat.ask("Segment the liver.", points=[[3, 4, 1]])
-    assert calls == [1]
+    assert mimo.engine.counts["images"] == 1
     image = picture(seed=3)
     mimo.predict([Request(image, "What is this?"), Request(image, "Is there a liver?"), Request(chat.image, "What is this?")])
-    assert calls == [1, 1]
+    assert mimo.engine.counts["images"] == 2
 
 
 def test_entities_follow_from_mask_iou_and_probability(mimo, tokenizer):
@@ -166,44 +185,149 @@ def test_an_answer_without_seg_says_so_and_paints_nothing(mimo, tokenizer, monke
     assert answer.text == "Yes." and answer.entities == [] and answers.NOTHING_PAINTED in answer.describe()
 
 
-def test_limits_cut_and_say_so(mimo, monkeypatch):
-    ids, real = [], mimo.engine.generate
-
-    def generate(*args):
-        out = real(*args)
-        ids.append(np.asarray(out.ids[0, : out.lengths[0]]).tolist())
-        return out
-
-    monkeypatch.setattr(mimo.engine, "generate", generate)
+def test_limits_cut_and_say_so(mimo):
     chat = mimo.open(picture())
-    made = [mimo.predict([Request(chat.image, "What is this?", max_new_tokens=n)])[0] for n in (2, None, 60)]
+    made = [mimo.converse([Request(chat.image, "What is this?", max_new_tokens=n)])[0] for n in (2, None, 60)]
+    prompt = len(prompt_turn(mimo.tokenizer, mimo.config, "What is this?", 0, True)[0])
+    ids = [past.ids[prompt:-1] for _, past in made]
     assert [len(row) for row in ids] == [2, 24, 60]  # 24: the config's own limit
     assert ids[1][:2] == ids[0] and ids[2][:24] == ids[1]
-    assert made[0].truncated and "cut off" in made[0].describe()
-    assert "cut off" not in dataclasses.replace(made[0], truncated=False).describe()
+    cut = made[0][0]
+    assert cut.truncated and "cut off" in cut.describe()
+    assert "cut off" not in dataclasses.replace(cut, truncated=False).describe()
 
 
 def test_later_turns_stand_behind_earlier_ones_as_they_were(mimo, tokenizer):
-    """The second turn's sequence is the first turn's, token by token with its own X_q, then the new one; only its <SEG>s count."""
+    """The second turn alone is prefilled, at the place and with the X_q that it has in the whole conversation, which is what is
+    prefilled where no cache was kept; only its <SEG>s count."""
     chat = mimo.open(picture())
     first_answer = grounded(tokenizer, "liver", "spleen")
     with Said(mimo, first_answer) as first:
         chat.ask("Segment both.", boxes=[[1, 1, 9, 9]])
+    past = list(chat._past)
     with Said(mimo, grounded(tokenizer, "liver")) as second:
         answer = chat.ask("What is this?", points=[[30, 20, 1]])
+        again = mimo.predict([Request(chat.image, "What is this?", Prompts(points=[[30, 20, 1]]), past=past)])[0]
     assert len(answer.entities) == 1 and len(chat.answers) == 2 and len(chat.answers[0].entities) == 2
+    same(answer, again)
 
     q = mimo.config.model.query_tokens()
     ids1, index1 = prompt_turn(tokenizer, mimo.config, "Segment both.", 0, True)
     ids2, index2 = prompt_turn(tokenizer, mimo.config, "What is this?", 1, False)
     ids = [*ids1, *first_answer, tokenizer.eos, *ids2]
-    (x_q1, input1, _, mask1), (x_q2, input2, query2, mask2) = first.calls[0], second.calls[0]
-    assert input1[0, mask1[0]].tolist() == ids1
-    assert input2[0, mask2[0]].tolist() == ids
-    assert query2[0, mask2[0]].tolist() == [*index1, *[-1] * (len(first_answer) + 1), *index2]
-    assert query2.max() == 2 * q - 1 and x_q2.shape[1:3] == (2, q)
-    np.testing.assert_array_equal(x_q2[0, 0], x_q1[0, 0])
-    assert np.abs(x_q2[0, 1] - x_q2[0, 0]).max() > 1e-4
+    (x_q1, input1, _, start1, length1), (x_q2, input2, query2, start2, length2) = first.calls[0], second.calls[0]
+    assert input1[0, : length1[0]].tolist() == ids1 and start1[0] == 0
+    assert input2[0, : length2[0]].tolist() == ids2 and start2[0] == len(ids) - len(ids2)
+    assert query2[0, : length2[0]].tolist() == [max(i - q, -1) for i in index2] and x_q2.shape[1:3] == (1, q)
+    x_q, whole, query, start, length = second.calls[1]
+    assert whole[0, : length[0]].tolist() == ids and start[0] == 0
+    assert query[0, : length[0]].tolist() == [*index1, *[-1] * (len(first_answer) + 1), *index2] and x_q.shape[1:3] == (2, q)
+    np.testing.assert_array_equal(x_q[0, 0], x_q1[0, 0])
+    np.testing.assert_allclose(x_q[0, 1], x_q2[0, 0], rtol=1e-5, atol=1e-6)
+    assert np.abs(x_q[0, 1] - x_q[0, 0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_three_turns_with_a_cache_equal_the_whole_conversation_without(mimo, limit):
+    """The same tokens and masks; each turn prefills itself alone (and the end token of an answer that was cut off)."""
+    questions = [("Segment the liver.", {}), ("What is this?", {"boxes": [[3, 4, 30, 20]]}), ("And on the other side?", {})]
+    chat = mimo.open(picture())
+    past, prefilled = [], []
+    for number, (question, marks) in enumerate(questions):
+        before = mimo.engine.counts["prefilled"]
+        answer = chat.ask(question, **marks, max_new_tokens=limit)
+        prefilled.append(mimo.engine.counts["prefilled"] - before)
+        request = Request(chat.image, question, Prompts(**marks), limit, past)
+        ((whole, turn),) = mimo.converse([request])
+        assert chat._past[-1].ids == turn.ids
+        same(answer, whole)
+        past = [*past, turn]
+        cut_before = number > 0 and chat.answers[number - 1].truncated
+        assert prefilled[-1] == len(prompt_turn(mimo.tokenizer, mimo.config, question, number, number == 0)[0]) + cut_before
+    assert len({a.text for a in chat.answers}) == 3
+
+
+def test_features_and_caches_beyond_the_budget_are_made_again(mimo, tokenizer):
+    """Two chats in a store that has room for one: the same answers, images encoded anew, the conversation prefilled anew."""
+    small = Mimo(mimo.config, mimo.engine.params, tokenizer)
+    small.store.budget = 1
+    pairs = [(small.open(picture(seed=seed)), mimo.open(picture(seed=seed))) for seed in (0, 1)]
+    for question in ("Segment the liver.", "What is this?"):
+        for chat, kept in pairs:
+            same(chat.ask(question), kept.ask(question))
+    assert small.engine.counts["images"] > 2 and sum(image.nbytes > 0 for image in (pairs[0][0].image, pairs[1][0].image)) == 1
+    assert [chat._cache.length > 0 for chat, _ in pairs] == [False, True]
+
+
+def test_streamed_pieces_make_the_answer(mimo, tokenizer):
+    asked = mimo.open(picture()).ask("Segment the liver.")
+    chat = mimo.open(picture())
+    events = list(chat.stream("Segment the liver."))
+    assert "".join(e.text for e in events) == asked.text and len([e for e in events if e.text]) > 2
+    same(events[-1].answer, asked)
+    assert [e.entity for e in events if e.entity] == events[-1].answer.entities and chat.answers == [events[-1].answer]
+    left = mimo.open(picture())
+    stream = left.stream("Segment the liver.")
+    next(stream)
+    stream.close()
+    assert not left.answers
+    same(left.ask("Segment the liver."), asked)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["p_open", "p_close", "seg", *range(3, 262), 300, 511]), max_size=16), st.integers(1, 5))
+def test_a_stream_takes_nothing_back(mimo, ids, piece):
+    """Whatever tokens come, bytes that are no text and spelt-out tags among them: what was told stays the start of the answer."""
+    t = mimo.tokenizer
+    ids = [getattr(t, i) if isinstance(i, str) else i for i in [*ids, *t.encode("a <p>b</p> <SEG> c")]]
+    run = mimo.start(Request(mimo.open(picture()).image, "What is this?"))
+    told = ""
+    for n in range(0, len(ids) + piece, piece):
+        run.said, run.done = [ids[:n]], n >= len(ids)
+        text = run.text(0)
+        assert run.done or text.startswith(told)
+        told = text if len(text) > len(told) else told
+    assert told == run._text(0)[0]
+
+
+def test_stop_strings_end_the_answer_before_them(mimo, tokenizer):
+    chat = mimo.open(picture())
+    whole = chat.ask("What is this?")
+    middle = whole.text[len(whole.text) // 2 :][:3]
+    at = whole.text.index(middle)
+    stopping = mimo.open(picture())
+    cut = stopping.ask("What is this?", stop=["never said", middle])
+    assert cut.text == whole.text[:at] and not cut.truncated and "".join(p["text"] for p in cut.parts) == cut.text
+    streamed = mimo.open(picture()).stream("What is this?", stop=[middle])
+    assert "".join(e.text for e in streamed) == cut.text
+    requests = [Request(chat.image, "What is this?", sampling=Sampling(stop=(middle,))), Request(chat.image, "What is this?")]
+    assert [a.text for a in mimo.predict(requests)] == [cut.text, whole.text]
+    # The next turn stands behind what was kept.
+    same(stopping.ask("Is there a liver?"), mimo.predict([Request(chat.image, "Is there a liver?", past=stopping._past[:1])])[0])
+
+
+def test_a_warm_model_compiles_nothing_in_a_request(tokenizer):
+    config = tiny_config(turns_max=2)
+    config.generate.max_new_tokens = 12
+    model = Mimo(config, random_params(config, 5), tokenizer)
+    model.warm_up()
+    compiled = []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for seed in range(2):
+            chat = model.open(picture(30 + seed, 50, seed))
+            for question in ("Segment the liver.", "What is this? " * 3, "Where?", "Is there a liver in it?", "Why?", "And then?"):
+                chat.ask(question, boxes=[[2, 2, 9, 9]], temperature=seed)
+            assert len([*chat.stream("What is this?", stop=["x"])]) > 1
+        assert compiled == []
+        model.open(picture()).ask("What is this? " * 9)  # longer than the aligner reads
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_turns_of_different_number_share_a_batch(mimo):
@@ -265,8 +389,8 @@ def test_lisas_layout_answers_and_paints_bare_segs(tmp_path):
     with Said(Mimo(config, random_params(config), t), [*t.encode("It is"), t.seg, *t.encode(".", continued=True), t.eos]) as said:
         answer = said.mimo.open(picture()).ask("Segment the liver.")
     assert answer.text == "It is." and [e.phrase for e in answer.entities] == [""] and answer.entities[0].mask.shape == (40, 56)
-    _, ids, query_index, mask = said.calls[0]
-    assert ids[0, mask[0] & (query_index[0] < 0)].tolist() == [
+    _, ids, query_index, _, lengths = said.calls[0]
+    assert ids[0, : lengths[0]][query_index[0, : lengths[0]] < 0].tolist() == [
         *(t.bos, *t.encode("USER:"), t.id_of("<im_start>"), t.id_of("<im_end>"), *t.encode("Segment the liver. ASSISTANT:"))
     ]
 
@@ -317,7 +441,7 @@ def test_medical_files_are_opened_asked_about_and_answered_on_their_grid(mimo, t
     chat = mimo.open(saved(dicom(frames, frames=3), tmp_path / "c.dcm"), frame=2, window="soft")
     with Said(mimo, grounded(tokenizer, "liver")):
         assert chat.ask("Segment it.").entities[0].area_mm2 == chat.answers[0].entities[0].area_px * 0.125
-    assert mimo.open(open_picture(path, slice="k:0")).image.grid.index == 0
+    assert mimo.open(open_picture(path, slice="k:0")).image.picture.grid.index == 0
 
 
 @pytest.mark.parametrize("error, chosen", [("frame 0: is for a file", {"frame": 0}), ("slice k:1: is for", {"slice": "k:1"})])
@@ -348,6 +472,7 @@ def test_parameters_of_another_model_are_refused(mimo, tokenizer):
 
 
 def test_buckets_hold_their_lengths_and_are_few():
-    made = [_bucket(n) for n in range(1, 2049)]
+    made = [bucket(n) for n in range(1, 2049)]
     assert all(b >= n and (n <= 32 or b < 2 * n) for n, b in enumerate(made, 1))
     assert len(set(made)) <= 12
+    assert len({capacity(n) for n in range(1, 2049)}) <= 9 and all(capacity(n) >= n for n in range(1, 2049))

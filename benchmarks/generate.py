@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints_convert import name_map, rows  # noqa: E402
 from mimo_jax import pathtree  # noqa: E402
 from mimo_jax.config import LlamaConfig  # noqa: E402
-from mimo_jax.infer.generate import Engine  # noqa: E402
+from mimo_jax.infer.engine import Engine  # noqa: E402
+from mimo_jax.infer.run import bucket, capacity  # noqa: E402
 from mimo_jax.models import mimo, stack  # noqa: E402
 from tests.tiny_config import random_params, tiny_config  # noqa: E402
 
 LLM = LlamaConfig(vocab_size=8000, width=768, layers=12, heads=12, kv_heads=4, mlp_width=2048, max_length=1024)
-PROMPTS, NEW, BUCKET, REPEATS = 64, 32, 256, 5
+PROMPTS, SINGLE, LONGEST, NEW, REPEATS = 64, 16, 256, 32, 5  # of the prompts, SINGLE are timed one by one
 CONTEXT = 512  # of the comparison with no cache
 
 
@@ -54,13 +55,18 @@ def here(model: transformers.LlamaForCausalLM):
     return config, pathtree.unflatten(params | imported)
 
 
-def ours(engine: Engine, x_q: jax.Array, prompts: list[np.ndarray], new: int, bucket: int) -> np.ndarray:
-    """ids [B, new]"""
-    ids, mask = np.zeros((len(prompts), bucket), np.int32), np.zeros((len(prompts), bucket), bool)
+def ours(engine: Engine, config, prompts: list[np.ndarray], new: int) -> np.ndarray:
+    """ids [B, new], in the shapes that `infer/run.py` would choose."""
+    b, length = len(prompts), bucket(max(map(len, prompts)))
+    ids, lengths = np.zeros((b, length), np.int32), np.array([*map(len, prompts)], np.int32)
     for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-    out = engine.generate(x_q[: len(prompts)], ids, np.full_like(ids, -1), mask, np.full(len(prompts), new, np.int32), new)
-    return np.asarray(out.ids)
+        ids[row, : len(prompt)] = prompt
+    x_q = np.zeros((b, 1, config.model.query_tokens(), LLM.width), np.float32)
+    greedy = np.zeros(b, np.float32), np.ones(b, np.float32), np.zeros(b, np.uint32)
+    cache = engine.new_cache(b, capacity(lengths.max() + new))
+    nothing, limits = np.zeros(b, np.int32), np.full(b, new, np.int32)
+    state = engine.prefill(cache, x_q, ids, np.full_like(ids, -1), nothing, lengths, limits, *greedy, new)
+    return np.asarray(engine.decode(state, new).ids)
 
 
 @torch.no_grad()
@@ -74,14 +80,21 @@ def theirs(model: transformers.LlamaForCausalLM, prompts: list[np.ndarray], new:
     return out[:, longest:].numpy()
 
 
-def seconds(call: Callable[[], object]) -> float:
-    call()  # compiles, or warms up
-    taken = []
+def groups(prompts: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
+    return [prompts[at : at + size] for at in range(0, len(prompts), size)]
+
+
+def seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Medians of each, taken in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())  # compiles, or warms up
     for _ in range(REPEATS):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+        for name, call in calls.items():
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def without_cache(config, params, prompt: np.ndarray, new: int) -> Callable[[], object]:
@@ -110,34 +123,42 @@ def main() -> None:
     model = language_model()
     config, params = here(model)
     engine = Engine(config, params, eos_id=-1)
-    x_q = jax.numpy.zeros((16, 1, config.model.query_tokens(), LLM.width))
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, LLM.vocab_size, rng.integers(8, BUCKET)) for _ in range(PROMPTS)]
+    prompts = [rng.integers(3, LLM.vocab_size, rng.integers(8, LONGEST)) for _ in range(PROMPTS)]
+    ordered = sorted(prompts, key=len)  # as `Mimo.converse` puts them into batches
     threads = (
         f"torch {torch.__version__} on {torch.get_num_threads()} threads, transformers {transformers.__version__}, jax {jax.__version__}"
     )
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, float32; {threads}")
 
-    wanted = [theirs(model, [prompt], NEW)[0] for prompt in prompts]
+    wanted = [theirs(model, [prompt], NEW)[0] for prompt in ordered]
     for batch in (1, 16):
-        groups = [prompts[at : at + batch] for at in range(0, PROMPTS, batch)]
-        found = [row for group in groups for row in ours(engine, x_q, group, NEW, BUCKET)]
+        found = [row for group in groups(ordered, batch) for row in ours(engine, config, group, NEW)]
         same = sum(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
         print(f"greedy, {NEW} tokens, batch {batch}: identical to transformers in {same} of {PROMPTS}", flush=True)
-    for batch in (1, 16):
-        group = prompts[:batch]
-        us = seconds(lambda group=group: ours(engine, x_q, group, NEW, BUCKET))
-        them = seconds(lambda group=group: theirs(model, group, NEW))
-        rate = batch * NEW
+    for batch, count in ((1, SINGLE), (16, PROMPTS)):
+        some = ordered[:: PROMPTS // count]
+        calls = {
+            "ours": lambda some=some, batch=batch: [ours(engine, config, group, NEW) for group in groups(some, batch)],
+            "transformers": lambda some=some, batch=batch: [theirs(model, group, NEW) for group in groups(some, batch)],
+        }
+        if batch > 1:
+            calls["transformers, unsorted"] = lambda batch=batch: [theirs(model, group, NEW) for group in groups(prompts, batch)]
+        taken = seconds(calls)
+        best = min(taken[name] for name in taken if name != "ours")
+        rates = ", ".join(f"{name} {count * NEW / value:.1f}" for name, value in taken.items())
         print(
-            f"tokens/s, batch {batch}, prompts up to {max(map(len, group))}: ours {rate / us:.1f}, transformers {rate / them:.1f}, "
-            f"ratio {them / us:.2f}",
-            flush=True,
+            f"tokens/s, batch {batch}, {count} prompts of 8 to {LONGEST - 1} tokens: {rates}; ratio {best / taken['ours']:.2f}", flush=True
         )
     prompt = rng.integers(3, LLM.vocab_size, CONTEXT)
-    short, long = (seconds(lambda new=new: ours(engine, x_q, [prompt], new, CONTEXT)) for new in (8, 40))
-    cached = (long - short) / 32
-    uncached = seconds(without_cache(config, params, prompt, 8)) / 8
+    taken = seconds(
+        {
+            "short": lambda: ours(engine, config, [prompt], 8),
+            "long": lambda: ours(engine, config, [prompt], 40),
+            "uncached": without_cache(config, params, prompt, 8),
+        }
+    )
+    cached, uncached = (taken["long"] - taken["short"]) / 32, taken["uncached"] / 8
     print(
         f"a token at {CONTEXT} of context: {1000 * cached:.1f} ms with the cache, {1000 * uncached:.1f} ms without, "
         f"{uncached / cached:.1f} x"

@@ -113,7 +113,7 @@ def functions(model_json: str, eos_id: int) -> Functions:
         return model.encode_clip(clip_image, clip_size), model.encode_sam(sam_image, sam_size)
 
     def extend(cache, slots):
-        return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 2 + [(0, slots - a.shape[2])] + [(0, 0)] * 2), cache)
+        return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, slots - a.shape[3]), (0, 0)]), cache)
 
     def segment(model, features, states, index):
         return model.segment(features, jnp.take_along_axis(states, index[..., None], axis=1))

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from mimo_jax import checkpoint as checkpoints
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
-from mimo_jax.data.medical import Picture, Window, open_picture
+from mimo_jax.data.medical import open_picture
+from mimo_jax.data.picture import Picture, Window
+from mimo_jax.data.prompt_files import Source, join_prompts, read_prompts
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import views
@@ -233,16 +235,22 @@ class Chat:
         points: Sequence[Sequence[float]] = (),
         boxes: Sequence[Sequence[float]] = (),
         scribbles: Sequence[Sequence[Sequence[float]]] = (),
+        prompts: Source | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Request:
         """points [[x, y, label]] (1 in, 0 out), boxes [[x0, y0, x1, y1]] half-open, scribbles [[[x, y], …]], all in pixels of the
-        image, integers being pixel centres; max_new_tokens: longest answer; temperature, top_p, seed and stop as in `Sampling`."""
-        sampling = Sampling(temperature, top_p, seed, tuple(stop))
-        return Request(self.image, question, Prompts(points, boxes, scribbles), max_new_tokens, self._past, sampling, self._cache)
+        image, integers being pixel centres; prompts: further ones, a mask bool [H, W], a file or what JSON holds, as `read_prompts` takes
+        them; max_new_tokens: longest answer; temperature, top_p, seed and stop as in `Sampling`."""
+        marked = Prompts(points, boxes, scribbles)
+        if prompts is not None:
+            height, width = self.image.pixels.shape[:2]
+            marked = join_prompts([read_prompts(marked, height, width), read_prompts(prompts, height, width)])
+        sampling = Sampling(temperature, top_p, seed, (stop,) if isinstance(stop, str) else tuple(stop))
+        return Request(self.image, question, marked, max_new_tokens, self._past, sampling, self._cache)
 
     def _said(self, answer: Answer, past: PastTurn) -> None:
         self.answers.append(answer)

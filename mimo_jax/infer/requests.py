@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import jax
 import numpy as np
 
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
-from mimo_jax.data.medical import Picture
+from mimo_jax.data.picture import Picture
 from mimo_jax.data.prompts import PromptError, Prompts, encode_prompts
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
@@ -87,11 +88,11 @@ class Sampling:
 
     def check(self) -> None:
         """UserError for values that mean nothing."""
-        if not 0 <= self.temperature <= 100:
+        if not (isinstance(self.temperature, Real) and 0 <= self.temperature <= 100):
             raise UserError(f"temperature: is {self.temperature}; give 0 (the likeliest words) up to 100")
-        if not 0 < self.top_p <= 1:
+        if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
             raise UserError(f"top_p: is {self.top_p}; give more than 0 and at most 1")
-        if not 0 <= self.seed < _MAX_SEED:
+        if not (isinstance(self.seed, Integral) and 0 <= self.seed < _MAX_SEED):
             raise UserError(f"seed: is {self.seed}; give a whole number from 0 to {_MAX_SEED - 1}")
         if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop):
             raise UserError(f"stop: give at most {MAX_STOPS} strings, none of them empty")
@@ -133,8 +134,8 @@ def prepare(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config
     if not isinstance(request.question, str) or not request.question.strip():
         raise UserError("question: is empty; ask something, such as 'Segment the liver.'")
     most = config.generate.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-    if most < 1:
-        raise UserError(f"max_new_tokens: is {most}; give 1 or more")
+    if not isinstance(most, Integral) or most < 1:
+        raise UserError(f"max_new_tokens: is {most}; give a whole number of 1 or more")
     if len(request.past) >= MAX_TURNS:
         raise UserError(f"question: is turn {len(request.past) + 1} of a conversation, which may have {MAX_TURNS}; open the image anew")
     request.sampling.check()

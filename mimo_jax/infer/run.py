@@ -66,7 +66,7 @@ class Run:
         slots = capacity(min(max(len(turn.ids) for turn in self.turns) + self.new_tokens, self.config.model.llm.max_length))
         if cache is None:
             cache = self.engine.new_cache(self.rows, slots)
-        elif cache["k"].shape[2] < slots:
+        elif cache["k"].shape[3] < slots:
             cache = self.engine.extend(cache, slots)
 
         x_img = _stacked_on_device([image.x_img for image in self.images], self.rows)

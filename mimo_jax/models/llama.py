@@ -56,7 +56,8 @@ class LlamaLayer(nnx.Module):
 
         def linear(name: str, inputs: int, outputs: int) -> LoraLinear:
             rank = lora.rank if name in targets else 0
-            return LoraLinear(inputs, outputs, rank=rank, alpha=lora.alpha, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            how = {"rank": rank, "alpha": lora.alpha, "weights": cfg.weights}
+            return LoraLinear(inputs, outputs, **how, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.attention_norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)
         self.q = linear("q", cfg.width, cfg.heads * head_width)
@@ -76,12 +77,10 @@ class LlamaLayer(nnx.Module):
         k = rotate(self.k(y).reshape(b, t, self.kv_heads, self.head_width), cos, sin)
         v = self.v(y).reshape(b, t, self.kv_heads, self.head_width)
         if cache is not None:
-            rows = jnp.arange(b)[:, None]
-            cache = {
-                "k": cache["k"].at[index, rows, positions].set(k.astype(cache["k"].dtype)),
-                "v": cache["v"].at[index, rows, positions].set(v.astype(cache["v"].dtype)),
-            }
-            k, v = cache["k"][index].astype(k.dtype), cache["v"][index].astype(v.dtype)
+            rows, groups, slots = jnp.arange(b)[:, None, None], jnp.arange(self.kv_heads)[None, :, None], positions[:, None, :]
+            new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
+            cache = {name: kept.at[index, rows, groups, slots].set(new[name].astype(kept.dtype)) for name, kept in cache.items()}
+            k, v = (cache[name][index].astype(x.dtype).swapaxes(1, 2) for name in ("k", "v"))
         x = x + self.o(attend(q, k, v, mask=mask).reshape(b, t, -1))
         y = self.mlp_norm(x)
         x = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
@@ -110,8 +109,9 @@ class Llama(nnx.Module):
         self.norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)
 
     def new_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
-        """Zeros {"k", "v"}, each [N, B, S, G, K]. Slot s of a row holds the token at position s."""
-        shape = (self.cfg.layers, batch, length, self.cfg.kv_heads, self.cfg.width // self.cfg.heads)
+        """Zeros {"k", "v"}, each [N, B, G, S, K]: heads first, as the attention reads them at every token. Slot s of a row holds
+        the token at position s."""
+        shape = (self.cfg.layers, batch, self.cfg.kv_heads, length, self.cfg.width // self.cfg.heads)
         return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
 
     def __call__(self, x: jax.Array, positions: jax.Array, cache: dict[str, jax.Array] | None = None):
@@ -121,7 +121,7 @@ class Llama(nnx.Module):
         slots 0 … p; returns (hidden, cache). Rows are filled from slot 0 without holes, so right padding needs no mask:
         a padded slot lies beyond every real query, and the next real token overwrites it.
         """
-        slots = jnp.arange(cache["k"].shape[2])[None, None, :] if cache is not None else positions[:, None, :]
+        slots = jnp.arange(cache["k"].shape[3])[None, None, :] if cache is not None else positions[:, None, :]
         mask = (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
         cos, sin = rotary(positions, self.cfg.width // self.cfg.heads, self.cfg.rope_theta)
         index = {"index": jnp.arange(self.cfg.layers)}

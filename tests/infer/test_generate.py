@@ -157,7 +157,7 @@ def test_a_turn_behind_a_kept_cache_equals_the_whole_prompt(scene):
     np.testing.assert_array_equal(got.ids[rows], whole.ids[rows])
     np.testing.assert_allclose(got.states[rows], whole.states[rows], rtol=2e-3, atol=2e-4)
     for b, n in enumerate(LENGTHS[rows]):
-        np.testing.assert_allclose(got.cache["k"][:, b, : n + NEW], whole.cache["k"][:, b, : n + NEW], rtol=2e-3, atol=2e-4)
+        np.testing.assert_allclose(got.cache["k"][:, b, :, : n + NEW], whole.cache["k"][:, b, :, : n + NEW], rtol=2e-3, atol=2e-4)
 
 
 def test_drawn_rows_follow_their_seed_alone_and_greedy_ones_stay(scene):

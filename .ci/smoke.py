@@ -42,7 +42,7 @@ def imports() -> None:
 
 
 def help() -> None:
-    for command in ("", "train", "eval", "ask", "data", "data phantom", "convert", "convert import"):
+    for command in ("", "train", "eval", "ask", "chat", "batch", "data", "data phantom", "convert", "convert import"):
         assert "usage: mimo" in mimo(*command.split(), "--help")
 
 
@@ -69,6 +69,10 @@ def ask() -> None:
     mimo(*question, "--out", "overlay.png")
     assert Path("overlay.png").stat().st_size > 0
     assert "entities" in json.loads(mimo(*question, "--json").splitlines()[-1])
+    Path("films").mkdir()
+    Path("films", image).write_bytes(record.image)
+    mimo("batch", "--checkpoint", "run", "--in", "films", "--question", "What is this?", "--out", "answers", "--save", ".png")
+    assert len(Path("answers/answers.jsonl").read_text().splitlines()) == 1 and Path("answers/summary.csv").is_file()
 
 
 def export() -> None:

@@ -19,7 +19,7 @@ from checkpoints_convert.command import add_verbs
 from mimo_jax import __version__
 from mimo_jax.errors import UserError
 from mimo_jax.flag_values import positive
-from mimo_jax.infer.command import add_ask, checkpoint_flags
+from mimo_jax.infer.command import add_ask, add_batch, add_chat, checkpoint_flags
 
 EXIT_DONE, EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 # What the operating system refuses because of a path, a permission or a full disk.
@@ -44,7 +44,8 @@ def parser() -> Parser:
   mimo data phantom --out data/phantom --images 2000 --seed 0
   mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
   mimo eval --checkpoint runs/a --data data/phantom --split test --out report.json
-  mimo ask --checkpoint runs/a image.png "What is this?" --box 10,12,40,44 --out overlay.png""",
+  mimo ask --checkpoint runs/a image.png "What is this?" --box 10,12,40,44 --out overlay.png
+  mimo batch --checkpoint runs/a --in films --question "Segment the lungs." --out answers""",
     )
     top.add_argument("--version", action="version", version=f"mimo_jax {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -85,6 +86,8 @@ Every setting of the config file is set by its path, as --config.train.steps=500
     evaluate.set_defaults(run=_eval)
 
     add_ask(commands)
+    add_chat(commands)
+    add_batch(commands)
 
     data = commands.add_parser("data", help="make datasets", description="Make datasets.")
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)

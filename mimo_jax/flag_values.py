@@ -17,6 +17,10 @@ def index(text: str) -> int:
     return int(text)
 
 
+def index_or_all(text: str) -> int | str:
+    return text if text == "all" else index(text)
+
+
 def numbers(text: str, counts: tuple[int, ...], shape: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
@@ -48,3 +52,8 @@ def scribble(text: str) -> list[list[float]]:
     if not points:
         raise argparse.ArgumentTypeError('is empty; write X,Y pairs such as "20,30 24,33"')
     return points
+
+
+def endings(text: str) -> list[str]:
+    """ ".png,nii.gz" as [".png", ".nii.gz"]."""
+    return list(dict.fromkeys(f".{part.strip().lstrip('.').lower()}" for part in text.split(",") if part.strip(" .")))

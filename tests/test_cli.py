@@ -12,11 +12,14 @@ import pytest
 from PIL import Image
 
 from mimo_jax import __version__, cli
-from mimo_jax.data import medical
-from mimo_jax.data.medical import Picture
+from mimo_jax.data import volume
+from mimo_jax.data.picture import Picture
+from mimo_jax.data.volume import open_scan
 from mimo_jax.errors import UserError
+from mimo_jax.infer.answer import Answer, Entity
+from tests.data.medical_files import dicom, saved, series
 
-COMMANDS = ["train", "eval", "ask", "data", "data phantom"]
+COMMANDS = ["train", "eval", "ask", "chat", "batch", "data", "data phantom"]
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def called(monkeypatch):
 
 
 class FakeAnswer:
-    entities = [types.SimpleNamespace(phrase="liver", area_px=12, area_mm2=None, box_xyxy=[1, 2, 3, 4], score=0.25, uncertain=True)]
+    entities = [Entity(0, "liver", "liver", np.zeros((0, 0), bool), [1, 2, 3, 4], 12, None, iou=0.5, score=0.25, uncertain=True)]
 
     def describe(self):
         return "The liver is outlined."
@@ -58,12 +61,12 @@ class FakeAnswer:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """`Mimo` and `open_picture`, replaced: what they were loaded, opened and asked with."""
+    """`Mimo` and `open_scan`, replaced: what they were loaded, opened and asked with."""
     record = {}
 
-    def open_picture(image, **chosen):
+    def opened(image, **chosen):
         record.update(image=image, **chosen)
-        return Picture(np.zeros((4, 5, 3), np.uint8))
+        return Picture(np.zeros((8, 9, 3), np.uint8))
 
     class FakeMimo:
         @classmethod
@@ -84,7 +87,7 @@ def asked(monkeypatch):
     module = types.ModuleType("mimo_jax.infer.predictor")
     module.Mimo = FakeMimo
     monkeypatch.setitem(sys.modules, "mimo_jax.infer.predictor", module)
-    monkeypatch.setattr(medical, "open_picture", open_picture)
+    monkeypatch.setattr(volume, "open_scan", opened)
     return record
 
 
@@ -110,7 +113,7 @@ def test_help_of_every_command_shows_examples(command, capsys):
 def test_examples_parse(command):
     for line in cli._command(cli.parser(), command.split()).format_help().split("examples:")[-1].splitlines():
         if line.startswith("  mimo "):
-            words = shlex.split(line)[1:]
+            words = shlex.split(line.split(" < ")[0])[1:]
             assert cli._parse(cli._negatives_joined(words)).command == command.split()[0]
 
 
@@ -146,6 +149,9 @@ def test_help_loads_no_jax():
         ("ask --checkpoint c i.png q --window liver", "window liver: is unknown; give LOW,HIGH or one of lung, bone"),
         ("ask --checkpoint c i.png q --window 3,3", "window 3,3: give two numbers LOW,HIGH with LOW < HIGH"),
         ("ask --checkpoint c gone.png q", "gone.png: No such file"),
+        ("batch --checkpoint c --out o", "--in"),
+        ("batch --checkpoint c --in gone --out o --question q", "gone: no such file or folder"),
+        ("batch --checkpoint c --in gone --out o --save gif", ".gif: cannot be saved for each answer"),
         ("train --config tiny --workdir w --config.train.stesp=5", "config.train.stesp: is unknown; did you mean config.train.steps?"),
         ("train --config tiny --workdir w --config.train.steps", "--config.train.steps"),
         ("train --config gone.py --workdir w", "--config gone.py: no such file"),
@@ -184,15 +190,20 @@ def test_eval_and_phantom_hand_over_their_flags(called, capsys):
 def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypatch):
     out, other = tmp_path / "overlay.png", tmp_path / "answer.json"
     argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--allow-untrained"]
-    argv += ["--point", "1,2.5,0", "--point", "3,4", "--max-new-tokens", "9"]
+    Image.fromarray(np.eye(8, 9, dtype=bool)).save(tmp_path / "mask.png")
+    (tmp_path / "more.json").write_text('{"points": [[5, 6]], "boxes": [[1, 1, 2, 2]]}')
+    argv += ["--point", "-0.5,2.5,0", "--point", "3,4", "--max-new-tokens", "9"]
+    argv += ["--prompts", str(tmp_path / "mask.png"), "--prompts", str(tmp_path / "more.json")]
     argv += ["--frame", "3", "--slice", "k:4", "--window", "-160,240", "--out", str(out), "--out", str(other)]
-    assert cli.main([*argv, "--box", "-1,2,3,4", "--scribble", "1,2 3,4", "--scribble", "5,6"]) == 0
+    assert cli.main([*argv, "--box", "0,2,3,4", "--scribble", "1,2 3,4", "--scribble", "5,6"]) == 0
+    *strokes, painted = [scribble.tolist() for scribble in asked.pop("scribbles")]
+    assert strokes == [[[1, 2], [3, 4]], [[5, 6]]] and len(painted) > 2 and all(x == y for x, y in painted)
+    asked |= {name: asked[name].tolist() for name in ("points", "boxes")}
     assert asked == {
         **{"checkpoint": "c", "base": "b", "allow_untrained": True, "image": "i.png", "question": "Which?", "max_new_tokens": 9},
-        **{"frame": 3, "slice": "k:4", "window": (-160.0, 240.0)},
-        "points": [[1.0, 2.5, 0.0], [3.0, 4.0, 1.0]],
-        "boxes": [[-1.0, 2.0, 3.0, 4.0]],
-        "scribbles": [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]],
+        **{"frame": 3, "slice": "k:4", "series": None, "window": (-160.0, 240.0)},
+        "points": [[-0.5, 2.5, 0.0], [3.0, 4.0, 1.0], [5.0, 6.0, 1.0]],
+        "boxes": [[0.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 2.0]],
     }
     assert out.read_text() == other.read_text() == "picture"
     said = capsys.readouterr()
@@ -218,6 +229,40 @@ def test_ask_refuses_outputs_before_a_model_is_loaded(asked, capsys, out, error)
     assert "checkpoint" not in asked
 
 
+def test_ask_refuses_prompts_before_a_model_is_loaded(asked, capsys, tmp_path):
+    (tmp_path / "far.json").write_text('{"points": [[50, 6]]}')
+    for flag, value, says in (
+        ("--prompts", f"{tmp_path}/far.json", "far.json: point 0: (50, 6) lies outside the image of 9x8 pixels"),
+        ("--prompts", f"{tmp_path}/gone.json", "gone.json: No such file"),
+        ("--box", "1,2,99,4", "box 0 [1, 2, 99, 4) leaves the image of 9x8 pixels"),
+    ):
+        assert says in fails(capsys, "ask", "--checkpoint", "c", "i.png", "Which?", flag, value)
+    assert "checkpoint" not in asked
+
+
+def test_batch_hands_over_its_flags_and_says_how_it_ended(monkeypatch, capsys):
+    ends, calls = [(9, 9, 0, False, 0), (9, 7, 2, False, 3), (4, 4, 0, True, 0)], []
+
+    def run_batch(load, source, out, question, **options):
+        calls.append((source, out, question, options))
+        return types.SimpleNamespace(**dict(zip(("done", "answered", "failed", "stopped", "burned_in"), ends[len(calls) - 1], strict=True)))
+
+    monkeypatch.setattr("mimo_jax.infer.batch.run_batch", run_batch)
+    line = ["batch", "--checkpoint", "c", "--in", "films", "--question", "Which?", "--out", "o"]
+    flags = "--save png,.NII.gz --resume --volumes --window -5,6 --frame all --series 2 --max-new-tokens 9"
+    assert cli.main([*line, *flags.split()]) == 0
+    assert "9 answers in o" in capsys.readouterr().out
+    assert cli.main(line) == 3
+    said = capsys.readouterr().err
+    assert "2 requests failed in whole or in part; why stands in o/failed.jsonl" in said and "3 pictures may contain burned-in text" in said
+    assert cli.main(line) == 75
+    assert "stopped after 4 requests; run the same command with --resume" in capsys.readouterr().err
+    options = {"save": [".png", ".nii.gz"], "resume": True, "volumes": True, "window": (-5, 6), "frame": "all", "series": 2}
+    options |= {"max_new_tokens": 9, "slice": None}
+    assert calls[0] == ("films", "o", "Which?", options)
+    assert calls[1][3] == {**dict.fromkeys(options), "save": [], "resume": False, "volumes": False}
+
+
 def test_ask_never_overwrites_its_image(asked, capsys, tmp_path):
     image = tmp_path / "i.png"
     image.write_text("scan")
@@ -228,6 +273,64 @@ def test_ask_never_overwrites_its_image(asked, capsys, tmp_path):
 def test_ask_prints_json_alone(asked, capsys):
     assert cli.main(["ask", "--checkpoint", "c", "i.png", "Which?", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"text": "The liver is outlined."}
+
+
+@pytest.fixture
+def scanned(asked, monkeypatch):
+    """Real scans, and a `Mimo` that paints what is bright."""
+    monkeypatch.setattr(volume, "open_scan", open_scan)
+    made = sys.modules["mimo_jax.infer.predictor"].Mimo
+    made.config = types.SimpleNamespace(generate=types.SimpleNamespace(batch_size=2))
+    made.check = lambda self, request: None
+
+    def predict(self, requests):
+        masks = [request.image.pixels[..., 0] > 100 for request in requests]
+        entities = [[Entity.of(0, "the liver", mask, 0.8, 1.0)] * bool(mask.any()) for mask in masks]
+        return [Answer("Here.", [], e, False, r.question, r.image.pixels, ()) for e, r in zip(entities, requests, strict=True)]
+
+    made.predict = predict
+    return asked
+
+
+def slices():
+    """Bright in the upper four rows of slices 1 and 2 of 4."""
+    made = np.zeros((4, 8, 10), np.uint16)
+    made[1:3, :4] = 200
+    return made
+
+
+def test_ask_of_a_folder_asks_every_slice(scanned, capsys, tmp_path):
+    series(tmp_path / "s", slices())
+    outs = [tmp_path / name for name in ("b.nii.gz", "b.dcm", "b.json", "b.png")]
+    argv = ["ask", "--checkpoint", "c", str(tmp_path / "s"), "Segment the liver.", "--window", "0,255"]
+    assert cli.main([*argv, *(f"--out={out}" for out in outs)]) == 0
+    said = capsys.readouterr()
+    # 2 slices of 4 rows of 10 pixels of 0.5 x 0.25 x 2 mm
+    assert said.out.splitlines() == ["the liver: 80 voxels, 0.02 cm³, slices 1 to 2, score 0.80", "nothing painted on 2 of 4 slices"]
+    assert "base 1234" in said.err and f"written to {outs[0]}" in said.err and all(out.is_file() for out in outs)
+    assert cli.main([*argv, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(outs[2].read_text()) and printed["structures"][0]["volume_mm3"] == 20
+    path = saved(dicom(slices(), frames=4), tmp_path / "a")
+    assert cli.main(["ask", "--checkpoint", "c", str(path), "?", "--frame", "all", "--window", "0,255"]) == 0
+    assert capsys.readouterr().out.startswith("the liver: 80 voxels, slices 1 to 2, score 0.80\n")
+
+
+def test_ask_of_a_scan_says_what_is_wrong_before_a_model_is_loaded(scanned, capsys, tmp_path):
+    folder = tmp_path / "s"
+    paths = series(folder, slices())
+    argv = ["ask", "--checkpoint", "c", str(folder), "?"]
+    assert "--prompts mark one slice; choose it, as --slice 30" in fails(capsys, *argv, "--point", "1,2")
+    assert "is a file of the folder asked about" in fails(
+        capsys, *argv, "--out", str(saved(dicom(slices()[0], Modality="SEG"), folder / "b.dcm"))
+    )
+    assert "'x' is not a whole number" in fails(capsys, *argv, "--frame", "x")
+    assert "series 2 is not there; it holds 1" in fails(capsys, *argv, "--series", "2")
+    saved(dicom(slices()[0]), folder / "another")
+    assert cli.main(argv) == 2
+    listed = capsys.readouterr().err.splitlines()
+    assert "holds 2 series, sizes or directions" in listed[0] and listed[1:] == ["  1: 4 pictures, CT, 10x8", "  2: 1 picture, CT, 10x8"]
+    assert "checkpoint" not in scanned and len(paths) == 4
 
 
 def test_exit_codes(called, capsys):

@@ -1,4 +1,4 @@
-"""Visual prompts: drawn from a mask, parsed from the command line, encoded for the model.
+"""Visual prompts: drawn from a mask, encoded for the model.
 
 Axis letters: P prompt tokens (PromptConfig.max_tokens).
 
@@ -211,40 +211,3 @@ def _resample(line: np.ndarray, count: int) -> np.ndarray:
     along = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(line, axis=0).T))])
     at = np.linspace(0, along[-1], count)
     return np.column_stack([np.interp(at, along, line[:, 0]), np.interp(at, along, line[:, 1])])
-
-
-def parse_point(text: str) -> np.ndarray:
-    """ "x,y" or "x,y,label" -> [3]; label 1 inside (the default), 0 outside. Raises PromptError."""
-    values = _numbers(text, "point", "x,y or x,y,label", (2, 3))
-    point = np.array([*values, 1.0][:3])
-    if point[2] not in (0, 1):
-        raise PromptError(f"point {text!r}: label {point[2]:g}; use 1 (inside) or 0 (outside)")
-    return point
-
-
-def parse_box(text: str) -> np.ndarray:
-    """ "x0,y0,x1,y1" -> [4]. Raises PromptError."""
-    box = np.array(_numbers(text, "box", "x0,y0,x1,y1", (4,)))
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise PromptError(f"box {text!r} has no area; give x0,y0,x1,y1 with x0 < x1 and y0 < y1")
-    return box
-
-
-def parse_scribble(text: str) -> np.ndarray:
-    """ "x,y x,y …" -> [m, 2], m >= 2. Raises PromptError."""
-    pairs = text.split()
-    if len(pairs) < 2:
-        raise PromptError(f"scribble {text!r}: give at least two points, as 'x,y x,y'")
-    return np.array([_numbers(pair, "scribble", "x,y x,y …", (2,)) for pair in pairs])
-
-
-def _numbers(text: str, what: str, form: str, counts: tuple[int, ...]) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise PromptError(f"{what} {text!r}: not numbers; write {form}") from None
-    if len(values) not in counts:
-        raise PromptError(f"{what} {text!r}: {len(values)} numbers; write {form}")
-    if not all(math.isfinite(v) for v in values):
-        raise PromptError(f"{what} {text!r}: every number must be finite")
-    return values

@@ -5,17 +5,18 @@ Axis letters: H, W height and width of the original image in pixels.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco
 
+from mimo_jax.data.picture import Grid
 from mimo_jax.data.prompts import Prompts
-from mimo_jax.errors import UserError
+from mimo_jax.infer.outputs import check_outputs, write_all, write_json
 from mimo_jax.infer.overlay import draw_overlay
-from mimo_jax.infer.write_masks import Grid, check_nifti, check_painted, check_seg, write_nifti, write_seg
+from mimo_jax.infer.write_masks import write_nifti, write_seg
 
 UNCERTAIN_BELOW = 0.5  # score under which an entity is marked `uncertain`
 NOTHING_PAINTED = "(no structure is marked in this answer)"
@@ -64,6 +65,11 @@ class Entity:
         area_mm2 = None if spacing_mm is None else area * spacing_mm[0] * spacing_mm[1]
         return Entity(id, phrase, canonical_name(phrase), mask, box, area, area_mm2, iou, score, uncertain)
 
+    def describe(self) -> str:
+        """Name, size, place and score in a line."""
+        area = f"{self.area_px} px" if self.area_mm2 is None else f"{self.area_px} px, {self.area_mm2:.1f} mm²"
+        return f"{self.phrase or 'unnamed'}: {area}, box {self.box_xyxy}, score {self.score:.2f}{', uncertain' if self.uncertain else ''}"
+
     def to_json(self) -> dict:
         """As a plain dict; the mask as COCO RLE {"size": [H, W], "counts": str}; no area_mm2 where it is not known."""
         rle = coco.encode(np.asfortranarray(self.mask.astype(np.uint8)))
@@ -94,7 +100,7 @@ class Answer:
     question: str
     image: np.ndarray = field(repr=False)
     prompts: Prompts = field(repr=False)
-    grid: Grid = field(default=None, repr=False)
+    grid: Grid | None = field(default=None, repr=False)
 
     def describe(self) -> str:
         """The text, with a plain word where nothing is painted or the answer was cut off."""
@@ -113,59 +119,22 @@ class Answer:
         """Write the answer to each path by its ending: .png the overlay, .json `to_json`, .npy the masks bool [entities, H, W],
         .nii and .nii.gz a label map on the grid of the NIfTI or DICOM input, .dcm a DICOM SEG of the DICOM input.
 
-        UserError, before anything is written, for what `check_outputs` refuses, and for a .dcm where all masks are empty."""
+        All are written, or none. UserError for what `check_outputs` refuses, and for a .dcm where all masks are empty."""
         check_outputs(*paths, grid=self.grid)
-        for path in map(Path, paths):
-            if _ending(path) == ".dcm":
-                check_painted(path, self._named())
-        for path in map(Path, paths):
-            _WRITERS[_ending(path)](self, path)
+        grids, named = [self.grid], [(e.phrase, e.mask[None]) for e in self.entities]
+        masks = [mask for _, mask in named]
+        write_all(
+            paths,
+            {
+                ".png": lambda _, file: self._overlay().save(file, "PNG"),
+                ".json": lambda _, file: write_json(file, self.to_json()),
+                ".npy": lambda _, file: np.save(file, np.concatenate([np.zeros((0, *self.image.shape[:2]), bool), *masks])),
+                ".nii": lambda _, file: write_nifti(file, False, masks, grids),
+                ".nii.gz": lambda _, file: write_nifti(file, True, masks, grids),
+                ".dcm": lambda path, file: write_seg(path, file, named, grids, bool(self.prompts)),
+            },
+        )
 
-    def _named(self) -> list[tuple[str, np.ndarray]]:
-        return [(e.phrase, e.mask) for e in self.entities]
-
-
-def check_outputs(*paths: str | Path, grid: Grid = None) -> None:
-    """UserError for a path that `Answer.save` could not write: another ending, a folder that is not there, or a medical
-    format for which the input, of this grid, has no geometry."""
-    for path in map(Path, paths):
-        ending = _ending(path)
-        if ending not in _WRITERS:
-            raise UserError(f"{path}: cannot tell what to write; end the name in {', '.join(_WRITERS)}")
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
-        if ending in (".nii", ".nii.gz"):
-            check_nifti(path, grid)
-        if ending == ".dcm":
-            check_seg(path, grid)
-
-
-def _ending(path: Path) -> str:
-    return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
-
-
-def _write_overlay(answer: Answer, path: Path) -> None:
-    named = [(e.phrase or f"structure {e.id + 1}", e.mask) for e in answer.entities]
-    draw_overlay(answer.image, named, answer.prompts, f"{answer.question}\n{answer.describe()}").save(path)
-
-
-def _write_json(answer: Answer, path: Path) -> None:
-    path.write_text(json.dumps(answer.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_masks(answer: Answer, path: Path) -> None:
-    np.save(path, np.stack([e.mask for e in answer.entities]) if answer.entities else np.zeros((0, *answer.image.shape[:2]), bool))
-
-
-def _write_nifti(answer: Answer, path: Path) -> None:
-    write_nifti(path, answer._named(), answer.grid)
-
-
-def _write_seg(answer: Answer, path: Path) -> None:
-    write_seg(path, answer._named(), answer.grid, bool(answer.prompts))
-
-
-_WRITERS = {
-    **{".png": _write_overlay, ".json": _write_json, ".npy": _write_masks},
-    **{".nii": _write_nifti, ".nii.gz": _write_nifti, ".dcm": _write_seg},
-}
+    def _overlay(self) -> Image.Image:
+        named = [(e.phrase or f"structure {e.id + 1}", e.mask) for e in self.entities]
+        return draw_overlay(self.image, named, self.prompts, f"{self.question}\n{self.describe()}")

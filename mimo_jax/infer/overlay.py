@@ -15,6 +15,7 @@ _COLOURS = (
     (230, 85, 70), (60, 160, 240), (90, 200, 90), (245, 190, 50), (190, 110, 230), (50, 205, 200), (245, 130, 190), (170, 200, 60),
 )  # fmt: skip
 _LONG_SIDE = 512  # an image whose longest side is smaller is enlarged until it reaches this
+_TILE, _GAP = 256, 4  # longest side of a slice on a sheet, and what lies between two
 _WIDTH_MIN = 320  # of the canvas, for the legend and the caption
 _ALPHA = 0.35
 _PAPER, _INK, _FAINT = (18, 18, 20), (235, 235, 235), (150, 150, 155)
@@ -35,18 +36,43 @@ def draw_overlay(
         if mask.shape != (height, width):
             raise ValueError(f"mask of {name!r} is {list(mask.shape)}, the image {[height, width]} (rows, columns)")
     factor = max(1, -(-_LONG_SIDE // max(height, width)))
-    picture = np.repeat(np.repeat(image, factor, 0), factor, 1)
     colours = [colour(i) for i in range(len(entities))]
-    masks = [np.repeat(np.repeat(np.asarray(mask, bool), factor, 0), factor, 1) for _, mask in entities]
+    marked = Image.fromarray(_painted(image, [mask for _, mask in entities], colours, factor))
+    if prompts is not None:
+        _draw_prompts(marked, prompts, factor)
+    return _with_text(marked, [(name, paint, bool(mask.any())) for (name, mask), paint in zip(entities, colours, strict=True)], caption)
+
+
+def draw_sheet(tiles: Sequence[tuple[str, np.ndarray, Sequence[np.ndarray]]], names: Sequence[str], caption: str = "") -> Image.Image:
+    """RGB picture of tiles (title, uint8 RGB [H, W, 3], bool [H, W] of each name), all of one size, in rows from left to right;
+    names and caption below as `draw_overlay` does it, a name that no tile paints as one that was not found."""
+    colours = [colour(i) for i in range(len(names))]
+    columns = max(1, int(np.ceil(np.sqrt(len(tiles)))))
+    font = ImageFont.load_default(size=14.0)
+    drawn = []
+    for title, image, masks in tiles:
+        tile = Image.fromarray(_painted(image, masks, colours, max(1, -(-_TILE // max(image.shape[:2])))))
+        tile.thumbnail((_TILE, _TILE))
+        ImageDraw.Draw(tile).text((4, 2), title, fill=_INK, font=font, stroke_width=2, stroke_fill=(0, 0, 0))
+        drawn.append(tile)
+    width, height = drawn[0].size if drawn else (_WIDTH_MIN, 0)
+    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, -(-len(drawn) // columns) * (height + _GAP)), _PAPER)
+    for n, tile in enumerate(drawn):
+        sheet.paste(tile, (n % columns * (width + _GAP), n // columns * (height + _GAP)))
+    present = [any(masks[i].any() for _, _, masks in tiles) for i in range(len(names))]
+    return _with_text(sheet, list(zip(names, colours, present, strict=True)), caption)
+
+
+def _painted(image: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]], factor: int) -> np.ndarray:
+    """uint8 RGB, enlarged by a whole factor: each mask filled and outlined in its colour."""
+    picture = np.repeat(np.repeat(image, factor, 0), factor, 1)
+    masks = [np.repeat(np.repeat(np.asarray(mask, bool), factor, 0), factor, 1) for mask in masks]
     for mask, paint in zip(masks, colours, strict=True):
         picture[mask] = np.rint((1 - _ALPHA) * picture[mask] + _ALPHA * np.array(paint))
     thick = max(1, round(max(picture.shape[:2]) / 500))
     for mask, paint in zip(masks, colours, strict=True):  # after all fills, so that no outline is covered
         picture[mask & ~ndimage.binary_erosion(mask, iterations=thick)] = paint
-    marked = Image.fromarray(picture)
-    if prompts is not None:
-        _draw_prompts(marked, prompts, factor)
-    return _with_text(marked, [(name, paint, bool(mask.any())) for (name, mask), paint in zip(entities, colours, strict=True)], caption)
+    return picture
 
 
 def colour(index: int) -> tuple[int, int, int]:

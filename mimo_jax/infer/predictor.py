@@ -22,12 +22,12 @@ from tqdm import tqdm
 from mimo_jax import checkpoint as checkpoints
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
-from mimo_jax.data.medical import open_picture
-from mimo_jax.data.picture import Picture, Window
+from mimo_jax.data.picture import Picture, Volume, Window
 from mimo_jax.data.prompt_files import Source, join_prompts, read_prompts
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import views
+from mimo_jax.data.volume import open_scan
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, clip_frame, sam_frame
 from mimo_jax.infer.answer import Answer, Entity
@@ -75,12 +75,13 @@ class Mimo:
         image: str | os.PathLike | np.ndarray | Picture,
         frame: int | None = None,
         slice: str | None = None,
+        series: int | None = None,
         window: Window = None,
     ) -> Chat:
-        """A chat about one image: a file (PNG, JPEG, TIFF, DICOM, NIfTI, …), uint8 pixels [H, W] or [H, W, 3], or what
-        `open_picture` made; frame (from 0), slice ("axial:30") and window ((low, high) or a name) are of a file, as
-        `open_picture` takes them. UserError if unreadable."""
-        (encoded,) = self.encode([read_image(image, frame, slice, window)])
+        """A chat about one image: a file (PNG, JPEG, TIFF, DICOM, NIfTI, …), one slice of a folder of DICOM files, uint8 pixels
+        [H, W] or [H, W, 3], or a Picture; frame (from 0), slice ("axial:30"), series and window ((low, high) or a name) choose of a
+        file or folder, as `open_scan` takes them. UserError if unreadable."""
+        (encoded,) = self.encode([read_image(image, frame=frame, slice=slice, series=series, window=window)])
         return Chat(self, encoded)
 
     def encode(self, images: Sequence[Picture | np.ndarray]) -> list[EncodedImage]:
@@ -257,14 +258,15 @@ class Chat:
         self._past.append(past)
 
 
-def read_image(
-    image: str | os.PathLike | np.ndarray | Picture, frame: int | None = None, slice: str | None = None, window: Window = None
-) -> Picture:
-    """A file, or uint8 pixels [H, W] or [H, W, 3], as a Picture; one that is there already stays. UserError for anything else,
-    and for frame, slice or window without a file."""
+def read_image(image: str | os.PathLike | np.ndarray | Picture, **chosen: Any) -> Picture:
+    """A file, or uint8 pixels [H, W] or [H, W, 3], as a Picture; one that is there already stays. chosen: frame, slice, series,
+    window of a file, see `open_scan`. UserError for what is none of these, for a whole scan, and for `chosen` without a file."""
     if not isinstance(image, np.ndarray | Picture):
-        return open_picture(image, frame=frame, slice=slice, window=window)
-    for name, value in (("frame", frame), ("slice", slice), ("window", window)):
+        scan = open_scan(image, **chosen)
+        if isinstance(scan, Volume):
+            raise UserError(f"{image}: is a scan of {len(scan)} slices; choose one, such as slice {len(scan) // 2}, or see `ask_volume`")
+        return scan
+    for name, value in chosen.items():
         if value is not None:
             raise UserError(f"{name} {value}: is for a file; these are pixels already, leave it away")
     if isinstance(image, Picture):

@@ -1,6 +1,6 @@
 """Masks of an answer back on the grid of the medical file that was asked about: NIfTI label maps and DICOM SEG.
 
-Axis letters: H, W height and width of the picture in pixels; E entities, F frames of the DICOM input.
+Axis letters: F slices or frames, H, W height and width of each in pixels; E entities. One picture is a volume of one slice.
 nibabel, pydicom and highdicom come with `pip install "mimo_jax[medical]"`; the checks below say so before anything runs.
 """
 
@@ -8,102 +8,112 @@ from __future__ import annotations
 
 import gzip
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mimo_jax import __version__
-from mimo_jax.data.medical import DicomGrid, NiftiGrid, library
+from mimo_jax.data.dicom import stack_affine, value_of
+from mimo_jax.data.picture import DicomGrid, Grid, NiftiGrid, library
 from mimo_jax.errors import UserError
 
-Grid = NiftiGrid | DicomGrid | None
-Named = Sequence[tuple[str, np.ndarray]]  # (phrase, bool [H, W]) of each entity
+Named = Sequence[tuple[str, np.ndarray]]  # (phrase, bool [F, H, W]) of each entity
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 # What highdicom repeats from the image, and a file without names may lack.
 _MAY_BE_EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
-_LABELS = 255  # uint8
 _SERIES = 1000  # added to the number of the series asked about
 _LABEL_LENGTH = 64  # characters of a DICOM LO
 
 
-def check_nifti(path: Path, grid: Grid) -> None:
-    """UserError where no NIfTI can be laid onto the input, or nibabel is missing."""
-    if grid is None:
+def check_nifti(path: Path, grids: Sequence[Grid]) -> None:
+    """UserError where no NIfTI can be laid onto slices of these grids (none: a plain picture), or nibabel is missing."""
+    if not grids:
         raise UserError(f"{path}: the image has no place in space; only NIfTI and DICOM input can be saved as NIfTI, use .npy or .json")
-    if isinstance(grid, DicomGrid) and grid.affine is None:
-        raise UserError(f"{path}: this DICOM does not say where in the patient its picture lies; use .dcm, .npy or .json")
+    if isinstance(grids[0], DicomGrid) and stack_affine(grids) is None:
+        what = "its picture lies" if len(grids) == 1 else "its slices lie, or they are not evenly spaced"
+        raise UserError(f"{path}: this DICOM does not say where in the patient {what}; use .dcm, .npy or .json")
     library("nibabel")
 
 
-def check_seg(path: Path, grid: Grid) -> None:
-    """UserError where no DICOM SEG can refer to the input, or highdicom is missing."""
-    if not isinstance(grid, DicomGrid):
-        raise UserError(f"{path}: only DICOM input can be saved as DICOM SEG; use {'.json' if grid is None else '.nii.gz'}")
-    missing = [name for name in _IDENTITY if not grid.dataset.get(name)]
+def check_seg(path: Path, grids: Sequence[Grid]) -> None:
+    """UserError where no DICOM SEG can refer to slices of these grids, or highdicom is missing."""
+    if not grids or not isinstance(grids[0], DicomGrid):
+        raise UserError(f"{path}: only DICOM input can be saved as DICOM SEG; use {'.nii.gz' if grids else '.json'}")
+    sources = _sources(grids)
+    missing = [name for name in _IDENTITY if not all(value_of(source, name) for source in sources)]
     if missing:
-        raise UserError(f"{path}: a DICOM SEG points at its image, and this one lacks {', '.join(missing)}; use {_instead(grid)}")
-    if grid.frames > 1 and not grid.dataset.get("FrameOfReferenceUID"):
-        raise UserError(f"{path}: a DICOM SEG cannot point into a multi-frame file without FrameOfReferenceUID; use {_instead(grid)}")
+        raise UserError(f"{path}: a DICOM SEG points at its image, and this one lacks {', '.join(missing)}; use {_instead(grids)}")
+    if grids[0].frames * len(sources) > 1 and not all(value_of(source, "FrameOfReferenceUID") for source in sources):
+        what = "a multi-frame file" if grids[0].frames > 1 else "a series"
+        raise UserError(f"{path}: a DICOM SEG cannot point into {what} without FrameOfReferenceUID; use {_instead(grids)}")
     library("highdicom")
 
 
-def check_painted(path: Path, entities: Named) -> None:
-    """UserError where a DICOM SEG would hold no segment, which it may not."""
-    if not any(mask.any() for _, mask in entities):
-        raise UserError(f"{path}: the answer paints nothing, and a DICOM SEG without segments is not allowed; use .json")
+def write_nifti(file: BinaryIO, packed: bool, masks: Iterable[np.ndarray], grids: Sequence[Grid]) -> None:
+    """A label map, gzip if `packed`: mask n (from 1, each bool [F, H, W]) has the value n, later ones lie on top. uint8, or
+    uint16 if there are more than 255.
 
-
-def write_nifti(path: Path, entities: Named, grid: NiftiGrid | DicomGrid) -> None:
-    """A uint8 label map, .nii or .nii.gz: entity n (from 1) has the value n, later ones lie on top.
-
-    NIfTI input: shape, affine and orientation codes of the input, zero outside the slice asked about. DICOM input: one slice
-    [W, H, 1] (columns, rows) whose affine is that of the frame, in RAS mm.
+    NIfTI input: shape, affine and orientation codes of the input, zero outside the slices asked about. DICOM input: [W, H, F]
+    (columns, rows, slices) whose affine is that of the frames, in RAS mm.
     """
     import nibabel
 
-    if len(entities) > _LABELS:
-        raise UserError(f"{path}: {len(entities)} entities; a label map of 8 bits holds {_LABELS}, use .npy or .json")
-    labels = np.zeros(entities[0][1].shape if entities else (), np.uint8)
-    for n, (_, mask) in enumerate(entities, 1):
-        labels[mask] = n
-    if isinstance(grid, NiftiGrid):
-        volume = np.zeros(grid.shape, np.uint8)
-        grid.shown(volume)[:] = labels
-        image = (nibabel.Nifti2Image if grid.header["sizeof_hdr"] == 540 else nibabel.Nifti1Image)(volume, grid.affine)
+    shape = grids[0].shape if isinstance(grids[0], NiftiGrid) else (grids[0].dataset.Columns, grids[0].dataset.Rows, len(grids))
+    volume, count = np.zeros(shape, np.uint16), 0
+    planes = on_grid(volume, grids) if isinstance(grids[0], NiftiGrid) else volume.T
+    for count, mask in enumerate(masks, 1):
+        for plane, painted in zip(planes, mask, strict=True):
+            plane[painted] = count
+    volume = volume if count > np.iinfo(np.uint8).max else volume.astype(np.uint8)
+    if isinstance(grids[0], NiftiGrid):
+        header = grids[0].header
+        image = (nibabel.Nifti2Image if header["sizeof_hdr"] == 540 else nibabel.Nifti1Image)(volume, grids[0].affine)
         # Only what says where the voxels lie is taken over: the rest of a header may speak of the patient.
-        image.header.set_xyzt_units(*grid.header.get_xyzt_units())
+        image.header.set_xyzt_units(*header.get_xyzt_units())
         try:
-            image.set_qform(*grid.header.get_qform(coded=True))
+            image.set_qform(*header.get_qform(coded=True))
         except ValueError:  # numbers that are no rotation; the affine is then the sform's
             image.set_qform(None, 0)
-        image.set_sform(*grid.header.get_sform(coded=True))
+        image.set_sform(*header.get_sform(coded=True))
     else:
-        volume = np.zeros((grid.dataset.Columns, grid.dataset.Rows, 1), np.uint8)
-        volume[:, :, 0] = labels.T
-        image = nibabel.Nifti1Image(volume, grid.affine)
+        image = nibabel.Nifti1Image(volume, stack_affine(grids))
         image.header.set_xyzt_units("mm")
-        image.set_qform(grid.affine, "scanner")
-        image.set_sform(grid.affine, "scanner")
-    data = image.to_bytes()
-    path.write_bytes(gzip.compress(data, mtime=0) if path.name.lower().endswith(".gz") else data)
+        image.set_qform(image.affine, "scanner")
+        image.set_sform(image.affine, "scanner")
+    if packed:
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as stream:
+            image.to_stream(stream)
+    else:
+        image.to_stream(file)
 
 
-def write_seg(path: Path, entities: Named, grid: DicomGrid, prompted: bool) -> None:
-    """A DICOM SEG of the series' study: BINARY, one segment for each entity that is not empty, labelled with its phrase.
+def on_grid(array: np.ndarray, grids: Sequence[Grid]) -> Sequence[np.ndarray]:
+    """Views [H, W] of each slice in an array of the NIfTI file's shape, or, of DICOM, [F, H, W]."""
+    return [grid.shown(array) for grid in grids] if isinstance(grids[0], NiftiGrid) else array
 
-    `prompted`: the question came with points, boxes or scribbles, so the segments are SEMIAUTOMATIC, else AUTOMATIC.
+
+def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[DicomGrid], prompted: bool) -> None:
+    """A DICOM SEG of the series' study that refers to all files of the slices: BINARY, one segment for each entity that is not
+    empty, labelled with its phrase.
+
+    `path` names it in errors. `prompted`: the question came with points, boxes or scribbles, so the segments are SEMIAUTOMATIC,
+    else AUTOMATIC.
     """
     import highdicom
     from pydicom import Dataset
     from pydicom.sr.codedict import codes
     from pydicom.uid import generate_uid
 
-    check_painted(path, entities)
     painted = [(_label(phrase) or f"structure {n}", mask) for n, (phrase, mask) in enumerate(entities, 1) if mask.any()]
-    pixels = np.zeros((grid.frames, *painted[0][1].shape, len(painted)), np.uint8)  # [F, H, W, E]
-    pixels[grid.frame] = np.stack([mask for _, mask in painted], axis=-1)
+    if not painted:
+        raise UserError(f"{path}: the answer paints nothing, and a DICOM SEG without segments is not allowed; use .json")
+    sources, frames = _sources(grids), grids[0].frames
+    pixels = np.zeros((frames * len(sources), *painted[0][1].shape[1:], len(painted)), np.uint8)  # [F, H, W, E]
+    places = [grid.frame if frames > 1 else k for k, grid in enumerate(grids)]  # a file of several frames is the only source
+    for e, (_, mask) in enumerate(painted):
+        pixels[places, :, :, e] = mask
     algorithm = highdicom.AlgorithmIdentificationSequence("MIMO", codes.cid7162.ArtificialIntelligence, __version__)
     described = [
         highdicom.seg.SegmentDescription(
@@ -120,18 +130,21 @@ def write_seg(path: Path, entities: Named, grid: DicomGrid, prompted: bool) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote the values of a header
         try:
-            source = Dataset()
-            source.update(grid.dataset)
-            for name in _MAY_BE_EMPTY:
-                if name not in source:
-                    setattr(source, name, "")
+            images = []
+            for source in sources:
+                image = Dataset()
+                image.update(source)
+                for name in _MAY_BE_EMPTY:
+                    if name not in image:
+                        setattr(image, name, "")
+                images.append(image)
             segmentation: Any = highdicom.seg.Segmentation(
-                source_images=[source],
+                source_images=images,
                 pixel_array=pixels,
                 segmentation_type="BINARY",
                 segment_descriptions=described,
                 series_instance_uid=generate_uid(),
-                series_number=_SERIES + int(grid.dataset.get("SeriesNumber") or 0),
+                series_number=_SERIES + int(sources[0].get("SeriesNumber") or 0),
                 sop_instance_uid=generate_uid(),
                 instance_number=1,
                 manufacturer="mimo_jax",
@@ -140,15 +153,20 @@ def write_seg(path: Path, entities: Named, grid: DicomGrid, prompted: bool) -> N
                 device_serial_number="0",
                 specific_character_set="ISO_IR 192",
             )
-            segmentation.save_as(path)
+            segmentation.save_as(file)
         # highdicom takes its source for a conforming file; what it says of one that is not may quote the header.
         except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
             kind = type(error).__name__
-            raise UserError(f"{path}: this DICOM lacks what a SEG must repeat ({kind}); use {_instead(grid)}") from None
+            raise UserError(f"{path}: this DICOM lacks what a SEG must repeat ({kind}); use {_instead(grids)}") from None
 
 
-def _instead(grid: DicomGrid) -> str:
-    return ".npy or .json" if grid.affine is None else ".nii.gz"
+def _sources(grids: Sequence[DicomGrid]) -> list[Any]:
+    """The datasets of the slices, each once."""
+    return list({id(grid.dataset): grid.dataset for grid in grids}.values())
+
+
+def _instead(grids: Sequence[DicomGrid]) -> str:
+    return ".npy or .json" if stack_affine(grids) is None else ".nii.gz"
 
 
 def _label(phrase: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,27 +24,12 @@ from mimo_jax.data.loader import Loader, make_loader
 from mimo_jax.data.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mimo_jax.eval import evaluate
+from mimo_jax.stopping import StopSignal
 from mimo_jax.train.hooks import Every, Metrics, Save, Tick
 from mimo_jax.train.state import Plan
 from mimo_jax.train.step import make_step
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask the loop to stop after the current step; a second SIGINT kills as usual."""
-
-    def __init__(self):
-        self.received = False
-        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _receive(self, number, frame):
-        self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 def train(config: Config, workdir: str | Path) -> int:

@@ -73,6 +73,24 @@ def saved(ds, path):
     return path
 
 
+def series(folder, slices, *, directions=(1, 0, 0, 0, 1, 0), origin=(10, 20, 30), step=2.0, at=None, seed=0, **attributes):
+    """A series of slices uint16 [F, H, W] as CT files in a folder, their names and instance numbers in random order. Slice k lies
+    at[k] (default k) steps of mm up the normal of `directions` (LPS). Returns the paths, in the order of the slices."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    names, numbers = rng.permutation(len(slices)), rng.permutation(len(slices)) + 1
+    normal = np.cross(directions[:3], directions[3:])
+    shared = {name: generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")}
+    paths = []
+    for k, (pixels, height) in enumerate(zip(slices, at or range(len(slices)), strict=True)):
+        place = [round(float(v), 6) for v in np.array(origin) + normal * step * height]
+        ds = dicom(pixels, **(shared | {"InstanceNumber": int(numbers[k])} | attributes))
+        if "ImagePositionPatient" in ds:
+            ds.ImageOrientationPatient, ds.ImagePositionPatient = list(directions), place
+        paths.append(saved(ds, folder / f"{names[k]:03}"))
+    return paths
+
+
 def lut(first, table, bits):
     item = pydicom.Dataset()
     item.LUTDescriptor = [len(table), first, bits]

@@ -25,8 +25,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from mimo_jax.data import medical
-from mimo_jax.data.medical import WINDOWS, open_picture
+from mimo_jax.data.medical import open_picture
+from mimo_jax.data.picture import PLANES, WINDOWS
 from mimo_jax.errors import UserError
 from tests.data.medical_files import affine_of, dicom, enhanced, lut, nifti, saved
 
@@ -251,7 +251,7 @@ def test_a_slice_is_shown_as_a_radiologist_sees_it(tmp_path_factory, seed, obliq
     affine, shape = affine_of(rng, oblique), rng.integers(2, 6, 3)
     volume = rng.permutation(np.prod(shape)).reshape(shape).astype(np.int16)
     path = nifti(tmp_path_factory.mktemp("n") / "a.nii", volume, affine)
-    axis = int(np.flatnonzero(nibabel.io_orientation(affine)[:, 0] == medical.PLANES[plane])[0])
+    axis = int(np.flatnonzero(nibabel.io_orientation(affine)[:, 0] == PLANES[plane])[0])
     index = int(rng.integers(shape[axis]))
     picture = open_picture(path, slice=f"{plane}:{index}", window=(0, 255))
     np.testing.assert_array_equal(grey(picture), np.clip(picture_by_nibabel(volume, affine, plane, index), 0, 255))
@@ -279,7 +279,7 @@ def test_copies_of_a_volume_in_any_orientation_are_one_picture(tmp_path, plane):
         ornt = nibabel.orientations.axcodes2ornt(codes)
         turned = image.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(image.affine), ornt))
         nibabel.save(turned, tmp_path / f"{codes}.nii.gz")
-        world = medical.PLANES[plane]
+        world = PLANES[plane]
         axis = next(n for n in range(3) if ornt[n, 0] == world)
         index = 1 if ornt[axis, 1] > 0 else turned.shape[axis] - 2
         shown.append(open_picture(tmp_path / f"{codes}.nii.gz", slice=f"{plane}:{index}"))

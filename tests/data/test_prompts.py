@@ -1,4 +1,4 @@
-"""Prompts drawn from masks, encoded into tokens, and read from the command line."""
+"""Prompts drawn from masks and encoded into tokens."""
 
 import numpy as np
 import pytest
@@ -18,9 +18,6 @@ from mimo_jax.data.prompts import (
     Prompts,
     draw_prompts,
     encode_prompts,
-    parse_box,
-    parse_point,
-    parse_scribble,
     prompts_from_mask,
 )
 from mimo_jax.geometry import GeometryError, clip_frame, validate_boxes, validate_points, validate_scribbles
@@ -197,34 +194,3 @@ def test_too_many_or_misplaced_prompts():
         encode_prompts(Prompts(points=np.ones((17, 3))), frame, PromptConfig())
     with pytest.raises(GeometryError, match="outside the image of 100x50"):
         encode_prompts(Prompts(points=np.array([[10, 60, 1]])), frame, PromptConfig())
-
-
-def test_parsers_read_what_is_meant():
-    assert parse_point("12,34.5,0").tolist() == [12, 34.5, 0]
-    assert parse_point(" 12, 34 ").tolist() == [12, 34, 1]
-    assert parse_box("1,2,3,4").tolist() == [1, 2, 3, 4]
-    assert parse_scribble("1,2  3,4.5 5,6").tolist() == [[1, 2], [3, 4.5], [5, 6]]
-
-
-@pytest.mark.parametrize(
-    "parse,text,says",
-    [
-        (parse_point, "nan,1,1", "finite"),
-        (parse_point, "1,inf", "finite"),
-        (parse_point, "1", "x,y"),
-        (parse_point, "1,2,3,4", "4 numbers"),
-        (parse_point, "1,2,0.5", "label 0.5"),
-        (parse_point, "1;2", "not numbers"),
-        (parse_point, "", "not numbers"),
-        (parse_box, "1,2,3", "x0,y0,x1,y1"),
-        (parse_box, "5,2,3,4", "no area"),
-        (parse_box, "1,2,3,nan", "finite"),
-        (parse_scribble, "1,2", "at least two"),
-        (parse_scribble, "1,2 3", "1 numbers"),
-        (parse_scribble, "1,2 nan,3", "finite"),
-    ],
-)
-def test_parsers_say_what_is_wrong(parse, text, says):
-    with pytest.raises(PromptError, match=says) as caught:
-        parse(text)
-    assert "\n" not in str(caught.value) and isinstance(caught.value, ValueError)

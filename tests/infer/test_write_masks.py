@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_jax.data.medical import DicomGrid, Picture, open_picture
+from mimo_jax.data.medical import open_picture
+from mimo_jax.data.picture import DicomGrid, Picture
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answer import Answer, Entity, check_outputs
-from mimo_jax.infer.write_masks import write_nifti, write_seg
 from tests.data.medical_files import affine_of, dicom, enhanced, nifti, saved
 
 REAL = os.environ.get("MIMO_REAL_DATA", "")
@@ -83,8 +83,10 @@ def test_later_entities_lie_on_top_and_keep_their_number(tmp_path):
     assert [e.area_mm2 for e in answer.entities] == [12 * 4, 0, 2 * 4]
     answered(picture).save(tmp_path / "none.nii.gz")
     assert not np.asanyarray(nibabel.load(tmp_path / "none.nii.gz").dataobj).any()
-    with pytest.raises(UserError, match="256 entities; a label map of 8 bits holds 255"):
-        write_nifti(tmp_path / "c.nii", [("a", first)] * 256, picture.grid)
+    for count, dtype in ((255, np.uint8), (256, np.uint16)):
+        answered(picture, *[("a", first)] * count).save(tmp_path / "many.nii")
+        many = nibabel.load(tmp_path / "many.nii")
+        assert many.get_data_dtype() == dtype and np.asanyarray(many.dataobj).max() == count
 
 
 def test_the_header_says_where_and_nothing_of_the_patient(tmp_path):
@@ -216,6 +218,23 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
     assert not (tmp_path / "first.json").exists() and not (tmp_path / "b.dcm").exists()
 
 
+def test_all_outputs_are_written_or_none(tmp_path):
+    """A SEG that fails leaves the files that were there, and nothing half-written beside them."""
+    picture = open_picture(saved(dicom(stored(), without=["Modality"]), tmp_path / "a.dcm"))
+    answer = answered(picture, ("a", np.ones((4, 6), bool)))
+    answer.save(tmp_path / "b.json", tmp_path / "b.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    answer.entities[0].phrase = "another"
+    for after in (tmp_path / "b.dcm", tmp_path / "gone" / ".." / "c.npy"):
+        with pytest.raises(UserError, match="lacks what a SEG must repeat|there is no folder"):
+            answer.save(tmp_path / "b.json", tmp_path / "b.nii.gz", tmp_path / "b.png", after)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "c.json").mkdir()
+    with pytest.raises(UserError, match="c.json: is a folder"):
+        answer.save(tmp_path / "b.npy", tmp_path / "c.json")
+    assert not (tmp_path / "b.npy").exists()
+
+
 @pytest.mark.parametrize("out, missing", [("b.dcm", "highdicom"), ("b.nii", "nibabel")])
 def test_a_missing_library_is_said_before_anything_runs(tmp_path, monkeypatch, out, missing):
     picture = open_picture(saved(dicom(stored()), tmp_path / "a.dcm"))
@@ -241,7 +260,7 @@ def test_a_dicom_that_lacks_what_a_seg_repeats_is_one_line(tmp_path):
     picture = open_picture(saved(dicom(stored(), without=["Modality"]), tmp_path / "a.dcm"))
     assert isinstance(picture.grid, DicomGrid)
     with pytest.raises(UserError, match="b.dcm: this DICOM lacks what a SEG must repeat") as raised:
-        write_seg(tmp_path / "b.dcm", [("a", np.ones((4, 6), bool))], picture.grid, False)
+        answered(picture, ("a", np.ones((4, 6), bool))).save(tmp_path / "b.dcm")
     assert "\n" not in str(raised.value) and not (tmp_path / "b.dcm").exists()
     # What an anonymised file has lost is left empty.
     gone = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")

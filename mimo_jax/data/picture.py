@@ -1,0 +1,154 @@
+"""One picture, or the slices of a volume, and where each lies in the medical file that it comes from.
+
+Axis letters: F slices, H, W height and width of a picture in pixels; i, j, k axes of a NIfTI file. World axes are in mm,
+RAS: x grows to the patient's right, y to the front, z to the head (DICOM's own LPS is turned into that).
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mimo_jax.errors import UserError
+
+Window = str | tuple[float, float] | None
+# Presets of --window as (low, high) in Hounsfield units.
+WINDOWS = {
+    "lung": (-1350.0, 150.0), "bone": (-450.0, 1050.0), "soft": (-160.0, 240.0),
+    "brain": (0.0, 80.0), "abdomen": (-140.0, 260.0), "mediastinum": (-125.0, 225.0),
+}  # fmt: skip
+PERCENTILES = (0.5, 99.5)  # what becomes black and white where no one says
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the world axis that a slice of each is cut across
+MAX_SLICES, MAX_VOXELS = 4096, 2**29  # of a volume; a whole body of 512 x 512 x 2000 passes
+
+
+@dataclass(frozen=True)
+class NiftiGrid:
+    """Where a picture lies in a NIfTI file. shape: the file's own; header: nibabel's; affine [4, 4]: voxel (i, j, k) to world
+    in the file's unit. The picture is the plane `index` of the file axis `axis`, transposed, then its rows and columns turned."""
+
+    shape: tuple[int, ...]
+    header: Any = field(repr=False)
+    affine: np.ndarray
+    axis: int
+    index: int
+    transpose: bool
+    flip_rows: bool
+    flip_columns: bool
+
+    def shown(self, volume: np.ndarray) -> np.ndarray:
+        """The picture's plane [H, W] of an array of the file's shape: a view, so that what is written to it lands there."""
+        planes = np.moveaxis(volume.reshape((*self.shape, 1)[:3]), self.axis, 0)
+        return self.turned(planes[self.index])
+
+    def turned(self, plane: np.ndarray) -> np.ndarray:
+        """The picture of a plane of the file, as it is indexed there."""
+        plane = plane.T if self.transpose else plane
+        return plane[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+
+
+@dataclass(frozen=True)
+class DicomGrid:
+    """Where a picture lies in a DICOM file. dataset: pydicom's, without its pixels; frame of `frames`, from 0. affine [4, 4]:
+    (column, row, 0) of the frame to world in mm, None where the file does not say where in the patient the frame lies."""
+
+    dataset: Any = field(repr=False)
+    frame: int
+    frames: int
+    affine: np.ndarray | None
+
+
+Grid = NiftiGrid | DicomGrid
+
+
+@dataclass(frozen=True)
+class Picture:
+    """pixels: uint8 RGB [H, W, 3]. spacing_mm: distance of neighbouring rows and of neighbouring columns, None if unknown.
+    grid: where the picture lies in a medical file, None for any other."""
+
+    pixels: np.ndarray
+    spacing_mm: tuple[float, float] | None = None
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class Volume(Sequence[Picture]):
+    """Slices of one scan, all of one size: `len(volume)`, `volume[k]`, which makes that slice's Picture anew, iteration.
+
+    size: (H, W). grids: where each slice lies. spacing_mm: distance of neighbouring slices, rows and columns; voxel_mm3: what
+    a voxel takes up in mm³; both None where the files do not say, or the slices are not evenly spaced. passed_over: files of
+    the folder that hold no picture or cannot be read. files: those that the slices come from.
+    """
+
+    size: tuple[int, int]
+    grids: Sequence[Grid]
+    show: Callable[[int], Picture] = field(repr=False)
+    spacing_mm: tuple[float, float, float] | None
+    voxel_mm3: float | None
+    files: Sequence[Path] = field(repr=False)
+    passed_over: int = 0
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def __getitem__(self, k: int) -> Picture:
+        return self.show(range(len(self))[k])
+
+
+def check_window(window: Window) -> None:
+    """UserError for a name that is not in WINDOWS, or no LOW < HIGH."""
+    if isinstance(window, str):
+        if window.lower() not in WINDOWS:
+            raise UserError(f"window {window}: is unknown; give LOW,HIGH or one of {', '.join(WINDOWS)}")
+    elif window is not None and not (len(window) == 2 and np.isfinite(window).all() and window[0] < window[1]):
+        raise UserError(f"window {','.join(f'{v:g}' for v in window)}: give two numbers LOW,HIGH with LOW < HIGH")
+
+
+def limits_of(window: Window) -> tuple[float, float] | None:
+    """(low, high) of a window that `check_window` lets pass."""
+    return WINDOWS[window.lower()] if isinstance(window, str) else window
+
+
+def check_size(path: Path, slices: int, height: int, width: int) -> None:
+    """UserError for a volume beyond MAX_SLICES or MAX_VOXELS."""
+    if slices > MAX_SLICES or slices * height * width > MAX_VOXELS:
+        raise UserError(f"{path}: {slices} slices of {width}x{height}; the limits are {MAX_SLICES} slices and {MAX_VOXELS} voxels")
+
+
+def kind_of(path: Path) -> str:
+    """ "DICOM", "NIfTI" or "picture", by the first bytes."""
+    try:
+        with opened(path) as file:
+            head = file.read(352)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'a damaged or truncated gzip file'}") from None
+    if head[128:132] == b"DICM":
+        return "DICOM"
+    if b"ni1\0" == head[344:348] or b"ni2\0" == head[4:8]:
+        raise UserError(f"{path}: the header of a .hdr/.img pair; save it as one .nii.gz")
+    if b"n+1\0" == head[344:348] or b"n+2\0" == head[4:8]:
+        return "NIfTI"
+    # Without preamble and magic a DICOM file begins with an element of group 2 or 8; no picture format does.
+    return "DICOM" if head[:2] in (b"\x02\0", b"\x08\0") else "picture"
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file, unpacked where it is gzip."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else open(path, "rb")
+
+
+def library(name: str) -> Any:
+    """A module of the extra `medical`; UserError with the remedy where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f'{name} is not installed, which medical files need: pip install "mimo_jax[medical]"') from None

@@ -1,0 +1,249 @@
+"""Prompts as other tools write them: JSON of points, boxes, scribbles and COCO masks, mask images, bool arrays.
+
+Axis letters: H, W height and width of the image in pixels.
+
+All is in pixels of the image, integers being pixel centres. A mask becomes the stroke through it. Nothing is decoded before its
+size and the number of prompts are known to be in bounds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+
+from mimo_jax.data.prompts import PromptError, Prompts, prompts_from_mask
+from mimo_jax.data.transforms import ImageError, decode_mask
+from mimo_jax.geometry import GeometryError, validate_boxes, validate_points, validate_scribbles
+
+Source = str | os.PathLike | bytes | Mapping | np.ndarray | Prompts
+
+MAX_PROMPTS = 64  # of one source; no model takes as many
+MAX_VERTICES = 10_000  # of a scribble or polygon
+MAX_BYTES = 2**24  # of a JSON file
+_OWN = ("points", "boxes", "scribbles", "masks")
+_RLE = ("size", "counts")
+_COCO = ("segmentation", "bbox")
+# What else a COCO annotation says.
+_COCO_BESIDE = ("id", "image_id", "category_id", "category_name", "area", "iscrowd", "score", "keypoints", "num_keypoints", "attributes")
+_FORMS = {
+    "points": "[[x, y, label], …]", "boxes": "[[x0, y0, x1, y1], …]", "scribbles": "[[[x, y], …], …]", "masks": "[{size, counts}, …]",
+    "bbox": "[x, y, width, height]",
+}  # fmt: skip
+
+
+def read_prompts(source: Source, height: int, width: int, name: str = "") -> Prompts:
+    """What `source` marks on an image of `height` x `width` pixels.
+
+    source: a path or the bytes of a file, JSON or a mask image (PNG, TIFF, …; `decode_mask` says which pixels count); what such
+    JSON holds, as a dict; a bool array [H, W]; or Prompts, which are checked. JSON is one of
+    {"points": [[x, y, label] or [x, y]], "boxes": [[x0, y0, x1, y1]], "scribbles": [[[x, y], …]], "masks": [RLE]}, any of them;
+    a COCO RLE {"size": [H, W], "counts": str or list}; a COCO annotation, of which the "segmentation" (polygons or RLE) counts, or
+    without one the "bbox" [x, y, width, height]. `name` stands for the source in errors.
+    Raises PromptError, one line, for anything else, and for prompts outside the image or masks of another size.
+    """
+    name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "prompts")
+    try:
+        if isinstance(source, str | os.PathLike | bytes):
+            source = _file(source, name)
+        if isinstance(source, np.ndarray):
+            return _strokes([_fitting(source, height, width)])
+        if isinstance(source, Prompts):
+            return _checked(source, height, width)
+        if not isinstance(source, Mapping):
+            raise PromptError(f"is {_kind(source)}; give an object with some of {', '.join(_OWN)}, or a COCO RLE or annotation")
+        return _of_json(source, height, width)
+    except (PromptError, GeometryError, ImageError) as error:
+        said = str(error)
+        raise PromptError(said if said.startswith(f"{name}: ") else f"{name}: {said}") from None
+
+
+def join_prompts(parts: Iterable[Prompts]) -> Prompts:
+    """All prompts of several sources, in order."""
+    parts = list(parts)
+    points = [np.asarray(p.points, np.float64).reshape(-1, 3) for p in parts]
+    boxes = [np.asarray(p.boxes, np.float64).reshape(-1, 4) for p in parts]
+    scribbles = [s for p in parts for s in p.scribbles]
+    return Prompts(np.concatenate([np.zeros((0, 3)), *points]), np.concatenate([np.zeros((0, 4)), *boxes]), scribbles)
+
+
+def _file(source: str | os.PathLike | bytes, name: str) -> Any:
+    """What a JSON file holds, or the mask bool [H, W] of an image; no image begins as JSON does."""
+    if isinstance(source, bytes):
+        head, size = source[:64], len(source)
+    else:
+        try:
+            with open(source, "rb") as file:
+                head, size = file.read(64), os.fstat(file.fileno()).st_size
+        except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+            raise PromptError(getattr(error, "strerror", None) or "cannot be opened") from None
+    if not size:
+        raise PromptError("is empty")
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):
+        return decode_mask(source, name=name)
+    if size > MAX_BYTES:
+        raise PromptError(f"is a JSON file of {size} bytes; the limit is {MAX_BYTES}, save large masks as PNG")
+    if not isinstance(source, bytes):
+        with open(source, "rb") as file:
+            source = file.read()
+    try:
+        return json.loads(source.decode("utf-8-sig"))
+    except RecursionError:
+        raise PromptError("is nested too deeply") from None
+    except ValueError as error:
+        raise PromptError(f"is not JSON ({error})") from None
+
+
+def _of_json(content: Mapping, height: int, width: int) -> Prompts:
+    keys = [key for key in content if content[key] is not None]
+    if "counts" in keys:
+        _known(keys, _RLE)
+        return _strokes([_decoded(content, height, width)])
+    if any(key in keys for key in _COCO):
+        _known(keys, (*_COCO, *_COCO_BESIDE))
+        if "segmentation" in keys:
+            return _strokes([_segmentation(content["segmentation"], height, width)])
+        x, y, w, h = _numbers(content["bbox"], "bbox", _FORMS["bbox"], (4,))
+        return Prompts(boxes=validate_boxes(np.array([[x, y, x + w, y + h]]), height, width))
+    _known(keys, _OWN)
+    lists = {key: _listed(content[key], key, _FORMS[key]) for key in keys}
+    if (count := sum(map(len, lists.values()))) > MAX_PROMPTS:
+        raise PromptError(f"holds {count} prompts; the limit is {MAX_PROMPTS}, and a model takes fewer still")
+    points = [(_numbers(p, "points", _FORMS["points"], (2, 3)) + [1.0])[:3] for p in lists.get("points", [])]
+    boxes = [_numbers(b, "boxes", _FORMS["boxes"], (4,)) for b in lists.get("boxes", [])]
+    scribbles = [np.array(_line(s)) for s in lists.get("scribbles", [])]
+    marked = _checked(Prompts(np.array(points).reshape(-1, 3), np.array(boxes).reshape(-1, 4), scribbles), height, width)
+    return join_prompts([marked, _strokes([_decoded(m, height, width) for m in lists.get("masks", [])])])
+
+
+def _known(keys: Iterable[Any], known: Iterable[str]) -> None:
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key[:40] if isinstance(key, str) else "", known, 1)
+            remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
+            raise PromptError(f"{_shown(key)} is unknown; {remedy}")
+
+
+def _strokes(masks: Iterable[np.ndarray]) -> Prompts:
+    return join_prompts([prompts_from_mask(mask) for mask in masks])
+
+
+def _checked(prompts: Prompts, height: int, width: int) -> Prompts:
+    return Prompts(
+        validate_points(prompts.points, height, width),
+        validate_boxes(prompts.boxes, height, width),
+        validate_scribbles(prompts.scribbles, height, width),
+    )
+
+
+def _fitting(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    if mask.dtype != bool or mask.ndim != 2:
+        raise PromptError(f"is an array {mask.dtype}{list(mask.shape)}; give bool [height, width], such as array > 0")
+    _same_size(*mask.shape, height, width)
+    return mask
+
+
+def _same_size(rows: int, columns: int, height: int, width: int) -> None:
+    if (rows, columns) != (height, width):
+        raise PromptError(f"a mask of {columns}x{rows} pixels, the image has {width}x{height}; give one of the image's size")
+
+
+def _decoded(rle: Any, height: int, width: int) -> np.ndarray:
+    """A COCO RLE as bool [H, W]. pycocotools reads beyond the end of a damaged one, so it is decoded here."""
+    if not isinstance(rle, Mapping) or not all(key in rle for key in _RLE):
+        raise PromptError(f"a mask is {_kind(rle)}; give a COCO RLE with size [height, width] and counts")
+    _known(rle, _RLE)
+    size, counts = rle["size"], rle["counts"]
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_count(side) for side in size):
+        raise PromptError(f"size: is {_shown(size)}; give [height, width] in pixels")
+    _same_size(*size, height, width)
+    if isinstance(counts, bytes):
+        counts = counts.decode("ascii", "replace")
+    if isinstance(counts, str):
+        counts = _uncompressed(counts)
+    if not isinstance(counts, list | tuple) or not all(_is_count(run) for run in counts):
+        raise PromptError("counts: give COCO's string, or a list of whole numbers of 0 or more")
+    if sum(counts) != height * width:
+        raise PromptError(f"counts: stand for {_shown(sum(counts))} pixels; the image has {width}x{height}")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def _uncompressed(text: str) -> list[int]:
+    """Runs of COCO's string: 5 bits a character, lowest first, 32 meaning "goes on", signed; from the fourth on they are the
+    difference to the last but one."""
+    if not re.fullmatch("(?:[P-o]{0,6}[0-O])*", text):
+        raise PromptError("counts: is not a string that COCO writes")
+    runs: list[int] = []
+    for group in re.findall("[P-o]*[0-O]", text):
+        codes = [ord(character) - 48 for character in group]
+        value = sum((code & 31) << 5 * place for place, code in enumerate(codes))
+        value -= (codes[-1] & 16) << 5 * len(codes) - 4
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    return runs
+
+
+def _segmentation(value: Any, height: int, width: int) -> np.ndarray:
+    """Polygons [[x, y, x, y, …], …], united, or an RLE, as bool [H, W]."""
+    if isinstance(value, Mapping):
+        return _decoded(value, height, width)
+    form = "polygons [[x, y, x, y, x, y, …], …] or a COCO RLE"
+    polygons = _listed(value, "segmentation", form)
+    if not 1 <= len(polygons) <= MAX_PROMPTS:
+        raise PromptError(f"segmentation: has {len(polygons)} polygons; give 1 to {MAX_PROMPTS}")
+    rings = []
+    for polygon in polygons:
+        numbers = np.array(_numbers(polygon, "segmentation", form, range(6, 2 * MAX_VERTICES + 1, 2)))
+        # COCO's polygons count from the corner of the first pixel. Its rasteriser takes memory for what lies outside.
+        if not ((numbers >= -1) & (numbers <= np.tile([width + 1, height + 1], len(numbers) // 2))).all():
+            raise PromptError(f"segmentation: a polygon leaves the image of {width}x{height} pixels")
+        rings.append(np.clip(numbers, 0, np.tile([width, height], len(numbers) // 2)).tolist())
+    return coco.decode(coco.merge(coco.frPyObjects(rings, height, width))).astype(bool)
+
+
+def _line(value: Any) -> list[list[float]]:
+    vertices = _listed(value, "scribbles", _FORMS["scribbles"])
+    if not 1 <= len(vertices) <= MAX_VERTICES:
+        raise PromptError(f"scribbles: one of {len(vertices)} points; give 1 to {MAX_VERTICES}")
+    return [_numbers(vertex, "scribbles", _FORMS["scribbles"], (2,)) for vertex in vertices]
+
+
+def _listed(value: Any, what: str, form: str) -> list | tuple:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        raise PromptError(f"{what}: is {_kind(value)}; give {form}")
+    return value
+
+
+def _numbers(value: Any, what: str, form: str, counts: Iterable[int]) -> list[float]:
+    values = _listed(value, what, form)
+    if len(values) not in counts:
+        raise PromptError(f"{what}: {len(values)} numbers where {form} is meant")
+    for number in values:
+        if isinstance(number, bool) or not isinstance(number, int | float | np.integer | np.floating) or not -1e9 <= number <= 1e9:
+            raise PromptError(f"{what}: {_shown(number)} is no finite number; give {form}")
+    return [float(number) for number in values]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: one short line."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:  # Python refuses to print the longest
+        return f"a number of about {math.floor(value.bit_length() * 0.30103) + 1} digits"
+    text = " ".join(ascii(value).split()) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,220 @@
+"""One question asked of every slice of a scan, and what was painted put together: a structure is what goes by one name.
+
+Axis letters: F slices, H, W height and width of each in pixels; S structures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from pycocotools import mask as coco
+from tqdm import tqdm
+
+from mimo_jax.data.picture import Volume
+from mimo_jax.infer.answer import UNCERTAIN_BELOW, Answer
+from mimo_jax.infer.outputs import check_outputs, write_all, write_json
+from mimo_jax.infer.overlay import draw_sheet
+from mimo_jax.infer.predictor import Mimo
+from mimo_jax.infer.requests import Request
+from mimo_jax.infer.write_masks import on_grid, write_nifti, write_seg
+
+_TILES = 25  # slices on a sheet
+
+
+@dataclass
+class Structure:
+    """What the answers paint under one name.
+
+    id: place among the structures, from 0; a label map holds id + 1. entity: the canonical name; phrase: the words of the first
+    slice that uses it. voxels: how many are painted; volume_mm3: None where a voxel's is not known. slices: the first and the
+    last that is painted, None if none is. score: mean over the slices that name it, weighted by painted area.
+    """
+
+    id: int
+    phrase: str
+    entity: str
+    voxels: int
+    volume_mm3: float | None
+    slices: tuple[int, int] | None
+    score: float
+    shape: tuple[int, int, int] = field(repr=False)  # F, H, W
+    bits: dict[int, np.ndarray] = field(repr=False)  # of each painted slice: uint8 [H, ceil(W / 8)], a bit a voxel
+
+    @property
+    def uncertain(self) -> bool:
+        """A score below 0.5, or nothing painted."""
+        return self.slices is None or self.score < UNCERTAIN_BELOW
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [F, H, W], made anew."""
+        mask = np.zeros(self.shape, bool)
+        for k in self.bits:
+            mask[k] = self.on_slice(k)
+        return mask
+
+    def on_slice(self, k: int) -> np.ndarray:
+        """bool [H, W]."""
+        bits = self.bits.get(k)
+        return np.zeros(self.shape[1:], bool) if bits is None else np.unpackbits(bits, axis=-1, count=self.shape[2]).view(bool)
+
+    def to_json(self) -> dict:
+        """As a plain dict; the mask as COCO RLE of each painted slice, by its index."""
+        rle = {}
+        for k in sorted(self.bits):
+            made: Any = coco.encode(np.asfortranarray(self.on_slice(k).view(np.uint8)))
+            rle[str(k)] = {"size": [int(s) for s in made["size"]], "counts": made["counts"].decode("ascii")}
+        return {
+            "id": self.id,
+            "phrase": self.phrase,
+            "entity": self.entity,
+            "rle": rle,
+            "voxels": self.voxels,
+            **({} if self.volume_mm3 is None else {"volume_mm3": round(self.volume_mm3, 2)}),
+            "slices": None if self.slices is None else list(self.slices),
+            "score": round(self.score, 4),
+            "uncertain": self.uncertain,
+        }
+
+
+@dataclass
+class VolumeAnswer:
+    """texts: what was said of each slice. structures: in the order in which the slices name them. truncated: slices whose answer
+    reached the token limit. Masks and RLE are in pixels of each slice as it is shown."""
+
+    question: str
+    texts: list[str]
+    structures: list[Structure]
+    truncated: list[int]
+    volume: Volume = field(repr=False)
+
+    def painted(self) -> list[int]:
+        """Indices of the slices on which anything is painted."""
+        return sorted({k for structure in self.structures for k in structure.bits})
+
+    def describe(self) -> str:
+        """One line for each structure, and one that says on how many slices nothing is painted."""
+        lines = []
+        for s in self.structures:
+            size = f"{s.voxels} voxels" if s.volume_mm3 is None else f"{s.voxels} voxels, {s.volume_mm3 / 1000:.2f} cm³"
+            first, last = s.slices or (None, None)
+            where = "no slice" if first is None else f"slice {first}" if first == last else f"slices {first} to {last}"
+            lines.append(f"{s.phrase or 'unnamed'}: {size}, {where}, score {s.score:.2f}{', uncertain' * s.uncertain}")
+        empty = len(self.texts) - len(self.painted())
+        lines.append(f"nothing painted on {empty} of {len(self.texts)} slices")
+        if self.truncated:
+            lines.append(f"cut off at the token limit on {len(self.truncated)} of {len(self.texts)} slices")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict:
+        spacing = self.volume.spacing_mm
+        return {
+            "slices": len(self.texts),
+            "size": list(self.volume.size),
+            **({} if spacing is None else {"spacing_mm": [round(s, 4) for s in spacing]}),
+            "texts": self.texts,
+            "truncated": self.truncated,
+            "structures": [s.to_json() for s in self.structures],
+        }
+
+    def save(self, *paths: str | Path) -> None:
+        """Write the answer to each path by its ending: .png a sheet of painted slices, at most 25; .json `to_json`; .npy the masks
+        bool [S, …] on the file's own axes (NIfTI) or [S, F, H, W] (DICOM); .nii and .nii.gz a label map on the input's grid, in
+        which later structures lie on top; .dcm one DICOM SEG for all slices.
+
+        All are written, or none. UserError for what `check_outputs` refuses, and for a .dcm where all masks are empty."""
+        grids = self.volume.grids
+        check_outputs(*paths, grid=grids)
+        write_all(
+            paths,
+            {
+                ".png": lambda _, file: self._sheet().save(file, "PNG"),
+                ".json": lambda _, file: write_json(file, self.to_json()),
+                ".npy": lambda _, file: self._write_masks(file),
+                ".nii": lambda _, file: write_nifti(file, False, self._masks(), grids),
+                ".nii.gz": lambda _, file: write_nifti(file, True, self._masks(), grids),
+                ".dcm": lambda path, file: write_seg(path, file, [(s.phrase, s.mask) for s in self.structures], grids, False),
+            },
+        )
+
+    def _masks(self) -> Iterator[np.ndarray]:
+        return (structure.mask for structure in self.structures)
+
+    def _write_masks(self, file: BinaryIO) -> None:
+        """`np.save`, but one mask at a time."""
+        shape = getattr(self.volume.grids[0], "shape", (len(self.volume), *self.volume.size))
+        header = {"descr": "|b1", "fortran_order": False, "shape": (len(self.structures), *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for mask in self._masks():
+            laid = np.zeros(shape, bool)
+            for plane, painted in zip(on_grid(laid, self.volume.grids), mask, strict=True):
+                plane[:] = painted
+            file.write(laid.data)
+
+    def _sheet(self) -> Any:
+        painted = self.painted()
+        chosen = [painted[n] for n in np.unique(np.linspace(0, len(painted) - 1, min(_TILES, len(painted))).round().astype(int))]
+        tiles = [(f"slice {k}", self.volume[k].pixels, [s.on_slice(k) for s in self.structures]) for k in chosen]
+        names = [s.phrase or f"structure {s.id + 1}" for s in self.structures]
+        return draw_sheet(tiles, names, f"{self.question}\n{self.describe()}".replace("cm³", "ml"))  # the font has no ³
+
+
+def ask_volume(mimo: Mimo, volume: Volume, question: str, *, max_new_tokens: int | None = None, progress: bool = True) -> VolumeAnswer:
+    """Ask the same of every slice, in batches of `config.generate.batch_size`; only one batch of pictures is in memory at a time.
+    progress: a bar where stderr is a terminal. UserError, before anything runs, for a question that cannot be asked."""
+    mimo.check(Request(volume[0], question, max_new_tokens=max_new_tokens))
+    merged = _Merged(volume)
+    size = mimo.config.generate.batch_size
+    batches = np.array_split(np.arange(len(volume)), -(-len(volume) // size))  # of even length: one slice alone would be compiled anew
+    with tqdm(total=len(volume), desc="ask", unit="slice", disable=None if progress else True) as bar:
+        for batch in batches:
+            asked = [Request(volume[k], question, max_new_tokens=max_new_tokens) for k in batch]
+            for k, answer in zip(batch.tolist(), mimo.predict(asked), strict=True):
+                merged.add(k, answer)
+            bar.update(len(batch))
+    return VolumeAnswer(question, merged.texts, merged.structures(), merged.truncated, volume)
+
+
+class _Merged:
+    """The answers of slices, as they come."""
+
+    def __init__(self, volume: Volume):
+        self.volume = volume
+        self.texts: list[str] = []
+        self.truncated: list[int] = []
+        self.phrases: dict[str, str] = {}  # of each canonical name, as the rest
+        self.bits: dict[str, dict[int, np.ndarray]] = {}
+        self.scores: dict[str, list[tuple[float, int]]] = {}  # (score, painted pixels) of each entity
+
+    def add(self, k: int, answer: Answer) -> None:
+        self.texts.append(answer.text)
+        self.truncated += [k] * answer.truncated
+        for e in answer.entities:
+            self.phrases.setdefault(e.entity, e.phrase)
+            self.scores.setdefault(e.entity, []).append((e.score, e.area_px))
+            painted = self.bits.setdefault(e.entity, {})
+            if e.area_px:
+                painted[k] = np.packbits(e.mask, axis=-1) | painted.get(k, 0)
+
+    def structures(self) -> list[Structure]:
+        return [self._structure(n, name) for n, name in enumerate(self.phrases)]
+
+    def _structure(self, n: int, name: str) -> Structure:
+        bits, voxel_mm3 = self.bits[name], self.volume.voxel_mm3
+        voxels = sum(int(np.bitwise_count(plane).sum()) for plane in bits.values())
+        scores, areas = np.array(self.scores[name]).T
+        return Structure(
+            id=n,
+            phrase=self.phrases[name],
+            entity=name,
+            voxels=voxels,
+            volume_mm3=None if voxel_mm3 is None else voxels * voxel_mm3,
+            slices=(min(bits), max(bits)) if bits else None,
+            score=float(np.average(scores, weights=areas if areas.any() else None)),
+            shape=(len(self.volume), *self.volume.size),
+            bits=bits,
+        )

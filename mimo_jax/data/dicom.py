@@ -42,7 +42,7 @@ def open_frame(path: Path, frame: int | None, window: Window) -> Picture:
         raise UserError(f"{path}: frame {frame} is not there; it holds {file.frames}, counted from 0")
     picture = file.picture(frame, window)
     if file.may_name_the_patient():
-        warnings.warn(f"{path}: may contain burned-in text, such as a patient's name", stacklevel=3)
+        warnings.warn("the picture may contain burned-in text, such as a patient's name", stacklevel=3)
     return picture
 
 

@@ -1,6 +1,6 @@
 """Greedy generation on a CPU against `transformers` with the same weights, in one run.
 
-    python benchmarks/generate.py
+    python benchmarks/generate.py [tiny] [larger]
 
 A Llama with random weights (float32), made by transformers, converted by the name table. Same tokens? How many tokens a second, at
 batch 1 and 16, and against decoding without a cache? Prompts of mixed lengths; torch runs on as many threads as there are cores.
@@ -8,6 +8,7 @@ batch 1 and 16, and against decoding without a cache? Prompts of mixed lengths; 
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -22,6 +23,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints_convert import name_map, rows  # noqa: E402
+from configs import tiny  # noqa: E402
 from mimo_jax import pathtree  # noqa: E402
 from mimo_jax.config import LlamaConfig  # noqa: E402
 from mimo_jax.infer.engine import Engine  # noqa: E402
@@ -29,25 +31,28 @@ from mimo_jax.infer.run import bucket, capacity  # noqa: E402
 from mimo_jax.models import mimo, stack  # noqa: E402
 from tests.tiny_config import random_params, tiny_config  # noqa: E402
 
-LLM = LlamaConfig(vocab_size=8000, width=768, layers=12, heads=12, kv_heads=4, mlp_width=2048, max_length=1024)
+SIZES = {
+    "tiny": dataclasses.replace(tiny.get_config().model.llm, max_length=1024),
+    "larger": LlamaConfig(vocab_size=8000, width=768, layers=12, heads=12, kv_heads=4, mlp_width=2048, max_length=1024),
+}
 PROMPTS, SINGLE, LONGEST, NEW, REPEATS = 64, 16, 256, 32, 5  # of the prompts, SINGLE are timed one by one
 CONTEXT = 512  # of the comparison with no cache
 
 
-def language_model() -> transformers.LlamaForCausalLM:
+def language_model(llm: LlamaConfig) -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=LLM.vocab_size + 3, hidden_size=LLM.width, intermediate_size=LLM.mlp_width, num_hidden_layers=LLM.layers,
-        num_attention_heads=LLM.heads, num_key_value_heads=LLM.kv_heads, rms_norm_eps=LLM.eps, max_position_embeddings=LLM.max_length,
+        vocab_size=llm.vocab_size + 3, hidden_size=llm.width, intermediate_size=llm.mlp_width, num_hidden_layers=llm.layers,
+        num_attention_heads=llm.heads, num_key_value_heads=llm.kv_heads, rms_norm_eps=llm.eps, max_position_embeddings=llm.max_length,
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=None, pad_token_id=0, initializer_range=0.05,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def here(model: transformers.LlamaForCausalLM):
+def here(model: transformers.LlamaForCausalLM, llm: LlamaConfig):
     """(config, parameters) of a MIMO around the same language model; its other parts are tiny and never asked."""
     config = tiny_config()
-    config.model.llm = LLM
+    config.model.llm = llm
     params = pathtree.flatten(random_params(config))
     leaves = {path: leaf for path, leaf in params.items() if path.split("/")[0] in ("llm", "embedding", "lm_head")}
     tensors = {key: value.numpy() for key, value in model.state_dict().items()}
@@ -57,13 +62,14 @@ def here(model: transformers.LlamaForCausalLM):
 
 def ours(engine: Engine, config, prompts: list[np.ndarray], new: int) -> np.ndarray:
     """ids [B, new], in the shapes that `infer/run.py` would choose."""
-    b, length = len(prompts), bucket(max(map(len, prompts)))
+    b, longest = len(prompts), max(map(len, prompts))
+    length = bucket(longest)
     ids, lengths = np.zeros((b, length), np.int32), np.array([*map(len, prompts)], np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
-    x_q = np.zeros((b, 1, config.model.query_tokens(), LLM.width), np.float32)
+    x_q = np.zeros((b, 1, config.model.query_tokens(), config.model.llm.width), np.float32)
     greedy = np.zeros(b, np.float32), np.ones(b, np.float32), np.zeros(b, np.uint32)
-    cache = engine.new_cache(b, capacity(lengths.max() + new))
+    cache = engine.new_cache(b, capacity(longest + new))
     nothing, limits = np.zeros(b, np.int32), np.full(b, new, np.int32)
     state = engine.prefill(cache, x_q, ids, np.full_like(ids, -1), nothing, lengths, limits, *greedy, new)
     return np.asarray(engine.decode(state, new).ids)
@@ -120,16 +126,20 @@ def without_cache(config, params, prompt: np.ndarray, new: int) -> Callable[[], 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
-    model = language_model()
-    config, params = here(model)
+    threads = torch.get_num_threads()
+    print(f"float32; torch {torch.__version__} on {threads} threads, transformers {transformers.__version__}, jax {jax.__version__}")
+    for name in sys.argv[1:] or SIZES:
+        compare(name, SIZES[name])
+
+
+def compare(name: str, llm: LlamaConfig) -> None:
+    model = language_model(llm)
+    config, params = here(model, llm)
     engine = Engine(config, params, eos_id=-1)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, LLM.vocab_size, rng.integers(8, LONGEST)) for _ in range(PROMPTS)]
+    prompts = [rng.integers(3, llm.vocab_size, rng.integers(8, LONGEST)) for _ in range(PROMPTS)]
     ordered = sorted(prompts, key=len)  # as `Mimo.converse` puts them into batches
-    threads = (
-        f"torch {torch.__version__} on {torch.get_num_threads()} threads, transformers {transformers.__version__}, jax {jax.__version__}"
-    )
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, float32; {threads}")
+    print(f"\n{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters:", flush=True)
 
     wanted = [theirs(model, [prompt], NEW)[0] for prompt in ordered]
     for batch in (1, 16):
@@ -150,7 +160,7 @@ def main() -> None:
         print(
             f"tokens/s, batch {batch}, {count} prompts of 8 to {LONGEST - 1} tokens: {rates}; ratio {best / taken['ours']:.2f}", flush=True
         )
-    prompt = rng.integers(3, LLM.vocab_size, CONTEXT)
+    prompt = rng.integers(3, llm.vocab_size, CONTEXT)
     taken = seconds(
         {
             "short": lambda: ours(engine, config, [prompt], 8),

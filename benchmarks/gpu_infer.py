@@ -116,16 +116,23 @@ def theirs(config: Config, batch: int, context: int, new: int) -> Callable[[], o
     return call
 
 
+def images(engine: Engine, config: Config, count: int) -> Callable[[], tuple[jax.Array, jax.Array]]:
+    """Both encoders over `count` images."""
+    sides = (config.model.clip.image_size, config.model.sam.image_size)
+    (clip, clip_size), (sam, sam_size) = (
+        (np.zeros((count, side, side, 3), np.uint8), np.full((count, 2), side, np.int32)) for side in sides
+    )
+    return lambda: engine.encode(clip, clip_size, sam, sam_size, count)
+
+
 def first_mask(engine: Engine, config: Config, context: int, new: int) -> Callable[[], object]:
     """Both encoders, aligner, prefill, one token, and its mask."""
-    m, answers = config.model, Answers(engine, config, 1, context, new)
-    clip, sam = (np.zeros((1, side, side, 3), np.uint8) for side in (m.clip.image_size, m.sam.image_size))
-    sizes = [np.array([[side, side]], np.int32) for side in (m.clip.image_size, m.sam.image_size)]
+    m, answers, encode = config.model, Answers(engine, config, 1, context, new), images(engine, config, 1)
     ids, mask = np.zeros((1, 1, m.aligner.max_text), np.int32), np.ones((1, 1, m.aligner.max_text), bool)
     xy, kind = np.zeros((1, 1, m.prompt.max_tokens, 2), np.float32), np.zeros((1, 1, m.prompt.max_tokens), np.int32)
 
     def call():
-        x_img, features = engine.encode(clip, sizes[0], sam, sizes[1], 1)
+        x_img, features = encode()
         answers.x_q = engine.align(x_img, ids, mask, xy, kind)
         return engine.segment(features, answers(1).states, np.zeros((1, 1), np.int32), 1)
 
@@ -156,10 +163,7 @@ def main() -> None:
                 flush=True,
             )
         if not weights:
-            side = config.model.sam.image_size
-            pixels, sizes = np.zeros((args.images, side, side, 3), np.uint8), np.full((args.images, 2), side, np.int32)
-            clip = np.zeros((args.images, config.model.clip.image_size, config.model.clip.image_size, 3), np.uint8)
-            taken = seconds(lambda engine=engine: engine.encode(clip, sizes, pixels, sizes, args.images))
+            taken = seconds(images(engine, config, args.images))
             print(f"both image encoders, batch {args.images}: {args.images / taken:.1f} images/s")
             taken = seconds(first_mask(engine, config, args.context, args.new))
             print(f"from pixels to the first mask: {1000 * taken:.0f} ms", flush=True)

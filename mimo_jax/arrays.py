@@ -6,7 +6,7 @@ hashes (`storage`) and shapes to what is expected (`compare`).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ STATE = "state"  # orbax's own name for the item that is written in parts
 # A stored chunk: small enough that a process which needs a part of an array reads little more than that part.
 CHUNK_BYTES = 64 * 2**20
 _BATCH_BYTES = 256 * 2**20  # small arrays are written together
-_READ_BYTES = 2**30  # arrays of so many bytes are read together
+_READ_BYTES = 256 * 2**20  # arrays of so many bytes are read together
 _LISTED = 6  # differences that a message spells out
 
 
@@ -73,29 +73,40 @@ def read(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
     return ocp.load_checkpointables(folder / "arrays", items)
 
 
-def read_parameters(folder: Path, there: Iterable[str], wanted: dict[str, Any]) -> dict[str, Any]:
+def read_parameters(
+    folder: Path, there: Iterable[str], wanted: dict[str, Any], then: Callable[[str, jax.Array], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """{path: abstract with sharding} -> {path: array}, some of the parameters `there` that `write` left in `folder`; a few at a
-    time, so that little more memory is taken than they fill."""
+    time, so that little more memory is taken than they fill. then: what is kept of each, as {path: array}, in its place."""
     nothing = dict.fromkeys(there, ocp.PLACEHOLDER)
     loaded: dict[str, Any] = {}
     batch: dict[str, Any] = {}
 
     def fetch() -> None:
-        found = pathtree.flatten(read(folder, {STATE: pathtree.unflatten(nothing | batch)})[STATE])
-        loaded.update((path, found[path]) for path in batch)
+        # Orbax lets go of what it read from the disk when the copy on the device stands.
+        found = pathtree.flatten(jax.block_until_ready(read(folder, {STATE: pathtree.unflatten(nothing | batch)})[STATE]))
+        for path in batch:
+            leaf = found.pop(path)
+            loaded.update(then(path, leaf) if then else {path: leaf})
+        del leaf
         batch.clear()
         _trim()
 
     for path, leaf in wanted.items():
-        batch[path] = leaf
-        if sum(np.dtype(held.dtype).itemsize * int(np.prod(held.shape)) for held in batch.values()) >= _READ_BYTES:
+        if batch and sum(map(nbytes, batch.values())) + nbytes(leaf) > _READ_BYTES:
             fetch()
+        batch[path] = leaf
     if batch:
         fetch()
-    return {path: loaded[path] for path in wanted}
+    return loaded
 
 
 # --- trees by name
+
+
+def nbytes(leaf: Any) -> int:
+    """Of an array, or of a shape."""
+    return leaf.size * np.dtype(leaf.dtype).itemsize
 
 
 def kind(leaf: Any) -> list:

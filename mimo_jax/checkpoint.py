@@ -21,6 +21,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,7 +29,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from mimo_jax import __version__, arrays, base, pathtree, provenance, storage
+from mimo_jax import __version__, arrays, base, pathtree, provenance, quantize, sharding, storage
 from mimo_jax.arrays import CheckpointError, some
 from mimo_jax.config import Config, ConfigError
 
@@ -231,22 +232,41 @@ def load_params(path: str | os.PathLike, base_at: str | os.PathLike | None = Non
 
     base_at: where the frozen base lies, if it was moved; place: from a nested dict of ShapeDtypeStructs to their shardings;
     None for the first device."""
-    return _load_params(path, base_at, place)[0]
+    return Leaves(path, base_at).load(place)
 
 
-def load_for_inference(path: str | os.PathLike, base_at: str | os.PathLike | None = None, allow_untrained: bool = False) -> Loaded:
+def load_for_inference(
+    path: str | os.PathLike,
+    base_at: str | os.PathLike | None = None,
+    allow_untrained: bool = False,
+    weights: str = "",
+) -> Loaded:
     """A checkpoint without its optimizer. CheckpointError for one whose parameters are in part as a seed drew them, which
-    answers with noise, unless `allow_untrained`."""
+    answers with noise, unless `allow_untrained`. weights: "int8" or "int4", see `Leaves.load`; the config then says so. Where
+    this process has several devices, the parameters are split over them (`sharding.inference_mesh`)."""
     run = _run_of(path)
-    config, tokenizer, record = read_config(run), tokenizer_path(run), provenance.read(run)
+    config, tokenizer, record = read_config(run).with_weights(weights), tokenizer_path(run), provenance.read(run)
     raw = provenance.untrained(record)
     if raw and not allow_untrained:
         raise CheckpointError(
             f"{path}: parameters were drawn from a seed and never trained: {raw}; train it first (mimo train --init {path}), "
             "or give --allow-untrained to see what comes out"
         )
-    params, extra, step = _load_params(path, base_at, None)
-    return Loaded(config, params, tokenizer, extra, f"{run} step {step}, {origin(run)}")
+    leaves = Leaves(path, base_at)
+    mesh = sharding.inference_mesh(config.model.llm)
+    params = leaves.load(partial(sharding.of_params, mesh=mesh, whole={}) if mesh else None, weights)
+    extra = storage.read_json(run / "steps" / str(leaves.step) / "extra.json")
+    held = f", language model in {weights}" if weights else ""
+    return Loaded(config, params, tokenizer, extra, f"{run} step {leaves.step}, {origin(run)}{held}")
+
+
+def read_shapes(path: str | os.PathLike) -> tuple[Config, dict[str, jax.ShapeDtypeStruct]]:
+    """The config of a checkpoint, and {path: shape and dtype} of all its parameters, from its manifests alone: no file of weights
+    is read, nor held to its hash."""
+    run, step = resolve(path)
+    manifest = storage.read_json(run / "steps" / str(step) / storage.MANIFEST)
+    leaves = manifest["leaves"].get(arrays.STATE, {}) | base.read_record(run)["leaves"]
+    return read_config(run), pathtree.flatten(arrays.abstract(leaves))
 
 
 def origin(run: str | os.PathLike) -> str:
@@ -273,6 +293,26 @@ class Leaves(Mapping[str, np.ndarray]):
         self.shapes = pathtree.flatten(arrays.abstract(trained | frozen))
         self._kept: dict[str, Any] = {}
 
+    def load(self, place: Callable[[dict], Any] | None = None, weights: str = "") -> dict:
+        """All of them on the device, as one nested dict in the dtypes they were saved in. place: from a nested dict of
+        ShapeDtypeStructs to their shardings; None for the first device. weights: "int8" or "int4" to hold the language model's
+        matrices so, each made as it is read: the device holds the result and the largest of them (all layers of one name), a CPU
+        that twice."""
+        held = {}
+        for path, leaf in self.shapes.items():
+            held |= quantize.as_held(path, leaf, weights)
+        read, kept = (pathtree.flatten(arrays.placed(pathtree.unflatten(shapes), place)) for shapes in (self.shapes, held))
+
+        def then(path: str, leaf: jax.Array) -> dict[str, jax.Array]:
+            made = quantize.as_held(path, leaf, weights)
+            return jax.block_until_ready({name: jax.device_put(part, kept[name].sharding) for name, part in made.items()})
+
+        loaded = {}
+        for folder, there in dict(self._places.values()).items():
+            wanted = {path: read[path] for path, (home, _) in self._places.items() if home == folder}
+            loaded |= arrays.read_parameters(folder, there, wanted, then)
+        return pathtree.unflatten(loaded)
+
     def __getitem__(self, path: str) -> np.ndarray:
         if not self._is_small(path):
             return np.asarray(self._read(self._places[path], [path])[path])
@@ -293,14 +333,6 @@ class Leaves(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-def _load_params(path, base_at, place) -> tuple[dict, dict, int]:
-    run, step, manifest = _whole_step(path)
-    abstract = arrays.abstract(manifest["leaves"].get(arrays.STATE, {}))
-    folder = run / "steps" / str(step)
-    state, extra = _load_step(folder, {"params": abstract}, {"params": place(abstract)} if place else None)
-    return pathtree.merge(base.load(run, None, place, base_at), state["params"]), extra, step
 
 
 def _whole_step(path: str | os.PathLike) -> tuple[Path, int, dict]:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mimo_jax import pathtree
-from mimo_jax.config import ConfigError, MeshConfig
+from mimo_jax.config import ConfigError, LlamaConfig, MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -23,8 +23,10 @@ RULES: dict[str, tuple[str | None, ...]] = {
     r"^embedding/base$": ("tensor", "fsdp"),
     r"^lm_head/base$": ("fsdp", "tensor"),
     r"^(embedding|lm_head)/grounding$": (),
-    r"^llm/.*/(q|k|v|gate|up)/kernel$": ("fsdp", "tensor"),
-    r"^llm/.*/(o|down)/kernel$": ("tensor", "fsdp"),
+    r"^llm/.*/(q|k|v|gate|up)/kernel(_int8|_int4)?$": ("fsdp", "tensor"),
+    r"^llm/.*/(o|down)/kernel(_int8|_int4)?$": ("tensor", "fsdp"),
+    r"^llm/.*/(q|k|v|gate|up)/kernel_scale$": (None, "tensor"),  # groups of inputs are few, and need not divide
+    r"^llm/.*/(o|down)/kernel_scale$": (None, "fsdp"),
     r"/lora_[ab]$": (),
     r"^llm/.*norm/scale$": (),
     r"^(clip|sam_encoder)/.*/(q|k|v|up)/kernel$": ("fsdp", "tensor"),
@@ -49,22 +51,42 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def inference_mesh(llm: LlamaConfig) -> Mesh | None:
+    """A mesh over the devices of this process for a model that answers; None where there is one device alone. They split the heads
+    of the language model, and with them its KV cache, where they divide them; else only its parameters (`fsdp`)."""
+    devices = jax.local_devices()
+    count = len(devices)
+    if count == 1:
+        return None
+    sizes = (1, 1, count) if llm.heads % count == 0 and llm.kv_heads % count == 0 else (1, count, 1)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
 def spec(path: str, shape: tuple[int, ...]) -> P:
     """PartitionSpec of one parameter; KeyError if no row of RULES covers it."""
     axes = pathtree.first_match(path, RULES, "sharding.RULES")
     return P(*([None] * (len(shape) - len(axes))), *axes) if axes else P()
 
 
-def of_params(tree: dict, mesh: Mesh) -> dict:
-    """NamedSharding for every leaf of a nested dict of arrays (or shapes); ConfigError where an axis does not divide."""
+def of_params(tree: dict, mesh: Mesh, whole: dict[str, str] | None = None) -> dict:
+    """NamedSharding for every leaf of a nested dict of arrays (or shapes). Where an axis does not divide: ConfigError, or, if a dict
+    `whole` is given, that dimension is not split, and `whole` says why by the parameter's path."""
     made = {}
     for path, leaf in pathtree.flatten(tree).items():
-        partition = spec(path, leaf.shape)
-        for size, axis in zip(leaf.shape, partition, strict=False):
+        partition = list(spec(path, leaf.shape))
+        for i, (size, axis) in enumerate(zip(leaf.shape, partition, strict=False)):
             if axis is not None and size % mesh.shape[axis]:
-                raise ConfigError(f"config.mesh.{axis}: {mesh.shape[axis]} does not divide axis of {size} of parameter {path}")
-        made[path] = NamedSharding(mesh, partition)
+                reason = f"{mesh.shape[axis]} does not divide axis of {size} of parameter {path}"
+                if whole is None:
+                    raise ConfigError(f"config.mesh.{axis}: {reason}")
+                partition[i], whole[path] = None, reason
+        made[path] = NamedSharding(mesh, P(*partition))
     return pathtree.unflatten(made)
+
+
+def of_cache(mesh: Mesh, llm: LlamaConfig) -> NamedSharding:
+    """Keys and values [N, B, G, S, K] (see `Llama.new_cache`): heads G over `tensor`, where it divides them."""
+    return NamedSharding(mesh, P(None, None, "tensor") if llm.kv_heads % mesh.shape["tensor"] == 0 else P())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -70,8 +70,8 @@ def asked(monkeypatch):
 
     class FakeMimo:
         @classmethod
-        def load(cls, checkpoint, base=None, allow_untrained=False):
-            record.update(checkpoint=checkpoint, base=base, allow_untrained=allow_untrained)
+        def load(cls, checkpoint, base=None, allow_untrained=False, weights=""):
+            record.update(checkpoint=checkpoint, base=base, allow_untrained=allow_untrained, weights=weights)
             made = cls()
             made.origin = "base 1234"
             return made
@@ -140,6 +140,8 @@ def test_help_loads_no_jax():
         ("eval --checkpoint c --data d --out o --config.train.steps=3", "--config.train.steps: is unknown"),
         ("eval --checkpoint c --data d --out o --limit 0", "--limit: '0' is not a whole number of 1 or more"),
         ("eval --checkpoint c --data d --out o --split dev", "invalid choice: 'dev'"),
+        ("ask --checkpoint c i.png", "IMAGE and QUESTION are needed"),
+        ("ask --checkpoint c i.png q --weights int3", "invalid choice: 'int3'"),
         ("ask --checkpoint c i.png q more", "'more': is one argument too many"),
         ("ask --checkpoint c i.png q --box 1,2,3", "'1,2,3' is not X0,Y0,X1,Y1 such as 10,12,40,44"),
         ("ask --checkpoint c i.png q --point 1", "'1' is not X,Y,LABEL such as 31,40,1"),
@@ -189,7 +191,7 @@ def test_eval_and_phantom_hand_over_their_flags(called, capsys):
 
 def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypatch):
     out, other = tmp_path / "overlay.png", tmp_path / "answer.json"
-    argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--allow-untrained"]
+    argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--allow-untrained", "--weights", "int8"]
     Image.fromarray(np.eye(8, 9, dtype=bool)).save(tmp_path / "mask.png")
     (tmp_path / "more.json").write_text('{"points": [[5, 6]], "boxes": [[1, 1, 2, 2]]}')
     argv += ["--point", "-0.5,2.5,0", "--point", "3,4", "--max-new-tokens", "9"]
@@ -200,7 +202,15 @@ def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypat
     assert strokes == [[[1, 2], [3, 4]], [[5, 6]]] and len(painted) > 2 and all(x == y for x, y in painted)
     asked |= {name: asked[name].tolist() for name in ("points", "boxes")}
     assert asked == {
-        **{"checkpoint": "c", "base": "b", "allow_untrained": True, "image": "i.png", "question": "Which?", "max_new_tokens": 9},
+        **{
+            "checkpoint": "c",
+            "base": "b",
+            "allow_untrained": True,
+            "weights": "int8",
+            "image": "i.png",
+            "question": "Which?",
+            "max_new_tokens": 9,
+        },
         **{"frame": 3, "slice": "k:4", "series": None, "window": (-160.0, 240.0)},
         "points": [[-0.5, 2.5, 0.0], [3.0, 4.0, 1.0], [5.0, 6.0, 1.0]],
         "boxes": [[0.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 2.0]],

@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "checkpoint": {"arrays", "base", "config", "errors", "pathtree", "provenance", "quantize", "sharding", "storage"},
     "models": {"config", "errors", "geometry", "pathtree", "quantize", "sharding", "typing"},
     "data": {"config", "errors", "geometry", "typing"},
+    "data.build": {"config", "errors", "geometry", "stopping", "typing"},
+    "data.command": {"errors", "eval.view", "flag_values"},
     "data.loader": {"config", "errors", "geometry", "typing", "sharding"},
     "infer": {
         *("checkpoint", "config", "errors", "geometry", "models", "pathtree", "quantize", "sharding", "typing"),
@@ -43,7 +45,7 @@ MAY_IMPORT = {
         *("base", "checkpoint", "config", "data", "errors", "eval", "geometry", "models", "parameters", "pathtree", "sharding"),
         *("stopping", "typing"),
     },
-    "cli": {"errors", "flag_values", "infer.command"},  # when it is imported; commands import theirs when they run
+    "cli": {"data.command", "errors", "flag_values", "infer.command"},  # when it is imported; commands import theirs when they run
 }
 MAY_IMPORT_OUTSIDE = {
     "configs": {"config"},

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from mimo_jax.config import WEIGHTS
 from mimo_jax.errors import UserError
 from mimo_jax.flag_values import box, endings, index, index_or_all, point, positive, scribble, window
 
@@ -23,6 +24,11 @@ def checkpoint_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", required=True, metavar="PATH", help=what)
     command.add_argument("--base", metavar="DIR", help="where the frozen base lies, if it was moved")
     command.add_argument("--allow-untrained", action="store_true", help="take a checkpoint in which parameters are as a seed drew them")
+
+
+def _weights_flag(command: argparse.ArgumentParser) -> None:
+    weights_help = "hold the language model in integers: a half (int8) or a quarter (int4) of the memory of bf16"
+    command.add_argument("--weights", choices=WEIGHTS, default="", help=weights_help)
 
 
 def add_ask(commands) -> None:
@@ -45,11 +51,15 @@ mark one slice: choose it.""",
   mimo ask --checkpoint runs/a ct.nii.gz "Segment the liver." --slice axial:30 --window -160,240 --out liver.nii.gz
   mimo ask --checkpoint runs/a ct.nii.gz "Segment the liver." --slice axial:all --window soft --out liver.nii.gz --out sheet.png
   mimo ask --checkpoint runs/a series "Segment the liver." --out liver.dcm
-  mimo ask --checkpoint runs/a series "What is this?" --series 2 --slice 30 --box 10,12,40,44""",
+  mimo ask --checkpoint runs/a series "What is this?" --series 2 --slice 30 --box 10,12,40,44
+  mimo ask --checkpoint runs/a --plan --weights int8""",
     )
     checkpoint_flags(ask)
-    ask.add_argument("image", metavar="IMAGE", help="an image file (PNG, JPEG, TIFF, BMP, DICOM, NIfTI), or a folder of DICOM files")
-    ask.add_argument("question", metavar="QUESTION")
+    _weights_flag(ask)
+    ask.add_argument(
+        "image", metavar="IMAGE", nargs="?", help="an image file (PNG, JPEG, TIFF, BMP, DICOM, NIfTI), or a folder of DICOM files"
+    )
+    ask.add_argument("question", metavar="QUESTION", nargs="?")
     ask.add_argument("--point", type=point, action="append", default=[], metavar="X,Y,LABEL", help="label 1: in, 0: out; repeatable")
     ask.add_argument("--box", type=box, action="append", default=[], metavar="X0,Y0,X1,Y1", help="x1 and y1 are outside; repeatable")
     ask.add_argument("--scribble", type=scribble, action="append", default=[], metavar='"X,Y X,Y …"', help="a stroke; repeatable")
@@ -59,6 +69,7 @@ mark one slice: choose it.""",
     out_help = "write the overlay (.png), the answer (.json), the masks (.npy), or on the input's own grid .nii, .nii.gz, .dcm; repeatable"
     ask.add_argument("--out", action="append", default=[], metavar="FILE", help=out_help)
     ask.add_argument("--json", action="store_true", help="print the answer as JSON, masks as COCO RLE")
+    ask.add_argument("--plan", action="store_true", help="ask nothing; say what memory the model takes, and whether it fits here")
     ask.set_defaults(run=_ask)
 
 
@@ -77,6 +88,13 @@ def _picture_flags(command: argparse.ArgumentParser, scans: bool = False) -> Non
 
 
 def _ask(args: argparse.Namespace) -> int:
+    if args.plan:
+        from mimo_jax.infer.plan import plan_checkpoint, table
+
+        print(table(plan_checkpoint(args.checkpoint, args.weights)))
+        return 0
+    if args.question is None:
+        raise UserError("IMAGE and QUESTION are needed, such as: image.png 'Segment the liver.' (see mimo ask --help)")
     from mimo_jax.data.picture import Volume
     from mimo_jax.data.prompt_files import join_prompts, read_prompts
     from mimo_jax.data.volume import open_scan
@@ -96,7 +114,7 @@ def _ask(args: argparse.Namespace) -> int:
     flags = {"points": args.point, "boxes": args.box, "scribbles": args.scribble}
     size = picture.pixels.shape[:2]
     prompts = join_prompts([read_prompts(flags, *size), *[read_prompts(file, *size) for file in args.prompts]])
-    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained)
+    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
     print(mimo.origin, file=sys.stderr)
     chat = mimo.open(picture)
     marked = {"points": prompts.points, "boxes": prompts.boxes, "scribbles": prompts.scribbles}
@@ -119,7 +137,7 @@ def _ask_volume(args: argparse.Namespace, volume: Volume) -> int:
     from mimo_jax.infer.predictor import Mimo
     from mimo_jax.infer.volume import ask_volume
 
-    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained)
+    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
     print(mimo.origin, file=sys.stderr)
     answer = ask_volume(mimo, volume, args.question, max_new_tokens=args.max_new_tokens)
     print(json.dumps(answer.to_json(), ensure_ascii=False) if args.json else answer.describe())
@@ -142,6 +160,7 @@ encoded once, earlier turns are kept. Lines that begin with / mark, save or end:
   mimo chat --checkpoint runs/a image.png --temperature 0.7 --seed 3 < questions.txt""",
     )
     checkpoint_flags(chat)
+    _weights_flag(chat)
     chat.add_argument("image", metavar="IMAGE", help="an image file: PNG, JPEG, TIFF, BMP, DICOM or NIfTI; or a folder of DICOM files")
     _picture_flags(chat, scans=True)
     temperature_help = "0, the default: the likeliest words; 1: drawn as they come"
@@ -157,7 +176,7 @@ def _chat(args: argparse.Namespace) -> int:
 
     Sampling(args.temperature, seed=args.seed).check()
     picture = read_image(args.image, frame=args.frame, slice=args.slice, series=args.series, window=args.window)
-    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained)
+    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
     print(mimo.origin, file=sys.stderr)
     if sys.stdin.isatty():
         mimo.warm_up(progress=True)
@@ -194,6 +213,7 @@ if it had not been. Without --resume the folder OUT must be new or empty.""",
   mimo batch --checkpoint runs/a --in requests.jsonl --out answers --resume""",
     )
     checkpoint_flags(batch)
+    _weights_flag(batch)
     in_help = "a folder of pictures (and of folders; hidden files are left out), a .jsonl or a .csv of requests"
     batch.add_argument("--in", required=True, metavar="PATH", dest="source", help=in_help)
     batch.add_argument("--question", metavar="TEXT", help="of all pictures of a folder, or of requests without their own")
@@ -212,7 +232,7 @@ def _batch(args: argparse.Namespace) -> int:
     from mimo_jax.infer.predictor import Mimo
 
     def load() -> Mimo:
-        mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained)
+        mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
         print(mimo.origin, file=sys.stderr)
         return mimo
 

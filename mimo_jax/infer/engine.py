@@ -14,8 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from mimo_jax import pathtree
+from mimo_jax import pathtree, sharding
 from mimo_jax.config import Config
 from mimo_jax.errors import UserError
 from mimo_jax.infer import generate
@@ -44,7 +45,7 @@ class Engine:
         """params: nested dict of all parameters, wherever they are placed. UserError if they are not those of the config."""
         _fit(config, params)
         self.params = jax.tree.map(jnp.asarray, params)
-        self.functions = functions(config.model_json(), eos_id)
+        self.functions = functions(config.model_json(), eos_id, _cache_sharding(config, self.params))
         self.counts: Counter[str] = Counter()
 
     def encode(self, clip_image, clip_size, sam_image, sam_size, count: int) -> tuple[jax.Array, jax.Array]:
@@ -90,6 +91,12 @@ def _fit(config: Config, params: dict) -> None:
         raise UserError(f"checkpoint: {len(wrong)} parameters do not fit its model config: {shown}; was the config changed?")
 
 
+def _cache_sharding(config: Config, params: dict) -> NamedSharding | None:
+    """Where a KV cache lives: split as the heads of parameters that several devices share, None for the one device."""
+    place = jax.tree.leaves(params)[0].sharding
+    return sharding.of_cache(place.mesh, config.model.llm) if isinstance(place, NamedSharding) else None
+
+
 def compiler_options(config: Config) -> dict[str, str] | None:
     """What XLA is told. On a CPU it would hoist a float32 copy of all scanned bf16 weights out of the loop over the layers,
     twice the model beside it; kept inside, one layer is widened at a time."""
@@ -99,7 +106,7 @@ def compiler_options(config: Config) -> dict[str, str] | None:
 
 
 @lru_cache(maxsize=4)
-def functions(model_json: str, eos_id: int) -> Functions:
+def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None = None) -> Functions:
     """The functions of a model config, kept so that evaluations during training compile once."""
     config = Config.from_dict({"model": json.loads(model_json)})
     graphdef, _ = mimo.abstract(config)
@@ -123,7 +130,9 @@ def functions(model_json: str, eos_id: int) -> Functions:
         encode=jitted(encode),
         align=jitted(lambda model, *args: model.align(*args)),
         splice=jitted(lambda model, *args: model.embed(*args)),
-        new_cache=jitted(lambda model, rows, slots: model.new_cache(rows, slots), static_argnames=("rows", "slots")),
+        new_cache=jitted(
+            lambda model, rows, slots: model.new_cache(rows, slots), static_argnames=("rows", "slots"), out_shardings=cache_sharding
+        ),
         extend=jax.jit(extend, static_argnames="slots"),
         prefill=jitted(generate.prefill, static_argnames="new_tokens", donate_argnums=1),
         decode=jitted(decode, donate_argnums=1),

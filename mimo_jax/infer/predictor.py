@@ -63,12 +63,23 @@ class Mimo:
         self.store = Store(config.generate.store_mb * 2**20)
 
     @classmethod
-    def load(cls, checkpoint: str | os.PathLike, base: str | os.PathLike | None = None, allow_untrained: bool = False) -> Mimo:
+    def load(
+        cls,
+        checkpoint: str | os.PathLike,
+        base: str | os.PathLike | None = None,
+        allow_untrained: bool = False,
+        weights: str = "",
+        warm_up: bool = False,
+    ) -> Mimo:
         """From a run directory (its newest whole step), one step, or an import. `base`: where the frozen weights lie, if
         neither the recorded path nor one beside the checkpoint holds them. Raises UserError for what cannot be loaded, and,
-        unless `allow_untrained`, for an import some of whose parameters no one has trained yet."""
-        config, params, tokenizer_path, _, origin = checkpoints.load_for_inference(checkpoint, base, allow_untrained)
-        return cls(config, params, Tokenizer(tokenizer_path, config.model), origin)
+        unless `allow_untrained`, for an import some of whose parameters no one has trained yet. weights: "int8" or "int4" to hold
+        the language model's matrices in integers, a half or a quarter of bf16. warm_up: see there. Several devices share the model."""
+        config, params, tokenizer_path, _, origin = checkpoints.load_for_inference(checkpoint, base, allow_untrained, weights)
+        mimo = cls(config, params, Tokenizer(tokenizer_path, config.model), origin)
+        if warm_up:
+            mimo.warm_up()
+        return mimo
 
     def open(
         self,

@@ -3,7 +3,7 @@
 Axis letters: ... any leading axes, I in, O out, R rank.
 
 y = x W + (alpha / rank) (x A) B, as in PEFT: A uniform in ±1/sqrt(I), B zero, so that the update is
-zero at the start. Rank 0 makes no parameters.
+zero at the start. Rank 0 makes no parameters. W may be held as integers (`quantize`), for inference.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from mimo_jax import quantize
 
 
 def _uniform(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
@@ -22,9 +24,22 @@ class LoraLinear(nnx.Module):
     """[..., I] -> [..., O] without a bias (Llama's projections have none)."""
 
     def __init__(
-        self, inputs: int, outputs: int, *, rank: int = 0, alpha: float = 1.0, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        rank: int = 0,
+        alpha: float = 1.0,
+        weights: str = "",
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs), param_dtype) * inputs**-0.5)
+        """weights: "" for W as it is, or "int8", "int4"."""
+        held = quantize.quantize(jax.random.normal(rngs.params(), (inputs, outputs), param_dtype) * inputs**-0.5, weights)
+        for name, leaf in held.items():
+            setattr(self, name, nnx.Param(leaf))
+        self.held = tuple(held)
         self.dtype = dtype
         self.scale = alpha / rank if rank else 0.0
         if rank:  # trained, so always fp32
@@ -34,7 +49,7 @@ class LoraLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         lead = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])  # one contracted axis in the weight gradient: see layers.Linear
-        y = x @ self.kernel[...].astype(self.dtype)
+        y = quantize.times(x, {name: getattr(self, name)[...] for name in self.held}, self.dtype)
         if self.scale:
             y = y + (x @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(self.dtype) * self.scale
         return y.reshape(*lead, -1)

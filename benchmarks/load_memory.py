@@ -1,0 +1,77 @@
+"""Peak memory while a model is loaded for inference, as it is and into int8 and int4.
+
+    python benchmarks/load_memory.py [--layers 24] [--width 1536]
+
+Writes a run of random bf16 weights to a temporary folder, whose language model is most of it, and loads it in a process of its own
+for each kind of weights. On a CPU, where the model's memory is the process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+
+from mimo_jax import base, checkpoint, pathtree, storage  # noqa: E402
+from mimo_jax.config import WEIGHTS, LlamaConfig  # noqa: E402
+from mimo_jax.models import mimo  # noqa: E402
+from tests.tiny_config import tiny_config  # noqa: E402
+
+MB = 2**20
+
+
+def write(run: Path, layers: int, width: int) -> None:
+    config = tiny_config(llm=LlamaConfig(vocab_size=512, width=width, layers=layers, heads=12, kv_heads=12, mlp_width=8 * width // 3))
+    rng = np.random.default_rng(0)
+
+    def leaves():
+        for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items():
+            yield path, (rng.standard_normal(leaf.shape, np.float32) * 0.02).astype("bfloat16")
+
+    base.write(run, leaves())
+    checkpoint.write_step(run, 0, iter(()), {})
+    storage.write_json(run / "config.json", config.to_dict())
+    (run / "tokenizer.json").write_text("{}")
+
+
+def load(run: Path, weights: str) -> dict[str, float]:
+    """In this process: MB before, MB of the parameters, peak MB."""
+    import jax
+
+    jax.devices()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    params = checkpoint.load_for_inference(run, weights=weights).params
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return {"before": before / MB, "parameters": held / MB, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--load", nargs=2, metavar=("RUN", "WEIGHTS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        print(json.dumps(load(Path(args.load[0]), args.load[1])))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), args.layers, args.width)
+        largest = max(leaf.size for leaf in checkpoint.Leaves(folder).shapes.values()) * 2 / MB
+        print(f"the largest parameter takes {largest:.0f} MB on disk\n")
+        print("| weights | parameters, MB | peak above the empty process, MB |\n|---|---|---|")
+        for weights in ("", *WEIGHTS):
+            done = subprocess.run([sys.executable, __file__, "--load", folder, weights], check=True, capture_output=True, text=True)
+            seen = json.loads(done.stdout)
+            print(f"| {weights or 'bf16'} | {seen['parameters']:.0f} | {seen['peak'] - seen['before']:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

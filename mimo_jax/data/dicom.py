@@ -5,6 +5,7 @@ Axis letters: F frames, H, W height and width of a frame in pixels.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -88,16 +89,31 @@ class DicomFile:
 
 
 @contextmanager
+def unsaid() -> Iterator[None]:
+    """What pydicom and highdicom warn of and log goes nowhere: they quote the values of a header."""
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    before = [logger.disabled for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.disabled = True
+            yield
+        finally:
+            for logger, was in zip(loggers, before, strict=True):
+                logger.disabled = was
+
+
+@contextmanager
 def reading(path: Path) -> Iterator[None]:
     """What fails while a file is read becomes one line that quotes nothing of it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's quote the values of a header
-        try:
+    try:
+        with unsaid():
             yield
-        except UserError:
-            raise
-        except Exception as error:  # of many kinds, and their text may quote the header
-            raise DamagedError(f"{path}: a damaged or truncated DICOM file ({type(error).__name__})") from None
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, and their text may quote the header
+        raise DamagedError(f"{path}: a damaged or truncated DICOM file ({type(error).__name__})") from None
 
 
 def stack_affine(grids: Sequence[DicomGrid]) -> np.ndarray | None:

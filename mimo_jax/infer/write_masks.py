@@ -7,7 +7,6 @@ nibabel, pydicom and highdicom come with `pip install "mimo_jax[medical]"`; the 
 from __future__ import annotations
 
 import gzip
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mimo_jax import __version__
-from mimo_jax.data.dicom import stack_affine, value_of
+from mimo_jax.data.dicom import stack_affine, unsaid, value_of
 from mimo_jax.data.picture import DicomGrid, Grid, NiftiGrid, library
 from mimo_jax.errors import UserError
 
@@ -127,8 +126,7 @@ def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[Dicom
         )
         for n, (label, _) in enumerate(painted, 1)
     ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they quote the values of a header
+    with unsaid():
         try:
             images = []
             for source in sources:

@@ -146,6 +146,8 @@ def _write_mimo(leaves: Leaves, out: Path, merge: bool) -> None:
     for name in ("config.json", "tokenizer.json", provenance.FILE, provenance.KEPT):
         if (leaves.run / name).is_file():
             shutil.copy(leaves.run / name, out / name)
+    if (calibration := checkpoint.calibration_path(leaves.run, leaves.step)).is_file():
+        shutil.copy(calibration, checkpoint.calibration_path(out, leaves.step))
 
 
 _WRITERS = {"hf": _write_hf, "peft": _write_peft, "sam": _write_sam, "joint": _write_joint, "mimo": _write_mimo}

@@ -6,6 +6,7 @@
     RUN/base.json, base/  the frozen base (`base`)
     RUN/steps/500/        extra.json   data position and whatever else the caller adds, as JSON
                           arrays/      by orbax: item `state` (trained parameters), item `train` (optimizer, step, …)
+                          calibration.json  of the scores, if one was fitted (`infer.calibration`)
                           manifest.json  shapes, versions, fingerprint of the base, SHA-256 of every file; written last
 
 A step, or a base, is whole if its manifest stands: orbax commits by renaming, the manifest follows. Orbax loads a flipped
@@ -102,6 +103,11 @@ def tokenizer_path(path: str | os.PathLike) -> Path:
     if not tokenizer.is_file():
         raise CheckpointError(f"{tokenizer}: is missing; copy it from where the run was made")
     return tokenizer
+
+
+def calibration_path(run: str | os.PathLike, step: int) -> Path:
+    """Where a step's calibration lies, if one was fitted. It comes after the step, and is no part of what makes the step whole."""
+    return Path(run) / "steps" / str(step) / "calibration.json"
 
 
 # --- steps
@@ -218,13 +224,14 @@ def resolve(path: str | os.PathLike) -> tuple[Path, int]:
 
 class Loaded(NamedTuple):
     """A checkpoint ready to use. params: all parameters, nested dict; tokenizer: path of its tokenizer.json; extra: JSON that
-    was saved with the step; origin: step, base and sources in one line."""
+    was saved with the step; origin: step, base and sources in one line; calibration: see `calibration_path`."""
 
     config: Config
     params: dict
     tokenizer: Path
     extra: dict
     origin: str
+    calibration: Path
 
 
 def load_params(path: str | os.PathLike, base_at: str | os.PathLike | None = None, place: Callable[[dict], Any] | None = None) -> dict:
@@ -257,7 +264,7 @@ def load_for_inference(
     params = leaves.load(partial(sharding.of_params, mesh=mesh, whole={}) if mesh else None, weights)
     extra = storage.read_json(run / "steps" / str(leaves.step) / "extra.json")
     held = f", language model in {weights}" if weights else ""
-    return Loaded(config, params, tokenizer, extra, f"{run} step {leaves.step}, {origin(run)}{held}")
+    return Loaded(config, params, tokenizer, extra, f"{run} step {leaves.step}, {origin(run)}{held}", calibration_path(run, leaves.step))
 
 
 def read_shapes(path: str | os.PathLike) -> tuple[Config, dict[str, jax.ShapeDtypeStruct]]:

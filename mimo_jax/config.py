@@ -206,6 +206,7 @@ class TrainConfig:
     eval_every: int = 0  # 0: only at the end
     eval_samples: int = 64
     overlays: int = 8
+    calibrate_samples: int = 512  # validation samples that scores are fitted on at the end; 0: scores stay as they are
     max_bad_samples: float = 0.01  # share of unusable samples that stops the run
 
 
@@ -221,6 +222,8 @@ class GenerateConfig:
     max_new_tokens: int = 128
     batch_size: int = 16
     store_mb: int = 4096  # features of open images and KV caches of chats that are kept on the device, MB
+    refine: bool = False  # paint twice: SAM's decoder sees its own mask as the dense prompt
+    sam_prompts: bool = False  # points, boxes and scribbles of a turn go to SAM's prompt encoder too, for every mask of its answer
 
 
 @dataclass

@@ -352,7 +352,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
 
 def test_inference_reads_config_tokenizer_and_all_parameters(tmp_path):
     begin(tmp_path, steps=(3,))
-    config, params, tokenizer, extra, _ = checkpoint.load_for_inference(tmp_path)
+    config, params, tokenizer, extra, *_ = checkpoint.load_for_inference(tmp_path)
     assert config == tiny_config()
     assert_same(params, pathtree.merge(frozen_tree(), train_state(3)["params"]))
     assert tokenizer == tmp_path / "tokenizer.json" and extra == {"position": 3}

@@ -41,7 +41,9 @@ def tiny_config(**model) -> Config:
         name="test",
         model=ModelConfig(**(fields | model)),
         data=DataConfig(batch_size=4, samples_per_image=2, buckets="96,192", system_prompt="", seed=3),
-        train=TrainConfig(steps=4, learning_rate=1e-3, warmup_steps=1, log_every=1, checkpoint_every=2, eval_samples=0),
+        train=TrainConfig(
+            steps=4, learning_rate=1e-3, warmup_steps=1, log_every=1, checkpoint_every=2, eval_samples=0, calibrate_samples=0
+        ),
         generate=GenerateConfig(max_new_tokens=12, batch_size=4),
         trainables={r"^sam_prompt/": None, r".": 1.0},
         tokenizer="train",
@@ -92,3 +94,15 @@ def random_params(config: Config, seed: int = 0) -> dict:
     return pathtree.unflatten(
         {path: (path.endswith("scale") + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype) for path, leaf in flat.items()}
     )
+
+
+def painting_params(config: Config) -> dict:
+    """`random_params`, but every token that is generated is a `<SEG>`: the words' states are one vector, and its row the likeliest."""
+    flat = pathtree.flatten(random_params(config))
+    for path in flat:
+        if path.startswith("lm_head/") or (path.startswith("llm/") and path.endswith(("/o/kernel", "/down/kernel"))):
+            flat[path] = np.zeros_like(flat[path])
+        elif path.startswith("embedding/") or path == "llm/norm/scale":
+            flat[path] = np.ones_like(flat[path])
+    flat["lm_head/grounding"][:, -1] = 1
+    return pathtree.unflatten(flat)

@@ -21,6 +21,8 @@ from mimo_jax.geometry import Frame, box_to_corners, validate_boxes, validate_po
 
 NONE, POINT_IN, POINT_OUT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, SCRIBBLE = range(6)  # values of prompt_kind
 KINDS = ("point", "box", "scribble")
+_UNUSED, _NOT_A_POINT = -2, -1  # labels of SAM's points
+_SAM_LABELS = np.array([_UNUSED, 1, 0, 2, 3, 1])  # of each kind
 
 _GRID = 128  # cells along the longer side of the crop on which strokes are planned
 _NEGATIVE = 0.3  # share of point prompts with a point outside
@@ -204,6 +206,15 @@ def encode_prompts(prompts: Prompts, clip_frame: Frame, cfg: PromptConfig) -> tu
     xy[: len(kinds)] = clip_frame.to_frame(np.concatenate(parts))
     kind[: len(kinds)] = kinds
     return xy, kind
+
+
+def sam_points(xy: np.ndarray, kind: np.ndarray, clip_frame: Frame, sam_frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+    """`encode_prompts`' tokens as points for SAM: (xy float32 [P + 1, 2] in pixels of the SAM frame, labels int32 [P + 1]: 1 in, 0
+    out, 2 and 3 a box's corners, -2 unused). A scribble is points in; points without a box end with -1, as SAM was trained."""
+    labels = _SAM_LABELS[kind]
+    end = _NOT_A_POINT if (labels >= 0).any() and (labels <= 1).all() else _UNUSED
+    at = sam_frame.to_frame(clip_frame.from_frame(xy))
+    return np.pad(at, [(0, 1), (0, 0)]).astype(np.float32), np.append(labels, end).astype(np.int32)
 
 
 def _resample(line: np.ndarray, count: int) -> np.ndarray:

@@ -32,6 +32,7 @@ from mimo_jax.eval import metrics
 from mimo_jax.eval.baselines import fit_baselines
 from mimo_jax.eval.report import GROUNDED, Found, Tally, table, write_comparison
 from mimo_jax.infer.answer import Answer, canonical_name
+from mimo_jax.infer.calibration import PLAIN, Calibration
 from mimo_jax.infer.predictor import EncodedImage, Mimo, PastTurn, Request
 
 ABLATIONS = ("prompt", "image")  # take the prompts away; blacken the image
@@ -79,18 +80,31 @@ def evaluate(
     """
     if ablate is not None and ablate not in ABLATIONS:
         raise ValueError(f"ablate: {ablate!r}; use one of {', '.join(ABLATIONS)}")
+    runs = [ablate] if ablate else [None, *ABLATIONS]
     chosen = choose(records, limit, perspectives)
+    return answered(mimo, records, chosen, runs, baselines, _Pictures(overlays, overlay_count)).report(mimo.calibration)
+
+
+def answered(
+    mimo: Mimo,
+    records: Sequence[Record],
+    chosen: dict[int, list[int]],
+    runs: Sequence[str | None] = (None,),
+    baselines: dict | None = None,
+    pictures: _Pictures | None = None,
+) -> Tally:
+    """The chosen samples (see `choose`) asked and scored. runs: the first is that of all samples, the others of the figures that need
+    them; baselines: as in `evaluate`."""
     tally = Tally()
-    pictures = _Pictures(overlays, overlay_count)
     blanks: dict[tuple[int, ...], EncodedImage] = {}  # black images by shape
     with tqdm(total=sum(map(len, chosen.values())), desc="evaluate", unit="sample", disable=None) as bar:
         for window in _windows(chosen, _BATCHES_AHEAD * mimo.config.generate.batch_size):
-            asked = _ask_all(mimo, _prepare(mimo, records, window, ablate, blanks, tally), tally)
+            asked = _ask_all(mimo, _prepare(mimo, records, window, runs, blanks, tally), tally)
             painted: dict[tuple[str, str], dict[str, np.ndarray]] = {}
             for item in asked:
-                _score(item, ablate, baselines or {}, painted, tally, pictures)
+                _score(item, runs[0], baselines or {}, painted, tally, pictures or _Pictures(None, 0))
             bar.update(sum(map(len, window.values())))
-    return tally.report()
+    return tally
 
 
 def evaluate_checkpoint(
@@ -102,6 +116,7 @@ def evaluate_checkpoint(
     overlays: str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
     allow_untrained: bool = False,
+    weights: str = "",
 ) -> dict:
     """`mimo eval`: write report.json to `out`, whole or not at all, print a table, and put overlays into the folder `overlays`.
 
@@ -109,16 +124,15 @@ def evaluate_checkpoint(
     out = Path(out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"{out}: cannot be written; give the path of a file in a folder that is there")
-    mimo = Mimo.load(checkpoint, base, allow_untrained)
+    mimo = Mimo.load(checkpoint, base, allow_untrained, weights)
     print(mimo.origin)
     records = open_source(data, split)
     train = open_source(data, "train")
-    perspectives = PERSPECTIVES
-    if mimo.config.model.aligner.image_only():
-        perspectives = [p for p in PERSPECTIVES if p not in PROMPTED]
+    perspectives = perspectives_of(mimo.config)
+    if len(perspectives) < len(PERSPECTIVES):
         print(f"this model's aligner ({mimo.config.model.aligner.kind}) reads no prompts: {', '.join(PROMPTED)} are left out")
     report = evaluate(mimo, records, limit, None, perspectives, fit_baselines(train), overlays)
-    report["not_evaluable"] = records.not_evaluable if isinstance(records, Manifest) else not_evaluable(_Joined([train, records]))
+    report["not_evaluable"] = records.not_evaluable if isinstance(records, Manifest) else not_evaluable(Joined([train, records]))
     report |= {"checkpoint": str(checkpoint), "origin": mimo.origin, "data": str(data), "split": split, "limit": limit}
     write_report(report, out)
     print(table(report))
@@ -134,6 +148,7 @@ def evaluate_params(
     limit: int | None = None,
     overlays: str | os.PathLike | None = None,
     overlay_count: int = 24,
+    calibration: Calibration = PLAIN,
 ) -> dict | None:
     """Report on the run's own sources and perspectives during training, without baselines; None where a source has no such
     split."""
@@ -142,11 +157,16 @@ def evaluate_params(
     except DataError:
         return None
     perspectives = [p for p, weight in config.data.weights.items() if weight]
-    mimo = Mimo(config, params, tokenizer)
-    return evaluate(mimo, _Joined(sources.values()), limit, None, perspectives, overlays=overlays, overlay_count=overlay_count)
+    mimo = Mimo(config, params, tokenizer, calibration=calibration)
+    return evaluate(mimo, Joined(sources.values()), limit, None, perspectives, overlays=overlays, overlay_count=overlay_count)
 
 
-class _Joined:
+def perspectives_of(config: Config) -> list[str]:
+    """What a model can be asked."""
+    return [p for p in PERSPECTIVES if p not in PROMPTED or not config.model.aligner.image_only()]
+
+
+class Joined:
     """Several sources behind each other as one."""
 
     def __init__(self, sources: Iterable):
@@ -203,7 +223,7 @@ def _windows(chosen: dict[int, list[int]], samples: int) -> Iterator[dict[int, l
 
 
 def _prepare(
-    mimo: Mimo, records: Sequence[Record], window: dict[int, list[int]], ablate: str | None, blanks: dict, tally: Tally
+    mimo: Mimo, records: Sequence[Record], window: dict[int, list[int]], runs: Sequence[str | None], blanks: dict, tally: Tally
 ) -> list[_Asked]:
     """Samples of a window with their encoded images, likes beside likes; what cannot be read is tallied as unusable."""
     readable: list[tuple[Record, np.ndarray, list[Sample]]] = []
@@ -219,10 +239,8 @@ def _prepare(
     asked = []
     for (record, pixels, samples), image in zip(readable, encoded, strict=False):
         for sample in samples:
-            runs = [ablate]
-            if ablate is None:
-                runs += ["prompt"] * (sample.perspective == "II") + ["image"] * _is_closed(sample)
-            for run in runs:
+            needed = {"prompt": sample.perspective == "II", "image": _is_closed(sample)}
+            for run in (runs[0], *(run for run in runs[1:] if needed[run])):
                 asked.append(_Asked(record, sample, pixels, blanks[pixels.shape] if run == "image" else image, run))
     return sorted(asked, key=lambda item: PERSPECTIVES.index(item.sample.perspective))
 
@@ -316,6 +334,8 @@ def _score(item: _Asked, ablate: str | None, baselines: dict, painted: dict, tal
         pairs = metrics.match(
             [t.name for t in truths], [t.mask for t in truths], names, [e.mask for e in answer.entities], by_name=sample.perspective != "II"
         )
+        met = dict(pairs)
+        tally.painted += [(entity.evidence, met.get(k, 0.0)) for k, entity in enumerate(answer.entities)]
         for truth, (k, value) in zip(truths, pairs, strict=True):
             guess = np.zeros_like(truth.mask) if k is None else answer.entities[k].mask
             trivial = {kind: metrics.iou(_guess(b, kind, truth.name, item, painted), truth.mask) for kind, b in baselines.items()}

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import rankdata
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -118,6 +119,37 @@ def closed_correct(text: str, references: Sequence[str], choices: Sequence[str] 
     choices = [*choices, *references] if choices else ()
     given = closed_answer(text, choices)
     return bool(given) and any(given == closed_answer(r, choices) for r in references)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def bin_error(scores: Sequence[float], values: Sequence[float], bins: int = 10) -> float:
+    """Mean over `bins` bins of equal count, by score, of |mean score - mean value|; nan for fewer items than bins. What has the
+    same score enters with the mean of its values, so that no order among equals counts."""
+    if len(scores) < bins:
+        return float("nan")
+    scores, values = np.asarray(scores, float), np.asarray(values, float)
+    _, same = np.unique(scores, return_inverse=True)
+    values = (np.bincount(same, weights=values) / np.bincount(same))[same]
+    parts = np.array_split(np.argsort(scores), bins)
+    return float(np.mean([abs(scores[part].mean() - values[part].mean()) for part in parts]))
+
+
+def spearman(scores: Sequence[float], values: Sequence[float]) -> float:
+    """Correlation of ranks, equals sharing their mean rank; nan where either is constant."""
+    if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(values) == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(scores), rankdata(values))[0, 1])
+
+
+def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """Probability that a positive scores higher than a negative, equals counting one half; nan where there is but one kind."""
+    positive = np.asarray(positive, bool)
+    above, below = int(positive.sum()), int((~positive).sum())
+    if not above or not below:
+        return float("nan")
+    return float((rankdata(scores)[positive].sum() - above * (above + 1) / 2) / (above * below))
 
 
 # --- ratios and their intervals --------------------------------------------------------------------------------------

@@ -17,9 +17,12 @@ from PIL import Image
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.eval import metrics
 from mimo_jax.infer.answer import Answer
+from mimo_jax.infer.calibration import PLAIN, Calibration, Evidence
 from mimo_jax.infer.overlay import draw_overlay
 
 GROUNDED = tuple(p for p in PERSPECTIVES if p != "vqa")
+
+_SCORE = ("bin_error", "spearman", "auroc", "below", "precision", "recall")  # columns of the table
 
 CONVENTIONS = {
     "miou": "free-running greedy answers from image, question and prompts alone; mean over true entities; a prediction counts for "
@@ -35,6 +38,10 @@ CONVENTIONS = {
     "no_target_fpr": "of samples that ask only for what is not there, the share in which anything is marked",
     "abstention": "precision: of the samples (I to IV) without any mark, the share that asks only for what is not there; recall: "
     "1 - no_target_fpr",
+    "score": "of everything painted in I to IV, with its IoU as in miou (0 where no true entity of its turn is met): bin_error: "
+    "|mean score - mean IoU| in 10 bins of equal count, averaged; spearman: rank correlation of score and IoU; auroc: of the score for "
+    "IoU < 0.5; uncertain: precision and recall of `score < below` for IoU < 0.5. plain: iou × seg_prob; calibrated: with the "
+    "checkpoint's calibration",
     "vqa_closed_accuracy": "short answer (yes or no, number, choice) equal to a reference after normalising",
     "vqa_closed_accuracy_image_blanked": "the same questions over a black image",
     "vqa_majority": "the share of the commonest short answer among the same questions; by_kind: the best constant answer to each kind",
@@ -63,6 +70,7 @@ class Tally:
 
     found: list[Found] = field(default_factory=list)
     samples: Counter = field(default_factory=Counter)  # perspective → samples
+    painted: list[tuple[Evidence, float]] = field(default_factory=list)  # of every painted entity; its IoU
     names: list[tuple[str, str, int, int, int]] = field(default_factory=list)  # perspective, group, tp, fp, fn
     naming: list[tuple[str, bool]] = field(default_factory=list)  # group, right
     naming_blind: list[tuple[str, bool]] = field(default_factory=list)  # without prompts
@@ -73,7 +81,7 @@ class Tally:
     closed_blank: list[tuple[str, bool]] = field(default_factory=list)
     unusable: list[dict] = field(default_factory=list)
 
-    def report(self) -> dict:
+    def report(self, calibration: Calibration = PLAIN) -> dict:
         """The figures as plain JSON values; None where there was nothing to measure."""
         values, intervals = {}, {}
 
@@ -114,6 +122,7 @@ class Tally:
         values["vqa_majority_by_kind"] = _number(metrics.ratio(right, len(self.closed_true)))
         rights_of = _grouped((kind, right) for _, kind, right in self.closed)
         values["vqa_closed_accuracy_by_kind"] = {kind: {"accuracy": _number(_mean(r)), "n": len(r)} for kind, r in rights_of.items()}
+        values["score"] = self.score(calibration)
         values["baselines"] = self._baselines()
         values["per_modality"] = self._parts(lambda f: f.modality)
         values["per_entity"] = self._parts(lambda f: f.entity)
@@ -129,6 +138,23 @@ class Tally:
         values["unusable"] = self.unusable
         values["conventions"] = CONVENTIONS
         return values
+
+    def score(self, calibration: Calibration) -> dict:
+        """How well scores tell the IoU of what was painted, without and with a calibration; None for that where it is not fitted."""
+        calibrated = self._score(calibration) if calibration else None
+        return {"n": len(self.painted), "plain": self._score(PLAIN), "calibrated": calibrated, "fitted": calibration.fitted}
+
+    def _score(self, calibration: Calibration) -> dict:
+        scores = calibration.scores([evidence for evidence, _ in self.painted])
+        ious = np.array([iou for _, iou in self.painted])
+        bad, marked = ious < 0.5, scores < calibration.uncertain_below
+        return {
+            "bin_error": _number(metrics.bin_error(scores, ious)),
+            "spearman": _number(metrics.spearman(scores, ious)),
+            "auroc": _number(metrics.auroc(-scores, bad)),
+            "below": calibration.uncertain_below,
+            "uncertain": {"precision": _number(metrics.ratio(bad[marked], marked)), "recall": _number(metrics.ratio(marked[bad], bad))},
+        }
 
     def _baselines(self) -> dict[str, dict[str, float | None]]:
         kinds = sorted({name for f in self.found for name in f.baselines})
@@ -168,6 +194,7 @@ def table(report: dict) -> str:
         lines.append(f"{name:34}{_cell(report[name], report['intervals'].get(name)):>16}")
     for name, part in report["abstention"].items():
         lines.append(f"{'abstention ' + name:34}{_cell(part, report['intervals']['abstention'][name]):>16}")
+    lines += ["", *score_table(report["score"])]
     for title, key in (("per modality", "per_modality"), ("per entity", "per_entity")):
         lines += ["", f"{title:34}{'miou':>16}{'mean mask':>16}{'n':>16}{'groups':>16}"]
         for name, part in report[key].items():
@@ -181,6 +208,16 @@ def table(report: dict) -> str:
         lines += ["", f"{len(report['unusable'])} samples could not be used, the first: {first['sample']}: {first['reason']}"]
     lines += ["", *(f"{name}: {text}" for name, text in report["conventions"].items())]
     return "\n".join(lines)
+
+
+def score_table(score: dict) -> list[str]:
+    """Lines of `Tally.score`."""
+    lines = [f"{'score':18}{score['n']:>8} painted" + "".join(f"{name:>16}" for name in _SCORE)]
+    for kind in ("plain", "calibrated"):
+        if score[kind] is not None:
+            flat = score[kind] | score[kind]["uncertain"]
+            lines.append(f"{kind:34}" + "".join(f"{_cell(flat[name]):>16}" for name in _SCORE))
+    return lines
 
 
 def write_comparison(path: Path, answer: Answer, truth_text: str, truths: Sequence[tuple[str, np.ndarray]]) -> None:

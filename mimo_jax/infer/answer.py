@@ -14,11 +14,11 @@ from pycocotools import mask as coco
 
 from mimo_jax.data.picture import Grid
 from mimo_jax.data.prompts import Prompts
+from mimo_jax.infer.calibration import PLAIN, Calibration, Evidence
 from mimo_jax.infer.outputs import check_outputs, write_all, write_json
 from mimo_jax.infer.overlay import draw_overlay
 from mimo_jax.infer.write_masks import write_nifti, write_seg
 
-UNCERTAIN_BELOW = 0.5  # score under which an entity is marked `uncertain`
 NOTHING_PAINTED = "(no structure is marked in this answer)"
 _ARTICLES = {"a", "an", "the"}
 _OUTER = " \t\r\n.,;:!?\"'()[]"
@@ -39,7 +39,8 @@ class Entity:
     id: place among the answer's entities, from 0. phrase: the words as written ("" where a mask came without any);
     entity: its canonical name. mask: bool [H, W]. box_xyxy: half-open [x0, y0, x1, y1] around the mask, None where it is
     empty. area_mm2: None where the distance of pixels is not known. iou: the model's own estimate of the mask's IoU, 0 to 1.
-    score: iou × probability of the `<SEG>` token. uncertain: score below 0.5, or an empty mask.
+    score: the IoU to expect, if the answer is `calibrated`; else iou × probability of the `<SEG>` token. uncertain: score below
+    the calibration's bound (0.5 without one), or an empty mask. evidence: what the score is made of.
     """
 
     id: int
@@ -52,18 +53,25 @@ class Entity:
     iou: float
     score: float
     uncertain: bool
+    evidence: Evidence = field(repr=False)
 
     @staticmethod
-    def of(id: int, phrase: str, mask: np.ndarray, iou: float, seg_prob: float, spacing_mm: tuple[float, float] | None = None) -> Entity:
-        """Entity with name, box, areas and score worked out; `iou` is clipped to 0 … 1. spacing_mm: of rows, of columns."""
+    def of(
+        id: int,
+        phrase: str,
+        mask: np.ndarray,
+        evidence: Evidence,
+        calibration: Calibration = PLAIN,
+        spacing_mm: tuple[float, float] | None = None,
+    ) -> Entity:
+        """Entity with name, box, areas and score worked out. spacing_mm: of rows, of columns."""
         rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = [int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1] if len(rows) else None
-        iou = float(np.clip(iou, 0.0, 1.0))
-        score = iou * float(seg_prob)
-        uncertain = box is None or score < UNCERTAIN_BELOW
+        score = float(calibration.scores([evidence])[0])
+        uncertain = box is None or score < calibration.uncertain_below
         area = int(mask.sum())
         area_mm2 = None if spacing_mm is None else area * spacing_mm[0] * spacing_mm[1]
-        return Entity(id, phrase, canonical_name(phrase), mask, box, area, area_mm2, iou, score, uncertain)
+        return Entity(id, phrase, canonical_name(phrase), mask, box, area, area_mm2, evidence.iou, score, uncertain, evidence)
 
     def describe(self) -> str:
         """Name, size, place and score in a line."""
@@ -91,7 +99,8 @@ class Entity:
 class Answer:
     """text: the answer without tags. parts: the same text in pieces, in order, {"text"} or {"text", "entity_id"}.
     truncated: the token limit came before the end of the answer. image uint8 [H, W, 3], question and prompts are those
-    that were asked with; the overlay shows them. grid: where the image lies in the medical file that it comes from."""
+    that were asked with; the overlay shows them. grid: where the image lies in the medical file that it comes from. calibrated:
+    whether the entities' scores are expected IoUs."""
 
     text: str
     parts: list[dict]
@@ -101,6 +110,7 @@ class Answer:
     image: np.ndarray = field(repr=False)
     prompts: Prompts = field(repr=False)
     grid: Grid | None = field(default=None, repr=False)
+    calibrated: bool = False
 
     def describe(self) -> str:
         """The text, with a plain word where nothing is painted or the answer was cut off."""
@@ -113,6 +123,7 @@ class Answer:
             "parts": self.parts,
             "entities": [e.to_json() for e in self.entities],
             "truncated": self.truncated,
+            "calibrated": self.calibrated,
         }
 
     def save(self, *paths: str | Path) -> None:

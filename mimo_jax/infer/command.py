@@ -14,6 +14,7 @@ from mimo_jax.flag_values import box, endings, index, index_or_all, point, posit
 
 if TYPE_CHECKING:
     from mimo_jax.data.picture import Volume
+    from mimo_jax.infer.predictor import Mimo
 
 _IN_PART, _STOPPED = 3, 75
 
@@ -26,9 +27,24 @@ def checkpoint_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--allow-untrained", action="store_true", help="take a checkpoint in which parameters are as a seed drew them")
 
 
-def _weights_flag(command: argparse.ArgumentParser) -> None:
+def _model_flags(command: argparse.ArgumentParser) -> None:
+    """How the model is held, and how it paints."""
     weights_help = "hold the language model in integers: a half (int8) or a quarter (int4) of the memory of bf16"
     command.add_argument("--weights", choices=WEIGHTS, default="", help=weights_help)
+    command.add_argument("--refine", action="store_true", help="paint twice: SAM's decoder sees its own mask again")
+    command.add_argument("--sam-prompts", action="store_true", help="give points, boxes and scribbles to SAM's prompt encoder too")
+
+
+def _load(args: argparse.Namespace) -> Mimo:
+    from mimo_jax.infer.predictor import Mimo
+
+    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
+    for name in ("refine", "sam_prompts"):
+        if getattr(args, name):
+            setattr(mimo.config.generate, name, True)
+            mimo.origin += f", {name}"
+    print(mimo.origin, file=sys.stderr)
+    return mimo
 
 
 def add_ask(commands) -> None:
@@ -55,7 +71,7 @@ mark one slice: choose it.""",
   mimo ask --checkpoint runs/a --plan --weights int8""",
     )
     checkpoint_flags(ask)
-    _weights_flag(ask)
+    _model_flags(ask)
     ask.add_argument(
         "image", metavar="IMAGE", nargs="?", help="an image file (PNG, JPEG, TIFF, BMP, DICOM, NIfTI), or a folder of DICOM files"
     )
@@ -99,7 +115,6 @@ def _ask(args: argparse.Namespace) -> int:
     from mimo_jax.data.prompt_files import join_prompts, read_prompts
     from mimo_jax.data.volume import open_scan
     from mimo_jax.infer.answer import check_outputs
-    from mimo_jax.infer.predictor import Mimo
 
     # A big model takes minutes to load: what is wrong with the image or the outputs is said before.
     picture = open_scan(args.image, frame=args.frame, slice=args.slice, series=args.series, window=args.window)
@@ -114,9 +129,7 @@ def _ask(args: argparse.Namespace) -> int:
     flags = {"points": args.point, "boxes": args.box, "scribbles": args.scribble}
     size = picture.pixels.shape[:2]
     prompts = join_prompts([read_prompts(flags, *size), *[read_prompts(file, *size) for file in args.prompts]])
-    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
-    print(mimo.origin, file=sys.stderr)
-    chat = mimo.open(picture)
+    chat = _load(args).open(picture)
     marked = {"points": prompts.points, "boxes": prompts.boxes, "scribbles": prompts.scribbles}
     answer = chat.ask(args.question, **marked, max_new_tokens=args.max_new_tokens)
     if args.json:
@@ -134,12 +147,9 @@ def _ask(args: argparse.Namespace) -> int:
 def _ask_volume(args: argparse.Namespace, volume: Volume) -> int:
     if args.point or args.box or args.scribble or args.prompts:
         raise UserError("--point, --box, --scribble and --prompts mark one slice; choose it, as --slice 30 or --frame 12")
-    from mimo_jax.infer.predictor import Mimo
     from mimo_jax.infer.volume import ask_volume
 
-    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
-    print(mimo.origin, file=sys.stderr)
-    answer = ask_volume(mimo, volume, args.question, max_new_tokens=args.max_new_tokens)
+    answer = ask_volume(_load(args), volume, args.question, max_new_tokens=args.max_new_tokens)
     print(json.dumps(answer.to_json(), ensure_ascii=False) if args.json else answer.describe())
     if args.out:
         answer.save(*args.out)
@@ -160,7 +170,7 @@ encoded once, earlier turns are kept. Lines that begin with / mark, save or end:
   mimo chat --checkpoint runs/a image.png --temperature 0.7 --seed 3 < questions.txt""",
     )
     checkpoint_flags(chat)
-    _weights_flag(chat)
+    _model_flags(chat)
     chat.add_argument("image", metavar="IMAGE", help="an image file: PNG, JPEG, TIFF, BMP, DICOM or NIfTI; or a folder of DICOM files")
     _picture_flags(chat, scans=True)
     temperature_help = "0, the default: the likeliest words; 1: drawn as they come"
@@ -171,13 +181,12 @@ encoded once, earlier turns are kept. Lines that begin with / mark, save or end:
 
 def _chat(args: argparse.Namespace) -> int:
     from mimo_jax.infer.chat import converse
-    from mimo_jax.infer.predictor import Mimo, read_image
+    from mimo_jax.infer.predictor import read_image
     from mimo_jax.infer.requests import Sampling
 
     Sampling(args.temperature, seed=args.seed).check()
     picture = read_image(args.image, frame=args.frame, slice=args.slice, series=args.series, window=args.window)
-    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
-    print(mimo.origin, file=sys.stderr)
+    mimo = _load(args)
     if sys.stdin.isatty():
         mimo.warm_up(progress=True)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
@@ -213,7 +222,7 @@ if it had not been. Without --resume the folder OUT must be new or empty.""",
   mimo batch --checkpoint runs/a --in requests.jsonl --out answers --resume""",
     )
     checkpoint_flags(batch)
-    _weights_flag(batch)
+    _model_flags(batch)
     in_help = "a folder of pictures (and of folders; hidden files are left out), a .jsonl or a .csv of requests"
     batch.add_argument("--in", required=True, metavar="PATH", dest="source", help=in_help)
     batch.add_argument("--question", metavar="TEXT", help="of all pictures of a folder, or of requests without their own")
@@ -229,15 +238,9 @@ if it had not been. Without --resume the folder OUT must be new or empty.""",
 def _batch(args: argparse.Namespace) -> int:
     from mimo_jax.infer.batch import run_batch
     from mimo_jax.infer.batch_job import FAILED, SUMMARY
-    from mimo_jax.infer.predictor import Mimo
-
-    def load() -> Mimo:
-        mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
-        print(mimo.origin, file=sys.stderr)
-        return mimo
 
     chosen = {name: getattr(args, name) for name in ("frame", "slice", "series", "window", "max_new_tokens", "save", "volumes", "resume")}
-    done = run_batch(load, args.source, args.out, args.question, **chosen)
+    done = run_batch(lambda: _load(args), args.source, args.out, args.question, **chosen)
     if done.burned_in:
         print(f"mimo: warning: {done.burned_in} pictures may contain burned-in text, such as a patient's name", file=sys.stderr)
     if done.failed:

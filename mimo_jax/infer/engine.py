@@ -74,11 +74,14 @@ class Engine:
         """See `generate.decode`. `state` is used up."""
         return self.functions.decode(self.params, state, np.int32(until))
 
-    def segment(self, features, states, index, count: int) -> tuple[jax.Array, jax.Array]:
+    def segment(self, features, states, index, count: int, points=None, refine: bool = False) -> tuple[jax.Array, jax.Array]:
         """SAM's features [B, g, g, C], states [B, M, D] of `Decoding`, index int32 [B, S] of each `<SEG>` among the new tokens
-        (any value in an unused slot; `count` are used) -> mask logits fp32 [B, S, m, m], predicted IoU fp32 [B, S]."""
+        (any value in an unused slot; `count` are used) -> mask logits fp32 [B, S, m, m], predicted IoU fp32 [B, S].
+
+        points: (xy [B, P, 2], labels int32 [B, P]) of each row's turn, as `prompts.sam_points` makes them; refine: decode again with
+        the masks as dense prompts."""
         self.counts["masks"] += count
-        return self.functions.segment(self.params, features, states, index)
+        return self.functions.segment(self.params, features, states, index, points, refine=refine)
 
 
 def _fit(config: Config, params: dict) -> None:
@@ -122,8 +125,10 @@ def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None
     def extend(cache, slots):
         return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, slots - a.shape[3]), (0, 0)]), cache)
 
-    def segment(model, features, states, index):
-        return model.segment(features, jnp.take_along_axis(states, index[..., None], axis=1))
+    def segment(model, features, states, index, points, refine):
+        states = jnp.take_along_axis(states, index[..., None], axis=1)
+        masks, iou = model.segment(features, states, points)
+        return model.segment(features, states, points, masks) if refine else (masks, iou)
 
     decode = partial(generate.decode, eos_id=eos_id, seg_state=config.model.seg_state)
     return Functions(
@@ -136,5 +141,5 @@ def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None
         extend=jax.jit(extend, static_argnames="slots"),
         prefill=jitted(generate.prefill, static_argnames="new_tokens", donate_argnums=1),
         decode=jitted(decode, donate_argnums=1),
-        segment=jitted(segment),
+        segment=jitted(segment, static_argnames="refine"),
     )

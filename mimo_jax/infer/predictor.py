@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from mimo_jax.data.volume import open_scan
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, clip_frame, sam_frame
 from mimo_jax.infer.answer import Answer, Entity
+from mimo_jax.infer.calibration import PLAIN, Calibration
 from mimo_jax.infer.engine import Engine
 from mimo_jax.infer.requests import EncodedImage, KeptCache, PastTurn, Request, Sampling, Turn, prepare
 from mimo_jax.infer.run import Run, bucket, capacity, stacked
@@ -56,9 +58,18 @@ class Event:
 class Mimo:
     """A model that answers. Not tied to one image; safe to share between chats, one request at a time."""
 
-    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer, origin: str = ""):
-        """origin: where the parameters come from, in one line."""
+    def __init__(
+        self,
+        config: Config,
+        params: dict,
+        tokenizer: Tokenizer,
+        origin: str = "",
+        calibration: Calibration = PLAIN,
+        calibration_path: Path | None = None,
+    ):
+        """origin: where the parameters come from, in one line; calibration_path: where the calibration of their step lies, or would."""
         self.config, self.tokenizer, self.origin = config, tokenizer, origin
+        self.calibration, self.calibration_path = calibration, calibration_path
         self.engine = Engine(config, params, tokenizer.eos)
         self.store = Store(config.generate.store_mb * 2**20)
 
@@ -75,8 +86,8 @@ class Mimo:
         neither the recorded path nor one beside the checkpoint holds them. Raises UserError for what cannot be loaded, and,
         unless `allow_untrained`, for an import some of whose parameters no one has trained yet. weights: "int8" or "int4" to hold
         the language model's matrices in integers, a half or a quarter of bf16. warm_up: see there. Several devices share the model."""
-        config, params, tokenizer_path, _, origin = checkpoints.load_for_inference(checkpoint, base, allow_untrained, weights)
-        mimo = cls(config, params, Tokenizer(tokenizer_path, config.model), origin)
+        config, params, tokenizer_path, _, origin, path = checkpoints.load_for_inference(checkpoint, base, allow_untrained, weights)
+        mimo = cls(config, params, Tokenizer(tokenizer_path, config.model), origin, Calibration.read(path), path)
         if warm_up:
             mimo.warm_up()
         return mimo
@@ -149,7 +160,7 @@ class Mimo:
         self.started = time.perf_counter()
         self._encode([image for image in dict.fromkeys(images) if image.features is None])
         self.store.keep(*images)
-        return Run(self.engine, self.config, self.tokenizer, requests, images, turns, self._rows(len(requests)))
+        return Run(self.engine, self.config, self.tokenizer, self.calibration, requests, images, turns, self._rows(len(requests)))
 
     def finish(self, run: Run) -> list[tuple[Answer, PastTurn]]:
         """Answers of a run that is done, and what their chats need for the next turn."""

@@ -15,9 +15,11 @@ import numpy as np
 
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
+from mimo_jax.data.prompts import sam_points
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import mask_from_logits
 from mimo_jax.infer.answer import Answer, Entity
+from mimo_jax.infer.calibration import Calibration, Evidence
 from mimo_jax.infer.engine import Engine
 from mimo_jax.infer.requests import EncodedImage, PastTurn, Request, Turn
 
@@ -37,13 +39,14 @@ class Run:
         engine: Engine,
         config: Config,
         tokenizer: Tokenizer,
+        calibration: Calibration,
         requests: Sequence[Request],
         images: Sequence[EncodedImage],
         turns: Sequence[Turn],
         rows: int,
     ):
         """images: encoded, their features on the device. A request's kept cache is used up until `finish` hands it back."""
-        self.engine, self.config, self.tokenizer = engine, config, tokenizer
+        self.engine, self.config, self.tokenizer, self.calibration = engine, config, tokenizer, calibration
         self.requests, self.images, self.turns, self.rows = requests, images, turns, rows
         self.features = [image.features for image in images]  # held, whatever the store lets go
         self.entities: list[list[Entity]] = [[] for _ in turns]
@@ -168,14 +171,29 @@ class Run:
             for b, row in enumerate(new):
                 index[b, : len(row)] = row
             features = _stacked_on_device(self.features, self.rows)
-            logits, iou = jax.device_get(self.engine.segment(features, self.state.states, index, sum(map(len, new))))
+            generate = self.config.generate
+            points = self._points() if generate.sam_prompts else None
+            painted = self.engine.segment(features, self.state.states, index, sum(map(len, new)), points, generate.refine)
+            logits, iou = jax.device_get(painted)
             for b, row in enumerate(new):
                 image = self.images[b]
                 for s, place in enumerate(row):
                     k = len(self.entities[b])
                     mask = mask_from_logits(logits[b, s], image.sam_frame, *image.pixels.shape[:2])
-                    self.entities[b].append(Entity.of(k, phrases[b][k][0], mask, iou[b, s], self.probs[b, place], image.picture.spacing_mm))
+                    since = places[b][k - 1] + 1 if k else 0
+                    evidence = Evidence.of(logits[b, s], image.sam_frame, iou[b, s], self.probs[b, since : place + 1])
+                    spacing = image.picture.spacing_mm
+                    self.entities[b].append(Entity.of(k, phrases[b][k][0], mask, evidence, self.calibration, spacing))
         return self.entities
+
+    def _points(self) -> tuple[np.ndarray, np.ndarray]:
+        """What every row's new turn marks, for SAM: xy [B, P + 1, 2], labels [B, P + 1]."""
+        made = [
+            sam_points(turn.prompt_xy, turn.prompt_kind, image.clip_frame, image.sam_frame)
+            for turn, image in zip(self.turns, self.images, strict=True)
+        ]
+        xy, labels = zip(*made, strict=True)
+        return stacked(xy, self.rows), stacked(labels, self.rows)
 
     def finish(self) -> list[tuple[Answer, PastTurn]]:
         """The answers, and what each request's chat needs for its next turn; a kept cache holds what was said."""
@@ -185,7 +203,8 @@ class Run:
             text, pieces, _ = self._text(b)
             parts = [{"text": p["text"]} if p["seg"] is None else {"text": p["text"], "entity_id": p["seg"]} for p in pieces]
             truncated = not self.ended[b] and self.stopped[b] is None
-            answer = Answer(text, parts, self.entities[b], truncated, request.question, image.pixels, turn.prompts, image.picture.grid)
+            asked = (request.question, image.pixels, turn.prompts, image.picture.grid)
+            answer = Answer(text, parts, self.entities[b], truncated, *asked, bool(self.calibration))
             results.append((answer, self._past(b)))
         kept = self.requests[0].cache if self.rows == 1 else None
         if kept:

@@ -15,7 +15,8 @@ from pycocotools import mask as coco
 from tqdm import tqdm
 
 from mimo_jax.data.picture import Volume
-from mimo_jax.infer.answer import UNCERTAIN_BELOW, Answer
+from mimo_jax.infer.answer import Answer
+from mimo_jax.infer.calibration import Calibration
 from mimo_jax.infer.outputs import check_outputs, write_all, write_json
 from mimo_jax.infer.overlay import draw_sheet
 from mimo_jax.infer.predictor import Mimo
@@ -31,7 +32,8 @@ class Structure:
 
     id: place among the structures, from 0; a label map holds id + 1. entity: the canonical name; phrase: the words of the first
     slice that uses it. voxels: how many are painted; volume_mm3: None where a voxel's is not known. slices: the first and the
-    last that is painted, None if none is. score: mean over the slices that name it, weighted by painted area.
+    last that is painted, None if none is. score: mean over the slices that name it, weighted by painted area. uncertain: a score
+    below the calibration's bound (0.5 without one), or nothing painted.
     """
 
     id: int
@@ -41,13 +43,9 @@ class Structure:
     volume_mm3: float | None
     slices: tuple[int, int] | None
     score: float
+    uncertain: bool
     shape: tuple[int, int, int] = field(repr=False)  # F, H, W
     bits: dict[int, np.ndarray] = field(repr=False)  # of each painted slice: uint8 [H, ceil(W / 8)], a bit a voxel
-
-    @property
-    def uncertain(self) -> bool:
-        """A score below 0.5, or nothing painted."""
-        return self.slices is None or self.score < UNCERTAIN_BELOW
 
     @property
     def mask(self) -> np.ndarray:
@@ -84,13 +82,15 @@ class Structure:
 @dataclass
 class VolumeAnswer:
     """texts: what was said of each slice. structures: in the order in which the slices name them. truncated: slices whose answer
-    reached the token limit. Masks and RLE are in pixels of each slice as it is shown."""
+    reached the token limit. Masks and RLE are in pixels of each slice as it is shown. calibrated: whether scores are expected IoUs
+    of a slice's mask."""
 
     question: str
     texts: list[str]
     structures: list[Structure]
     truncated: list[int]
     volume: Volume = field(repr=False)
+    calibrated: bool = False
 
     def painted(self) -> list[int]:
         """Indices of the slices on which anything is painted."""
@@ -118,6 +118,7 @@ class VolumeAnswer:
             **({} if spacing is None else {"spacing_mm": [round(s, 4) for s in spacing]}),
             "texts": self.texts,
             "truncated": self.truncated,
+            "calibrated": self.calibrated,
             "structures": [s.to_json() for s in self.structures],
         }
 
@@ -167,7 +168,7 @@ def ask_volume(mimo: Mimo, volume: Volume, question: str, *, max_new_tokens: int
     """Ask the same of every slice, in batches of `config.generate.batch_size`; only one batch of pictures is in memory at a time.
     progress: a bar where stderr is a terminal. UserError, before anything runs, for a question that cannot be asked."""
     mimo.check(Request(volume[0], question, max_new_tokens=max_new_tokens))
-    merged = _Merged(volume)
+    merged = _Merged(volume, mimo.calibration)
     size = mimo.config.generate.batch_size
     batches = np.array_split(np.arange(len(volume)), -(-len(volume) // size))  # of even length: one slice alone would be compiled anew
     with tqdm(total=len(volume), desc="ask", unit="slice", disable=None if progress else True) as bar:
@@ -176,14 +177,14 @@ def ask_volume(mimo: Mimo, volume: Volume, question: str, *, max_new_tokens: int
             for k, answer in zip(batch.tolist(), mimo.predict(asked), strict=True):
                 merged.add(k, answer)
             bar.update(len(batch))
-    return VolumeAnswer(question, merged.texts, merged.structures(), merged.truncated, volume)
+    return VolumeAnswer(question, merged.texts, merged.structures(), merged.truncated, volume, bool(mimo.calibration))
 
 
 class _Merged:
     """The answers of slices, as they come."""
 
-    def __init__(self, volume: Volume):
-        self.volume = volume
+    def __init__(self, volume: Volume, calibration: Calibration):
+        self.volume, self.calibration = volume, calibration
         self.texts: list[str] = []
         self.truncated: list[int] = []
         self.phrases: dict[str, str] = {}  # of each canonical name, as the rest
@@ -207,6 +208,7 @@ class _Merged:
         bits, voxel_mm3 = self.bits[name], self.volume.voxel_mm3
         voxels = sum(int(np.bitwise_count(plane).sum()) for plane in bits.values())
         scores, areas = np.array(self.scores[name]).T
+        score = float(np.average(scores, weights=areas if areas.any() else None))
         return Structure(
             id=n,
             phrase=self.phrases[name],
@@ -214,7 +216,8 @@ class _Merged:
             voxels=voxels,
             volume_mm3=None if voxel_mm3 is None else voxels * voxel_mm3,
             slices=(min(bits), max(bits)) if bits else None,
-            score=float(np.average(scores, weights=areas if areas.any() else None)),
+            score=score,
+            uncertain=not bits or score < self.calibration.uncertain_below,
             shape=(len(self.volume), *self.volume.size),
             bits=bits,
         )

@@ -1,7 +1,7 @@
 """MIMO: an image, a question and what the user points at; words out, and a mask for every <SEG>.
 
 Axis letters: N images, B samples (B = N * K: sample b belongs to image b // K), R turns, T tokens of the
-sequence, Q tokens of one turn's X_q, L instruction tokens, P prompt tokens, S <SEG> slots, I image tokens,
+sequence, Q tokens of one turn's X_q, L instruction tokens, P prompt tokens or points, S <SEG> slots, I image tokens,
 D width of the language model, C width of SAM's features, g side of SAM's grid, M side of a mask, V vocabulary.
 
 Reads like the paper: X_img = CLIP(image); X_vis = visual prompt encoder; X_q = Aligner(X_img, X_txt, X_vis);
@@ -130,15 +130,36 @@ class Mimo(nnx.Module):
         index = seg_index - 1 if self.config.seg_state == "predict" else seg_index
         return jnp.take_along_axis(hidden, jnp.maximum(index, 0)[..., None], axis=1)
 
-    def segment(self, features: jax.Array, seg_states: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def segment(
+        self,
+        features: jax.Array,
+        seg_states: jax.Array,
+        points: tuple[jax.Array, jax.Array] | None = None,
+        masks: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """SAM features [N, g, g, C], r_seg [B, S, D] -> mask logits fp32 [B, S, M, M], predicted IoU fp32 [B, S].
 
-        proj(r_seg) is the only sparse prompt and `no_mask` the dense one, as in LISA; all masks of an image share its keys."""
+        proj(r_seg) is the only sparse prompt and `no_mask` the dense one, as in LISA; all masks of an image share its keys.
+        points: (xy [B, P, 2] in pixels of SAM's frame, labels int [B, P]), which join proj(r_seg) at every <SEG> of a sample; labels
+        as `SamPromptEncoder.embed_points` takes them, below -1 where there is nothing. masks: logits [B, S, M, M] for the dense
+        prompt, such as an earlier call gave."""
         b, s, _ = seg_states.shape
         n = features.shape[0]
-        sparse = self.seg_projection(seg_states).reshape(n, (b // n) * s, 1, -1)
-        masks, iou = self.sam_decoder(features, self.sam_prompt.dense_pe(), sparse, self.sam_prompt.no_mask())
-        return masks.reshape(b, s, *masks.shape[-2:]), iou.reshape(b, s)
+        sparse = self.seg_projection(seg_states)[:, :, None]  # [B, S, 1, C]
+        seen = None
+        if points is not None:
+            xy, labels = points
+            marked = self.sam_prompt.embed_points(xy + 0.5, jnp.maximum(labels, -1))[:, None]
+            sparse = jnp.concatenate([jnp.broadcast_to(marked, (b, s, *marked.shape[2:])), sparse], axis=2)
+            seen = jnp.pad(labels >= -1, [(0, 0), (0, 1)], constant_values=True)[:, None]
+            seen = jnp.broadcast_to(seen, (b, s, seen.shape[-1])).reshape(n, b // n * s, -1)
+        dense = self.sam_prompt.no_mask()
+        if masks is not None:
+            dense = self.sam_prompt.embed_masks(masks.astype(self.dtype))
+            dense = dense.reshape(n, b // n * s, *dense.shape[2:])
+        sparse = sparse.reshape(n, b // n * s, *sparse.shape[2:])
+        logits, iou = self.sam_decoder(features, self.sam_prompt.dense_pe(), sparse, dense, seen=seen)
+        return logits.reshape(b, s, *logits.shape[-2:]), iou.reshape(b, s)
 
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Teacher-forced forward: batch as `data/loader.py` makes it -> {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S],

@@ -88,7 +88,7 @@ class SamPromptEncoder(nnx.Module):
         return self.no_mask_embedding[...].astype(self.dtype)
 
     def embed_points(self, xy: jax.Array, labels: jax.Array) -> jax.Array:
-        """xy [..., n, 2], labels int [..., n] in -1 .. 1 -> [..., n, C]."""
+        """xy [..., n, 2], labels int [..., n]: 1 in, 0 out, -1 none, 2 and 3 a box's top left and bottom right -> [..., n, C]."""
         none = (labels == -1)[..., None]
         code = jnp.where(none, 0.0, self.position_code(xy / self.cfg.image_size))
         kind = jnp.where(none, self.not_a_point_embedding[...], self.point_embedding[...][jnp.maximum(labels, 0)])
@@ -130,8 +130,9 @@ class Attention(nnx.Module):
         self.v = Linear(width, inner, **types)
         self.o = Linear(inner, width, **types)
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """q [B, X, a, C], k and v [B, Y, b, C] -> [B, max(X, Y), a, C]; X and Y are the S masks, or 1: shared by all."""
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+        """q [B, X, a, C], k and v [B, Y, b, C] -> [B, max(X, Y), a, C]; X and Y are the S masks, or 1: shared by all. seen: bool
+        [B, Y, b], the keys that count; None for all."""
         q, k, v = self.q(q), self.k(k), self.v(v)
         batch, masks, length, _ = q.shape
         if k.shape[1] > 1:
@@ -139,7 +140,8 @@ class Attention(nnx.Module):
             q = jnp.broadcast_to(q, (batch, masks, *q.shape[2:]))
         # Queries do not see one another, so over shared keys (leading axis B, not B*S) those of all masks go together.
         q, k, v = (x.reshape(batch * k.shape[1], -1, self.heads, x.shape[-1] // self.heads) for x in (q, k, v))
-        return self.o(attend(q, k, v).reshape(batch, masks, length, -1))
+        mask = None if seen is None else seen.reshape(q.shape[0], 1, 1, -1)
+        return self.o(attend(q, k, v, mask).reshape(batch, masks, length, -1))
 
 
 class TwoWayBlock(nnx.Module):
@@ -161,18 +163,19 @@ class TwoWayBlock(nnx.Module):
         self.image_to_token = Attention(c, c // 2, heads, **types)
         self.image_norm = layer_norm(c, 1e-5, **types)
 
-    def __call__(self, carry: tuple[jax.Array, jax.Array], token_code: jax.Array, image_code: jax.Array):
-        """(tokens [B, S, t, C], image [B, 1 or S, p, C]), their position codes -> (tokens, image [B, S, p, C])."""
+    def __call__(self, carry: tuple[jax.Array, jax.Array], token_code: jax.Array, image_code: jax.Array, seen: jax.Array | None):
+        """(tokens [B, S, t, C], image [B, 1 or S, p, C]), their position codes, the tokens that count bool [B, S, t] or None
+        -> (tokens, image [B, S, p, C])."""
         tokens, image = carry
         if self.first:
-            tokens = self.self_attention(tokens, tokens, tokens)
+            tokens = self.self_attention(tokens, tokens, tokens, seen)
         else:
             coded = tokens + token_code
-            tokens = tokens + self.self_attention(coded, coded, tokens)
+            tokens = tokens + self.self_attention(coded, coded, tokens, seen)
         tokens = self.self_norm(tokens)
         tokens = self.token_norm(tokens + self.token_to_image(tokens + token_code, image + image_code, image))
         tokens = self.mlp_norm(tokens + self.down(jax.nn.relu(self.up(tokens))))
-        image = self.image_norm(image + self.image_to_token(image + image_code, tokens + token_code, tokens))
+        image = self.image_norm(image + self.image_to_token(image + image_code, tokens + token_code, tokens, seen))
         return tokens, image
 
 
@@ -248,12 +251,19 @@ class MaskDecoder(nnx.Module):
         self.iou_head = IouHead(c, cfg.iou_head_width, rngs=rngs, **types)
 
     def __call__(
-        self, features: jax.Array, image_pe: jax.Array, sparse: jax.Array, dense: jax.Array, multimask: bool = False
+        self,
+        features: jax.Array,
+        image_pe: jax.Array,
+        sparse: jax.Array,
+        dense: jax.Array,
+        multimask: bool = False,
+        seen: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """features [B, g, g, C], image_pe [g, g, C], sparse [B, S, n, C], dense [C] or [B, S, g, g, C]
         -> mask logits float32 [B, S, m, 4g, 4g], predicted IoU float32 [B, S, m].
 
-        m = 1: the mask of token 0. multimask: m = 3, those of tokens 1 .. 3. sparse and dense: see `SamPromptEncoder`."""
+        m = 1: the mask of token 0. multimask: m = 3, those of tokens 1 .. 3. sparse and dense: see `SamPromptEncoder`. seen: bool
+        [B, S, n], the sparse prompts that are there, as if the others were left away; None for all."""
         b, s, _, c = sparse.shape
         g = features.shape[1]
         own = jnp.concatenate([self.iou_token[...][None], self.mask_tokens[...]]).astype(self.dtype)
@@ -262,10 +272,12 @@ class MaskDecoder(nnx.Module):
         image = image.reshape(b, -1, g * g, c)
         image_code = image_pe.astype(self.dtype).reshape(g * g, c)
 
+        if seen is not None:
+            seen = jnp.concatenate([jnp.ones((b, s, own.shape[0]), bool), seen], axis=2)
         token_code = tokens
-        tokens, image = self.first((tokens, image), token_code, image_code)
+        tokens, image = self.first((tokens, image), token_code, image_code, seen)
         if self.rest is not None:
-            tokens, image = self.rest((tokens, image), token_code, image_code)
+            tokens, image = self.rest((tokens, image), token_code, image_code, seen)
         tokens = self.final_norm(tokens + self.final_attention(tokens + token_code, image + image_code, image))
 
         image = gelu(self.upscale_norm(self.upscale1(image.reshape(b, s, g, g, c))))

@@ -23,7 +23,8 @@ from mimo_jax.data import conversation
 from mimo_jax.data.loader import Loader, make_loader
 from mimo_jax.data.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
-from mimo_jax.eval import evaluate
+from mimo_jax.eval import calibrate, evaluate
+from mimo_jax.eval.calibrate import Calibration
 from mimo_jax.stopping import StopSignal
 from mimo_jax.train.hooks import Every, Metrics, Save, Tick
 from mimo_jax.train.state import Plan
@@ -79,8 +80,12 @@ def train(config: Config, workdir: str | Path) -> int:
     if done < config.train.steps:
         print(f"stopped at step {done}, state saved; run the same command to go on", file=sys.stderr)
         return EXIT_STOPPED
-    if config.train.eval_samples and tick is not None:
-        _evaluate(plan, state, frozen, tokenizer, workdir, done)
+    if tick is not None:
+        fitted = {}
+        if config.train.calibrate_samples:
+            fitted["calibration"] = _calibrate(plan, state, frozen, tokenizer, workdir, done)
+        if config.train.eval_samples:
+            _evaluate(plan, state, frozen, tokenizer, workdir, done, **fitted)
     return EXIT_DONE
 
 
@@ -170,7 +175,15 @@ def _restore(plan: Plan, checkpoints: Checkpoints, loader: Loader):
     return state, frozen
 
 
-def _evaluate(plan: Plan, state: dict, frozen: dict, tokenizer: Tokenizer, workdir: Path, step: int) -> None:
+def _calibrate(plan: Plan, state: dict, frozen: dict, tokenizer: Tokenizer, workdir: Path, step: int) -> Calibration:
+    """Scores fitted on validation samples, kept with the last step."""
+    made = calibrate.calibrate_params(plan.config, pathtree.merge(state["params"], frozen), tokenizer)
+    if made and jax.process_index() == 0:
+        made.write(checkpoint.calibration_path(workdir, step))
+    return made
+
+
+def _evaluate(plan: Plan, state: dict, frozen: dict, tokenizer: Tokenizer, workdir: Path, step: int, **fitted) -> None:
     """Free-running evaluation of `eval_samples` validation samples, and overlays of the first few, under `eval/<step>/`."""
     config = plan.config
     out = workdir / "eval" / f"{step:08d}"
@@ -182,6 +195,7 @@ def _evaluate(plan: Plan, state: dict, frozen: dict, tokenizer: Tokenizer, workd
         limit=config.train.eval_samples,
         overlays=out,
         overlay_count=config.train.overlays,
+        **fitted,
     )
     if report is not None:
         (out / "report.json").write_text(json.dumps(report, indent=1))

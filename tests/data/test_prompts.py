@@ -19,8 +19,9 @@ from mimo_jax.data.prompts import (
     draw_prompts,
     encode_prompts,
     prompts_from_mask,
+    sam_points,
 )
-from mimo_jax.geometry import GeometryError, clip_frame, validate_boxes, validate_points, validate_scribbles
+from mimo_jax.geometry import GeometryError, clip_frame, sam_frame, validate_boxes, validate_points, validate_scribbles
 
 
 def rng(seed=0):
@@ -194,3 +195,22 @@ def test_too_many_or_misplaced_prompts():
         encode_prompts(Prompts(points=np.ones((17, 3))), frame, PromptConfig())
     with pytest.raises(GeometryError, match="outside the image of 100x50"):
         encode_prompts(Prompts(points=np.array([[10, 60, 1]])), frame, PromptConfig())
+
+
+def test_sam_points_lie_where_the_prompts_do_and_end_as_sam_was_trained():
+    clip, sam = clip_frame(40, 60, 32, "pad"), sam_frame(40, 60, 64)
+    config = PromptConfig(max_tokens=8, scribble_points=3)
+
+    def points(**marks):
+        return sam_points(*encode_prompts(Prompts(**marks), clip, config), clip, sam)
+
+    one = {"points": np.array([[10, 20, 1], [50.5, 3, 0]])}
+    xy, labels = points(**one)
+    np.testing.assert_allclose(xy[:2], sam.to_frame(one["points"][:, :2]), atol=1e-4)
+    assert labels.tolist() == [1, 0, -2, -2, -2, -2, -2, -2, -1] and xy.shape == (9, 2)
+    box = {"boxes": np.array([[4, 6, 30, 20]])}
+    xy, labels = points(**one, **box)
+    np.testing.assert_allclose(xy[2:4], sam.to_frame(np.array([[3.5, 5.5], [29.5, 19.5]])), atol=1e-4)
+    assert labels.tolist() == [1, 0, 2, 3, -2, -2, -2, -2, -2]
+    assert points(scribbles=[np.array([[1, 1], [9, 9]])])[1].tolist() == [1, 1, 1, -2, -2, -2, -2, -2, -1]
+    assert set(points()[1].tolist()) == {-2}

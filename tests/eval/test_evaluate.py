@@ -13,6 +13,7 @@ from mimo_jax.data.schema import Sample, Target, Turn
 from mimo_jax.eval import evaluate as ev
 from mimo_jax.eval.report import table
 from mimo_jax.infer.answer import Answer, Entity
+from mimo_jax.infer.calibration import PLAIN, Calibration, Evidence
 from mimo_jax.infer.predictor import Mimo, PastTurn
 from tests.data import handmade
 from tests.tiny_config import random_params, tiny_config
@@ -47,6 +48,9 @@ def mimo(tmp_path_factory):
     return Mimo(config, random_params(config), handmade.tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
+SURE = Evidence(0.9, 0.9, 0.9, 0.9)
+
+
 class Oracle:
     """Answers as `say(record, sample, turn, request)` wants: (text, [(phrase, mask)])."""
 
@@ -54,7 +58,7 @@ class Oracle:
         self.config = tiny_config(turns_max=2)
         self.by_question = {(r.id, t.text): (r, s, n) for r in records for s in r.samples for n, t in enumerate(s.turns)}
         self.by_pixels = {ev.record_image(r).tobytes(): r.id for r in records}
-        self.say, self.requests = say, []
+        self.say, self.requests, self.calibration = say, [], PLAIN
 
     def encode(self, images):
         return list(images)
@@ -70,7 +74,7 @@ class Oracle:
             known, sample, turn = self.by_question[name, request.question]
             assert len(request.past) == turn // 2
             text, named = self.say(known, sample, turn + 1, request)
-            entities = [Entity.of(i, phrase, mask, 0.9, 0.9) for i, (phrase, mask) in enumerate(named)]
+            entities = [Entity.of(i, phrase, mask, SURE) for i, (phrase, mask) in enumerate(named)]
             answer = Answer(text, [{"text": text}], entities, False, request.question, request.image, request.prompts)
             made.append((answer, PastTurn([], [], None)))
         return made
@@ -173,6 +177,26 @@ def test_prompts_are_the_same_at_every_evaluation_and_lie_on_their_masks():
         assert len(a.prompts.scribbles) == len(b.prompts.scribbles)
         drawn += bool(a.prompts)
     assert drawn == 4  # two of II, one of IV, and the second turn of III; II's ablated runs go without
+
+
+def test_scores_are_held_against_the_iou_of_what_was_painted():
+    records = [record(i) for i in range(3)]
+
+    def say(known, sample, turn, request):
+        text, named = truth(known, sample, turn, request)
+        return text, [*named, ("kidney", np.ones((known.height, known.width), bool))] * (sample.perspective == "I")
+
+    oracle = Oracle(records, say)
+    score = ev.evaluate(oracle, records)["score"]
+    assert score["n"] == 15 and score["calibrated"] is None  # 3 of I in an image, one of them of nothing: 2 right, 3 wrong
+    assert score["plain"]["bin_error"] == pytest.approx(0.81 - 6 / 15, abs=1e-4)
+    assert score["plain"]["spearman"] is None and score["plain"]["auroc"] == 0.5  # all scores are the same
+    assert score["plain"]["uncertain"] == {"precision": None, "recall": 0}
+    oracle.calibration = Calibration((0.0, 0.0, 0.0, 1.0), (-3.0, 3.0), (0.4, 0.4), uncertain_below=0.5)
+    report = ev.evaluate(oracle, records)
+    assert report["score"]["calibrated"]["bin_error"] == pytest.approx(0, abs=1e-4)
+    assert report["score"]["calibrated"]["uncertain"] == {"precision": 0.6, "recall": 1}
+    assert "calibrated" in table(report)
 
 
 def test_spans_unite_their_targets_and_their_words_count_as_the_name():

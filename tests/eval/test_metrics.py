@@ -1,11 +1,13 @@
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import stats
 
 from mimo_jax.eval import metrics
 
@@ -143,3 +145,35 @@ def test_interval_widens_when_items_hang_together():
 
 def test_nothing_to_measure_is_nan():
     assert math.isnan(metrics.ratio([], [])) and all(map(math.isnan, metrics.interval([], [], [])))
+
+
+few = st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.4, 0.9]), st.sampled_from([0.0, 0.3, 0.8])), min_size=2, max_size=12)
+
+
+@given(few)
+def test_spearman_is_scipys(pairs):
+    scores, values = zip(*pairs, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of constant input: nan there and here
+        wanted = stats.spearmanr(scores, values).statistic
+    assert metrics.spearman(scores, values) == pytest.approx(wanted, nan_ok=True)
+
+
+@given(few)
+def test_auroc_is_the_share_of_pairs_in_order(pairs):
+    scores, positive = [s for s, _ in pairs], [v > 0 for _, v in pairs]
+    ordered = [
+        (a > b) + (a == b) / 2 for a, p in zip(scores, positive, strict=True) for b, q in zip(scores, positive, strict=True) if p > q
+    ]
+    assert metrics.auroc(scores, positive) == pytest.approx(np.mean(ordered) if ordered else math.nan, nan_ok=True)
+
+
+def test_bin_error_is_the_gap_of_each_bin_whatever_the_order_of_equals():
+    scores, values = np.repeat([0.2, 0.8], 10), np.array([0.0, 1.0] * 10)
+    assert metrics.bin_error(scores, values, bins=2) == pytest.approx(0.3)
+    assert metrics.bin_error(scores, values) == pytest.approx(0.3)
+    assert metrics.bin_error(scores, np.sort(values)) == pytest.approx(0.2)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(20)
+    assert metrics.bin_error(scores[order], values[order]) == pytest.approx(0.3)
+    assert math.isnan(metrics.bin_error(scores[:9], values[:9]))

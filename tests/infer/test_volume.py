@@ -20,6 +20,7 @@ from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.volume import open_volume
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answer import Answer, Entity, check_outputs
+from mimo_jax.infer.calibration import PLAIN, Evidence
 from mimo_jax.infer.predictor import Mimo
 from mimo_jax.infer.requests import Request
 from mimo_jax.infer.volume import ask_volume
@@ -36,7 +37,7 @@ class Painter:
     """Answers as a model does, but paints what `rule` sees: {phrase: (mask [H, W], score)} of a grey picture [H, W]."""
 
     def __init__(self, rule, batch_size=4):
-        self.rule, self.batches = rule, []
+        self.rule, self.batches, self.calibration = rule, [], PLAIN
         self.config = types.SimpleNamespace(generate=types.SimpleNamespace(batch_size=batch_size))
 
     def check(self, request):
@@ -50,7 +51,10 @@ class Painter:
     def answer(self, request):
         picture = request.image
         seen = self.rule(picture.pixels[..., 0]).items()
-        entities = [Entity.of(n, phrase, mask, score, 1.0, picture.spacing_mm) for n, (phrase, (mask, score)) in enumerate(seen)]
+        entities = [
+            Entity.of(n, phrase, mask, Evidence(score, 1.0, 1.0, 1.0), spacing_mm=picture.spacing_mm)
+            for n, (phrase, (mask, score)) in enumerate(seen)
+        ]
         return Answer("Here.", [], entities, False, request.question, picture.pixels, Prompts(), picture.grid)
 
 

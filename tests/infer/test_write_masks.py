@@ -18,6 +18,7 @@ from mimo_jax.data.picture import DicomGrid, Picture
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answer import Answer, Entity, check_outputs
+from mimo_jax.infer.calibration import Evidence
 from tests.data.medical_files import affine_of, dicom, enhanced, nifti, saved
 
 REAL = os.environ.get("MIMO_REAL_DATA", "")
@@ -30,7 +31,9 @@ def stored(shape=(4, 6)):
 
 def answered(picture, *named, prompts=None):
     """What the model would have said of a picture: (phrase, mask) of each entity."""
-    entities = [Entity.of(n, phrase, mask, 0.9, 0.9, picture.spacing_mm) for n, (phrase, mask) in enumerate(named)]
+    entities = [
+        Entity.of(n, phrase, mask, Evidence(0.9, 0.9, 0.9, 0.9), spacing_mm=picture.spacing_mm) for n, (phrase, mask) in enumerate(named)
+    ]
     return Answer("Here.", [{"text": "Here."}], entities, False, "Segment it.", picture.pixels, prompts or Prompts(), picture.grid)
 
 

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
+from checkpoints_convert import rows
 from mimo_jax import pathtree
 from mimo_jax.models import mimo, stack
 from mimo_jax.train import losses
-from tests.tiny_config import random_batch, tiny_config
+from tests.models import oracles, test_sam_decoder
+from tests.tiny_config import random_batch, random_params, tiny_config
 
 
 def build(config):
@@ -137,3 +140,63 @@ def test_seg_states_are_those_of_the_token_or_of_the_one_before():
         model = stack.bind(mimo.abstract(config)[0], mimo.initial(config, jax.random.key(0)))
         got = model.seg_states(hidden, index)
         np.testing.assert_array_equal(got[0], hidden[0, np.asarray([2, 5]) - shift])
+
+
+UNUSED = -2
+
+
+@pytest.fixture(scope="module")
+def with_sam():
+    """A model whose SAM parts are segment-anything's, those parts, and the features and `<SEG>` states of two images."""
+    config = tiny_config()
+    sam = config.model.sam
+    prompt, decoder = test_sam_decoder.torch_prompt(sam), test_sam_decoder.torch_decoder(sam)
+    graphdef, _ = mimo.abstract(config)
+    params = random_params(config)
+    params["sam_decoder"] = test_sam_decoder.decoder_here(sam, decoder)[1]
+    table = tuple(row for row in rows.SAM if row.path.startswith("sam_prompt/"))
+    make = lambda rngs: mimo.SamPromptEncoder(sam, rngs=rngs)  # noqa: E731
+    params["sam_prompt"] = oracles.brought_here(prompt, make, "sam_prompt", table, config.model, prefix="prompt_encoder.")[1]
+    model = stack.bind(graphdef, jax.tree.map(jnp.asarray, params))
+    draw = np.random.default_rng(0).standard_normal
+    return model, prompt, decoder, draw((2, 8, 8, 32)).astype(np.float32), draw((2, 3, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["points", "box", "points and box", "masks", "points and box and masks"])
+def test_segment_with_prompts_is_what_segment_anything_makes_of_them_and_the_text(with_sam, kind):
+    """As LISA's copy of SAM does: the text's embedding stands after those of points and boxes."""
+    model, prompt, decoder, features, states = with_sam
+    rng = np.random.default_rng(1)
+    xy, labels = rng.uniform(0, 63, (2, 3, 2)).astype(np.float32), np.array([[1, 0, 1], [0, 1, -1]])
+    boxes = np.array([[4, 6, 40, 50], [10, 10, 20, 30]], np.float32)
+    masks = rng.standard_normal((2, 3, 32, 32)).astype(np.float32) * 4 if "masks" in kind else None
+    parts = [(xy, labels)] * ("points" in kind) + [(boxes.reshape(2, 2, 2), np.array([[2, 3]] * 2))] * ("box" in kind)
+    if kind == "points":  # segment-anything ends points without a box by "not a point"
+        parts.append((np.zeros((2, 1, 2), np.float32), np.full((2, 1), -1)))
+    parts.append((np.full((2, 2, 2), 7, np.float32), np.full((2, 2), UNUSED)))
+    points = tuple(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)) if kind != "masks" else None
+    found = jax.jit(model.segment)(features, states, points, masks)
+    text = np.array(model.seg_projection(states))
+    for b in range(2):
+        repeated = lambda x: torch.from_numpy(np.repeat(x[b][None], 3, axis=0))  # noqa: B023, E731
+        with torch.no_grad():
+            sparse, dense = prompt(
+                (repeated(xy), repeated(labels)) if "points" in kind else None,
+                repeated(boxes) if "box" in kind else None,
+                None if masks is None else torch.from_numpy(masks[b])[:, None],
+            )
+            if not sparse.numel():  # for masks alone, segment-anything makes a batch of one
+                sparse, dense = sparse.new_zeros(3, 0, 32), dense.expand(3, -1, -1, -1)
+            sparse = torch.cat([sparse, torch.from_numpy(text[b])[:, None]], dim=1)
+            image = torch.from_numpy(features[b]).movedim(-1, 0)[None]
+            logits, iou = decoder(image, prompt.get_dense_pe(), sparse, dense, False)
+        assert oracles.relative_l2(found[0][b], logits[:, 0]) <= 1e-5
+        assert oracles.relative_l2(found[1][b], iou[:, 0]) <= 1e-5
+
+
+def test_a_turn_without_prompts_is_painted_as_if_there_were_no_slots_for_them(with_sam):
+    model, _, _, features, states = with_sam
+    xy, labels = np.full((2, 4, 2), 9, np.float32), np.array([[UNUSED] * 4, [1, UNUSED, UNUSED, UNUSED]])
+    plain, slots = jax.jit(model.segment)(features, states), jax.jit(model.segment)(features, states, (xy, labels))
+    assert oracles.relative_l2(slots[0][0], plain[0][0]) <= 1e-6
+    assert np.abs(slots[0][1] - plain[0][1]).max() > 1e-3

@@ -168,9 +168,10 @@ def test_what_cannot_run_is_said_before_any_work(phantoms, tmp_path, change, mes
     assert not (tmp_path / "run" / "steps").exists()
 
 
-def test_a_run_writes_metrics_overlays_and_a_report(phantoms, tmp_path):
-    config = config_for(phantoms, steps=2, eval_samples=6, overlays=2)
+def test_a_run_writes_metrics_overlays_and_a_report(phantoms, tmp_path, capsys):
+    config = config_for(phantoms, steps=2, eval_samples=6, overlays=2, calibrate_samples=6)
     assert loop.train(config, tmp_path / "run") == 0
+    assert "scores are not calibrated" in capsys.readouterr().err  # one image of val has too few structures
     out = tmp_path / "run" / "eval" / "00000002"
     assert set(json.loads((out / "report.json").read_text())["miou"]) == {"I", "II", "III", "IV"}
     assert list(out.glob("*.png"))

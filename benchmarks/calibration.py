@@ -1,0 +1,82 @@
+"""What a score is worth: fitted on val, measured on test, each part of the evidence on its own; and what is painted where nothing is.
+
+    python benchmarks/calibration.py --checkpoint runs/demo/run --data runs/demo/phantom
+    python benchmarks/calibration.py --checkpoint runs/demo/run --data runs/demo/phantom --images normal/*.png
+
+--images: files that show no lesion, which are asked for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from mimo_jax.data.medical import open_picture
+from mimo_jax.data.sources import open_source
+from mimo_jax.eval.calibrate import calibrate
+from mimo_jax.eval.evaluate import answered, choose
+from mimo_jax.eval.report import GROUNDED
+from mimo_jax.infer.calibration import Calibration
+from mimo_jax.infer.predictor import Mimo, Request
+
+# What the fit may use; the rest stands at one value.
+PARTS = {
+    "predicted IoU, <SEG>": ("iou", "seg_prob"),
+    "and words": ("iou", "seg_prob", "word_prob"),
+    "and pixels": ("iou", "seg_prob", "pixel_iou"),
+    "all": ("iou", "seg_prob", "word_prob", "pixel_iou"),
+}
+QUESTIONS = ("Segment the lesion.", "Segment the tumor.", "Is there a tumor? Outline it.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", nargs="*", default=[])
+    args = parser.parse_args()
+    mimo = Mimo.load(args.checkpoint)
+    print(mimo.origin)
+    calibration, fitted = calibrate(mimo, open_source(args.data, "val"), None, GROUNDED, "val")
+    test = open_source(args.data, "test")
+    tally = answered(mimo, test, choose(test, None, GROUNDED))
+
+    print(f"\n{len(fitted.painted)} masks of val, {len(tally.painted)} of test")
+    print(f"{'':24}{'bin error':>12}{'Spearman':>12}{'AUROC':>12}{'below':>12}")
+    _row("not calibrated", tally.score(calibration)["plain"])
+    for name, used in PARTS.items():
+        fit = Calibration.fit(_only(fitted.painted, used), {})
+        held_out = dataclasses.replace(tally, painted=_only(tally.painted, used))
+        _row(name, held_out.score(fit)["calibrated"])
+    score = tally.score(calibration)
+    print("\nuncertain, for IoU < 0.5:")
+    for kind in ("plain", "calibrated"):
+        print(f"{kind:24} precision {score[kind]['uncertain']['precision']} recall {score[kind]['uncertain']['recall']}")
+
+    absent = {n: [i for i, s in enumerate(test.samples(n)) if s.targets and all(t.absent for t in s.targets)] for n in range(len(test))}
+    nothing = answered(mimo, test, {n: indices for n, indices in absent.items() if indices})
+    scores = calibration.scores([evidence for evidence, _ in nothing.painted])
+    marked = sum(not silent for _, _, silent, _ in nothing.silent)
+    print(f"\nphantoms without what is asked for: {marked} of {len(nothing.silent)} answers paint something, {len(scores)} masks in all")
+    print(f"of these below the bound ({calibration.uncertain_below:.2f}): {int((scores < calibration.uncertain_below).sum())}")
+
+    mimo.calibration = calibration
+    images = mimo.encode([open_picture(path) for path in args.images]) if args.images else []
+    for question in QUESTIONS if images else ():
+        answers = mimo.predict([Request(image, question) for image in images])
+        shown = [f"{e.phrase} {e.score:.2f}{' uncertain' if e.uncertain else ''}" for answer in answers for e in answer.entities]
+        painted = sum(bool(answer.entities) for answer in answers)
+        print(f"{question} {painted} of {len(answers)} images painted: {'; '.join(shown) or 'nothing'}")
+
+
+def _row(name: str, score: dict) -> None:
+    print(f"{name:24}" + "".join(f"{score[key]:12.3f}" for key in ("bin_error", "spearman", "auroc", "below")))
+
+
+def _only(painted: list, used: tuple[str, ...]) -> list:
+    rest = {part.name: 0.5 for part in dataclasses.fields(painted[0][0]) if part.name not in used}
+    return [(dataclasses.replace(evidence, **rest), iou) for evidence, iou in painted]
+
+
+if __name__ == "__main__":
+    main()

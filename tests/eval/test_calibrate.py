@@ -1,0 +1,106 @@
+"""From a checkpoint and a split to a calibration beside the step, and into the next answers."""
+
+import numpy as np
+import pytest
+
+from checkpoints_convert.export import export_checkpoint
+from mimo_jax import checkpoint, pathtree
+from mimo_jax.config import Config, SourceConfig
+from mimo_jax.data.records import write_records
+from mimo_jax.errors import UserError
+from mimo_jax.eval import calibrate as cal
+from mimo_jax.eval.evaluate import evaluate_checkpoint
+from mimo_jax.infer.calibration import PLAIN, Calibration, CalibrationError
+from mimo_jax.infer.predictor import Mimo
+from tests.data import handmade
+from tests.tiny_config import painting_params, tiny_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run that paints, and 14 images of val, one of test and one of train."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    records = [handmade.record(i, "val") for i in range(14)] + [handmade.record(14, "test"), handmade.record(15, "train")]
+    write_records(folder / "data", records, {"name": "handmade"})
+    config = tiny_config()
+    checkpoint.open_run(folder / "run", config)
+    handmade.tokenizer(folder / "run")
+    frozen, train = pathtree.partition(painting_params(config), lambda path: path.startswith("clip/"))
+    checkpoint.start_run(folder / "run", config, frozen)
+    steps = checkpoint.Checkpoints(folder / "run")
+    for step in (1, 2):
+        steps.save(step, {"params": train}, {})
+    steps.wait()
+    return folder
+
+
+def test_from_a_checkpoint_to_calibrated_answers(folder, tmp_path, capsys):
+    run = folder / "run"
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
+    before = Mimo.load(run).open(pixels).ask("Segment the liver.")
+    assert before.entities and before.to_json()["calibrated"] is False
+    one = before.entities[0]
+    assert one.score == one.evidence.iou * one.evidence.seg_prob
+
+    made = cal.calibrate_checkpoint(run, folder / "data", "val")
+    path = run / "steps" / "2" / "calibration.json"
+    assert str(path) in capsys.readouterr().out and Calibration.read(path) == made
+    assert made.fitted["split"] == "val" and made.fitted["samples"] == 14 * 8 and made.fitted["entities"] >= 14 * 8
+    mimo = Mimo.load(run)  # the step is as whole as it was
+    after = mimo.open(pixels).ask("Segment the liver.")
+    assert mimo.calibration == made and after.to_json()["calibrated"] is True
+    assert [e.score for e in after.entities] == pytest.approx(made.scores([e.evidence for e in after.entities]))
+    assert all(e.uncertain == (e.score < made.uncertain_below or e.box_xyxy is None) for e in after.entities)
+    assert not Mimo.load(run / "steps" / "1").calibration, "it belongs to one step"
+
+    report = evaluate_checkpoint(run, folder / "data", "test", tmp_path / "report.json")
+    assert report["score"]["calibrated"] and report["score"]["fitted"] == made.fitted
+    assert report["score"]["n"] >= 8 and "spearman" in capsys.readouterr().out
+
+    export_checkpoint(run, "mimo", tmp_path / "whole")
+    assert Mimo.load(tmp_path / "whole").calibration == made
+    (tmp_path / "whole" / "steps" / "2" / "calibration.json").write_text("{")
+    with pytest.raises(CalibrationError, match="is damaged"):
+        Mimo.load(tmp_path / "whole")
+
+
+def test_it_goes_with_its_step(folder, tmp_path):
+    config = tiny_config()
+    checkpoint.open_run(tmp_path, config)
+    checkpoint.start_run(tmp_path, config, {})
+    steps = checkpoint.Checkpoints(tmp_path, keep_last=1)
+    for step in (1, 2, 2):  # the second time anew
+        steps.save(step, {"params": {"a": np.ones(2)}}, {})
+        steps.wait()
+        path = checkpoint.calibration_path(tmp_path, step)
+        assert not path.exists()
+        path.write_text("{}")
+    assert not checkpoint.calibration_path(tmp_path, 1).exists()
+
+
+def test_too_little_to_fit_on_is_said_before_anything_is_asked(folder):
+    path = folder / "run" / "steps" / "1" / "calibration.json"
+    with pytest.raises(CalibrationError, match="split test has 9 marked structures.*100"):
+        cal.calibrate_checkpoint(folder / "run" / "steps" / "1", folder / "data", "test")
+    with pytest.raises(CalibrationError, match="split val has"):
+        cal.calibrate_checkpoint(folder / "run" / "steps" / "1", folder / "data", "val", limit=20)
+    assert not path.exists()
+
+
+def test_at_the_end_of_training_it_reads_the_runs_own_sources(folder, capsys):
+    mimo = Mimo.load(folder / "run")
+    config = Config.from_dict(mimo.config.to_dict())
+    config.data.sources = {"a": SourceConfig(str(folder / "data"))}
+    config.train.calibrate_samples = 100
+    config.data.weights = {"I": 1.0, "II": 1.0, "III": 1.0, "IV": 1.0}
+    made = cal.calibrate_params(config, mimo.engine.params, mimo.tokenizer)
+    assert made and made.fitted["samples"] == 100
+    config.train.calibrate_samples = 10
+    assert cal.calibrate_params(config, mimo.engine.params, mimo.tokenizer) is PLAIN
+    assert "not calibrated" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_written_is_said_first(folder, monkeypatch):
+    monkeypatch.setattr(cal.os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="calibration.json: may not be written"):
+        cal.calibrate_checkpoint(folder / "run", folder / "data", "val")

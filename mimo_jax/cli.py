@@ -17,6 +17,8 @@ from typing import NoReturn
 
 from checkpoints_convert.command import add_verbs
 from mimo_jax import __version__
+from mimo_jax.config import WEIGHTS
+from mimo_jax.data.command import add_data
 from mimo_jax.errors import UserError
 from mimo_jax.flag_values import positive
 from mimo_jax.infer.command import add_ask, add_batch, add_chat, checkpoint_flags
@@ -75,35 +77,25 @@ Every setting of the config file is set by its path, as --config.train.steps=500
         description="Answer every question of a split by free-running generation; write a report and print a table.",
         epilog="""examples:
   mimo eval --checkpoint runs/a --data data/phantom --split test --out report.json
-  mimo eval --checkpoint runs/a/steps/500 --data my.jsonl --split val --limit 200 --overlays overlays --out report.json""",
+  mimo eval --checkpoint runs/a/steps/500 --data my.jsonl --split val --limit 200 --overlays overlays --out report.json
+  mimo eval --checkpoint runs/a --data data/phantom --split val --calibrate""",
     )
     checkpoint_flags(evaluate)
     evaluate.add_argument("--data", required=True, metavar="DIR", help=data_help)
-    evaluate.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
-    evaluate.add_argument("--out", required=True, metavar="FILE", help="where the report goes, as JSON")
+    evaluate.add_argument("--split", choices=("train", "val", "test"), help="default: test; with --calibrate: val")
+    evaluate.add_argument("--out", metavar="FILE", help="where the report goes, as JSON")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N samples")
+    evaluate.add_argument("--weights", choices=WEIGHTS, default="", help="hold the language model in integers")
     evaluate.add_argument("--overlays", metavar="DIR", help="write pictures of answers there")
+    calibrate_help = "instead of a report: fit the scores to the IoU found, and keep that with the checkpoint"
+    evaluate.add_argument("--calibrate", action="store_true", help=calibrate_help)
     evaluate.set_defaults(run=_eval)
 
     add_ask(commands)
     add_chat(commands)
     add_batch(commands)
 
-    data = commands.add_parser("data", help="make datasets", description="Make datasets.")
-    verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
-    phantom = verbs.add_parser(
-        "phantom",
-        help="synthetic images with every kind of question",
-        description="Draw medical-looking images with organs and lesions, and every kind of question about them.",
-        epilog="""examples:
-  mimo data phantom --out data/phantom --images 2000 --seed 0
-  mimo data phantom --out data/small --images 64""",
-    )
-    phantom.add_argument("--out", required=True, metavar="DIR", help="where the dataset goes")
-    phantom.add_argument("--images", type=positive, default=2000, metavar="N", help="default: 2000")
-    phantom.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed makes the same images; default: 0")
-    phantom.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core")
-    phantom.set_defaults(run=_phantom)
+    add_data(commands)
 
     convert = commands.add_parser(
         "convert",
@@ -212,20 +204,21 @@ def _sources(flags: Sequence[str]) -> dict:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    options = {"limit": args.limit, "base": args.base, "allow_untrained": args.allow_untrained}
+    if args.calibrate:
+        for flag in ("out", "overlays", "weights"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag}: --calibrate writes no report; leave it away, and run mimo eval again without --calibrate")
+        from mimo_jax.eval.calibrate import calibrate_checkpoint
+
+        calibrate_checkpoint(args.checkpoint, args.data, args.split or "val", **options)
+        return EXIT_DONE
+    if not args.out:
+        raise UserError("--out: is missing; say where the report goes, as --out report.json")
     from mimo_jax.eval.evaluate import evaluate_checkpoint
 
-    options = {"limit": args.limit, "overlays": args.overlays, "base": args.base, "allow_untrained": args.allow_untrained}
-    evaluate_checkpoint(args.checkpoint, args.data, args.split, args.out, **options)
-    return EXIT_DONE
-
-
-def _phantom(args: argparse.Namespace) -> int:
-    from mimo_jax.data.build.phantom_set import build_phantoms
-
-    info = build_phantoms(args.out, args.images, args.seed, workers=args.workers)
-    for name, split in info["splits"].items():
-        kinds = ", ".join(f"{perspective} {count}" for perspective, count in split["perspectives"].items())
-        print(f"{args.out} {name}: {split['records']} images, {split['masks']} masks, {split['samples']} samples ({kinds})")
+    options |= {"overlays": args.overlays, "weights": args.weights}
+    evaluate_checkpoint(args.checkpoint, args.data, args.split or "test", args.out, **options)
     return EXIT_DONE
 
 

@@ -171,6 +171,7 @@ class DataConfig:
     )
     image_tokens: str = ""  # two added tokens of the base vocabulary around X_q, e.g. "<im_start>,<im_end>" (LLaVA, LISA, GLaMM)
     augment: bool = False  # random shift, scale and intensity; never a flip
+    features: bool = False  # take what the frozen image encoders give from where `mimo data encode` wrote it, beside the records
     seed: int = 0
     workers: int = 0  # Grain worker processes
     sort_window: int = 8  # batches among which samples are sorted into buckets, so that few batches need a long one; 1: none
@@ -298,6 +299,7 @@ class Config:
         need(d.samples_per_image >= 1 and d.batch_size % d.samples_per_image == 0, "data.samples_per_image", "must divide data.batch_size")
         need(d.batch_size % self.train.accumulate == 0, "train.accumulate", "must divide data.batch_size")
         need(all(b <= m.llm.max_length for b in self.buckets()), "data.buckets", "must not exceed model.llm.max_length")
+        need(not (d.features and d.augment), "data.features", "are of pictures as they are; set data.augment=False, or data.features=False")
         need(d.sort_window >= 1, "data.sort_window", "must be at least 1")
         around = self.image_tokens()
         need(

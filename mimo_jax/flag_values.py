@@ -57,3 +57,17 @@ def scribble(text: str) -> list[list[float]]:
 def endings(text: str) -> list[str]:
     """ ".png,nii.gz" as [".png", ".nii.gz"]."""
     return list(dict.fromkeys(f".{part.strip().lstrip('.').lower()}" for part in text.split(",") if part.strip(" .")))
+
+
+def share(text: str) -> float:
+    value = numbers(text, (1,), "a share such as 0.01")[0]
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 0 to 1")
+    return value
+
+
+def ratios(text: str) -> tuple[float, ...]:
+    values = numbers(text, (3,), "TRAIN,VAL,TEST such as 0.9,0.05,0.05")
+    if min(values) < 0 or not 0 < sum(values) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers of 0 or more, one of them above 0")
+    return tuple(values)

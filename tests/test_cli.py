@@ -17,6 +17,7 @@ from mimo_jax.data.picture import Picture
 from mimo_jax.data.volume import open_scan
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answer import Answer, Entity
+from mimo_jax.infer.calibration import PLAIN, Evidence
 from tests.data.medical_files import dicom, saved, series
 
 COMMANDS = ["train", "eval", "ask", "chat", "batch", "data", "data phantom"]
@@ -40,13 +41,19 @@ def called(monkeypatch):
 
     stand_in("mimo_jax.train.loop", "train")
     stand_in("mimo_jax.eval.evaluate", "evaluate_checkpoint", {})
+    stand_in("mimo_jax.eval.calibrate", "calibrate_checkpoint", {})
     split = {"records": 8, "masks": 9, "samples": 10, "perspectives": {"I": 10}}
     stand_in("mimo_jax.data.build.phantom_set", "build_phantoms", {"splits": {"train": split}})
     return record
 
 
+SURE = Evidence(0.8, 1.0, 1.0, 1.0)
+
+
 class FakeAnswer:
-    entities = [Entity(0, "liver", "liver", np.zeros((0, 0), bool), [1, 2, 3, 4], 12, None, iou=0.5, score=0.25, uncertain=True)]
+    entities = [
+        Entity(0, "liver", "liver", np.zeros((0, 0), bool), [1, 2, 3, 4], 12, None, iou=0.5, score=0.25, uncertain=True, evidence=SURE)
+    ]
 
     def describe(self):
         return "The liver is outlined."
@@ -76,7 +83,10 @@ def asked(monkeypatch):
             made.origin = "base 1234"
             return made
 
+        config = types.SimpleNamespace(generate=types.SimpleNamespace(refine=False, sam_prompts=False))
+
         def open(self, image):
+            record.update(vars(self.config.generate))
             assert isinstance(image, Picture)
             return self
 
@@ -140,6 +150,8 @@ def test_help_loads_no_jax():
         ("eval --checkpoint c --data d --out o --config.train.steps=3", "--config.train.steps: is unknown"),
         ("eval --checkpoint c --data d --out o --limit 0", "--limit: '0' is not a whole number of 1 or more"),
         ("eval --checkpoint c --data d --out o --split dev", "invalid choice: 'dev'"),
+        ("eval --checkpoint c --data d", "--out: is missing"),
+        ("eval --checkpoint c --data d --out o --calibrate", "--out: --calibrate writes no report"),
         ("ask --checkpoint c i.png", "IMAGE and QUESTION are needed"),
         ("ask --checkpoint c i.png q --weights int3", "invalid choice: 'int3'"),
         ("ask --checkpoint c i.png q more", "'more': is one argument too many"),
@@ -180,10 +192,16 @@ def test_train_hands_over_config_workdir_data_init_and_overrides(called, tmp_pat
 
 
 def test_eval_and_phantom_hand_over_their_flags(called, capsys):
-    assert cli.main("eval --checkpoint c --data d --split val --out o --limit 3 --overlays v".split()) == 0
+    assert cli.main("eval --checkpoint c --data d --split val --out o --limit 3 --overlays v --weights int4".split()) == 0
+    assert cli.main("eval --checkpoint c --data d --calibrate --base b".split()) == 0
     assert cli.main("data phantom --out d --images 8 --seed 2 --workers 1".split()) == 0
     assert called.calls == [
-        ("evaluate_checkpoint", ("c", "d", "val", "o"), {"limit": 3, "overlays": "v", "base": None, "allow_untrained": False}),
+        (
+            "evaluate_checkpoint",
+            ("c", "d", "val", "o"),
+            {"limit": 3, "overlays": "v", "base": None, "allow_untrained": False, "weights": "int4"},
+        ),
+        ("calibrate_checkpoint", ("c", "d", "val"), {"limit": None, "base": "b", "allow_untrained": False}),
         ("build_phantoms", ("d", 8, 2), {"workers": 1}),
     ]
     assert "d train: 8 images, 9 masks, 10 samples (I 10)" in capsys.readouterr().out
@@ -191,7 +209,7 @@ def test_eval_and_phantom_hand_over_their_flags(called, capsys):
 
 def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypatch):
     out, other = tmp_path / "overlay.png", tmp_path / "answer.json"
-    argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--allow-untrained", "--weights", "int8"]
+    argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--allow-untrained", "--weights", "int8", "--refine"]
     Image.fromarray(np.eye(8, 9, dtype=bool)).save(tmp_path / "mask.png")
     (tmp_path / "more.json").write_text('{"points": [[5, 6]], "boxes": [[1, 1, 2, 2]]}')
     argv += ["--point", "-0.5,2.5,0", "--point", "3,4", "--max-new-tokens", "9"]
@@ -206,6 +224,8 @@ def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypat
             "checkpoint": "c",
             "base": "b",
             "allow_untrained": True,
+            "refine": True,
+            "sam_prompts": False,
             "weights": "int8",
             "image": "i.png",
             "question": "Which?",
@@ -218,7 +238,7 @@ def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypat
     assert out.read_text() == other.read_text() == "picture"
     said = capsys.readouterr()
     assert said.out.splitlines() == ["The liver is outlined.", "  liver: 12 px, box [1, 2, 3, 4], score 0.25, uncertain"]
-    assert said.err.splitlines() == ["base 1234", f"written to {out}, {other}"]
+    assert said.err.splitlines() == ["base 1234, refine", f"written to {out}, {other}"]
     assert cli.main(["ask", "--checkpoint", "c", "i.png", "Which?", "--window", "lung"]) == 0 and asked["window"] == "lung"
     monkeypatch.setattr(FakeAnswer.entities[0], "area_mm2", 7.06)
     assert cli.main(["ask", "--checkpoint", "c", "i.png", "Which?"]) == 0
@@ -291,11 +311,12 @@ def scanned(asked, monkeypatch):
     monkeypatch.setattr(volume, "open_scan", open_scan)
     made = sys.modules["mimo_jax.infer.predictor"].Mimo
     made.config = types.SimpleNamespace(generate=types.SimpleNamespace(batch_size=2))
+    made.calibration = PLAIN
     made.check = lambda self, request: None
 
     def predict(self, requests):
         masks = [request.image.pixels[..., 0] > 100 for request in requests]
-        entities = [[Entity.of(0, "the liver", mask, 0.8, 1.0)] * bool(mask.any()) for mask in masks]
+        entities = [[Entity.of(0, "the liver", mask, SURE)] * bool(mask.any()) for mask in masks]
         return [Answer("Here.", [], e, False, r.question, r.image.pixels, ()) for e, r in zip(entities, requests, strict=True)]
 
     made.predict = predict

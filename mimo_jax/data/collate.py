@@ -163,7 +163,7 @@ def stack_batch(examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:
     if len(counts) != 1:
         raise ValueError(f"examples with {sorted(counts)} samples: every image of a batch must have the same number")
     samples = [sample for example in examples for sample in example["samples"]]
-    batch = {key: np.stack([example[key] for example in examples]) for key in ("clip_image", "clip_size", "sam_image", "sam_size")}
+    batch = {key: np.stack([example[key] for example in examples]) for key in examples[0] if key != "samples"}
     along = {"input_ids": 0, "query_index": -1, "loss_mask": 0}  # padding of what has axis T
     for key, fill in along.items():
         batch[key] = np.full((len(samples), bucket), fill, samples[0][key].dtype)

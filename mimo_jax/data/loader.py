@@ -33,6 +33,7 @@ from mimo_jax.data.collate import (
     wanted_masks,
 )
 from mimo_jax.data.conversation import Rendered, prompt_turn, render
+from mimo_jax.data.features import FeatureFolder, open_features
 from mimo_jax.data.records import DataError, RecordFolder
 from mimo_jax.data.schema import Record
 from mimo_jax.data.sources import Manifest
@@ -81,6 +82,12 @@ class Loader:
         self._next = 0
         self._iterator: grain.DatasetIterator | None = None
         self._bad: dict[str, dict] = {}
+
+    def use_features(self, fingerprint: str) -> None:
+        """From now on batches carry `x_img` and `sam_features`, as `FeatureFolder.read` gives them, in place of pictures. Raises
+        DataError for a source that has none of the encoders of that fingerprint."""
+        order, maker = self._batches.order, self._batches.maker
+        maker.features = [open_features(source, fingerprint, order.config.model) for source in order.sources]
 
     @property
     def bad(self) -> list[dict]:
@@ -306,7 +313,7 @@ class _Ready:
 
     record: Record  # without image bytes
     image: np.ndarray | None  # decoded, where it is to be augmented
-    views: dict[str, np.ndarray] | None  # resized, else
+    views: dict[str, np.ndarray] | None  # resized, or as features, else
     rendered: dict[int, Rendered]  # by sample
     frames: dict[tuple, np.ndarray]  # targets at mask resolution, by mask ids and side
 
@@ -317,6 +324,7 @@ class _Maker:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: list[RecordFolder | Manifest]):
         self.config, self.tokenizer, self.sources = config, tokenizer, sources
+        self.features: list[FeatureFolder] = []  # of the sources, where they stand in for pictures
         self._kept: dict[tuple[int, int], _Ready] = {}
         self._free = (config.data.cache_mb << 20) // max(1, config.data.workers)
 
@@ -333,7 +341,8 @@ class _Maker:
             image, masks = self._variant(ready, drawn)
         except ValueError as error:
             report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(drawn.samples))]
-            return {**blank_views(model), "samples": [blank_arrays(model)] * len(drawn.samples)}
+            blank = self.features[drawn.source].blank() if self.features else blank_views(model)
+            return {**blank, "samples": [blank_arrays(model)] * len(drawn.samples)}
         samples = []
         for place, number in enumerate(drawn.samples):
             sample = ready.record.samples[number]
@@ -352,16 +361,16 @@ class _Maker:
         if (source, number) in self._kept:
             return self._kept[source, number]
         record = self.sources[source][number]
-        image = record_image(record)
         augmented = self.config.data.augment
+        image = None if self.features else record_image(record)
         ready = _Ready(
             record=dataclasses.replace(record, image=b""),
             image=image if augmented else None,
-            views=None if augmented else views(image, self.config.model),
+            views=None if augmented else views(image, self.config.model) if image is not None else self.features[source].read(record),
             rendered={},
             frames={},
         )
-        size = len(record.to_bytes()) - len(record.image) + 4096 * len(record.samples)
+        size = len(ready.record.to_bytes()) + 4096 * len(record.samples)
         size += image.nbytes if augmented else sum(v.nbytes for v in ready.views.values())
         size += 0 if augmented else len(record.masks) * self.config.model.mask_side() ** 2
         if size <= self._free:

@@ -8,6 +8,7 @@ dataset_info.json                   counts, licences, SHA-256 of every file, and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ import os
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgpack
@@ -27,6 +28,8 @@ from mimo_jax.data.schema import Record, Sample, Target, Turn
 from mimo_jax.errors import UserError
 
 INFO = "dataset_info.json"
+SHARD_BYTES = 300 << 20  # a new shard begins once one holds so much
+SAMPLES = ".samples"  # beside a shard, until its split is joined
 _WRITER = "group_size:1"
 
 
@@ -61,38 +64,139 @@ class Index:
         return {p: int(n) for i, p in enumerate(PERSPECTIVES) if (n := np.count_nonzero(self.perspective == i))}
 
 
+@dataclasses.dataclass
 class IndexBuilder:
     """Collects an Index record by record; texts are not kept."""
 
-    def __init__(self):
-        self.ids: list[bytes] = []
-        self.groups: list[bytes] = []
-        self.first = [0]
-        self.rows: list[tuple[int, int, int]] = []
+    ids: list[str] = dataclasses.field(default_factory=list)
+    groups: list[str] = dataclasses.field(default_factory=list)
+    asked: list[int] = dataclasses.field(default_factory=list)  # samples of each record
+    rows: list[list[int]] = dataclasses.field(default_factory=list)  # of each sample: perspective, words, bytes of text
 
     def add(self, record_id: str, group: str, samples: list[Sample]) -> None:
-        self.ids.append(record_id.encode())
-        self.groups.append(group.encode())
+        self.ids.append(record_id)
+        self.groups.append(group)
+        self.asked.append(len(samples))
         for sample in samples:
             texts = [turn.text for turn in sample.turns]
-            self.rows.append(
-                (PERSPECTIVES.index(sample.perspective), sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
-            )
-        self.first.append(len(self.rows))
+            words, text_bytes = sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts)
+            self.rows.append([PERSPECTIVES.index(sample.perspective), words, text_bytes])
+
+    def extend(self, other: IndexBuilder) -> None:
+        for field in dataclasses.fields(self):
+            getattr(self, field.name).extend(getattr(other, field.name))
 
     def build(self) -> Index:
         columns = np.array(self.rows, np.int64).reshape(-1, 3).T
         return Index(
-            ids=np.array(self.ids, np.bytes_),
-            groups=np.array(self.groups, np.bytes_),
-            first=np.array(self.first, np.int64),
+            ids=np.array([record_id.encode() for record_id in self.ids], np.bytes_),
+            groups=np.array([group.encode() for group in self.groups], np.bytes_),
+            first=np.concatenate([[0], np.cumsum(self.asked)]).astype(np.int64),
             perspective=columns[0].astype(np.int8),
             words=columns[1].astype(np.int32),
             text_bytes=columns[2].astype(np.int32),
         )
 
 
-def write_records(out_dir: str | os.PathLike, records: Iterable[Record], info: dict, shard_bytes: int = 300 << 20) -> dict:
+@dataclasses.dataclass
+class Shard:
+    """A written shard: what the index and the counts of its split need to know of its records."""
+
+    file: str  # its samples alone lie beside it, under SAMPLES
+    sha256: str
+    bytes: int
+    index: IndexBuilder
+    masks: int
+    entities: dict[str, int]  # records that hold them
+    modalities: dict[str, int]
+    licences: dict[str, int]
+
+
+class ShardWriter:
+    """One shard, record by record, at `path`; whole once `close` returns. Raises DataError where the disk takes no more."""
+
+    def __init__(self, path: Path):
+        self.path, self.filled = path, 0  # filled: bytes of records
+        with writing(path):
+            self._records = array_record_module.ArrayRecordWriter(str(path), _WRITER)
+            self._samples = array_record_module.ArrayRecordWriter(f"{path}{SAMPLES}", _WRITER)
+        self._shard = Shard(path.name, "", 0, IndexBuilder(), 0, Counter(), Counter(), Counter())
+
+    def add(self, record: Record) -> None:
+        record.check()
+        data, shard = record.to_bytes(), self._shard
+        with writing(self.path):
+            self._records.write(data)
+            self._samples.write(msgpack.packb(record.samples, default=vars))
+        self.filled += len(data)
+        shard.index.add(record.id, record.group, record.samples)
+        shard.masks += len(record.masks)
+        shard.entities.update({mask.entity for mask in record.masks})
+        shard.modalities[record.modality] += 1
+        shard.licences[record.licence or "unknown"] += 1
+
+    def close(self) -> Shard:
+        with writing(self.path):
+            self._records.close()
+            self._samples.close()
+        self._shard.bytes, self._shard.sha256 = self.path.stat().st_size, sha256(self.path)
+        return self._shard
+
+
+def join_shards(folder: Path, shards: Mapping[str, Sequence[Shard]], info: dict) -> dict:
+    """Make the record folder `folder` of the shards of each split, which lie in it; returns what stands in its
+    dataset_info.json: `info` and what is counted."""
+    written = {**info, "splits": {split: _join_split(folder, split, shards[split]) for split in sorted(shards)}}
+    (folder / INFO).write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return written
+
+
+def _join_split(folder: Path, split: str, shards: Sequence[Shard]) -> dict:
+    samples, files, builder = folder / f"{split}.samples.array_record", [], IndexBuilder()
+    with writing(samples):
+        writer = array_record_module.ArrayRecordWriter(str(samples), _WRITER)
+        for i, shard in enumerate(shards):
+            alone = folder / f"{shard.file}{SAMPLES}"
+            for row in array_record_data_source.ArrayRecordDataSource([f"{alone}[0:{len(shard.index.ids)}]"]):
+                writer.write(row)
+            alone.unlink()
+            name = f"{split}-{i:05d}-of-{len(shards):05d}.array_record"
+            (folder / shard.file).rename(folder / name)
+            builder.extend(shard.index)
+            files.append({"file": name, "records": len(shard.index.ids), "bytes": shard.bytes, "sha256": shard.sha256})
+        writer.close()
+    index = builder.build()
+    index.save(folder / f"{split}.index.npz")
+    beside = [samples, folder / f"{split}.index.npz"]
+    return {
+        "records": len(index.ids),
+        "groups": len(set(index.groups.tolist())),
+        "masks": sum(shard.masks for shard in shards),
+        "samples": len(index.perspective),
+        "perspectives": index.counts(),
+        **{name: _totals(getattr(shard, name) for shard in shards) for name in ("modalities", "entities", "licences")},
+        "shards": files,
+        "files": [{"file": path.name, "sha256": sha256(path)} for path in beside],
+    }
+
+
+def _totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk does not take becomes one line; ArrayRecord's C++ raises errors of its own."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{path}: cannot be written ({_line(error)}); make room, or give another --out") from error
+
+
+def write_records(out_dir: str | os.PathLike, records: Iterable[Record], info: dict, shard_bytes: int = SHARD_BYTES) -> dict:
     """Write `records`, by their `split`, to a new folder; returns what stands in its dataset_info.json.
 
     info: what the builder says of itself (name, builder_version, seed, …). A new shard begins once one holds `shard_bytes`.
@@ -104,24 +208,28 @@ def write_records(out_dir: str | os.PathLike, records: Iterable[Record], info: d
         raise DataError(f"{out_dir}: exists and is not an empty folder; give another --out or remove it")
     work = _claim(out_dir)
     try:
-        writers: dict[str, _SplitWriter] = {}
+        writers: dict[str, ShardWriter] = {}
+        shards: dict[str, list[Shard]] = {}
         split_of_id: dict[str, str] = {}
         split_of_group: dict[str, str] = {}
         for record in records:
-            record.check()
             if record.id in split_of_id:
                 raise DataError(f"{out_dir}: record {record.id} comes twice ({split_of_id[record.id]}, {record.split})")
             split_of_id[record.id] = record.split
             known = split_of_group.setdefault(record.group, record.split)
             if known != record.split:
                 raise DataError(f"{out_dir}: group {record.group} is in both {known} and {record.split}; split by group")
+            done = shards.setdefault(record.split, [])
+            if record.split in writers and writers[record.split].filled >= shard_bytes:
+                done.append(writers.pop(record.split).close())
             if record.split not in writers:
-                writers[record.split] = _SplitWriter(work, record.split, shard_bytes)
+                writers[record.split] = ShardWriter(work / f"{record.split}-{len(done):05d}.part")
             writers[record.split].add(record)
         if not writers:
             raise DataError(f"{out_dir}: there is no record to write")
-        written = {**info, "splits": {split: writer.close() for split, writer in sorted(writers.items())}}
-        (work / INFO).write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for split, writer in writers.items():
+            shards[split].append(writer.close())
+        written = join_shards(work, shards, info)
         (work / "writer.json").unlink()
         os.rename(work, out_dir)
     except BaseException:
@@ -158,66 +266,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-class _SplitWriter:
-    """Shards, samples and index of one split."""
-
-    def __init__(self, work: Path, split: str, shard_bytes: int):
-        self.work, self.split, self.shard_bytes = work, split, shard_bytes
-        self.samples = array_record_module.ArrayRecordWriter(str(work / f"{split}.samples.array_record"), _WRITER)
-        self.shard = None
-        self.shard_records: list[int] = []
-        self.filled = 0
-        self.index = IndexBuilder()
-        self.modalities, self.licences, self.entities = Counter(), Counter(), Counter()
-        self.masks = 0
-
-    def add(self, record: Record) -> None:
-        if self.shard is None or self.filled >= self.shard_bytes:
-            if self.shard is not None:
-                self.shard.close()
-            self.shard = array_record_module.ArrayRecordWriter(str(self._part(len(self.shard_records))), _WRITER)
-            self.shard_records.append(0)
-            self.filled = 0
-        data = record.to_bytes()
-        self.shard.write(data)
-        self.shard_records[-1] += 1
-        self.filled += len(data)
-        self.samples.write(msgpack.packb([dataclasses.asdict(sample) for sample in record.samples]))
-        self.index.add(record.id, record.group, record.samples)
-        self.modalities[record.modality] += 1
-        self.licences[record.licence or "unknown"] += 1
-        self.entities.update({mask.entity for mask in record.masks})
-        self.masks += len(record.masks)
-
-    def close(self) -> dict:
-        self.shard.close()
-        self.samples.close()
-        files = []
-        for i, records in enumerate(self.shard_records):
-            path = self.work / f"{self.split}-{i:05d}-of-{len(self.shard_records):05d}.array_record"
-            self._part(i).rename(path)
-            files.append({"file": path.name, "records": records, "bytes": path.stat().st_size, "sha256": _sha256(path)})
-        index = self.index.build()
-        index.save(self.work / f"{self.split}.index.npz")
-        beside = [self.work / f"{self.split}.{name}" for name in ("samples.array_record", "index.npz")]
-        return {
-            "records": len(index.ids),
-            "groups": len(set(index.groups.tolist())),
-            "masks": self.masks,
-            "samples": len(index.perspective),
-            "perspectives": index.counts(),
-            "modalities": dict(sorted(self.modalities.items())),
-            "entities": dict(sorted(self.entities.items())),
-            "licences": dict(sorted(self.licences.items())),
-            "shards": files,
-            "files": [{"file": path.name, "sha256": _sha256(path)} for path in beside],
-        }
-
-    def _part(self, number: int) -> Path:
-        return self.work / f"{self.split}-{number:05d}.part"
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -234,14 +283,13 @@ def read_info(path: str | os.PathLike) -> dict:
 
 def damaged_files(path: str | os.PathLike) -> list[str]:
     """One line for each file of a record folder that is missing or whose SHA-256 is not the recorded one. Reads every byte."""
-    problems = []
-    for split in read_info(path)["splits"].values():
-        for entry in [*split["shards"], *split["files"]]:
-            file = Path(path) / entry["file"]
-            if not file.is_file():
-                problems.append(f"{file}: is missing")
-            elif _sha256(file) != entry["sha256"]:
-                problems.append(f"{file}: differs from what was written")
+    problems, info = [], read_info(path)
+    for entry in (*(entry for split in info["splits"].values() for entry in [*split["shards"], *split["files"]]), *info.get("files", ())):
+        file = Path(path) / entry["file"]
+        if not file.is_file():
+            problems.append(f"{file}: is missing")
+        elif sha256(file) != entry["sha256"]:
+            problems.append(f"{file}: differs from what was written")
     return problems
 
 
@@ -278,9 +326,12 @@ class RecordFolder:
         try:
             return Record.from_bytes(self._records[position])
         except Exception as error:  # the reader's C++ raises several kinds; a damaged record fails in msgpack or the dataclass
-            shard = int(np.searchsorted(self._ends, position, side="right"))
-            within = position - (int(self._ends[shard - 1]) if shard else 0)
-            raise DataError(f"{self.path / self._shards[shard]['file']}, record {within}: cannot be read ({_line(error)})") from error
+            raise DataError(f"{self.where(position)}: cannot be read ({_line(error)})") from error
+
+    def where(self, position: int) -> str:
+        """Shard and record within it, for errors."""
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        return f"{self.path / self._shards[shard]['file']}, record {position - (int(self._ends[shard - 1]) if shard else 0)}"
 
     def samples(self, position: int) -> list[Sample]:
         """The samples of one record, without its image."""

@@ -8,7 +8,6 @@ masks that it points at, and points, boxes or scribbles are drawn from them at l
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
 import msgpack
@@ -99,7 +98,7 @@ class Record:
     source: str = ""
 
     def to_bytes(self) -> bytes:
-        return msgpack.packb(dataclasses.asdict(self))
+        return msgpack.packb(vars(self), default=vars)
 
     @staticmethod
     def from_bytes(data: bytes) -> Record:

@@ -7,7 +7,6 @@ data is better built into a record folder.
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections import defaultdict
@@ -17,14 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mimo_jax.config import MODALITIES, Config
-from mimo_jax.data.build.questions import Census, ask
+from mimo_jax.config import Config
+from mimo_jax.data.build.census import Census
+from mimo_jax.data.build.questions import ask
+from mimo_jax.data.build.readers.manifest import MANIFEST, manifest_lines
+from mimo_jax.data.build.splits import split_groups
 from mimo_jax.data.records import INFO, DataError, Index, IndexBuilder, RecordFolder
 from mimo_jax.data.schema import Mask, Record, RecordError, Sample, encode_mask
 from mimo_jax.data.transforms import ImageError, decode_image, decode_mask
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of a manifest's groups
-MANIFEST = "manifest.jsonl"
 
 
 def open_source(path: str | os.PathLike, split: str, seed: int = 0, max_bad: float = 0.01) -> RecordFolder | Manifest:
@@ -70,9 +71,9 @@ class Manifest:
         self.path, self.split = Path(path), split
         if split not in SHARES:
             raise DataError(f"{path}: has no split {split!r}; it has {', '.join(SHARES)}")
-        lines = _read_lines(self.path)
+        lines = list(manifest_lines(self.path))
         outlines = [_outline(line) for line in lines]
-        splits = split_groups(outlines, seed)
+        splits = split_groups(outlines, seed, SHARES)
         self.not_evaluable = not_evaluable(outlines)
         mine = [(line, o) for line, o in zip(lines, outlines, strict=True) if splits[o.group] == split]
         if not mine:
@@ -138,35 +139,6 @@ class Manifest:
         return Record(**{**vars(outline), "height": height, "width": width, "masks": masks, "split": self.split})
 
 
-def _read_lines(path: Path) -> list[dict]:
-    lines, seen = [], {}
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: is not JSON ({error})") from None
-        if not isinstance(line, dict):
-            raise DataError(f"{path}, line {number}: is no JSON object")
-        missing = [key for key in ("id", "image", "masks", "modality", "group") if key not in line]
-        if missing or any("file" not in mask or "entity" not in mask for mask in line["masks"]):
-            raise DataError(f"{path}, line {number}: lacks {', '.join(missing) or 'file or entity of a mask'}")
-        if line["modality"] not in MODALITIES:
-            raise DataError(f"{path}, line {number}: modality {line['modality']!r}; use one of {', '.join(MODALITIES)}")
-        if line["id"] in seen:
-            raise DataError(f"{path}, line {number}: id {line['id']} stands in line {seen[line['id']]} too")
-        seen[line["id"]] = number
-        lines.append(line)
-    if not lines:
-        raise DataError(f"{path}: holds no record")
-    return lines
-
-
 def _outline(line: dict) -> Record:
     """What a line says without its files: masks have names, and no pixels yet."""
     count: dict[str, int] = defaultdict(int)
@@ -190,44 +162,3 @@ def not_evaluable(records: Iterable[Record]) -> list[str]:
         for mask in record.masks:
             groups[mask.entity].add(record.group)
     return sorted(entity for entity, of in groups.items() if len(of) < 2)
-
-
-def split_groups(records: Iterable[Record], seed: int = 0) -> dict[str, str]:
-    """Group -> split. Every entity of two or more groups, the rarest first, gets one group in test and one in train where
-    that is possible; a group of other entities alone goes to train; the rest keep SHARES within each modality."""
-    modality: dict[str, str] = {}
-    images: dict[str, int] = defaultdict(int)
-    entities: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        modality.setdefault(record.group, record.modality)
-        images[record.group] += 1
-        entities[record.group] |= {mask.entity for mask in record.masks}
-    groups = sorted(modality)
-    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    holders: dict[str, list[str]] = defaultdict(list)
-    for group in order:
-        for entity in sorted(entities[group]):
-            holders[entity].append(group)
-    evaluable = {entity for entity, of in holders.items() if len(of) > 1}
-
-    splits: dict[str, str] = {}
-    for entity in sorted(evaluable, key=lambda e: (len(holders[e]), e)):
-        for split in ("test", "train"):
-            lacking = {e for e in evaluable if all(splits.get(group) != split for group in holders[e])}
-            free = [group for group in holders[entity] if group not in splits]
-            if free and entity in lacking:
-                # Training gets the large groups. Of equal ones, that which serves most entities leaves the others most room.
-                serves = {group: len(entities[group] & lacking) for group in free}
-                small = [group for group in free if images[group] == min(images[g] for g in free)]
-                splits[max(small if split == "test" else free, key=serves.__getitem__)] = split
-    for group in order:
-        if group not in splits and entities[group] and not entities[group] & evaluable:
-            splits[group] = "train"
-    for kind in sorted(set(modality.values())):
-        members = [group for group in order if modality[group] == kind]
-        count = {split: sum(splits.get(group) == split for group in members) for split in SHARES}
-        for group in members:
-            if group not in splits:
-                splits[group] = max(SHARES, key=lambda split: SHARES[split] * len(members) - count[split])
-                count[splits[group]] += 1
-    return splits

@@ -79,8 +79,23 @@ def decode_mask(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndar
     values = np.asarray(image)
     if values.ndim == 3:
         values = values.max(2)
-    soft = image.format in _LOSSY or np.count_nonzero(np.bincount(values.ravel(), minlength=256)) > _LABELS_MAX
+    soft = image.format in _LOSSY or np.count_nonzero(Image.fromarray(values).histogram()) > _LABELS_MAX
     return values >= 128 if soft else values != 0
+
+
+def decode_labels(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndarray:
+    """Encoded bytes or a path -> int32 [H, W], the label of each pixel: raw palette index or grey level. Raises ImageError for
+    a lossy file, and for one whose channels differ."""
+    image, name = _open(source, name)
+    if image.format in _LOSSY:
+        raise ImageError(f"{name}: a lossy file blurs labels into each other; give a PNG or TIFF")
+    values = np.asarray(image)
+    if values.ndim == 3:
+        colours = values[..., : 1 if image.mode in ("LA", "PA") else 3]
+        if (colours != colours[..., :1]).any():
+            raise ImageError(f"{name}: is in colour; give labels as grey levels or palette indices")
+        values = colours[..., 0]
+    return values.astype(np.int32)
 
 
 def _open(source: bytes | str | os.PathLike, name: str) -> tuple[Image.Image, str]:
@@ -134,6 +149,9 @@ def views(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
     height, width = image.shape[:2]
     clip = clip_frame(height, width, cfg.clip.image_size, cfg.clip.image_fit)
     sam = sam_frame(height, width, cfg.sam.image_size)
+    red, green, blue = (image[:, :, channel] for channel in range(3))
+    if np.array_equal(red, green) and np.array_equal(red, blue):
+        image = red  # one channel is resized in a third of the time, to the same values
     return {
         "clip_image": image_to_frame(image, clip, cfg.clip.resample),
         "clip_size": np.array(clip.size, np.int32),
@@ -143,8 +161,8 @@ def views(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def image_to_frame(image: np.ndarray, frame: Frame, resample: str = "bilinear") -> np.ndarray:
-    """uint8 RGB [H, W, 3] -> uint8 [side, side, 3]: by Pillow's bilinear or bicubic filter (each averages when it
-    shrinks), cut to the frame, then zeros right and bottom."""
+    """uint8 RGB [H, W, 3], or grey [H, W], -> uint8 RGB [side, side, 3]: by Pillow's bilinear or bicubic filter (each averages
+    when it shrinks), cut to the frame, then zeros right and bottom."""
     rows, cols = frame.size
     source = Image.fromarray(image)
     if max(frame.content_height, frame.content_width) <= _WHOLE * frame.side:
@@ -155,10 +173,11 @@ def image_to_frame(image: np.ndarray, frame: Frame, resample: str = "bilinear") 
         left, top = -frame.offset_x / frame.scale_x, -frame.offset_y / frame.scale_y
         box = (left, top, min(left + cols / frame.scale_x, frame.width), min(top + rows / frame.scale_y, frame.height))
         resized = np.asarray(source.resize((cols, rows), _FILTERS[resample], box=box))
-    if (rows, cols) == (frame.side, frame.side):
+    if resized.shape == (frame.side, frame.side, 3):
         return resized
     out = np.zeros((frame.side, frame.side, 3), np.uint8)
-    out[:rows, :cols] = resized
+    for channel in range(3):  # faster than one assignment that broadcasts
+        out[:rows, :cols, channel] = resized if resized.ndim == 2 else resized[:, :, channel]
     return out
 
 

@@ -162,10 +162,15 @@ class Mimo(nnx.Module):
         return logits.reshape(b, s, *logits.shape[-2:]), iou.reshape(b, s)
 
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Teacher-forced forward: batch as `data/loader.py` makes it -> {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S],
-        "look" [B, R, g, g] or None}."""
-        image = self.encode_clip(batch["clip_image"], batch["clip_size"])
-        features = self.encode_sam(batch["sam_image"], batch["sam_size"])
+        """Teacher-forced forward: batch as `data/loader.py` makes it, with pictures or with what the encoders made of them ->
+        {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S], "look" [B, R, g, g] or None}."""
+        if "x_img" in batch:
+            image, features = (
+                jax.lax.bitcast_convert_type(batch[key], jnp.bfloat16).astype(self.dtype) for key in ("x_img", "sam_features")
+            )
+        else:
+            image = self.encode_clip(batch["clip_image"], batch["clip_size"])
+            features = self.encode_sam(batch["sam_image"], batch["sam_size"])
         turns = (batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
         x_q, look = self.align_and_look(image, *turns)
         x = self.embed(batch["input_ids"], batch["query_index"], x_q)

@@ -26,6 +26,7 @@ from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mimo_jax.eval import calibrate, evaluate
 from mimo_jax.eval.calibrate import Calibration
 from mimo_jax.stopping import StopSignal
+from mimo_jax.train import encode
 from mimo_jax.train.hooks import Every, Metrics, Save, Tick
 from mimo_jax.train.state import Plan
 from mimo_jax.train.step import make_step
@@ -44,14 +45,20 @@ def train(config: Config, workdir: str | Path) -> int:
     resumed = checkpoint.open_run(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
     plan = Plan(config, mesh)
+    if config.data.features:
+        encode.check_frozen(plan)
     sources = open_sources(config, config.data.split)
     tokenizer = _tokenizer(config, workdir, sources)
     loader = make_loader(config, tokenizer, sources, jax.process_index(), jax.process_count())
     checkpoints = Checkpoints(workdir, keep_last=config.train.keep_last)
 
     state, frozen = _restore(plan, checkpoints, loader) if resumed else (None, None)
-    if state is None:
+    begun = state is not None
+    if not begun:
         state, frozen = plan.start(_initial_params(plan))
+    if config.data.features:
+        loader.use_features(encode.fingerprint(config, pathtree.flatten(frozen)))
+    if not begun:
         checkpoint.start_run(workdir, config, frozen)
     first = int(state["step"])
     _banner(config, plan, sources, workdir, first)

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mimo_jax.config import SourceConfig
 from mimo_jax.data.records import DataError, RecordFolder, write_records
-from mimo_jax.data.schema import Mask, Record
-from mimo_jax.data.sources import SHARES, Manifest, not_evaluable, open_source, open_sources, split_groups
+from mimo_jax.data.sources import SHARES, Manifest, open_source, open_sources
 from tests.data import handmade
 from tests.tiny_config import tiny_config
 
@@ -133,36 +130,6 @@ def test_paths_that_are_no_source(tmp_path):
     config.data.sources["mine"].weight = 0.0
     with pytest.raises(DataError, match="names no source with a weight"):
         open_sources(config, "train")
-
-
-def outline(group: str, entities, modality="CT") -> Record:
-    masks = [Mask(entity, entity, {}, 0, []) for entity in entities]
-    return Record(id="", image=b"", format="png", height=1, width=1, modality=modality, dataset="", split="", group=group, masks=masks)
-
-
-@settings(max_examples=200)
-@given(groups=st.lists(st.sets(st.sampled_from("abcdef"), max_size=1), min_size=1, max_size=30), seed=st.integers(0, 9))
-def test_split_covers_every_entity_of_two_groups(groups, seed):
-    records = [outline(f"g{i}", entities) for i, entities in enumerate(groups)]
-    splits = split_groups(records, seed)
-    assert set(splits) == {r.group for r in records} and set(splits.values()) <= set(SHARES)
-    assert splits == split_groups(records[::-1], seed)
-    seen, count = defaultdict(set), defaultdict(int)
-    for record in records:
-        for mask in record.masks:
-            seen[mask.entity].add(splits[record.group])
-            count[mask.entity] += 1
-    for entity, n in count.items():
-        assert seen[entity] >= {"train", "test"} if n > 1 else seen[entity] == {"train"}
-    assert not_evaluable(records) == sorted(e for e, n in count.items() if n < 2)
-
-
-def test_split_shares_within_each_modality():
-    records = [outline(f"{m}{i}", ["x"], m) for m, n in (("CT", 100), ("MR", 50)) for i in range(n)]
-    splits = split_groups(records)
-    for modality, n in (("CT", 100), ("MR", 50)):
-        got = [split for group, split in splits.items() if group.startswith(modality)]
-        assert all(abs(got.count(split) - share * n) <= 1 for split, share in SHARES.items())
 
 
 def test_real_data():

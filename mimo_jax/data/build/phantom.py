@@ -11,9 +11,10 @@ import io
 import numpy as np
 from PIL import Image
 
+from mimo_jax.data.build.census import Census
 from mimo_jax.data.build.phantom_scenes import ANATOMY, PAINTERS
 from mimo_jax.data.build.phantom_shapes import NoRoom, Scene, smooth_field
-from mimo_jax.data.build.questions import Census, ask
+from mimo_jax.data.build.questions import ask
 from mimo_jax.data.schema import Mask, Record, encode_mask
 from mimo_jax.errors import UserError
 

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from mimo_jax.config import PERSPECTIVES
-from mimo_jax.data.build import questions
+from mimo_jax.data.build.census import PRESENCE_PER_IMAGE, Census
 from mimo_jax.data.build.knowledge import KNOWLEDGE
 from mimo_jax.data.build.phantom import PHANTOM_CENSUS, make_phantom
-from mimo_jax.data.build.questions import UNMARKED, Census, ask, grounded
-from mimo_jax.data.schema import Record, encode_mask
+from mimo_jax.data.build.phrases import NUMBERS, UNMARKED, with_article
+from mimo_jax.data.build.questions import ask
+from mimo_jax.data.build.relations import LARGER
+from mimo_jax.data.schema import encode_mask
 from mimo_jax.eval.baselines import score_guessing
+from tests.data.build.bodies import plain_record
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +24,6 @@ def records():
 
 def samples_of(records, *perspectives):
     return [(record, sample) for record in records for sample in record.samples if sample.perspective in perspectives]
-
-
-def plain_record(entities, dataset="ward", modality="CT", name="r") -> Record:
-    masks = []
-    for number, entity in enumerate(entities):
-        pixels = np.zeros((20, 60), bool)
-        pixels[2:8, 8 * number + 1 : 8 * number + 7] = True
-        masks.append(encode_mask(pixels, f"m{number}", entity))
-    return Record(name, b"", "png", 20, 60, modality, dataset, "train", name, masks)
 
 
 def test_spans_read_as_their_entities(records):
@@ -146,7 +140,7 @@ def test_short_answers_say_what_they_are_about(records):
 
 def test_presence_is_balanced_for_each_entity(records):
     """Over the phantoms of all modalities, asked of an entity, yes and no come alike: by the rates exactly, by count roughly."""
-    half = questions.PRESENCE_PER_IMAGE / 19 / 2
+    half = PRESENCE_PER_IMAGE / 19 / 2
     for key, presence in PHANTOM_CENSUS.presence.items():
         for entity, share in presence.items():
             yes, lacks, foreign = PHANTOM_CENSUS.asking_rates[entity]
@@ -157,7 +151,7 @@ def test_presence_is_balanced_for_each_entity(records):
     tally = defaultdict(Counter)
     for record, sample in samples_of(records, "vqa"):
         if sample.kind == "yes_no":
-            entity = max((e for e in KNOWLEDGE if f" {questions.a(e)} " in sample.turns[0].text.replace("?", " ")), key=len)
+            entity = max((e for e in KNOWLEDGE if f" {with_article(e)} " in sample.turns[0].text.replace("?", " ")), key=len)
             tally[entity][sample.references[0]] += 1
             assert (sample.references[0] == "Yes") == any(mask.entity == entity for mask in record.masks)
     assert len(tally) == 19
@@ -172,10 +166,10 @@ def test_counts_and_comparisons_are_true(records):
         question, answer = sample.turns[0].text, sample.references[0]
         if sample.kind == "count":
             entity = next(e for e, fact in KNOWLEDGE.items() if fact.plural and fact.plural in question)
-            assert questions.NUMBERS.index(answer) == sum(mask.entity == entity for mask in record.masks)
+            assert NUMBERS.index(answer) == sum(mask.entity == entity for mask in record.masks)
         elif sample.kind == "compare":
             first, second = sorted((m for m in record.masks if m.entity in question), key=lambda m: question.index(m.entity))
-            assert max(first.area_px, second.area_px) >= questions.LARGER * min(first.area_px, second.area_px)
+            assert max(first.area_px, second.area_px) >= LARGER * min(first.area_px, second.area_px)
             assert ((first.area_px > second.area_px) == ("larger" in question)) == (answer == "Yes")
         elif sample.kind == "modality":
             assert answer == record.modality
@@ -183,7 +177,7 @@ def test_counts_and_comparisons_are_true(records):
             for entity in {mask.entity for mask in record.masks}:
                 number = sum(mask.entity == entity for mask in record.masks)
                 fact = KNOWLEDGE[entity]
-                told = f"{questions.NUMBERS[number]} {fact.plural if number > 1 else entity}" if fact.lesion else entity
+                told = f"{NUMBERS[number]} {fact.plural if number > 1 else entity}" if fact.plural else entity
                 assert told.lower() in answer.lower()
         seen[sample.kind] += 1
     assert min(seen.values()) > 30 and set(seen) == {"yes_no", "count", "modality", "compare", "list"}
@@ -207,19 +201,6 @@ def test_unknown_entities_get_what_needs_no_knowledge():
     assert not any("keel" in s.turns[0].text for s in found + lacking)
 
 
-def test_entities_of_other_kinds_are_asked_for_only_where_the_census_vouches():
-    records = [plain_record(["liver"], name="a"), plain_record(["keel"], modality="MR", name="b")]
-    census = Census.of(records, elsewhere=True)
-    assert census.foreign(records[0]) == ["keel"] and Census.of(records).foreign(records[0]) == []
-    texts = " ".join(s.turns[0].text for seed in range(60) for s in ask(records[0], np.random.default_rng(seed), census))
-    assert "keel" in texts
-
-
-def test_what_is_always_there_is_not_asked_about():
-    census = Census.of([plain_record(["liver"], name="a"), plain_record(["liver"], name="b")])
-    assert census.asking_rates == {"liver": (0.0, 0.0, 0.0)}
-
-
 def test_where_labels_are_not_complete_only_known_absence_counts():
     """A missing mask says nothing; yes and no are balanced over what is known, and nothing else is asked or said."""
     records = [plain_record(["liver", "spleen"] if i % 2 else ["spleen"], name=f"r{i}") for i in range(40)]
@@ -241,7 +222,7 @@ def test_where_labels_are_not_complete_only_known_absence_counts():
 
 def test_a_host_is_found_by_overlap_where_no_parent_is_recorded():
     record = plain_record(["liver", "spleen"])
-    pixels = np.zeros((20, 60), bool)
+    pixels = np.zeros((record.height, record.width), bool)
     pixels[3:6, 3:6] = True
     record.masks.append(encode_mask(pixels, "c", "liver cyst"))
     found = [s for seed in range(20) for s in ask(record, np.random.default_rng(seed), Census.of([record]))]
@@ -252,21 +233,3 @@ def test_same_generator_same_questions(records):
     one = ask(records[0], np.random.default_rng(4), PHANTOM_CENSUS)
     assert one == ask(records[0], np.random.default_rng(4), PHANTOM_CENSUS)
     assert one != ask(records[0], np.random.default_rng(5), PHANTOM_CENSUS)
-
-
-def test_knowledge_answers_each_question_once():
-    """No question may be answered by two facts, nor name a structure that shares it; twins name each other."""
-    owner = {}
-    for entity, fact in KNOWLEDGE.items():
-        for question in fact.asks:
-            assert owner.setdefault(question, fact.one) == fact.one, question
-            assert entity not in question
-        if fact.twin:
-            assert KNOWLEDGE[fact.twin].twin == entity and KNOWLEDGE[fact.twin].one == fact.one
-        assert all(name in KNOWLEDGE for name in (*fact.homes, *fact.landmarks))
-
-
-def test_grounded_places_spans():
-    text, targets = grounded("The {} and the {} are outlined.", [("liver", ["a"]), ("liver cyst", ["b", "c"])])
-    assert text == "The liver and the liver cyst are outlined."
-    assert [text[t.span[0] : t.span[1]] for t in targets] == ["liver", "liver cyst"]

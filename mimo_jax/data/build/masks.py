@@ -1,0 +1,106 @@
+"""The pixels of a MaskRef, whatever kind of file holds them.
+
+Axis letters: F frames, H, W height and width of the item's picture in pixels; i, j, k axes of a NIfTI file.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimo_jax.data.build.items import MaskRef
+from mimo_jax.data.dicom import reading
+from mimo_jax.data.picture import DicomGrid, NiftiGrid, Picture, kind_of, library
+from mimo_jax.data.prompt_files import _segmentation
+from mimo_jax.data.transforms import decode_labels, decode_mask
+from mimo_jax.errors import UserError
+
+_AFFINE_MM = 0.1  # by which the corners of two grids that are the same may lie apart
+
+
+def read_mask(ref: MaskRef, picture: Picture) -> np.ndarray:
+    """bool [H, W], what `ref` marks on `picture`. Raises UserError for what cannot be read or has another size."""
+    height, width = picture.pixels.shape[:2]
+    if ref.rle is not None or ref.polygon is not None:
+        mask = _segmentation(ref.rle if ref.rle is not None else [list(ring) for ring in ref.polygon], height, width)
+    else:
+        mask = _of_file(Path(ref.file), ref.value, picture)
+    if mask.shape != (height, width):
+        raise UserError(f"{ref.file}: is {mask.shape[1]}x{mask.shape[0]}, the image is {width}x{height}")
+    return ~mask if ref.inverted else mask
+
+
+def _of_file(path: Path, value: int | None, picture: Picture) -> np.ndarray:
+    kind = kind_of(path)
+    if kind == "DICOM":
+        return _of_seg(path, value, picture.grid)
+    if kind == "NIfTI":
+        return _of_nifti(path, value, picture.grid)
+    return decode_mask(path) if value is None else _labels(path) == value
+
+
+@lru_cache(maxsize=2)  # the classes of one picture stand in one file
+def _labels(path: Path) -> np.ndarray:
+    return decode_labels(path)
+
+
+def _of_nifti(path: Path, value: int | None, grid: Any) -> np.ndarray:
+    labels, affine = _nifti_labels(path)
+    if not isinstance(grid, NiftiGrid):
+        raise UserError(f"{path}: labels of a NIfTI volume belong to an image that is NIfTI too")
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in labels.shape[:3]], [1])).reshape(4, -1)
+    if labels.shape != (*grid.shape, 1)[:3] or np.abs((affine - grid.affine) @ corners).max() > _AFFINE_MM:
+        raise UserError(f"{path}: does not lie on the grid of its image; resample the labels onto it")
+    plane = grid.shown(labels)
+    return plane != 0 if value is None else plane == value
+
+
+@lru_cache(maxsize=1)  # the slices of one volume follow each other
+def _nifti_labels(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(whole numbers [i, j, k], affine [4, 4])."""
+    nibabel = library("nibabel")
+    try:
+        image = nibabel.load(path)
+        labels = np.rint(np.asarray(image.dataobj)).astype(np.int32)
+        return labels.reshape((*labels.shape, 1)[:3]), image.affine
+    except Exception as error:  # nibabel, gzip and numpy each have their own
+        raise UserError(f"{path}: a damaged or truncated NIfTI file ({type(error).__name__})") from None
+
+
+def _of_seg(path: Path, value: int | None, grid: Any) -> np.ndarray:
+    """The frames of a DICOM SEG that refer to the picture's instance, of the segment `value` (None: of any), united."""
+    if not isinstance(grid, DicomGrid):
+        raise UserError(f"{path}: a DICOM SEG belongs to an image that is DICOM too")
+    dataset, frames = _seg(path)
+    with reading(path):
+        mask = np.zeros((int(dataset.Rows), int(dataset.Columns)), bool)
+        for number, functions in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+            if _refers(functions, grid):
+                pixels = frames[number]
+                if dataset.SegmentationType == "LABELMAP":
+                    mask |= pixels != 0 if value is None else pixels == value
+                elif value in (None, int(functions.SegmentIdentificationSequence[0].ReferencedSegmentNumber)):
+                    mask |= pixels * 2 >= int(dataset.get("MaximumFractionalValue") or 1)
+        return mask
+
+
+@lru_cache(maxsize=1)
+def _seg(path: Path) -> tuple[Any, np.ndarray]:
+    """(pydicom's dataset, stored values [F, H, W])."""
+    with reading(path):
+        dataset = library("pydicom").dcmread(path)
+        if dataset.get("Modality") != "SEG":
+            raise UserError(f"{path}: is a DICOM file of modality {dataset.get('Modality')}, not SEG")
+        return dataset, np.atleast_3d(dataset.pixel_array).reshape(-1, int(dataset.Rows), int(dataset.Columns))
+
+
+def _refers(functions: Any, grid: DicomGrid) -> bool:
+    for derivation in functions.get("DerivationImageSequence") or ():
+        for source in derivation.get("SourceImageSequence") or ():
+            frame = source.get("ReferencedFrameNumber")
+            if source.ReferencedSOPInstanceUID == grid.dataset.get("SOPInstanceUID") and frame in (None, grid.frame + 1):
+                return True
+    return False

@@ -1,0 +1,174 @@
+"""The wordings of questions and answers, in two sets: CORE, of which phantoms are made, and FULL, which holds CORE and more.
+
+In a phrase {the} stands for "the liver" or "the liver and the spleen", {The} for the same at its beginning, {is} for "is" or
+"are"; what else is in braces is said where it is used. A phrase of CORE is never changed: models and measurements rest on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+UNMARKED = "Nothing is marked in this image."
+NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five")
+SHOWN = "This is the {}."
+METHODS = {"fundus": "fundus photography", "pathology": "microscopy"}  # modalities whose names do not stand in a sentence
+
+
+@dataclass(frozen=True)
+class Style:
+    """A set of wordings, and how many samples of an image are made of them. {} is a name, {a} one with its article."""
+
+    numbers: tuple[int, int, int, int]  # of I, II, III, IV
+    absent_share: float  # of I and III: asked of what is not there
+    even: bool  # what is absent is asked for as often as it is shown elsewhere, so that its name tells nothing
+    relations: int  # questions of relations, of III and IV each
+    extended: bool  # III and IV also ask for location, neighbours, findings, modality and kind
+    segment: tuple[tuple[str, str], ...]  # question, answer
+    name: tuple[str, ...]
+    role: tuple[str, ...]
+    lies_in: tuple[str, ...]
+    near_prompt: tuple[str, ...]
+    other_side: tuple[str, ...]
+    holds: tuple[str, ...]
+    contains: tuple[str, ...]
+    nearest: tuple[str, ...]
+    presence: tuple[str, ...]
+    count: tuple[str, ...]
+    modality: tuple[str, ...]
+    inventory: tuple[str, ...]
+
+
+CORE = Style(
+    numbers=(4, 4, 3, 3),
+    absent_share=0.35,
+    even=False,
+    relations=0,
+    extended=False,
+    segment=(
+        ("segment {the}", "{The} {is} outlined."),
+        ("Segment {the}.", "{The} {is} outlined."),
+        ("Outline {the}.", "{The} {is} outlined."),
+        ("Show {the}.", "Here {is} {the}."),
+        ("Where {is} {the}?", "Here {is} {the}."),
+        ("Find {the}.", "Here {is} {the}."),
+    ),
+    name=("What is this?", "Name this structure.", "What is marked here?", "Which structure is this?", "Identify the marked structure."),
+    role=("What does the marked structure do?", "What is known of this structure?", "What is this, and what does it do?"),
+    lies_in=("What does this lesion lie in?", "Where does the marked lesion lie?"),
+    near_prompt=("What is the marked lesion nearest to?", "Which structure lies nearest to this?"),
+    other_side=("What is the twin of this structure?", "What matches this structure on the other side?"),
+    holds=("Is there a lesion in the marked organ?", "What lies in this organ?"),
+    contains=("Which organ contains the {}?", "Where does the {} lie?"),
+    nearest=("Which structure is the {} nearest to?", "What lies nearest to the {}?"),
+    presence=("Is there {a} in this image?", "Does this image show {a}?", "Can {a} be seen here?"),
+    count=("How many {} are there?", "Count the {}."),
+    modality=("Which modality is this?", "How was this image made?", "What kind of image is this?"),
+    inventory=("Which structures can be seen?", "What does this image show?", "List what is visible."),
+)
+
+FULL = replace(
+    CORE,
+    numbers=(4, 4, 4, 4),
+    even=True,
+    relations=2,
+    extended=True,
+    segment=(
+        *CORE.segment,
+        ("Please segment {the} in this image.", "{The} {is} outlined."),
+        ("Mark {the}.", "{The} {is} marked."),
+        ("Highlight {the} for me.", "{The} {is} highlighted."),
+        ("Delineate {the}.", "{The} {is} delineated."),
+        ("Can you outline {the}?", "Yes, {the} {is} outlined."),
+        ("Could you show me {the}?", "Here {is} {the}."),
+        ("Where can I find {the}?", "Here {is} {the}."),
+        ("Where in the image {is} {the}?", "Here {is} {the}."),
+        ("Point out {the}.", "Here {is} {the}."),
+        ("Locate {the} in the image.", "{The} {is} located here."),
+        ("Draw the outline of {the}.", "Here {is} {the}."),
+        ("I need a mask of {the}.", "{The} {is} outlined."),
+        ("Give me the extent of {the}.", "{The} {is} outlined."),
+        ("Which pixels belong to {the}?", "{The} {is} outlined."),
+    ),
+    name=(
+        *CORE.name,
+        "What am I pointing at?",
+        "What is this structure called?",
+        "What is inside the marked region?",
+        "Can you name what is marked?",
+        "Which structure does the mark show?",
+        "Tell me what this is.",
+        "What do we see at the marked place?",
+    ),
+    role=(
+        *CORE.role,
+        "What should I know of the marked structure?",
+        "Tell me about the marked structure.",
+        "Name this structure and say what matters about it.",
+    ),
+    lies_in=(*CORE.lies_in, "Which organ holds the marked lesion?", "In which structure is this lesion?"),
+    near_prompt=(*CORE.near_prompt, "Which landmark is closest to the marked lesion?"),
+    other_side=(*CORE.other_side, "What is the counterpart of the marked structure?"),
+    holds=(*CORE.holds, "Does the marked structure hold a lesion?"),
+    contains=(*CORE.contains, "Which structure holds the {}?", "In which structure is the {}?"),
+    nearest=(*CORE.nearest, "Which landmark is closest to the {}?"),
+    presence=(*CORE.presence, "Is {a} visible?", "Do you see {a}?", "Is {a} shown in this image?"),
+    count=(*CORE.count, "How many {} can you count?", "What is the number of {}?"),
+    modality=(*CORE.modality, "What imaging modality is this?", "With which technique was this image taken?"),
+    inventory=(*CORE.inventory, "What can be made out in this image?", "Name all the structures that you can see."),
+)
+
+# What only the extended style asks. Of III, about structures that are not named; `{}` is what is told of them.
+LOCATION = ("Which structure lies {}?", "What lies {}?")
+FINDINGS = ("Where may {} be found?", "Which structure may show {}?")
+NEIGHBOR = ("Which structure usually lies next to the {}?", "Name a usual neighbor of the {}.")
+# Of IV, about what is marked.
+WHERE = ("What is this, and where does it lie?", "Name the marked structure and its usual place.", "Where does this structure usually lie?")
+SHOWS = ("What may be found in this structure?", "What is this, and what may be found in it?", "Which findings are usual here?")
+IMAGED = ("What is this, and how is it usually imaged?", "Which modality is usual for the marked structure?")
+KIND = ("What is this, and what does it belong to?", "What kind of structure is marked?")
+BORDERS = ("What usually lies next to this structure?", "Name this structure and a usual neighbor of it.")
+
+# Relations read from the masks. Of III, between structures that are named …
+TOUCHING = ("Which of the two touches the {}: the {} or the {}?", "What borders on the {} here: the {} or the {}?")
+LARGEST = ("Which covers more of this image, the {} or the {}?", "Which is larger here, the {} or the {}?")
+SMALLEST = ("Which covers less of this image, the {} or the {}?", "Which is smaller here, the {} or the {}?")
+LEFTMOST = (
+    "Which lies further to the patient's {side}, the {} or the {}?",
+    "Seen from the patient, what lies further {side}: the {} or the {}?",
+)
+CONTAINING = ("What surrounds the {}?", "Inside which structure does the {} lie?")
+# … and of IV, between what is marked and what is named.
+TOUCHES_THIS = ("Which of the two touches the marked structure: the {} or the {}?", "What borders on this: the {} or the {}?")
+SIZE_OF_THIS = ("Is the marked structure larger or smaller than the {}?", "How does this compare in size with the {}?")
+SIDE_OF_THIS = (
+    "On which side of the marked structure does the {} lie for the patient?",
+    "Is the {} to the patient's left or right of this?",
+)
+INSIDE_THIS = ("What lies inside the marked structure?", "What does the marked region enclose?")
+
+
+def said(phrase: str, entities: list[str]) -> str:
+    """A phrase with the entities named in it: "Where {is} {the}?" → "Where are the liver and the spleen?"."""
+    return phrase.format(**_words(f"the {entity}" for entity in entities))
+
+
+def blanks(phrase: str, number: int) -> str:
+    """A phrase with a blank `{}` for each of `number` entities: "Here {is} {the}." → "Here are the {} and the {}."."""
+    return phrase.format(**_words(["the {}"] * number))
+
+
+def listed(texts: list[str], last: str = "and") -> str:
+    """ "a, b and c"."""
+    return f" {last} ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def with_article(name: str, mass: bool = False) -> str:
+    if mass:
+        return name
+    return f"{'an' if name[0] in 'aeiou' and not name.startswith(('ut', 'ur', 'eu', 'uni')) else 'a'} {name}"
+
+
+def _words(names) -> dict[str, str]:
+    names = list(names)
+    text = listed(names)
+    return {"the": text, "The": text[0].upper() + text[1:], "is": "is" if len(names) == 1 else "are"}

@@ -3,8 +3,8 @@
     python benchmarks/features.py --checkpoint runs/a --data data/phantom [--steps 20] [--images 256]
 
 The config is tiny_lora without augmentation, from the checkpoint: CLIP and SAM's encoder are frozen. Of the data, the first images are
-copied, so that nothing is written beside the original. Reported are the loss of each way, the median time of a step on the device
-with the batch in hand, and the loader's samples per second without a cache of views.
+copied, so that nothing is written beside the original. Reported are the loss of each way, the median time of a step with the batch in
+hand, and the loader's samples per second without a cache of views.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs import tiny_lora  # noqa: E402
@@ -44,25 +45,34 @@ def config_for(run: str, data: Path, features: bool) -> Config:
     return config
 
 
-def measure(config: Config, steps: int) -> tuple[list[float], float, float]:
-    """(losses, median seconds of a step, samples per second of the loader)."""
-    plan = Plan(config, sharding.make_mesh(config.mesh))
-    state, frozen = plan.start(_initial_params(plan))
-    tokenizer = Tokenizer(checkpoint.tokenizer_path(config.init.path), config.model)
-    loader = make_loader(config, tokenizer, open_sources(config, "train"))
-    if config.data.features:
-        loader.use_features(fingerprint(config, pathtree.flatten(frozen)))
-    start = time.perf_counter()
-    batches = list(itertools.islice(loader, steps))
-    loading = steps * config.data.batch_size / (time.perf_counter() - start)
-    loader.close()
-    step, losses, seconds = make_step(plan), [], []
-    for batch in batches:
+class Way:
+    """Training with pictures or with features, batches in hand. `loading`: samples per second of the loader."""
+
+    def __init__(self, config: Config, steps: int):
+        self.plan = Plan(config, sharding.make_mesh(config.mesh))
+        self.state, self.frozen = self.plan.start(_initial_params(self.plan))
+        self.step = make_step(self.plan)
+        tokenizer = Tokenizer(checkpoint.tokenizer_path(config.init.path), config.model)
+        loader = make_loader(config, tokenizer, open_sources(config, "train"))
+        if config.data.features:
+            loader.use_features(fingerprint(config, pathtree.flatten(self.frozen)))
         start = time.perf_counter()
-        state, metrics = step(state, frozen, jax.device_put(batch, sharding.of_batch(plan.mesh)))
-        losses.append(float(metrics["loss"]))
-        seconds.append(time.perf_counter() - start)
-    return losses, statistics.median(seconds[2:]), loading
+        self.batches = list(itertools.islice(loader, steps))
+        self.loading = steps * config.data.batch_size / (time.perf_counter() - start)
+        loader.close()
+        self.fixed, self.trained, self.seconds, self.busy = [], [], [], []
+
+    def run(self, number: int, train: bool) -> None:
+        """A step on one batch, from the parameters that training starts from, which stay, or on from the last."""
+        batch = jax.device_put(self.batches[number], sharding.of_batch(self.plan.mesh))
+        state = self.state if train else jax.tree.map(jnp.copy, self.state)
+        start, used = time.perf_counter(), time.process_time()
+        state, metrics = self.step(state, self.frozen, batch)
+        (self.trained if train else self.fixed).append(float(metrics["loss"]))
+        self.seconds.append(time.perf_counter() - start)
+        self.busy.append(time.process_time() - used)
+        if train:
+            self.state = state
 
 
 def main() -> None:
@@ -79,13 +89,21 @@ def main() -> None:
         start = time.perf_counter()
         encoded = encode_checkpoint(args.checkpoint, data)
         print(f"encoded {encoded.written} images in {time.perf_counter() - start:.1f} s, compiling included\n")
-        plain, cached = (measure(config_for(args.checkpoint, data, features), args.steps) for features in (False, True))
-    apart = np.abs(np.array(cached[0]) / np.array(plain[0]) - 1)
+        plain, cached = (Way(config_for(args.checkpoint, data, features), args.steps) for features in (False, True))
+    for train, number in itertools.product((False, True), range(args.steps)):
+        for way in (plain, cached):  # by turns, so that other jobs on the machine slow both
+            way.run(number, train)
     print("| | pictures | features |\n|---|---|---|")
-    print(f"| loss, first and last step | {plain[0][0]:.5f}, {plain[0][-1]:.5f} | {cached[0][0]:.5f}, {cached[0][-1]:.5f} |")
-    print(f"| a step, ms, median | {1000 * plain[1]:.0f} | {1000 * cached[1]:.0f} |")
-    print(f"| loader, samples/s | {plain[2]:.0f} | {cached[2]:.0f} |")
-    print(f"\nloss apart, relative: first step {apart[0]:.1e}, at most {apart.max():.1e} in {args.steps} steps that each train on")
+    losses = [f"{way.trained[0]:.5f}, {way.trained[-1]:.5f}" for way in (plain, cached)]
+    print(f"| loss, first and last step | {' | '.join(losses)} |")
+    for name in ("seconds", "busy"):
+        times = [1000 * statistics.median(getattr(way, name)) for way in (plain, cached)]
+        what = "" if name == "seconds" else ", on all cores together"
+        print(f"| a step, ms{what}, median | {times[0]:.0f} | {times[1]:.0f} |")
+    print(f"| loader, samples/s | {plain.loading:.0f} | {cached.loading:.0f} |")
+    fixed, trained = (np.abs(np.array(getattr(cached, n)) / np.array(getattr(plain, n)) - 1) for n in ("fixed", "trained"))
+    print(f"\nloss apart, relative: of {args.steps} batches with the same parameters {fixed.mean():.1e}, at most {fixed.max():.1e};")
+    print(f"trained for {args.steps} steps, each way its own, at most {trained.max():.1e}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """The loader alone: samples per second at the sizes of the full model, no image seen twice and nothing found in a cache.
 
-    python benchmarks/loader.py [--sides 512,1024] [--workers 2] [--seconds 10] [--images-share 1,4] [--formats png,jpeg]
+    python benchmarks/loader.py [--sides 512,1024] [--formats png,jpeg] [--share 1,4] [--workers 2] [--seconds 10]
 
 A record is a grey PNG or colour JPEG of a body with noise and four ellipses as masks; a sample paints one to four of them, and half of
 the questions point at one with drawn prompts. Views are 1024² for SAM and 224² for CLIP, masks 256². The figure is the median of
-five runs; the tokens of a small vocabulary are as many as those of a large one.
+five runs; beside it stands the time on a core that all processes together take for a sample, which other jobs on the machine change less.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import os
 import statistics
 import sys
@@ -87,43 +88,53 @@ def config_for(folder: Path, share: int, workers: int) -> Config:
     return config
 
 
-def rates(config: Config, tokenizer: Tokenizer, seconds: float, runs: int = 5) -> list[float]:
-    """Samples per second of each run, once the workers have started."""
+def busy() -> float:
+    """Seconds that this process and its workers have been on a core."""
+    ticks = 0
+    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+        ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def rates(config: Config, tokenizer: Tokenizer, seconds: float, runs: int = 5) -> tuple[list[float], float]:
+    """(samples per second of each run, once the workers have started; milliseconds on a core for a sample)."""
     loader = make_loader(config, tokenizer, open_sources(config, "train"))
     for _ in range(2 * max(1, config.data.workers)):
         next(loader)
-    found = []
+    found, used, all_taken = [], busy(), 0
     for _ in range(runs):
         start, taken = time.perf_counter(), 0
         while time.perf_counter() - start < seconds or taken % max(1, config.data.workers):
             next(loader)
             taken += 1
         found.append(taken * config.data.batch_size / (time.perf_counter() - start))
+        all_taken += taken
+    used = busy() - used
     loader.close()
-    return found
+    return found, 1000 * used / (all_taken * config.data.batch_size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sides", default="512,1024")
     parser.add_argument("--formats", default="png,jpeg")
-    parser.add_argument("--images-share", default="1,4", help="samples_per_image")
+    parser.add_argument("--share", default="1,4", help="config.data.samples_per_image")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=10)
     args = parser.parse_args()
-    print("| source | samples an image | samples/s, median of 5 | least | load average |\n|---|---|---|---|---|")
+    print("| source | samples an image | samples/s, median of 5 | least | ms on a core | load average |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         texts = [turn.text for p in ("vqa", "III") for i in range(4) for turn in sample("", p, i).turns]
         tokenizer = train_tokenizer(texts * 3, 512, Path(scratch) / "tokenizer.json")
         for kind in args.formats.split(","):
             for side in map(int, args.sides.split(",")):
-                for share in map(int, args.images_share.split(",")):
+                for share in map(int, args.share.split(",")):
                     folder = Path(scratch) / f"{kind}{side}x{share}"
                     write_records(folder, records(args.images, side, kind, share), {})
-                    found = rates(config_for(folder, share, args.workers), tokenizer, args.seconds)
-                    row = f"{side}² {kind} | {share} | {statistics.median(found):.0f} | {min(found):.0f} | {os.getloadavg()[0]:.1f}"
-                    print(f"| {row} |", flush=True)
+                    found, used = rates(config_for(folder, share, args.workers), tokenizer, args.seconds)
+                    row = [f"{side}² {kind}", share, f"{statistics.median(found):.0f}", f"{min(found):.0f}", f"{used:.1f}"]
+                    print(f"| {' | '.join(map(str, row))} | {os.getloadavg()[0]:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

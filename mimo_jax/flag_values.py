@@ -59,6 +59,13 @@ def endings(text: str) -> list[str]:
     return list(dict.fromkeys(f".{part.strip().lstrip('.').lower()}" for part in text.split(",") if part.strip(" .")))
 
 
+def part(text: str) -> tuple[int, int]:
+    which, _, count = text.partition("/")
+    if not which.isdecimal() or not count.isdecimal() or int(which) >= int(count):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/4")
+    return int(which), int(count)
+
+
 def share(text: str) -> float:
     value = numbers(text, (1,), "a share such as 0.01")[0]
     if not 0 <= value <= 1:

@@ -20,7 +20,16 @@ from mimo_jax.infer.answer import Answer, Entity
 from mimo_jax.infer.calibration import PLAIN, Evidence
 from tests.data.medical_files import dicom, saved, series
 
-COMMANDS = ["train", "eval", "ask", "chat", "batch", "data", "data phantom"]
+COMMANDS = [
+    "train",
+    "eval",
+    "ask",
+    "chat",
+    "batch",
+    "data",
+    "data phantom",
+    *[f"data {verb}" for verb in ("build", "merge", "split", "stats", "validate", "view")],
+]
 
 
 @pytest.fixture

@@ -45,7 +45,13 @@ MAY_IMPORT = {
         *("base", "checkpoint", "config", "data", "errors", "eval", "geometry", "models", "parameters", "pathtree", "sharding"),
         *("stopping", "storage", "typing"),
     },
-    "cli": {"config", "data.command", "errors", "flag_values", "infer.command"},  # when it is imported; commands import theirs when they run
+    "cli": {
+        "config",
+        "data.command",
+        "errors",
+        "flag_values",
+        "infer.command",
+    },  # when it is imported; commands import theirs when they run
 }
 MAY_IMPORT_OUTSIDE = {
     "configs": {"config"},

@@ -79,7 +79,10 @@ def sample_arrays(
     def united(mask_ids: Sequence[str], frame: Frame, side: int) -> np.ndarray:
         key = (*sorted(mask_ids), side)
         if key not in frames:
-            frames[key] = mask_to_frame(np.logical_or.reduce([masks[mask_id] for mask_id in mask_ids]), frame, side)
+            whole = masks[mask_ids[0]]
+            for mask_id in mask_ids[1:]:
+                whole = whole | masks[mask_id]
+            frames[key] = mask_to_frame(whole, frame, side)
         return frames[key]
 
     for slot, mask_ids in enumerate(rendered.seg_targets):

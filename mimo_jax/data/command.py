@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mimo_jax.errors import UserError
-from mimo_jax.flag_values import positive, ratios, share
+from mimo_jax.flag_values import index, part, positive, ratios, share
 
 if TYPE_CHECKING:
     from mimo_jax.data.build.plan import Options
@@ -43,6 +43,10 @@ EXAMPLES = {
     "view": """examples:
   mimo data view data/mine --index 12 --out sample.png
   mimo data view data/mine --split test --index 0-24 --out sheet.png""",
+    "encode": """examples:
+  mimo data encode --checkpoint runs/a --data data/mine
+  mimo data encode --checkpoint runs/a --data data/mine --process 3/8     # one of eight, on as many machines
+  mimo train --config configs/mimo_7b.py --init runs/a --data data/mine --config.data.features=True --workdir runs/b""",
 }
 
 
@@ -61,7 +65,7 @@ def add_data(commands) -> None:
     )
     phantom.add_argument("--out", required=True, metavar="DIR", help="where the dataset goes")
     phantom.add_argument("--images", type=positive, default=2000, metavar="N", help="default: 2000")
-    phantom.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed makes the same images; default: 0")
+    phantom.add_argument("--seed", type=index, default=0, metavar="N", help="the same seed makes the same images; default: 0")
     phantom.add_argument("--workers", type=positive, default=_CPUS, metavar="N", help="processes; default: one a core")
     phantom.set_defaults(run=_phantom)
 
@@ -138,12 +142,27 @@ listed in OUT/rejects.jsonl (exit code 3), what looks wrong in OUT/notes.jsonl."
     view.add_argument("--out", required=True, metavar="FILE", help="a .png")
     view.set_defaults(run=_view)
 
+    encode = verb(
+        "encode",
+        "what frozen image encoders give, once for all of training",
+        """Write what a checkpoint's CLIP and SAM encoder make of every picture beside the records, in bfloat16. Training that freezes both
+takes it with --config.data.features=True, and decodes and encodes no picture. What is there already stays: a job that was stopped
+(exit code 75) or killed goes on when the same command is run again.""",
+    )
+    encode.add_argument("--checkpoint", required=True, metavar="PATH", help="what training starts from, or a run of it")
+    encode.add_argument("--base", metavar="DIR", help="where the checkpoint's frozen base lies, if it was moved")
+    encode.add_argument("--data", required=True, metavar="DIR", help="a dataset, or a .jsonl manifest")
+    encode.add_argument("--split", default="train", choices=("train", "val", "test"), help="default: train")
+    encode.add_argument("--batch", type=positive, default=8, metavar="N", help="pictures at a time on each device; default: 8")
+    encode.add_argument("--process", type=part, default=(0, 1), metavar="I/N", help="every Nth picture alone, from the Ith, counted from 0")
+    encode.set_defaults(run=_encode)
+
 
 def _splitting(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ratios", type=ratios, default=(0.9, 0.05, 0.05), metavar="A,B,C", help="train, val, test; default: 0.9,0.05,0.05"
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn at random; default: 0")
+    command.add_argument("--seed", type=index, default=0, metavar="N", help="of what is drawn at random; default: 0")
     _duplicates(command)
 
 
@@ -201,6 +220,8 @@ def _build(args: argparse.Namespace) -> int:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return _STOPPED
     _print_splits(args.out, info)
+    if empty := [name for name, share in info["ratios"].items() if share and name not in info["splits"]]:
+        print(f"  nothing in {', '.join(empty)}: there are too few groups (patients or cases)")
     for note, count in info["notes"].items():
         print(f"  {count} x {note}")
     if info["unknown_entities"]:
@@ -279,4 +300,18 @@ def _view(args: argparse.Namespace) -> int:
     picture = draw_record(chosen[0]) if len(chosen) == 1 else draw_sheet(chosen)
     picture.save(args.out)
     print(f"written to {args.out}", file=sys.stderr)
+    return 0
+
+
+def _encode(args: argparse.Namespace) -> int:
+    from mimo_jax.train.encode import encode_checkpoint
+
+    done = encode_checkpoint(args.checkpoint, args.data, args.split, args.batch, *args.process, args.base)
+    print(f"{args.data} {args.split}: features of {done.written} images written, {done.before} were there")
+    if done.stopped:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return _STOPPED
+    if done.failed:
+        print(f"{len(done.failed)} images cannot be read and have none; why stands in {done.unreadable}", file=sys.stderr)
+        return _IN_PART
     return 0

@@ -88,9 +88,7 @@ class FeatureFolder:
         found = {key: np.array(self._array(shard, key)[row]) for key in KEYS}
         for key, values in found.items():
             if values.shape != self.shapes[key] or zlib.crc32(values) != sums[key]:
-                raise DataError(
-                    f"{self._file(shard, key)}, row {row}: is damaged; remove {shard}.json there and run mimo data encode again"
-                )
+                raise DataError(f"{self._file(shard, key)}, row {row}: is damaged; remove {shard}.json and run mimo data encode again")
         return found
 
     def blank(self) -> dict[str, np.ndarray]:

@@ -109,7 +109,7 @@ def _of_json(content: Mapping, height: int, width: int) -> Prompts:
     if any(key in keys for key in _COCO):
         _known(keys, (*_COCO, *_COCO_BESIDE))
         if "segmentation" in keys:
-            return _strokes([_segmentation(content["segmentation"], height, width)])
+            return _strokes([decode_segmentation(content["segmentation"], height, width)])
         x, y, w, h = _numbers(content["bbox"], "bbox", _FORMS["bbox"], (4,))
         return Prompts(boxes=validate_boxes(np.array([[x, y, x + w, y + h]]), height, width))
     _known(keys, _OWN)
@@ -189,7 +189,7 @@ def _uncompressed(text: str) -> list[int]:
     return runs
 
 
-def _segmentation(value: Any, height: int, width: int) -> np.ndarray:
+def decode_segmentation(value: Any, height: int, width: int) -> np.ndarray:
     """Polygons [[x, y, x, y, …], …], united, or an RLE, as bool [H, W]."""
     if isinstance(value, Mapping):
         return _decoded(value, height, width)

@@ -142,15 +142,16 @@ class Record:
 
 def encode_mask(mask: np.ndarray, mask_id: str, entity: str, **extra) -> Mask:
     """Mask from a bool array [height, width]; RecordError if it is empty (an empty mask is never a target)."""
-    if not mask.any():
-        raise RecordError(f"mask {mask_id} ({entity}) is empty")
     rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    area = int(coco.area(rle))
+    if not area:
+        raise RecordError(f"mask {mask_id} ({entity}) is empty")
+    x, y, width, height = (int(side) for side in coco.toBbox(rle))
     return Mask(
         mask_id=mask_id,
         entity=entity,
         rle={"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")},
-        area_px=int(mask.sum()),
-        box_xyxy=[int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1],
+        area_px=area,
+        box_xyxy=[x, y, x + width, y + height],
         **extra,
     )

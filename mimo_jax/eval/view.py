@@ -25,7 +25,7 @@ def draw_record(record: Record, most: int | None = None) -> Image.Image:
     first sample that has any are drawn, and stand before its question."""
     samples = record.samples if most is None else _varied(record.samples, most)
     marked = next((sample for sample in samples if sample.turns[0].prompted), None)
-    lines = [f"{record.modality}, {record.dataset}, {record.group}, {record.width}x{record.height}"]
+    lines = [f"{record.id}: {record.modality}, {record.dataset}, {record.group}, {record.width}x{record.height}"]
     for sample in samples:
         for turn in sample.turns:
             prompted = ", ".join(record.mask(mask_id).entity for mask_id in turn.prompted)

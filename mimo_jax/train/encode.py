@@ -40,11 +40,13 @@ _VERSION = 1  # of how a file becomes pixels and pixels become features: raise i
 
 
 class Encoded(NamedTuple):
-    """Of a process's pictures: written now, there before, and those that have none as (id, reason). stopped: a signal came first."""
+    """Of a process's pictures: written now, there before, and those that cannot be read as (id, reason). unreadable: the file that
+    lists them, one JSON object a line. stopped: a signal came before the last."""
 
     written: int
     before: int
     failed: list[tuple[str, str]]
+    unreadable: Path
     stopped: bool
 
 
@@ -115,7 +117,11 @@ def write_features(
                 stopped = True
                 break
         writer.flush()
-    return Encoded(written, len(mine) - len(todo), failed, stopped)
+    unreadable = folder / f"unreadable-{process_index}-of-{process_count}.jsonl"
+    unreadable.unlink(missing_ok=True)
+    if failed:
+        unreadable.write_text("".join(json.dumps({"record": name, "reason": reason}) + "\n" for name, reason in failed))
+    return Encoded(written, len(mine) - len(todo), failed, unreadable, stopped)
 
 
 def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tuple[Callable, int]:

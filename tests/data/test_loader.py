@@ -184,16 +184,16 @@ def test_mixture_of_perspectives_and_sources(tmp_path, folder, tokenizer):
     config.data.sources["s1"].weight = 3.0
     config.data.sources["s1"].perspectives = "II, III"
     order = GlobalOrder(config, tokenizer, open_sources(config, "train"))
-    n = 2100
+    n = 10_000
     drawn = [order.drawn[i] for i in range(n)]
     indices = [source.index for source in order.sources]
     kinds = [PERSPECTIVES[indices[d.source].perspective[indices[d.source].first[d.record] + d.samples[0]]] for d in drawn]
     share = Counter(kinds)
-    assert all(abs(share[p] / n - w / 7) < 0.02 for p, w in WEIGHTS.items())
+    assert all(share[p] / n == pytest.approx(w / 7, rel=0.02) for p, w in WEIGHTS.items())
     both = Counter((k, d.source) for k, d in zip(kinds, drawn, strict=True))
     assert both["I", 1] == both["vqa", 1] == 0
     for p in ("II", "III"):
-        assert abs(both[p, 1] / share[p] - 0.75) < 0.02
+        assert both[p, 1] / share[p] == pytest.approx(0.75, rel=0.02)
 
 
 def test_perspective_that_no_source_holds(folder, tmp_path, tokenizer):
@@ -259,13 +259,13 @@ def test_no_sample_takes_more_than_a_token_a_byte_and_the_overhead(tokenizer, li
 @pytest.mark.parametrize("augment", [False, True])
 def test_resume_is_bit_identical(folder, tokenizer, augment):
     config = config_for(folder, augment=augment)
-    whole = take(loader_for(config, tokenizer), 12)
+    whole = take(loader_for(config, tokenizer), 105)  # an epoch of I is 6 batches of it
     first = loader_for(config, tokenizer)
     take(first, 5)
     assert first.state() == {"batch": 5}
     again = loader_for(config, tokenizer)
     again.restore(first.state())
-    assert all(same(a, b) for a, b in zip(take(again, 7), whole[5:], strict=True))
+    assert all(same(a, b) for a, b in zip(take(again, 100), whole[5:], strict=True))
     first.restore({"batch": 2})  # back, in the same loader
     assert all(same(a, b) for a, b in zip(take(first, 4), whole[2:6], strict=True))
 
@@ -312,14 +312,35 @@ def test_processes_share_the_global_sequence(folder, tokenizer, processes):
             assert np.array_equal(found, images), key
 
 
+def share_of(batch, process, processes):
+    """What `process` makes of a whole batch, one with a sample an image."""
+    return {key: value[process::processes] for key, value in batch.items()}
+
+
 def test_another_number_of_processes_goes_on_with_the_sequence(folder, tokenizer):
-    config = config_for(folder, batch_size=8)
+    config = config_for(folder, batch_size=8, samples_per_image=1)
     whole = take(loader_for(config, tokenizer), 6)
-    two = loader_for(config, tokenizer, 1, 2)
-    take(two, 3)
-    one = loader_for(config, tokenizer)
-    one.restore(two.state())
-    assert all(same(a, b) for a, b in zip(take(one, 3), whole[3:], strict=True))
+    states = []
+    for process in range(4):
+        loader = loader_for(config, tokenizer, process, 4)
+        assert all(same(a, share_of(b, process, 4)) for a, b in zip(take(loader, 3), whole[:3], strict=True))
+        states.append(loader.state())
+    assert states == [states[0]] * 4
+    for processes in (1, 2):
+        for process in range(processes):
+            loader = loader_for(config, tokenizer, process, processes)
+            loader.restore(states[0])
+            assert all(same(a, share_of(b, process, processes)) for a, b in zip(take(loader, 3), whole[3:], strict=True))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_an_unmixed_pass_sees_every_record_once(folder, tokenizer, processes):
+    config = config_for(folder, batch_size=4, samples_per_image=1, sort_window=3)  # within a pass
+    config.data.weights = {"vqa": 1.0}  # one a record, 12 records
+    parts = [take(loader_for(config, tokenizer, process, processes), 6) for process in range(processes)]
+    for epoch in (0, 3):
+        seen = Counter(image.tobytes() for part in parts for batch in part[epoch : epoch + 3] for image in batch["sam_image"])
+        assert len(seen) == 12 and set(seen.values()) == {1}
 
 
 def test_images_that_processes_cannot_share(folder, tokenizer):
@@ -334,6 +355,11 @@ def test_worker_processes_make_the_same_batches(folder, tokenizer):
     loader = loader_for(workers, tokenizer)
     loader.restore({"batch": 1})
     assert all(same(a, b) for a, b in zip(take(loader, 4), whole[1:], strict=True))
+    apart = config_for(folder, batch_size=8, samples_per_image=1)
+    whole = take(loader_for(apart, tokenizer), 3)
+    apart.data.workers = 1
+    made = take(loader_for(apart, tokenizer, 3, 4), 3)
+    assert all(same(a, share_of(b, 3, 4)) for a, b in zip(made, whole, strict=True))
 
 
 def spoilt(number):

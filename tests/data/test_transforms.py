@@ -231,6 +231,21 @@ def test_views(height, width, fit, resample):
     assert off <= (fit == "crop" and width == 400)  # the visible part of a strip is cut out first, and Pillow rounds that apart
 
 
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_views_of_grey_are_those_of_its_channels(resample):
+    """One channel is resized for all three, and every value is the same."""
+    cfg = ModelConfig()
+    cfg.clip.resample = resample
+    for height, width in ((700, 411), (333, 501), (9, 500), (1024, 1024)):
+        image = np.repeat(picture(height, width)[:, :, :1], 3, axis=2)
+        out = views(image, cfg)
+        np.testing.assert_array_equal(out["sam_image"], image_to_frame(image, sam_frame(height, width, 1024)))
+        np.testing.assert_array_equal(out["clip_image"], image_to_frame(image, clip_frame(height, width, 224, "pad"), resample))
+        image[height // 2, width // 2, 2] ^= 255  # one pixel in colour
+        seen = views(image, cfg)["sam_image"]
+        assert (seen[..., 0] != seen[..., 2]).any() and np.array_equal(seen[..., :2], out["sam_image"][..., :2])
+
+
 @pytest.mark.parametrize("height,width", [
     (480, 640), (640, 480), (333, 501), (517, 257), (100, 71), (53, 90), (224, 224), (224, 300), (225, 223), (1348, 1070), (9, 500),
 ])  # fmt: skip

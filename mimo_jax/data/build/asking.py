@@ -62,7 +62,8 @@ class Asking:
         if not brought and {*_WRITTEN} & {*self.perspectives}:
             client = _client(self.llm_cache, self.llm_requests)
             written = llm_samples(record, describe(record), client, self.seed, rejects)
-            samples = [sample for sample in samples if sample.perspective not in _WRITTEN] + written
+            # Of III and IV the endpoint writes what is there; what is not there, or not marked, is asked from templates.
+            samples = [s for s in samples if s.perspective not in _WRITTEN or s.kind in ("absent", "unmarked")] + written
         record.samples = self._kept(samples)
         return record, rejects
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from mimo_jax.data.build.items import MaskRef
 from mimo_jax.data.dicom import reading
 from mimo_jax.data.picture import DicomGrid, NiftiGrid, Picture, kind_of, library
-from mimo_jax.data.prompt_files import _segmentation
+from mimo_jax.data.prompt_files import decode_segmentation
 from mimo_jax.data.transforms import decode_labels, decode_mask
 from mimo_jax.errors import UserError
 
@@ -25,7 +26,7 @@ def read_mask(ref: MaskRef, picture: Picture) -> np.ndarray:
     """bool [H, W], what `ref` marks on `picture`. Raises UserError for what cannot be read or has another size."""
     height, width = picture.pixels.shape[:2]
     if ref.rle is not None or ref.polygon is not None:
-        mask = _segmentation(ref.rle if ref.rle is not None else [list(ring) for ring in ref.polygon], height, width)
+        mask = decode_segmentation(ref.rle if ref.rle is not None else [list(ring) for ring in ref.polygon], height, width)
     else:
         mask = _of_file(Path(ref.file), ref.value, picture)
     if mask.shape != (height, width):
@@ -48,24 +49,35 @@ def _labels(path: Path) -> np.ndarray:
 
 
 def _of_nifti(path: Path, value: int | None, grid: Any) -> np.ndarray:
-    labels, affine = _nifti_labels(path)
+    shape, affine, corner, crop = _nifti_labels(path)
     if not isinstance(grid, NiftiGrid):
         raise UserError(f"{path}: labels of a NIfTI volume belong to an image that is NIfTI too")
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in labels.shape[:3]], [1])).reshape(4, -1)
-    if labels.shape != (*grid.shape, 1)[:3] or np.abs((affine - grid.affine) @ corners).max() > _AFFINE_MM:
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
+    if shape != (*grid.shape, 1)[:3] or np.abs((affine - grid.affine) @ corners).max() > _AFFINE_MM:
         raise UserError(f"{path}: does not lie on the grid of its image; resample the labels onto it")
-    plane = grid.shown(labels)
-    return plane != 0 if value is None else plane == value
+    rows, columns = (axis for axis in range(3) if axis != grid.axis)
+    plane = np.zeros((shape[rows], shape[columns]), bool)
+    at = grid.index - corner[grid.axis]
+    if 0 <= at < crop.shape[grid.axis]:
+        part = np.take(crop, at, axis=grid.axis)
+        inside = np.s_[corner[rows] : corner[rows] + part.shape[0], corner[columns] : corner[columns] + part.shape[1]]
+        plane[inside] = part != 0 if value is None else part == value
+    return grid.turned(plane)
 
 
-@lru_cache(maxsize=1)  # the slices of one volume follow each other
-def _nifti_labels(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(whole numbers [i, j, k], affine [4, 4])."""
+@lru_cache(maxsize=128)  # the slices of one volume follow each other, and its structures may have a file each
+def _nifti_labels(path: Path) -> tuple[tuple[int, ...], np.ndarray, tuple[int, ...], np.ndarray]:
+    """(shape [i, j, k], affine [4, 4], corner and whole numbers of the box in which any label lies)."""
     nibabel = library("nibabel")
     try:
         image = nibabel.load(path)
         labels = np.rint(np.asarray(image.dataobj)).astype(np.int32)
-        return labels.reshape((*labels.shape, 1)[:3]), image.affine
+        labels = labels.reshape((*labels.shape, 1)[:3])
+        box = ndimage.find_objects((labels != 0).astype(np.int8))
+        box = box[0] if box else (slice(0, 0),) * 3
+        crop = labels[box]
+        crop = crop.astype(np.min_scalar_type(int(crop.max(initial=0)))) if crop.min(initial=0) >= 0 else crop.copy()
+        return labels.shape, image.affine, tuple(side.start for side in box), crop
     except Exception as error:  # nibabel, gzip and numpy each have their own
         raise UserError(f"{path}: a damaged or truncated NIfTI file ({type(error).__name__})") from None
 
@@ -100,7 +112,8 @@ def _seg(path: Path) -> tuple[Any, np.ndarray]:
 def _refers(functions: Any, grid: DicomGrid) -> bool:
     for derivation in functions.get("DerivationImageSequence") or ():
         for source in derivation.get("SourceImageSequence") or ():
-            frame = source.get("ReferencedFrameNumber")
-            if source.ReferencedSOPInstanceUID == grid.dataset.get("SOPInstanceUID") and frame in (None, grid.frame + 1):
+            frames = source.get("ReferencedFrameNumber")  # none, one or several
+            meant = frames is None or grid.frame + 1 in np.atleast_1d(frames)
+            if meant and source.ReferencedSOPInstanceUID == grid.dataset.get("SOPInstanceUID"):
                 return True
     return False

@@ -54,6 +54,7 @@ def make_part(folder: Path, version: str, job: tuple[int, list[Item]]) -> Part:
     if known is not None and known.fingerprint == fingerprint:
         return known
     path = records_file(folder, number)
+    known_file(folder, number).unlink(missing_ok=True)
     part = Part(number, fingerprint, [], [], [])
     with writing(path):
         writer = array_record_module.ArrayRecordWriter(f"{path}.new", _WRITER)
@@ -65,7 +66,7 @@ def make_part(folder: Path, version: str, job: tuple[int, list[Item]]) -> Part:
         data = pack(made)
         with writing(path):
             writer.write(data)
-        part.rows.append(row_of(item.id, made.record, len(data), made.complete, made.absent))
+        part.rows.append(row_of(item.id, made.record, made.looks, len(data), made.complete, made.absent))
         part.notes.extend((item.id, note) for note in made.notes)
     with writing(path):
         writer.close()
@@ -102,12 +103,12 @@ def unpack(data: bytes) -> tuple[Record, bool, list[str]]:
     return Record.from_bytes(record), complete, absent
 
 
-def row_of(name: str, record: Record, size: int = 0, complete: bool = True, absent: Iterable[str] = ()) -> list:
-    """What `Known` takes of a record of so many bytes."""
+def row_of(name: str, record: Record, looks: bytes, size: int = 0, complete: bool = True, absent: Iterable[str] = ()) -> list:
+    """What `Known` takes of a record of so many bytes. looks: as of `record.perceptual_hash`."""
     kind = [record.dataset, record.modality, sorted({mask.entity for mask in record.masks}), complete, sorted(absent)]
     pixels = int(record.id[:16], 16) if re.match("[0-9a-f]{16}", record.id) else _number(record.id)
-    alike = int(record.phash64, 16) if record.phash64 else pixels  # without a hash, what has the same pixels is alike
-    return [name, pixels, alike, size, record.group, record.split, kind]
+    index = int(record.phash64, 16) if record.phash64 else pixels  # without a hash, what has the same pixels is alike
+    return [name, pixels, index.to_bytes(8, "little") + looks, size, record.group, record.split, kind]
 
 
 def _number(name: str) -> int:
@@ -119,7 +120,7 @@ class Known:
     """Of n records, in the order of the items: columns of n numbers, and the tables that `group` and `kind` count in."""
 
     pixels: array = field(default_factory=lambda: array("Q"))  # hash of the pixels
-    alike: array = field(default_factory=lambda: array("Q"))  # near for what looks alike
+    alike: array = field(default_factory=lambda: array("Q"))  # of each five: what `splits.Alike` compares
     sizes: array = field(default_factory=lambda: array("Q"))  # bytes
     group: array = field(default_factory=lambda: array("L"))
     kind: array = field(default_factory=lambda: array("L"))
@@ -138,7 +139,7 @@ class Known:
     def add(self, part: Part) -> None:
         for _, pixels, alike, size, group, split, (dataset, modality, entities, complete, absent) in part.rows:
             self.pixels.append(pixels)
-            self.alike.append(alike)
+            self.alike.frombytes(alike)
             self.sizes.append(size)
             self.group.append(self.groups.setdefault(group, len(self.groups)))
             kind = (dataset, modality, tuple(entities), complete, tuple(absent))

@@ -72,7 +72,11 @@ def _claimed(out: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{out}: is being built by another process; wait for it, or give another --out") from None
-        yield work
+        try:
+            yield work
+        finally:
+            if work.is_dir() and not any((work / "parts").iterdir()):  # nothing to go on with
+                shutil.rmtree(work)
 
 
 # --- the first pass
@@ -113,22 +117,22 @@ def _second_pass(work: Path, plan: Plan, pool: Workers, bar: Callable) -> tuple[
     """(of each split its shards; what a language model wrote and was left out, by its reason)."""
     shards: dict[str, list[Shard]] = {}
     left_out: Counter[str] = Counter()
-    with bar(desc="questions", total=sum(len(job.places) for job in plan.jobs)) as progress:
-        for job, (shard, rejects) in zip(plan.jobs, pool.map(functools.partial(write_shard, work, plan.asking), plan.jobs), strict=False):
-            shards.setdefault(job.split, []).append(shard)
+    with bar(desc="questions", total=plan.records) as progress:
+        for split, shard, rejects in pool.map(functools.partial(write_shard, work, plan.asking), plan.jobs):
+            shards.setdefault(split, []).append(shard)
             left_out.update(rejects)
-            progress.update(len(job.places))
+            progress.update(len(shard.index.ids))
     return shards, left_out
 
 
-def write_shard(work: Path, asking: Asking, job: ShardJob) -> tuple[Shard, dict[str, int]]:
-    """Records with their questions to the shard of a job, unless it is there; as of `_second_pass`, what was left out."""
+def write_shard(work: Path, asking: Asking, job: ShardJob) -> tuple[str, Shard, dict[str, int]]:
+    """Records with their questions to the shard of a job, unless it is there: (split, shard, what was left out)."""
     path = work / "shards" / job.name
     said = path.with_suffix(".said")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         fingerprint, shard, left_out = msgpack.unpackb(said.read_bytes())
         if fingerprint == job.fingerprint and path.is_file() and path.with_name(path.name + SAMPLES).is_file():
-            return Shard(**{**shard, "index": IndexBuilder(**shard["index"])}), left_out
+            return job.split, Shard(**{**shard, "index": IndexBuilder(**shard["index"])}), left_out
     said.unlink(missing_ok=True)
     writer, left_out = ShardWriter(path), Counter()
     for record, rejects in asking.asked(_named(work, asking, job)):
@@ -137,7 +141,7 @@ def write_shard(work: Path, asking: Asking, job: ShardJob) -> tuple[Shard, dict[
     shard = writer.close()
     said.with_suffix(".new").write_bytes(msgpack.packb([job.fingerprint, vars(shard), left_out], default=vars))
     os.replace(said.with_suffix(".new"), said)
-    return shard, left_out
+    return job.split, shard, left_out
 
 
 def _named(work: Path, asking: Asking, job: ShardJob) -> Iterator[tuple[Record, bool, list[str]]]:

@@ -83,10 +83,11 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """told: what dataset_info.json says of it."""
+    """records: in all jobs, which come one by one. told: what dataset_info.json says of it."""
 
     asking: Asking
-    jobs: list[ShardJob]
+    records: int
+    jobs: Iterator[ShardJob]
     told: dict
 
 
@@ -102,17 +103,21 @@ def make_plan(work: Path, known: Known, options: Options) -> Plan:
     census, counted = _census(known, ~dropped)
     model, counts = options.model(), np.diff(known.first).tolist()
     asking = Asking(census, options.seed, tuple(options.perspectives), counts, model, options.llm_cache, options.llm_requests)
-    jobs = []
-    for label in np.argsort(SPLITS).tolist():
-        chosen = np.flatnonzero((at == label) & ~dropped).tolist()
-        for number, shard in enumerate(_filled(chosen, known.sizes, options.shard_bytes)):
+    basis = (BUILDER_VERSION, options.seed, options.perspectives, model, counted)
+    numbers = {split: np.flatnonzero((at == label) & ~dropped).tolist() for label, split in enumerate(SPLITS)}
+    unknown = sorted({entity for kind in known.kinds for entity in kind[2] if not canonical(entity, *kind[:2]).known})
+    told = {"notes": dict(sorted(known.notes.items())), "unknown_entities": unknown}
+    return Plan(asking, int((~dropped).sum()), _jobs(known, ids, numbers, basis, options.shard_bytes), told)
+
+
+def _jobs(known: Known, ids: Sequence[str], numbers: Mapping[str, list[int]], basis: tuple, shard_bytes: int) -> Iterator[ShardJob]:
+    """numbers: of each split its records. basis: what all contents depend on."""
+    for split in sorted(numbers):
+        for number, shard in enumerate(_filled(numbers[split], known.sizes, shard_bytes)):
             places = [(*known.place(n), ids[n]) for n in shard]
             parts = [known.fingerprints[part] for part in sorted({place[0] for place in places})]
-            depends = (BUILDER_VERSION, options.seed, options.perspectives, model, counted, SPLITS[label], places, parts)
-            fingerprint = hashlib.sha256(repr(depends).encode()).hexdigest()
-            jobs.append(ShardJob(f"{SPLITS[label]}-{number:05d}.part", fingerprint, SPLITS[label], places))
-    unknown = sorted({entity for kind in known.kinds for entity in kind[2] if not canonical(entity, *kind[:2]).known})
-    return Plan(asking, jobs, {"notes": dict(sorted(known.notes.items())), "unknown_entities": unknown})
+            fingerprint = hashlib.sha256(repr((basis, split, places, parts)).encode()).hexdigest()
+            yield ShardJob(f"{split}-{number:05d}.part", fingerprint, split, places)
 
 
 def _census(known: Known, kept: np.ndarray) -> tuple[Census, list[tuple[tuple, int]]]:
@@ -121,8 +126,7 @@ def _census(known: Known, kept: np.ndarray) -> tuple[Census, list[tuple[tuple, i
     counted = [(kind, n) for kind, n in zip(known.kinds, images.tolist(), strict=True)]
     tally = Tally()
     for (dataset, modality, entities, complete, absent), n in counted:
-        for _ in range(n):
-            tally.add(dataset, modality, entities, absent, complete)
+        tally.add(dataset, modality, entities, absent, complete, times=n)
     return Census.of_tally(tally), counted
 
 
@@ -157,7 +161,7 @@ def decide_splits(known: Known, ids: Sequence[str], options: Options, names: Seq
             raise DataError(f"group {group}: its source puts it into {' and '.join(sorted(said))}; use one of {', '.join(SPLITS)}")
     given = {group: said for group, (said,) in known.given.items()}
     group_names, groups = list(known.groups), np.array(known.group, np.int64)
-    alike = Alike.of(np.array(known.alike, np.uint64))
+    alike = Alike.of(np.array(known.alike, np.uint64).reshape(-1, 5))
     united = alike.together(groups) if options.duplicates == "together" else groups
     fixed: dict[str, str] = {}
     for group, root in zip(groups.tolist(), united.tolist(), strict=True):
@@ -170,7 +174,7 @@ def decide_splits(known: Known, ids: Sequence[str], options: Options, names: Seq
         dropped = alike.leaking(at, range(len(SPLITS)))
     else:
         dropped = np.zeros(len(at), bool)
-        _refuse(list(alike.across(at)), at, names, listing)
+        _refuse(alike.across(at), at, names, listing)
     notes: list[tuple[int, str, int | None]] = [(n, AGAIN, None) for n, record_id in enumerate(ids) if record_id[-2:-1] == "-"]
     notes += [(i, LIKE, j) for i, j in alike.across(groups) if at[i] == at[j]]
     notes += [(n, DROPPED, None) for n in np.flatnonzero(dropped).tolist()]

@@ -31,6 +31,7 @@ from mimo_jax.errors import UserError
 
 SUSPICIOUS = 0.9  # a mask that covers more of its image is rather the background
 _ORIENTATION = 0x0112  # the tag of EXIF
+_TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where a PNG may say how it is turned
 _BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}  # of Pillow's modes; the others have 8
 _FLAT = 2.0  # grey levels of standard deviation below which an image looks like any other
 
@@ -45,9 +46,10 @@ UNASKED = "sample about an empty mask, left out"
 @dataclass(frozen=True)
 class Made:
     """record: without a decided split, unless the source gave one; samples are those that the source brought.
-    notes: what looks wrong, and what was left out."""
+    looks: 256 bits that its copies share but for a few. notes: what looks wrong, and what was left out."""
 
     record: Record
+    looks: bytes
     complete: bool
     absent: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -78,6 +80,7 @@ def _made(item: Item) -> Made:
     notes += [BURNED_IN] * any("burned-in" in str(warning.message) for warning in warned)
     pixels = image.picture.pixels
     masks = _masks(item, image.picture, notes)
+    phash, looks = perceptual_hash(pixels)
     different = {mask.mask_id: mask for mask in masks if mask is not None}
     spacing = image.picture.spacing_mm or item.pixel_spacing_mm
     limits = limits_of(item.window)
@@ -87,14 +90,16 @@ def _made(item: Item) -> Made:
         group=item.group, masks=list(different.values()), slice_axis=item.slice_axis, slice_index=item.slice_index,
         pixel_spacing_mm=None if spacing is None else [float(mm) for mm in spacing],
         window=None if limits is None else [float(value) for value in limits],
-        phash64=perceptual_hash(pixels), licence=item.licence, source=item.source or item.id,
+        # A slice of a volume is shown as a radiologist sees it; which way any other picture is turned, nobody says.
+        orientation="radiological" if item.slice and item.slice_axis in ("axial", "coronal") else "",
+        phash64=phash, licence=item.licence, source=item.source or item.id,
     )  # fmt: skip
     record.samples = [sample for number, given in enumerate(item.samples) if (sample := _sample(given, number, masks, notes)) is not None]
     for number, sample in enumerate(record.samples):
         sample.sample_id = f"{record.id}/{number}"
     record.check()
     absent = {canonical(name, item.dataset, item.modality).name for name in item.absent} - {mask.entity for mask in record.masks}
-    return Made(record, item.complete, tuple(sorted(absent)), tuple(notes))
+    return Made(record, looks, item.complete, tuple(sorted(absent)), tuple(notes))
 
 
 # --- the image
@@ -134,9 +139,8 @@ def kept_format(data: bytes) -> tuple[str, str]:
         deep = any(";16" in str(tile[3]) for tile in image.tile)
         plain = image.format in ("PNG", "JPEG") and mode in ("L", "RGB") and not deep
         plain = plain and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
-        if plain and image.format == "PNG" and b"eXIf" in data:
-            image.load()  # the tag may stand behind the pixels
-        plain = plain and image.getexif().get(_ORIENTATION, 1) == 1
+        if plain and (image.format == "JPEG" or any(mark in data for mark in _TURNED)):  # else Pillow would decode a PNG to look
+            plain = image.getexif().get(_ORIENTATION, 1) == 1
         return (image.format.lower() if plain else "", "I;16" if deep else mode)
 
 
@@ -180,16 +184,17 @@ def pixel_hash(pixels: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def perceptual_hash(pixels: np.ndarray) -> str:
-    """64 bits of uint8 RGB [H, W, 3], as hexadecimal digits: of the grey image at 32x32, which of the 8x8 lowest frequencies of its
-    cosine transform lie above their median. Saving a file again, or at another size, turns few of them. "" for an image so flat
-    that it looks like all that are flat."""
-    small = Image.fromarray(pixels).convert("L").resize((32, 32), Image.Resampling.BILINEAR)
+def perceptual_hash(pixels: np.ndarray) -> tuple[str, bytes]:
+    """(64 bits of uint8 RGB [H, W, 3], as hexadecimal digits; 256 bits): of the grey image at 64x64, which of the 8x8, and of the
+    16x16, lowest frequencies of its cosine transform lie above their median. Saving a file again, or at another size, turns few of
+    them. "" and zeros for an image so flat that it looks like all that are flat."""
+    small = Image.fromarray(pixels).convert("L").resize((64, 64), Image.Resampling.BILINEAR)
     grey = np.asarray(small, np.float64)
     if grey.std() < _FLAT:
-        return ""
-    low = np.round(dctn(grey, norm="ortho")[:8, :8].ravel(), 3)
-    return np.packbits(low > np.median(low[1:])).tobytes().hex()
+        return "", bytes(32)
+    low = np.round(dctn(grey, norm="ortho")[:16, :16], 3)
+    coarse, fine = (np.packbits(part > np.median(part.ravel()[1:])).tobytes() for part in (low[:8, :8], low))
+    return coarse.hex(), fine
 
 
 # --- masks and samples

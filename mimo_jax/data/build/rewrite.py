@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 from mimo_jax.data.build.parts import Known, Part, row_of
 from mimo_jax.data.build.plan import SPLITS, Options, Splits, decide_splits
+from mimo_jax.data.build.record import perceptual_hash
 from mimo_jax.data.records import DataError, RecordFolder, read_info, write_records
 from mimo_jax.data.schema import Record
+from mimo_jax.data.transforms import decode_image
 
 BY = ("group", "dataset")  # what stays together when a folder is split
 
@@ -36,11 +38,13 @@ def split_folder(folder: str | os.PathLike, out: str | os.PathLike | None, by: s
     info = {**_told(folder), **told}
     beside = folder.absolute().parent / f".{folder.name}.split"
     if out is None and beside.exists():
-        raise DataError(f"{beside}: is left of a split that was stopped; remove it")
+        raise DataError(f"{beside}: is left of a split that was stopped; if {folder} is whole, remove it, else rename it to {folder}")
     written = _rewrite([folder], Path(out or beside), info, options, lambda record: (getattr(record, by), ""), progress)
     if out is None:
-        shutil.rmtree(folder)
+        old = beside.with_name(f"{beside.name}.old")
+        os.rename(folder, old)
         os.rename(beside, folder)
+        shutil.rmtree(old)
     return written
 
 
@@ -55,7 +59,8 @@ def _rewrite(folders: Sequence[Path], out: Path, info: dict, options: Options, k
     total = sum(split["records"] for folder in folders for split in read_info(folder)["splits"].values())
     known, names = Known(), []
     for record in tqdm(_records(folders), desc="read", total=total, **bar):
-        row = row_of(record.id, record)
+        looks = perceptual_hash(decode_image(record.image, name=f"record {record.id}"))[1] if record.phash64 else bytes(32)
+        row = row_of(record.id, record, looks)
         row[4:6] = kept(record)
         known.add(Part(0, "", [row], [], []))
         names.append(record.id)

@@ -1,13 +1,14 @@
 """Splits without leaks: by group, and so that no two pictures that look alike stand in different ones.
 
-n records are columns of n numbers; what is asked of pairs is asked of the different hashes, found through an index of their
-quarters: hashes that differ in at most 3 of 64 bits share one of four.
+n records are columns of n numbers. Pictures look alike whose hashes differ in few bits: of 64, by which candidates are found, and of
+256, which tells copies (up to 28 turned, of real images saved again at another size) from what is merely of a kind (58 and more).
+Candidates are found through an index of the quarters of the 64: hashes that differ in at most 3 bits share one of four.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +18,9 @@ from scipy.sparse.csgraph import connected_components
 from mimo_jax.data.schema import Record
 from mimo_jax.errors import UserError
 
-NEAR = 3  # bits of 64 in which the hashes of near-duplicates differ at most
+NEAR, COPY = 3, 32  # bits of 64, and of 256, in which those of a copy differ at most
 _BAND = 64 // (NEAR + 1)
-_ROWS = 4096  # of a block of hashes that are compared with each other
+_ROWS = 1024  # of a block of hashes that are compared with each other
 SHARES = {"train": 0.9, "val": 0.05, "test": 0.05}
 
 
@@ -93,22 +94,22 @@ def split_groups(
 
 @dataclass(frozen=True)
 class Alike:
-    """Of n records: which of the u different hashes each has, and the pairs of hashes that are near each other."""
+    """Of n records: which of the different looks each has, and the pairs of these that are alike."""
 
     kind: np.ndarray  # int64 [n]
     near: np.ndarray  # int64 [p, 2], of kinds, the first the smaller
 
     @staticmethod
     def of(hashes: np.ndarray) -> Alike:
-        """hashes: uint64 [n]."""
-        unique, kind = np.unique(hashes, return_inverse=True)
+        """hashes: uint64 [n, 5], the 64 bits, then the 256."""
+        unique, kind = np.unique(hashes, axis=0, return_inverse=True)
         pairs = [np.zeros((0, 2), np.int64)]
         for band in range(NEAR + 1):
-            part = (unique >> np.uint64(band * _BAND)) & np.uint64((1 << _BAND) - 1)
+            part = ((unique[:, 0] >> np.uint64(band * _BAND)) & np.uint64((1 << _BAND) - 1)).astype(np.int64)
             order = np.argsort(part, kind="stable")
             edges = np.flatnonzero(np.diff(part[order], prepend=-1, append=-1))
             pairs += [_near(unique, order[start:end]) for start, end in zip(edges[:-1], edges[1:], strict=True) if end - start > 1]
-        return Alike(kind, np.unique(np.concatenate(pairs), axis=0))
+        return Alike(kind.reshape(-1), np.unique(np.concatenate(pairs), axis=0))
 
     def together(self, groups: np.ndarray) -> np.ndarray:
         """int64 [n]: groups, int64 [n], united where they share a picture that looks alike; named by their smallest."""
@@ -120,17 +121,19 @@ class Alike:
         np.minimum.at(first, component[: len(names)], np.arange(len(names)))
         return names[first[component[place]]]
 
-    def across(self, labels: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Pairs of records that look alike and have different `labels`, int64 [n]; of each two hashes, and of each two labels,
+    def across(self, labels: np.ndarray) -> list[tuple[int, int]]:
+        """Pairs of records, in order, that look alike and have different `labels`, int64 [n]; of each two looks, and of each two labels,
         one pair."""
         of_kind: dict[int, dict[int, int]] = defaultdict(dict)  # kind -> label -> its first record
         for record, (kind, label) in enumerate(zip(self.kind.tolist(), labels.tolist(), strict=True)):
             of_kind[kind].setdefault(label, record)
+        pairs = []
         for found in of_kind.values():
             firsts = list(found.values())
-            yield from zip(firsts, firsts[1:], strict=False)
+            pairs += zip(firsts, firsts[1:], strict=False)
         for a, b in self.near.tolist():
-            yield from ((i, j) for la, i in of_kind[a].items() for lb, j in of_kind[b].items() if la != lb)
+            pairs += ((i, j) for la, i in of_kind[a].items() for lb, j in of_kind[b].items() if la != lb)
+        return sorted((min(pair), max(pair)) for pair in pairs)
 
     def leaking(self, labels: np.ndarray, order: Sequence[int]) -> np.ndarray:
         """bool [n]: the records that look like one whose label comes later in `order`; without them nothing leaks."""
@@ -144,13 +147,14 @@ class Alike:
 
 
 def _near(unique: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Pairs int64 [p, 2] of the hashes numbered `of` that differ in few bits."""
+    """Pairs int64 [p, 2] of the hashes numbered `of`, of unique [u, 5], that differ in few bits."""
     of, found = np.sort(of), []
     for start in range(0, len(of), _ROWS):
         rows = of[start : start + _ROWS]
         for begin in range(start, len(of), _ROWS):
             columns = of[begin : begin + _ROWS]
-            i, j = np.nonzero(np.bitwise_count(unique[rows][:, None] ^ unique[columns][None]) <= NEAR)
-            found.append(np.column_stack([rows[i], columns[j]]))
-    pairs = np.concatenate(found)
-    return pairs[pairs[:, 0] < pairs[:, 1]]
+            i, j = np.nonzero(np.bitwise_count(unique[rows, 0][:, None] ^ unique[columns, 0][None]) <= NEAR)
+            i, j = rows[i[rows[i] < columns[j]]], columns[j[rows[i] < columns[j]]]
+            copies = np.bitwise_count(unique[i, 1:] ^ unique[j, 1:]).sum(1) <= COPY
+            found.append(np.column_stack([i[copies], j[copies]]))
+    return np.concatenate(found)

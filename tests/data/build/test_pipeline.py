@@ -75,7 +75,7 @@ module.{name} = counted
 @pytest.mark.parametrize("module, name, at", [("parts", "make_record", 10), ("pipeline", "write_shard", 3), ("pipeline", "join_shards", 1)])
 def test_after_a_kill_the_same_command_goes_on(tmp_path, module, name, at):
     source = write_source(tmp_path / "in")
-    assert run(source, tmp_path / "whole").returncode == 0
+    build(open_reader("manifest", source), tmp_path / "whole", Options(), progress=False)
     done = run(source, tmp_path / "out", before=KILL.format(module=module, name=name, at=at, signal=9))
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
@@ -89,7 +89,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path, module, name, at):
 
 def test_a_request_to_stop_ends_with_75_and_the_same_command_goes_on(tmp_path):
     source = write_source(tmp_path / "in")
-    assert run(source, tmp_path / "whole").returncode == 0
+    build(open_reader("manifest", source), tmp_path / "whole", Options(), progress=False)
     done = run(source, tmp_path / "out", before=KILL.format(module="parts", name="make_record", at=6, signal=int(signal.SIGTERM)))
     assert done.returncode == 75 and "run the same command again" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -106,7 +106,7 @@ def test_a_part_of_other_items_is_made_again(tmp_path):
     changed["masks"][0]["entity"] = "stomach"
     (source / "manifest.jsonl").write_text("\n".join([*lines[:5], json.dumps(changed), *lines[6:]]))
     assert run(source, tmp_path / "out").returncode == 0
-    assert run(source, tmp_path / "whole").returncode == 0
+    build(open_reader("manifest", source), tmp_path / "whole", Options(), progress=False)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -125,6 +125,14 @@ def test_rejects_are_listed_and_too_many_stop_it(tmp_path):
     assert run(source, tmp_path / "other").returncode == 2
     (source / "images/3.png").write_bytes(good)  # mended: it is read again
     assert run(source, tmp_path / "other").returncode == 0
+
+
+def test_a_source_without_items_leaves_nothing(tmp_path):
+    source = write_source(tmp_path / "in", 1)
+    (source / "manifest.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds no record"):
+        built(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_what_looks_wrong_is_in_the_notes(tmp_path):
@@ -262,6 +270,9 @@ def test_a_language_model_writes_what_stands_up_and_is_paid_once(tmp_path, monke
     assert 0 < len(chat.asked) <= 12  # of the same facts, once
     for _, record in records_of(tmp_path / "out"):
         written = [sample for sample in record.samples if sample.perspective in ("III", "IV")]
+        others = [sample for sample in written if not sample.gen]
+        assert all(sample.kind in ("absent", "unmarked") for sample in others)  # what is not there is asked from templates
+        written = [sample for sample in written if sample.gen]
         assert [sample.turns[1].text for sample in written] == [BILE["answer"]] and written[0].gen["model"] == "parrot"
         assert {sample.perspective for sample in record.samples} >= {"I", "II"}
     assert find_faults(tmp_path / "out", progress=False) == []

@@ -11,6 +11,7 @@ from pycocotools import mask as coco
 from mimo_jax.data.build import record as under_test
 from mimo_jax.data.build.items import Item, MaskRef
 from mimo_jax.data.build.record import BURNED_IN, EMPTY, SAME, TWICE, UNASKED, WIDE, Made, Reject, make_record, perceptual_hash, pixel_hash
+from mimo_jax.data.build.splits import COPY, NEAR
 from mimo_jax.data.transforms import decode_image
 from mimo_jax.infer.write_masks import write_seg
 from tests.data.medical_files import dicom, nifti, saved
@@ -239,12 +240,28 @@ def test_hashes(tmp_path):
     smaller = made(saved_image(tmp_path / "s.png", np.asarray(Image.fromarray(smooth).resize((140, 100))))).record
     assert again.id != as_png.id
     for record in (again, smaller):
-        assert (int(record.phash64, 16) ^ int(as_png.phash64, 16)).bit_count() <= 3
-    other = perceptual_hash(np.repeat(smooth[::-1, :, None], 3, 2))
-    assert (int(other, 16) ^ int(as_png.phash64, 16)).bit_count() > 8
-    assert perceptual_hash(np.full((30, 30, 3), 7, np.uint8)) == ""
+        assert (int(record.phash64, 16) ^ int(as_png.phash64, 16)).bit_count() <= NEAR
+    whole = np.repeat(smooth[..., None], 3, 2)
+    looks = [perceptual_hash(pixels)[1] for pixels in (whole, decode_image(again.image), decode_image(smaller.image), whole[::-1])]
+    turned = [(int.from_bytes(looks[0]) ^ int.from_bytes(other)).bit_count() for other in looks[1:]]
+    assert max(turned[:2]) <= COPY < 80 < turned[2]
+    assert perceptual_hash(np.full((30, 30, 3), 7, np.uint8)) == ("", bytes(32))
 
 
 def test_it_is_pure(png):
     one, two = make_record(item(png)), make_record(replace(item(png)))
     assert one == two
+
+
+def test_a_turn_told_behind_the_pixels_is_seen(tmp_path):
+    """The eXIf chunk may stand after IDAT."""
+    whole = io.BytesIO()
+    Image.fromarray(RGB).save(whole, "PNG", exif=exif(6))
+    data = whole.getvalue()
+    at = data.index(b"eXIf") - 4
+    length = int.from_bytes(data[at : at + 4], "big") + 12
+    chunk, rest = data[at : at + length], data[:at] + data[at + length :]
+    (tmp_path / "a.png").write_bytes(rest[: rest.index(b"IEND") - 4] + chunk + rest[rest.index(b"IEND") - 4 :])
+    record = made(tmp_path / "a.png").record
+    assert (record.height, record.width) == (56, 40)
+    np.testing.assert_array_equal(decode_image(record.image), np.rot90(RGB, -1))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_jax.data.build import splits
-from mimo_jax.data.build.splits import NEAR, SHARES, Alike, check_shares, split_groups
+from mimo_jax.data.build.splits import COPY, NEAR, SHARES, Alike, check_shares, split_groups
 from mimo_jax.data.schema import Mask, Record
 from mimo_jax.data.sources import not_evaluable
 from mimo_jax.errors import UserError
@@ -61,9 +61,24 @@ def test_shares_are_checked():
             check_shares(shares)
 
 
-def near_pairs(hashes):
-    unique = sorted(set(hashes))
-    return {(a, b) for i, a in enumerate(unique) for b in unique[i + 1 :] if (a ^ b).bit_count() <= NEAR}
+def differ(a, b):
+    """Bits of the 64 and of the 256 in which two rows uint64 [5] differ."""
+    counts = np.bitwise_count(a ^ b)
+    return int(counts[0]), int(counts[1:].sum())
+
+
+def alike(a, b):
+    return differ(a, b)[0] <= NEAR and differ(a, b)[1] <= COPY
+
+
+def turned(rng, hashes, coarse, fine):
+    """Copies of rows [n, 5] with so many bits of the 64, and of the 256, flipped."""
+    copies = hashes.copy()
+    for row in copies:
+        for bits, first, last in ((coarse, 0, 64), (fine, 64, 320)):
+            for bit in rng.choice(np.arange(first, last), bits, replace=False).tolist():
+                row[bit // 64] ^= np.uint64(1) << np.uint64(bit % 64)
+    return copies
 
 
 @settings(max_examples=50, deadline=None)
@@ -71,18 +86,17 @@ def near_pairs(hashes):
 def test_near_hashes_are_all_found(seed, rows):
     """Against every pair; blocks so small that a run of equal quarters is cut."""
     rng = np.random.default_rng(seed)
-    hashes = rng.integers(0, 2**63, 6, np.uint64).tolist()
-    for of in list(hashes):
-        for flips in range(6):
-            hashes.append(of ^ sum(1 << int(bit) for bit in rng.choice(64, flips, replace=False)))
+    base = rng.integers(0, 2**63, (4, 5), np.uint64)
+    hashes = np.concatenate([base, *(turned(rng, base, coarse, fine) for coarse in (0, 2, 3, 4) for fine in (0, 16, 32, 33))])
     before, splits._ROWS = splits._ROWS, rows
     try:
-        alike = Alike.of(np.array(hashes, np.uint64))
+        found = Alike.of(hashes)
     finally:
         splits._ROWS = before
-    unique = np.unique(np.array(hashes, np.uint64))
-    assert unique[alike.kind].tolist() == hashes
-    assert {tuple(pair) for pair in unique[alike.near].tolist()} == near_pairs(hashes)
+    unique = np.unique(hashes, axis=0)
+    np.testing.assert_array_equal(unique[found.kind], hashes)
+    wanted = {(i, j) for i in range(len(unique)) for j in range(i + 1, len(unique)) if alike(unique[i], unique[j])}
+    assert {tuple(pair) for pair in found.near.tolist()} == wanted and wanted
 
 
 @settings(max_examples=100, deadline=None)
@@ -90,19 +104,17 @@ def test_near_hashes_are_all_found(seed, rows):
 def test_what_is_united_or_dropped_no_longer_leaks(seed):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 40))
-    base = rng.integers(0, 2**63, 6, np.uint64)
-    hashes = base[rng.integers(0, 6, n)] ^ (np.uint64(1) << rng.integers(0, 64, n).astype(np.uint64)) * rng.integers(0, 2, n).astype(
-        np.uint64
-    )
+    base = rng.integers(0, 2**63, (6, 5), np.uint64)[rng.integers(0, 6, n)]
+    hashes = np.where(rng.random((n, 1)) < 0.5, base, turned(rng, base, 1, 8))
     groups, labels = rng.integers(0, 8, n), rng.integers(0, 3, n)
-    alike = Alike.of(hashes)
-    leaks = {(i, j) for i in range(n) for j in range(n) if labels[i] != labels[j] and int(hashes[i] ^ hashes[j]).bit_count() <= NEAR}
-    found = set(alike.across(labels))
-    assert bool(found) == bool(leaks) and {*found, *((j, i) for i, j in found)} <= leaks
-    united = alike.together(groups)
-    assert not set(alike.across(united))
+    found = Alike.of(hashes)
+    leaks = {(i, j) for i in range(n) for j in range(n) if labels[i] != labels[j] and alike(hashes[i], hashes[j])}
+    across = set(found.across(labels))
+    assert bool(across) == bool(leaks) and {*across, *((j, i) for i, j in across)} <= leaks
+    united = found.together(groups)
+    assert not set(found.across(united))
     assert all(united[i] == united[j] for i in range(n) for j in range(n) if groups[i] == groups[j])
-    kept = ~alike.leaking(labels, (0, 1, 2))
+    kept = ~found.leaking(labels, (0, 1, 2))
     assert not any(kept[i] and kept[j] for i, j in leaks)
     assert kept[labels == 2].all()  # nothing is ever left out of test
     assert all(kept[i] or any(i in pair for pair in leaks) for i in range(n))

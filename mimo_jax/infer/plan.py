@@ -163,7 +163,7 @@ def _conversation(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
         "align a question": call.align.lower(params, *aligned),
         f"read {turn} tokens": call.prefill.lower(params, *asked, *chosen, new_tokens=new),
         "answer": call.decode.lower(params, state, array(jnp.int32)),
-        "paint a structure": call.segment.lower(params, features, state.states, array(jnp.int32, 1, 1)),
+        "paint a structure": call.segment.lower(params, features, state.states, array(jnp.int32, 1, 1), None, refine=False),
     }
     return {
         "cache": sum(map(_on_device, jax.tree.leaves(cache))),

@@ -35,7 +35,7 @@ SIZES = {
     "tiny": dataclasses.replace(tiny.get_config().model.llm, max_length=1024),
     "larger": LlamaConfig(vocab_size=8000, width=768, layers=12, heads=12, kv_heads=4, mlp_width=2048, max_length=1024),
 }
-PROMPTS, SINGLE, LONGEST, NEW, REPEATS = 64, 16, 256, 32, 5  # of the prompts, SINGLE are timed one by one
+PROMPTS, SINGLE, LONGEST, NEW, REPEATS = 64, 16, 256, 32, 3  # of the prompts, SINGLE are timed one by one
 CONTEXT = 512  # of the comparison with no cache
 
 

@@ -7,6 +7,7 @@ entries, never a list. Sizes are in pixels or tokens as each comment says.
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 
 from mimo_jax.errors import UserError
@@ -17,6 +18,8 @@ MODALITIES = ("CT", "MR", "X-ray", "ultrasound", "fundus", "dermoscopy", "endosc
 GROUNDING_TOKENS = ("<p>", "</p>", "<SEG>")  # in this order, after the base vocabulary; see ModelConfig.grounding_tokens
 ALIGNER_KINDS = ("cross_attention", "none", "linear", "mlp")
 REMAT_POLICIES = ("none", "full", "dots")
+PROMPT_KINDS = ("point", "box", "scribble")
+BASE_PLACES = ("auto", "replicated", "sharded")
 WEIGHTS = ("int8", "int4")  # how the language model's matrices may be held for inference; see `quantize`
 
 
@@ -103,6 +106,7 @@ class SamConfig:
     """SAM's image encoder, prompt encoder and mask decoder."""
 
     image_size: int = 1024  # pixels, longest side
+    image_fit: str = "pad"  # as SAM was trained, or "stretch" to the square
     patch_size: int = 16
     width: int = 1280
     layers: int = 32
@@ -162,6 +166,8 @@ class DataConfig:
     # The paper's mixture. A perspective that no source holds must have weight 0.
     weights: dict[str, float] = field(default_factory=lambda: {"vqa": 1.0, "I": 1.0, "II": 2.0, "III": 2.0, "IV": 1.0})
     split: str = "train"
+    share: float = 1.0  # of the patients or cases of every source; a larger share holds all of a smaller one
+    prompt_kinds: str = "point,box,scribble"  # that training draws, each as likely; evaluation draws all
     batch_size: int = 8  # samples in the global batch
     samples_per_image: int = 1  # consecutive samples of one perspective that share one image (and its encoding)
     buckets: str = "256,512,768"  # sequence lengths, tokens
@@ -184,6 +190,7 @@ class LossConfig:
     bce: float = 2.0
     dice: float = 0.5
     iou: float = 0.1
+    mask_side: int = 0  # pixels; masks are compared at this side, the decoder's resized to it; 0: at the decoder's own
     look: float = 0.0  # where the aligner's queries look, against the masks of the answer; not in the paper
 
 
@@ -199,23 +206,34 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     accumulate: int = 1  # micro-batches in one step
+    loss_chunk: int = 256  # tokens of a sample whose logits exist at a time
     loss: LossConfig = field(default_factory=LossConfig)
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
-    keep_last: int = 2
+    keep_last: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # beside them, that of every step that this divides; 0: none
+    max_skipped: int = 3  # steps in a row whose loss or gradient is not finite that are skipped; one more stops the run
+    spike: float = 6.0  # a loss so many standard deviations above its running mean is entered in spikes.jsonl; 0: none is
+    heartbeat_timeout: int = 100  # seconds of silence after which another process counts as dead
+    step_timeout: float = 3600.0  # seconds after which a step that does not come back ends a run of several processes; 0: never
     eval_every: int = 0  # 0: only at the end
     eval_samples: int = 64
     overlays: int = 8
     calibrate_samples: int = 512  # validation samples that scores are fitted on at the end; 0: scores stay as they are
     max_bad_samples: float = 0.01  # share of unusable samples that stops the run
+    wandb: str = ""  # project of W&B that the run reports to as well; empty: none
 
 
 @dataclass
 class MeshConfig:
-    data: int = -1  # -1: what is left of the devices
-    fsdp: int = 1
-    tensor: int = 1
+    """How devices are arranged. Samples are split over slices, data and fsdp; -1: what is left of the devices (one axis at most)."""
+
+    slices: int = 0  # TPU slices, between which only gradients travel; 0: as many as the devices say
+    data: int = 1
+    fsdp: int = -1  # over this axis parameters are split, too
+    tensor: int = 1  # heads and MLP columns
+    base: str = "auto"  # the frozen base: "sharded" over fsdp, "replicated", or "auto": replicated if it takes half of the memory at most
 
 
 @dataclass
@@ -260,6 +278,7 @@ class Config:
     # What trains: ordered path regex -> learning-rate multiplier; None freezes. The first match decides,
     # a parameter that no row matches is an error.
     trainables: dict[str, float | None] = field(default_factory=dict)
+    freeze: str = ""  # a path regex: what it matches does not train, whatever `trainables` says
     tokenizer: str = ""  # path of a tokenizer.json; "train": learn one of `llm.vocab_size` from the corpus
 
     def validate(self) -> None:
@@ -278,6 +297,7 @@ class Config:
         need(m.clip.width % m.clip.heads == 0, "model.clip.heads", "must divide model.clip.width")
         need(m.clip.image_fit in ("pad", "stretch", "crop"), "model.clip.image_fit", f"is {m.clip.image_fit!r}; use pad, stretch or crop")
         need(m.clip.resample in ("bilinear", "bicubic"), "model.clip.resample", f"is {m.clip.resample!r}; use bilinear or bicubic")
+        need(m.sam.image_fit in ("pad", "stretch"), "model.sam.image_fit", f"is {m.sam.image_fit!r}; use pad or stretch")
         need(m.sam.image_size % m.sam.patch_size == 0, "model.sam.patch_size", "must divide model.sam.image_size")
         need(m.sam.pe_dtype in ("float32", "bfloat16"), "model.sam.pe_dtype", f"is {m.sam.pe_dtype!r}; use float32 or bfloat16")
         need(m.sam.width % m.sam.heads == 0, "model.sam.heads", "must divide model.sam.width")
@@ -300,6 +320,10 @@ class Config:
         need(d.batch_size % self.train.accumulate == 0, "train.accumulate", "must divide data.batch_size")
         need(all(b <= m.llm.max_length for b in self.buckets()), "data.buckets", "must not exceed model.llm.max_length")
         need(not (d.features and d.augment), "data.features", "are of pictures as they are; set data.augment=False, or data.features=False")
+        need(0 < d.share <= 1, "data.share", f"is {d.share:g}; must be above 0, and 1 at most")
+        strange = set(self.prompt_kinds()) - set(PROMPT_KINDS)
+        some = bool(self.prompt_kinds()) and not strange
+        need(some, "data.prompt_kinds", f"is {d.prompt_kinds!r}; name some of {', '.join(PROMPT_KINDS)}")
         need(d.sort_window >= 1, "data.sort_window", "must be at least 1")
         around = self.image_tokens()
         need(
@@ -309,8 +333,16 @@ class Config:
         )
         looks = m.aligner.kind == "cross_attention" and m.clip.image_fit != "crop"
         need(self.train.loss.look == 0 or looks, "train.loss.look", "needs aligner.kind cross_attention and clip.image_fit pad or stretch")
+        need(self.train.loss.mask_side >= 0, "train.loss.mask_side", "must be 0 or more")
+        need(_is_regex(self.freeze), "freeze", f"is {self.freeze!r}; this is no regular expression")
         need(self.train.optimizer in ("adam", "muon"), "train.optimizer", f"is {self.train.optimizer!r}; use adam or muon")
         need(self.train.steps >= 1, "train.steps", "must be at least 1")
+        need(self.train.keep_last >= 1, "train.keep_last", "must be at least 1")
+        need(self.train.keep_every >= 0, "train.keep_every", "must be 0 or more")
+        need(self.train.max_skipped >= 0, "train.max_skipped", "must be 0 or more")
+        need(self.train.heartbeat_timeout >= 1, "train.heartbeat_timeout", "must be at least 1")
+        need(self.mesh.base in BASE_PLACES, "mesh.base", f"is {self.mesh.base!r}; use one of {', '.join(BASE_PLACES)}")
+        need(self.train.loss_chunk >= 1, "train.loss_chunk", "must be at least 1")
 
     def with_weights(self, weights: str) -> "Config":
         """The same config with the language model's matrices held as `weights`: "" as the checkpoint has them, "int8" or "int4".
@@ -322,6 +354,10 @@ class Config:
             raise ConfigError(f"weights: int4 needs an even width and mlp_width, and they are {llm.width} and {llm.mlp_width}; use int8")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, llm=dataclasses.replace(llm, weights=weights)))
 
+    def images(self) -> int:
+        """N, images in the global batch."""
+        return self.data.batch_size // self.data.samples_per_image
+
     def buckets(self) -> tuple[int, ...]:
         """Sequence lengths in tokens, ascending."""
         try:
@@ -332,6 +368,13 @@ class Config:
     def image_tokens(self) -> tuple[str, ...]:
         """Names of the tokens before and after X_q; empty where there are none."""
         return tuple(t.strip() for t in self.data.image_tokens.split(",")) if self.data.image_tokens else ()
+
+    def prompt_kinds(self) -> tuple[str, ...]:
+        return tuple(kind.strip() for kind in self.data.prompt_kinds.split(",") if kind.strip())
+
+    def target_side(self) -> int:
+        """Side in pixels of the masks that training compares with."""
+        return self.train.loss.mask_side or self.model.mask_side()
 
     def lora_targets(self) -> tuple[str, ...]:
         return tuple(t.strip() for t in self.model.lora.targets.split(",") if t.strip())
@@ -347,6 +390,13 @@ class Config:
     def from_dict(values: dict) -> "Config":
         """Inverse of `to_dict`; raises ConfigError on a field that this version does not know."""
         return _build(Config, values, "config")
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        return bool(re.compile(pattern))
+    except re.error:
+        return False
 
 
 def _build(kind: type, values: dict, where: str):

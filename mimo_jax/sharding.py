@@ -1,22 +1,29 @@
 """Where every array lives: one ordered table from parameter path to mesh axes, used by all who place parameters.
 
 Specs are written for the trailing axes of a parameter; leading axes (stacked layers, SAM's stages) are
-never sharded. Mesh axes: `data` (samples), `fsdp` (samples, and parameters where they are sharded),
-`tensor` (heads and MLP columns).
+never sharded. Mesh axes: `slice` (samples, over slow links), `data` (samples), `fsdp` (samples, and parameters where they are
+sharded), `tensor` (heads and MLP columns).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mimo_jax import pathtree
+from mimo_jax import hardware, pathtree
 from mimo_jax.config import ConfigError, LlamaConfig, MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+AXES = ("slice", "data", "fsdp", "tensor")
+SAMPLES = ("slice", "data", "fsdp")  # the axes over which samples are split
+BATCH = P(SAMPLES)
+_BASE_SHARE = 0.5  # of a device's memory that a replicated base may take
 
 # path regex -> axes of the trailing dimensions; the first match decides.
 RULES: dict[str, tuple[str | None, ...]] = {
@@ -37,18 +44,27 @@ RULES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-    """A mesh over all devices; ConfigError if the axes do not multiply to their number."""
-    count = jax.device_count()
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over these devices, all there are unless given; ConfigError if the axes do not multiply to their number. Where the
+    devices are not in several slices, `mesh.slices` only arranges them as if they were, to rehearse."""
+    devices = jax.devices() if devices is None else list(devices)
+    there = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = cfg.slices or there
+    if there not in (1, slices):
+        raise ConfigError(f"config.mesh.slices: is {slices}, and the devices are in {there} slices; set it to {there}, or to 0")
+    sizes = [slices, cfg.data, cfg.fsdp, cfg.tensor]
+    asked = " x ".join(map(str, sizes))
     if -1 in sizes:
-        rest = int(np.prod([s for s in sizes if s != -1]))
-        if sizes.count(-1) > 1 or count % rest:
-            raise ConfigError(f"config.mesh: {cfg.data} x {cfg.fsdp} x {cfg.tensor} does not fill {count} devices")
-        sizes[sizes.index(-1)] = count // rest
-    if int(np.prod(sizes)) != count:
-        raise ConfigError(f"config.mesh: {sizes[0]} x {sizes[1]} x {sizes[2]} does not make {count} devices")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        rest = int(np.prod([size for size in sizes if size != -1]))
+        if sizes.count(-1) > 1 or rest < 1 or len(devices) % rest:
+            raise ConfigError(f"config.mesh: {asked} does not fill {len(devices)} devices")
+        sizes[sizes.index(-1)] = len(devices) // rest
+    if int(np.prod(sizes)) != len(devices):
+        raise ConfigError(f"config.mesh: {asked} does not make {len(devices)} devices")
+    if there == 1:
+        return _mesh(tuple(sizes), devices)
+    arranged = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (slices, 1, 1, 1), devices)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def inference_mesh(llm: LlamaConfig) -> Mesh | None:
@@ -58,8 +74,16 @@ def inference_mesh(llm: LlamaConfig) -> Mesh | None:
     count = len(devices)
     if count == 1:
         return None
-    sizes = (1, 1, count) if llm.heads % count == 0 and llm.kv_heads % count == 0 else (1, count, 1)
+    return _mesh((1, 1, 1, count) if llm.heads % count == 0 and llm.kv_heads % count == 0 else (1, 1, count, 1), devices)
+
+
+def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def sample_shares(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return int(np.prod([mesh.shape[axis] for axis in SAMPLES]))
 
 
 def spec(path: str, shape: tuple[int, ...]) -> P:
@@ -68,20 +92,58 @@ def spec(path: str, shape: tuple[int, ...]) -> P:
     return P(*([None] * (len(shape) - len(axes))), *axes) if axes else P()
 
 
-def of_params(tree: dict, mesh: Mesh, whole: dict[str, str] | None = None) -> dict:
-    """NamedSharding for every leaf of a nested dict of arrays (or shapes). Where an axis does not divide: ConfigError, or, if a dict
-    `whole` is given, that dimension is not split, and `whole` says why by the parameter's path."""
+def of_params(tree: dict, mesh: Mesh, whole: dict[str, str] | None = None, axes: Sequence[str] = AXES) -> dict:
+    """NamedSharding for every leaf of a nested dict of arrays (or shapes), over those mesh `axes` alone. A dimension that an axis does
+    not divide is not split; `whole` then says why, by the parameter's path."""
     made = {}
     for path, leaf in pathtree.flatten(tree).items():
-        partition = list(spec(path, leaf.shape))
+        partition = [axis if axis in axes else None for axis in spec(path, leaf.shape)]
         for i, (size, axis) in enumerate(zip(leaf.shape, partition, strict=False)):
             if axis is not None and size % mesh.shape[axis]:
-                reason = f"{mesh.shape[axis]} does not divide axis of {size} of parameter {path}"
-                if whole is None:
-                    raise ConfigError(f"config.mesh.{axis}: {reason}")
-                partition[i], whole[path] = None, reason
+                partition[i] = None
+                if whole is not None:
+                    whole[path] = f"{mesh.shape[axis]} does not divide axis of {size} of parameter {path}"
         made[path] = NamedSharding(mesh, P(*partition))
     return pathtree.unflatten(made)
+
+
+class Placed(NamedTuple):
+    """Of a model: shardings of its trained and its frozen parameters (nested dicts); reason: where the frozen base lives and why, in one
+    line; whole: {path: why} of parameters that an axis does not divide, which are not split over it."""
+
+    train: dict
+    frozen: dict
+    reason: str
+    whole: dict[str, str]
+
+
+def of_model(cfg: MeshConfig, mesh: Mesh, memory: int | None, train: dict, frozen: dict) -> Placed:
+    """train, frozen: nested dicts of shapes. memory: bytes of a device, None if it is not known."""
+    whole: dict[str, str] = {}
+    axes, reason = _base_axes(cfg, mesh, memory, frozen)
+    return Placed(of_params(train, mesh, whole), of_params(frozen, mesh, whole, axes), reason, whole)
+
+
+def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) -> tuple[tuple[str, ...], str]:
+    """(mesh axes over which the frozen base is split, why)."""
+    replicated, fsdp = tuple(axis for axis in AXES if axis != "fsdp"), mesh.shape["fsdp"]
+    if fsdp == 1:
+        return replicated, "base replicated: the mesh has no fsdp axis to split it over"
+    if cfg.base != "auto":
+        return (AXES if cfg.base == "sharded" else replicated), f"base {cfg.base}: config.mesh.base says so"
+    held = bytes_a_device(frozen, of_params(frozen, mesh, axes=replicated))
+    if memory is None:
+        return AXES, f"base sharded over {fsdp}: how much memory a device has is not known"
+    room = f"{held / hardware.GIB:.1f} GiB a device, of {memory / hardware.GIB:.1f}"
+    if held <= _BASE_SHARE * memory:
+        return replicated, f"base replicated: it takes {room}"
+    return AXES, f"base sharded over {fsdp}: replicated it would take {room}, more than {_BASE_SHARE:.0%}"
+
+
+def bytes_a_device(tree: dict, places: dict) -> int:
+    """What a nested dict of shapes takes on one device of these shardings."""
+    flat, shardings = pathtree.flatten(tree), pathtree.flatten(places)
+    return sum(math.prod(shardings[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize for path, leaf in flat.items())
 
 
 def of_cache(mesh: Mesh, llm: LlamaConfig) -> NamedSharding:
@@ -96,3 +158,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def of_batch(mesh: Mesh) -> NamedSharding:
     """Leading axis of every array of a batch, over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
+
+
+def of_micro_batches(mesh: Mesh) -> NamedSharding:
+    """The second axis of every array, behind that of the micro-batches."""
+    return NamedSharding(mesh, P(None, *BATCH))

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mimo_jax import checkpoint, pathtree, sharding
+from mimo_jax import checkpoint, hardware, parameters, pathtree, sharding
 from mimo_jax.config import WEIGHTS, ConfigError, LlamaConfig, MeshConfig
 from mimo_jax.eval.metrics import iou
 from mimo_jax.flags import find_config, read_config_file
@@ -55,22 +56,32 @@ def test_an_unknown_parameter_is_an_error():
 
 def test_a_mesh_must_fill_the_devices():
     count = jax.device_count()
-    assert dict(sharding.make_mesh(MeshConfig()).shape) == {"data": count, "fsdp": 1, "tensor": 1}
-    with pytest.raises(ConfigError, match="config.mesh"):
+    assert dict(sharding.make_mesh(MeshConfig()).shape) == {"slice": 1, "data": 1, "fsdp": count, "tensor": 1}
+    with pytest.raises(ConfigError, match="config.mesh: 1 x 1 x -1 x"):
         sharding.make_mesh(MeshConfig(tensor=count + 1))
-    with pytest.raises(ConfigError, match="config.mesh"):
+    with pytest.raises(ConfigError, match="config.mesh: 1 x -1 x -1 x 1 does not fill"):
         sharding.make_mesh(MeshConfig(data=-1, fsdp=-1))
+    with pytest.raises(ConfigError, match="config.mesh: 2 x 1 x 1 x 1 does not make"):
+        sharding.make_mesh(MeshConfig(slices=2, fsdp=1))
 
 
-def test_an_axis_that_does_not_divide_is_named():
-    mesh = jax.sharding.AbstractMesh((1, 1, 3), sharding.AXES)
-    with pytest.raises(ConfigError, match=r"config.mesh.tensor: 3 does not divide axis of \d+ of parameter"):
-        sharding.of_params(mimo.abstract(tiny_config())[1], mesh)
+class Described:
+    """A device of a machine that is not at hand, as far as a mesh looks at it."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.slice_index, self.coords, self.core_on_chip = number, slice_index, (number % 2, number // 2 % 2, 0), 0
 
 
-def test_for_inference_an_axis_that_does_not_divide_stays_whole_and_says_why():
+def test_slices_are_told_by_the_devices():
+    with pytest.raises(ConfigError, match="config.mesh.slices: is 3, and the devices are in 2 slices; set it to 2, or to 0"):
+        sharding.make_mesh(MeshConfig(slices=3), [Described(number, number // 4) for number in range(8)])
+
+
+def test_an_axis_that_does_not_divide_stays_whole_and_says_why():
     """LISA's 32,003 rows on four devices."""
-    mesh = jax.sharding.AbstractMesh((1, 1, 4), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 4), sharding.AXES)
     shapes = {"embedding/base": (32003, 4096), "lm_head/base": (4096, 32003), "llm/layers/block/q/kernel": (32, 4096, 4096)}
     tree = pathtree.unflatten({path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in shapes.items()})
     whole = {}
@@ -79,6 +90,60 @@ def test_for_inference_an_axis_that_does_not_divide_stays_whole_and_says_why():
     assert placed["llm/layers/block/q/kernel"] == P(None, "fsdp", "tensor")
     assert whole["embedding/base"] == "4 does not divide axis of 32003 of parameter embedding/base"
     assert set(whole) == {"embedding/base", "lm_head/base"}
+
+
+MACHINES = {  # mesh sizes, kind of the device
+    "v5e-16": ((1, 1, 16, 1), "TPU v5 lite"),
+    "v5e-256": ((1, 1, 256, 1), "TPU v5 lite"),
+    "v5e-2x16": ((2, 1, 16, 1), "TPU v5 lite"),
+    "v5p-32": ((1, 1, 16, 1), "TPU v5"),
+    "h100-8": ((1, 1, 4, 2), "NVIDIA H100 80GB HBM3"),
+}
+GOLDEN = Path(__file__).parent / "shardings"
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_full_model_lies_where_the_golden_file_says(machine):
+    """MIMO_REWRITE_GOLDEN=1 writes them anew; read the difference like code."""
+    sizes, kind = MACHINES[machine]
+    config = read_config_file(find_config("configs/mimo_7b.py"))
+    shapes = mimo.abstract(config)[1]
+    rates = parameters.multipliers(config, shapes)
+    train, frozen = pathtree.partition(parameters.typed(config, shapes), lambda path: rates[path] is not None)
+    mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+    placed = sharding.of_model(config.mesh, mesh, hardware.of_kind(kind).memory, train, frozen)
+    lines = [f"mimo_7b on {machine}: {dict(mesh.shape)}", placed.reason, *placed.whole.values()]
+    for what, tree, places in (("trained", train, placed.train), ("frozen", frozen, placed.frozen)):
+        lines.append(f"{what}: {sharding.bytes_a_device(tree, places) / 2**20:,.1f} MiB a device")
+        flat = pathtree.flatten(places)
+        for path, leaf in pathtree.flatten(tree).items():
+            spec = ", ".join("-" if axis is None else axis for axis in flat[path].spec) or "-"
+            lines.append(f"  {path} {leaf.dtype}{list(leaf.shape)}: {spec}")
+    text = "\n".join(lines) + "\n"
+    path = GOLDEN / f"mimo_7b-{machine}.txt"
+    if os.environ.get("MIMO_REWRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} differs"
+
+
+@pytest.mark.parametrize(
+    ("base", "fsdp", "memory", "reason"),
+    [
+        ("auto", 4, None, "base sharded over 4: how much memory a device has is not known"),
+        ("auto", 4, 2**30, "base replicated: it takes 0.2 GiB a device, of 1.0"),
+        ("auto", 4, 2**28, "base sharded over 4: replicated it would take 0.2 GiB a device, of 0.2, more than 50%"),
+        ("auto", 1, 2**28, "base replicated: the mesh has no fsdp axis to split it over"),
+        ("replicated", 4, 2**28, "base replicated: config.mesh.base says so"),
+        ("sharded", 4, 2**30, "base sharded: config.mesh.base says so"),
+    ],
+)
+def test_the_base_is_replicated_where_it_fits(base, fsdp, memory, reason):
+    frozen = {"embedding": {"base": jax.ShapeDtypeStruct((2**14, 2**13), "bfloat16")}}
+    mesh = jax.sharding.AbstractMesh((1, 1, fsdp, 1), sharding.AXES)
+    placed = sharding.of_model(MeshConfig(base=base), mesh, memory, {}, frozen)
+    assert placed.reason == reason
+    assert placed.frozen["embedding"]["base"].spec == P("tensor", "fsdp" if "sharded" in reason.split(":")[0] else None)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -92,8 +157,10 @@ def test_integers_are_sharded_as_the_matrices_that_they_stand_for(weights):
             partition = sharding.spec(kernel, wide[kernel].shape)
             assert sharding.spec(path, leaf.shape) == partition
             assert sharding.spec(f"{kernel}_scale", held[f"{kernel}_scale"].shape)[-1] == partition[-1], "with the outputs"
-    mesh = jax.sharding.AbstractMesh((1, 1, 8), sharding.AXES)
-    sharding.of_params(mimo.abstract(config.with_weights(weights))[1], mesh)  # all divide
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 8), sharding.AXES)
+    whole = {}
+    sharding.of_params(mimo.abstract(config.with_weights(weights))[1], mesh, whole)
+    assert not whole, "all divide"
 
 
 SPLIT = """
@@ -140,7 +207,7 @@ def test_four_devices_answer_as_one_does_and_share_the_model(tmp_path, heads, kv
         assert iou(np.unpackbits(np.array(a, np.uint8)) > 0, np.unpackbits(np.array(b, np.uint8)) > 0) >= 0.999
     assert set(one["shares"].values()) == {1.0}
     by_heads = kv_heads == 4
-    assert four["mesh"] == {"data": 1, "fsdp": 1 if by_heads else 4, "tensor": 4 if by_heads else 1}
+    assert four["mesh"] == {"slice": 1, "data": 1, "fsdp": 1 if by_heads else 4, "tensor": 4 if by_heads else 1}
     split = {path for path, share in four["shares"].items() if share == 4}
     kernel = f"kernel_{weights}" if weights else "kernel"
     assert {f"llm/layers/block/{name}/{kernel}" for name in ("q", "k", "v", "o", "gate", "up", "down")} <= split

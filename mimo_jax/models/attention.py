@@ -1,4 +1,4 @@
-"""The attention of every tower, in one place, so that a kernel is chosen here and nowhere else.
+"""The attention of every tower, in one place; `kernels` takes over where sequences are long.
 
 Axis letters: B batch, T queries, S keys, H heads, G key-value heads, K head width, V value width,
 N groups of rows that share J keys, g side of a token grid.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mimo_jax.models import kernels, target
+
 
 def attend(
     q: jax.Array,
@@ -18,6 +20,7 @@ def attend(
     bias: jax.Array | None = None,
     scale: float | None = None,
     shared: tuple[jax.Array, jax.Array] | None = None,
+    causal: bool = False,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + bias) v, the softmax in float32.
 
@@ -27,8 +30,21 @@ def attend(
     values, not NaN. bias: broadcastable to [B, H, T, S]. scale: K ** -0.5 unless given.
     shared: further keys and values [N, J, H, K], [N, J, H, V], unmasked, the n-th seen by the rows n·B/N … (n+1)·B/N - 1:
     the same as if they were repeated for each row and stood before k and v.
+    causal: the t-th query looks at keys 0 … t alone; in place of a mask, so that a kernel may serve (`kernels`).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is None and bias is None and shared is None:
+        at = target.current()
+        kernel = kernels.choose(at, q.dtype, q.shape[1], k.shape[1], q.shape[3])
+        if kernel == "splash":
+            return kernels.run_splash(q, k, v, scale, causal, at)
+        if kernel == "cudnn":
+            return kernels.run_cudnn(q, k, v, scale, causal)
+        if kernel == "chunked":
+            k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+            return kernels.run_chunked(q, k, v, scale, causal)
+    if causal:
+        mask = (jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None])[None, None]
     if k.shape[2] < q.shape[2]:
         return _attend_grouped(q, k, v, mask, scale)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # heads first: batched matrix products without a transposed operand

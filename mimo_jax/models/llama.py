@@ -69,7 +69,7 @@ class LlamaLayer(nnx.Module):
         self.up = linear("up", cfg.width, cfg.mlp_width)
         self.down = linear("down", cfg.mlp_width, cfg.width)
 
-    def __call__(self, carry, positions: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, *, index: jax.Array):
+    def __call__(self, carry, positions: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array | None, *, index: jax.Array):
         x, cache = carry
         b, t, _ = x.shape
         y = self.attention_norm(x)
@@ -81,7 +81,7 @@ class LlamaLayer(nnx.Module):
             new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
             cache = {name: kept.at[index, rows, groups, slots].set(new[name].astype(kept.dtype)) for name, kept in cache.items()}
             k, v = (cache[name][index].astype(x.dtype).swapaxes(1, 2) for name in ("k", "v"))
-        x = x + self.o(attend(q, k, v, mask=mask).reshape(b, t, -1))
+        x = x + self.o(attend(q, k, v, mask=mask, causal=cache is None).reshape(b, t, -1))
         y = self.mlp_norm(x)
         x = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
         return x, cache
@@ -115,14 +115,15 @@ class Llama(nnx.Module):
         return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
 
     def __call__(self, x: jax.Array, positions: jax.Array, cache: dict[str, jax.Array] | None = None):
-        """x [B, T, D] at `positions` int [B, T] -> hidden [B, T, D] after the final norm.
+        """x [B, T, D] at `positions` int [B, T], without a cache 0 … T-1 -> hidden [B, T, D] after the final norm.
 
         With a cache, new keys and values are written to the slots `positions`, and a query at position p attends to
         slots 0 … p; returns (hidden, cache). Rows are filled from slot 0 without holes, so right padding needs no mask:
         a padded slot lies beyond every real query, and the next real token overwrites it.
         """
-        slots = jnp.arange(cache["k"].shape[3])[None, None, :] if cache is not None else positions[:, None, :]
-        mask = (slots <= positions[:, :, None])[:, None]  # [B, 1, T, S]
+        mask = None
+        if cache is not None:
+            mask = (jnp.arange(cache["k"].shape[3]) <= positions[:, :, None])[:, None]  # [B, 1, T, S]
         cos, sin = rotary(positions, self.cfg.width // self.cfg.heads, self.cfg.rope_theta)
         index = {"index": jnp.arange(self.cfg.layers)}
         out, cache_out = self.layers((x.astype(self.dtype), cache), positions, cos, sin, mask, per_layer=index)

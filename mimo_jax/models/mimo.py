@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import Config
-from mimo_jax.models import clip_vit, sam_encoder, stack
+from mimo_jax.models import clip_vit, sam_encoder, stack, target
 from mimo_jax.models.aligner import Aligner
 from mimo_jax.models.clip_vit import ClipVit
 from mimo_jax.models.layers import Linear
@@ -171,11 +171,12 @@ class Mimo(nnx.Module):
         else:
             image = self.encode_clip(batch["clip_image"], batch["clip_size"])
             features = self.encode_sam(batch["sam_image"], batch["sam_size"])
+        image, features = target.split((image, features))
         turns = (batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
         x_q, look = self.align_and_look(image, *turns)
-        x = self.embed(batch["input_ids"], batch["query_index"], x_q)
+        x = target.split(self.embed(batch["input_ids"], batch["query_index"], x_q))
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-        hidden = self.decode(x, positions)
+        hidden = target.split(self.decode(x, positions))
         masks, iou = self.segment(features, self.seg_states(hidden, batch["seg_index"]))
         return {"hidden": hidden, "masks": masks, "iou": iou, "look": look}
 

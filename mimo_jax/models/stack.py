@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mimo_jax.models import target
+
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -78,7 +80,7 @@ class Stack(nnx.Module):
 
         def body(carry, layer):
             params, extra = layer
-            out = nnx.merge(graphdef, params)(carry, *shared, **(extra or {}))
+            out = nnx.merge(graphdef, params)(target.split(carry), *shared, **(extra or {}))
             return out if with_output else (out, None)
 
         body = rematerialised(body, self.scan.remat)

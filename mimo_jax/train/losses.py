@@ -12,6 +12,8 @@ a placeholder counts nowhere. Sums and weights are returned apart: gradient accu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,13 +23,36 @@ from mimo_jax.config import LossConfig
 EPS = 1.0
 
 
-def token_loss(logits: jax.Array, input_ids: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """logits [B, T, V] predict the token one to the right; weight [B, T] is that of the predicted token.
-    Returns (sum of CE, sum of weights, weighted number of tokens predicted right)."""
-    logits, targets, weight = logits[:, :-1], input_ids[:, 1:], weight[:, 1:]
-    ce = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    right = (logits.argmax(-1) == targets).astype(jnp.float32)
-    return (ce * weight).sum(), weight.sum(), (right * weight).sum()
+def token_loss(
+    logits_of: Callable[[jax.Array], jax.Array], hidden: jax.Array, input_ids: jax.Array, weight: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """logits_of hidden [B, T, D], [B, T, V], predict the token one to the right; weight [B, T] is that of the predicted token.
+    Returns (sum of CE, sum of weights, weighted number of tokens predicted right). The logits of so many tokens of a sample exist at
+    a time, [B, chunk, V], also in the backward pass."""
+    hidden, targets, weight = hidden[:, :-1], input_ids[:, 1:], weight[:, 1:]
+
+    def sums(hidden, targets, weight):
+        logits = logits_of(hidden)
+        ce = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        right = (logits.argmax(-1) == targets).astype(jnp.float32)
+        return (ce * weight).sum(), (right * weight).sum()
+
+    length = hidden.shape[1]
+    if length <= chunk:
+        ce, right = sums(hidden, targets, weight)
+        return ce, weight.sum(), right
+    pieces = -(-length // chunk)
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [pieces, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, pieces * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], pieces, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def body(carry, piece):
+        return jax.tree.map(jnp.add, carry, sums(*piece)), None
+
+    start = (jnp.float32(0), jnp.float32(0))
+    (ce, right), _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, (cut(hidden), cut(targets), cut(weight)))
+    return ce, weight.sum(), right
 
 
 def bce_and_dice(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,9 +63,12 @@ def bce_and_dice(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def mask_losses(logits: jax.Array, iou: jax.Array, target: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-    """logits [B, S, M, M], predicted iou [B, S], target 0/1 [B, S, M, M], weight [B, S] -> weighted sums over masks:
-    bce, dice, iou (squared error of the predicted IoU), true_iou (of the mask at threshold 0)."""
+    """logits [B, S, M, M], predicted iou [B, S], target 0/1 [B, S, N, N], weight [B, S] -> weighted sums over masks:
+    bce, dice, iou (squared error of the predicted IoU), true_iou (of the mask at threshold 0). Where the target has another side
+    (`train.loss.mask_side`), the logits are resized to it."""
     target = target.astype(jnp.float32)
+    if logits.shape != target.shape:
+        logits = jax.image.resize(logits, target.shape, "linear")
     bce, dice = bce_and_dice(logits, target)
     hard = (logits > 0).astype(jnp.float32)
     inter = (hard * target).sum((-2, -1))
@@ -49,11 +77,12 @@ def mask_losses(logits: jax.Array, iou: jax.Array, target: jax.Array, weight: ja
     return {name: (value * weight).sum() for name, value in (("bce", bce), ("dice", dice), ("iou", error), ("true_iou", true_iou))}
 
 
-def batch_sums(model, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Forward pass and every unreduced sum of one (micro-)batch."""
+def batch_sums(model, batch: dict[str, jax.Array], chunk: int) -> dict[str, jax.Array]:
+    """Forward pass and every unreduced sum of one (micro-)batch; chunk: see `token_loss`."""
     out = model(batch)
     weight = batch["sample_weight"]
-    ce, tokens, right = token_loss(model.logits(out["hidden"]), batch["input_ids"], batch["loss_mask"] * weight[:, None])
+    told = batch["loss_mask"] * weight[:, None]
+    ce, tokens, right = token_loss(model.logits, out["hidden"], batch["input_ids"], told, chunk)
     seg_weight = batch["seg_mask"].astype(jnp.float32) * weight[:, None]
     sums = mask_losses(out["masks"], out["iou"], batch["masks"], seg_weight)
     look = jnp.float32(0)

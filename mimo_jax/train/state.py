@@ -16,24 +16,30 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mimo_jax import parameters, pathtree, sharding
-from mimo_jax.config import Config
+from mimo_jax import hardware, parameters, pathtree, sharding
+from mimo_jax.config import Config, ConfigError
 from mimo_jax.models import mimo
 from mimo_jax.train.optimizer import make_optimizer
 
 
 class Plan:
-    """Everything that is known before an array exists: graph, shapes, dtypes, shardings, optimizer."""
+    """Everything that is known before an array exists: graph, shapes, dtypes, shardings, optimizer.
+
+    base_reason: one line that says where the frozen base lives, and why; whole: {path: why} of parameters that the mesh does not
+    divide, which are then not split. ConfigError for a batch that the mesh does not divide."""
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        _check_batch(config, mesh)
         self.graphdef, shapes = mimo.abstract(config)
         self.multipliers = parameters.multipliers(config, shapes)
         self.optimizer: optax.GradientTransformation = make_optimizer(config.train, self.multipliers)
         self.params = parameters.typed(config, shapes)
-        self.param_shardings = sharding.of_params(self.params, mesh)
         self.train, self.frozen = pathtree.partition(self.params, self.trains)
-        self.train_shardings, self.frozen_shardings = pathtree.partition(self.param_shardings, self.trains)
+        memory = hardware.memory_of(mesh.devices.flat[0])
+        placed = sharding.of_model(config.mesh, mesh, memory, self.train, self.frozen)
+        self.train_shardings, self.frozen_shardings, self.base_reason, self.whole = placed
+        self.param_shardings = pathtree.merge(self.train_shardings, self.frozen_shardings)
         self.state = jax.eval_shape(self._state_of, self.train)
         self.state_shardings = self._place(self.state)
 
@@ -74,3 +80,13 @@ class Plan:
         sizes = {path: leaf.size for path, leaf in pathtree.flatten(self.params).items()}
         trained = sum(size for path, size in sizes.items() if self.trains(path))
         return {"trained": trained, "frozen": sum(sizes.values()) - trained}
+
+
+def _check_batch(config: Config, mesh: Mesh) -> None:
+    images, shares, parts = config.data.batch_size // config.data.samples_per_image, sharding.sample_shares(mesh), config.train.accumulate
+    if images % (shares * parts):
+        raise ConfigError(
+            f"config.data.batch_size: its {images} images ({config.data.samples_per_image} samples each) are no multiple of the "
+            f"{shares} parts into which the mesh splits a batch{f' x config.train.accumulate {parts}' if parts > 1 else ''}; "
+            f"the next that fits is {-(-images // (shares * parts)) * shares * parts * config.data.samples_per_image}"
+        )

@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from mimo_jax import pathtree, sharding
-from mimo_jax.models import stack
+from mimo_jax.models import stack, target
 from mimo_jax.train import losses
 from mimo_jax.train.optimizer import schedule
 from mimo_jax.train.state import Plan
+
+
+# XLA's options by platform. TPU: a layer's weights are gathered whole, ahead of their use; XLA would multiply by one device's slice of them at
+# a time, of 80 columns for SAM on 16 devices, and add up the partial products in memory.
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
 def make_step(plan: Plan) -> Callable:
@@ -26,7 +31,8 @@ def make_step(plan: Plan) -> Callable:
 
     def loss_fn(params, frozen, batch, weights):
         model = stack.bind(plan.graphdef, pathtree.merge(params, frozen))
-        sums = losses.batch_sums(model, batch)
+        with target.on(plan.mesh):
+            sums = losses.batch_sums(model, batch, cfg.loss_chunk)
         return losses.total(sums, cfg.loss, weights), sums
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -34,7 +40,8 @@ def make_step(plan: Plan) -> Callable:
     def accumulated(params, frozen, batch, weights):
         if cfg.accumulate == 1:
             return gradient(params, frozen, batch, weights)
-        micro = jax.tree.map(lambda x: x.reshape(cfg.accumulate, -1, *x.shape[1:]), batch)
+        micro = micro_batches(batch, plan.config.data.batch_size // plan.config.data.samples_per_image, cfg.accumulate)
+        micro = jax.lax.with_sharding_constraint(micro, sharding.of_micro_batches(plan.mesh))
 
         def body(carry, part):
             return jax.tree.map(jnp.add, carry, gradient(params, frozen, part, weights)), None
@@ -60,6 +67,7 @@ def make_step(plan: Plan) -> Callable:
             "grad_norm": norm,
             "learning_rate": rate(state["step"]),
             "tokens": weights["tokens"],
+            "input_tokens": batch["token_mask"].sum().astype(jnp.float32),
             "finite": finite.astype(jnp.float32),
         }
         return new, metrics
@@ -70,4 +78,17 @@ def make_step(plan: Plan) -> Callable:
         donate_argnums=0,
         in_shardings=(plan.state_shardings, plan.frozen_shardings, sharding.of_batch(plan.mesh)),
         out_shardings=(plan.state_shardings, everywhere),
+        compiler_options=COMPILER_OPTIONS.get(plan.mesh.devices.flat[0].platform),
     )
+
+
+def micro_batches(batch: dict[str, jax.Array], images: int, parts: int) -> dict[str, jax.Array]:
+    """A batch of so many images, each array with one row or K rows an image, in `parts` [parts, rows / parts, ...]: every part-th image
+    with its samples, so that each device cuts up its own rows and sends none."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        rows = x.shape[0] // images
+        x = x.reshape(images // parts, parts, rows, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(parts, images // parts * rows, *x.shape[3:])
+
+    return jax.tree.map(cut, batch)

@@ -33,7 +33,7 @@ def test_forward_and_backward_of_every_kind(kind, seg_state, seg_place):
     batch = random_batch(config, length=80)
 
     def loss(p):
-        return losses.total(losses.batch_sums(stack.bind(graphdef, p), batch), config.train.loss, losses.weights_of(batch))
+        return losses.total(losses.batch_sums(stack.bind(graphdef, p), batch, 256), config.train.loss, losses.weights_of(batch))
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)

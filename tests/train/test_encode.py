@@ -124,7 +124,7 @@ def test_the_loss_is_that_with_pictures(data):
 
     @jax.jit
     def loss(params, batch):
-        sums = losses.batch_sums(stack.bind(plan.graphdef, params), batch)
+        sums = losses.batch_sums(stack.bind(plan.graphdef, params), batch, 256)
         return losses.total(sums, config.train.loss, losses.weights_of(batch))
 
     found = []

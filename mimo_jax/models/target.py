@@ -1,0 +1,66 @@
+"""What a function is traced for: the mesh that it will run on, told once, around the call of a model.
+
+    with target.on(mesh):
+        out = model(batch)
+
+Without it a model runs wherever its arguments lie, and XLA alone decides what is split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mimo_jax.sharding import BATCH, sample_shares
+
+
+class Target(NamedTuple):
+    """platform: "cpu", "gpu" or "tpu"; capability: of NVIDIA's, such as 9.0 for Hopper, else 0; devices: their number; mesh: over which
+    the program is spread, None where that is not known."""
+
+    platform: str
+    capability: float
+    devices: int
+    mesh: Mesh | None = None
+
+
+_told: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh) -> Iterator[None]:
+    """While a function is traced. The mesh's devices may be of a machine that is not at hand."""
+    token = _told.set(_describe(mesh.devices.flat[0], mesh.size, mesh))
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def current() -> Target:
+    """What `on` said, else this process's devices."""
+    return _told.get() or _describe(jax.devices()[0], jax.device_count())
+
+
+def _describe(device: jax.Device, devices: int, mesh: Mesh | None = None) -> Target:
+    return Target(device.platform, float(getattr(device, "compute_capability", 0) or 0), devices, mesh)
+
+
+def split(tree: Any) -> Any:
+    """Every array's leading axis over the samples' axes of the mesh. XLA would else at times rather send all samples to every device than
+    gather a layer's weights."""
+    mesh = current().mesh
+    if mesh is None or mesh.size == 1:
+        return tree
+
+    def place(x: jax.Array) -> jax.Array:
+        whole = x.ndim == 0 or x.shape[0] % sample_shares(mesh)
+        return x if whole else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*BATCH)))
+
+    return jax.tree.map(place, tree)

@@ -17,6 +17,7 @@ test: $(DEV)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck launch/*.sh launch/*/*.sh
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .jax_cache .hypothesis

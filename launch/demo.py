@@ -15,8 +15,6 @@ from mimo_jax.data.records import RecordFolder
 
 ROOT = Path("runs/demo")
 DATA, RUN, REPORT, OVERLAYS, IMAGES, ANSWERS = (ROOT / n for n in ("phantom", "run", "report.json", "overlays", "images", "answers"))
-# Huge pages for big arrays, where the C library knows the setting: a tenth less time a step (benchmarks/RESULTS.md).
-ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
 
 
 def main() -> int:
@@ -40,7 +38,7 @@ def mimo(*arguments) -> None:
     """Run one `mimo` command; the demo ends where it fails, with its exit code."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ mimo {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "mimo_jax.cli", *words], env=ENVIRONMENT).returncode
+    code = subprocess.run([sys.executable, "-m", "mimo_jax.cli", *words]).returncode
     if code:
         sys.exit(code)
 

@@ -6,6 +6,8 @@ hashes (`storage`) and shapes to what is expected (`compare`).
 from __future__ import annotations
 
 import ctypes
+import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from mimo_jax import pathtree
+from mimo_jax import pathtree, storage
 from mimo_jax.errors import UserError
 
 STATE = "state"  # orbax's own name for the item that is written in parts
@@ -101,6 +103,38 @@ def read_parameters(
     return loaded
 
 
+def files_read(folder: Path, wanted: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether this process reads a file below `folder`, by its name there, for parameters {path: abstract with sharding} that `write`
+    left: chunks of which its devices hold a part, and all that is no chunk."""
+    needed = set()
+    for path, leaf in wanted.items():
+        home = f"arrays/{STATE}/{path.replace('/', '.')}"
+        about = storage.read_json(folder / home / "zarr.json")
+        if about is None:  # it is no chunk, so its damage will be found
+            continue
+        chunk = about["chunk_grid"]["configuration"]["chunk_shape"]
+        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values():
+            spans = (part.indices(size) for part, size in zip(index, leaf.shape, strict=True))
+            grid = [range(first // side, -(-last // side)) for (first, last, _), side in zip(spans, chunk, strict=True)]
+            needed.update("/".join([home, "c", *map(str, place)]) for place in itertools.product(*grid))
+    return lambda name: name in needed or not re.search(r"/c(/\d+)*$", name)
+
+
+def on_first_process(tree: dict, place: Callable[[dict], Any] | None = None) -> dict | None:
+    """Arrays (nested dict) of which several processes hold parts, on devices of process 0; None in the others, though all call this.
+    Whole arrays pass one by one through the memory of every process. place: as in `placed`, from their shapes."""
+    if jax.process_count() == 1:
+        return tree
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    wanted = pathtree.flatten(placed(abstract, place))
+    there = {}
+    for path, leaf in pathtree.flatten(tree).items():
+        whole = storage.whole(leaf)
+        if jax.process_index() == 0:
+            there[path] = jax.device_put(whole, wanted[path].sharding)
+    return pathtree.unflatten(there) if jax.process_index() == 0 else None
+
+
 # --- trees by name
 
 
@@ -126,11 +160,11 @@ def abstract(kinds: dict[str, list]) -> dict:
 
 def placed(abstract: Any, shardings: Any) -> Any:
     """The abstract tree with a sharding on every leaf. shardings: the same tree of them, one for all, a function from the
-    abstract tree to one of these, or None for the first device."""
+    abstract tree to one of these, or None for the first device of this process."""
     if callable(shardings):
         shardings = shardings(abstract)
     if shardings is None:
-        shardings = SingleDeviceSharding(jax.devices()[0])
+        shardings = SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, abstract)
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)

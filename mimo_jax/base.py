@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from mimo_jax import arrays, pathtree, storage
+from mimo_jax import arrays, distributed, pathtree, storage
 from mimo_jax.arrays import CheckpointError, some
 
 
@@ -69,20 +69,22 @@ def load(run: Path, abstract: dict | None = None, shardings: Any = None, base: s
     arrays.compare(kinds, arrays.kinds(abstract), run / "base.json")
     if not leaves:
         return {}
-    folder = find(run, base)
+    wanted = pathtree.flatten(arrays.placed(abstract, shardings))
+    folder = find(run, base, wanted)
     there = storage.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
-    return pathtree.unflatten(arrays.read_parameters(folder, there, pathtree.flatten(arrays.placed(abstract, shardings))))
+    return pathtree.unflatten(arrays.read_parameters(folder, there, wanted))
 
 
-def find(run: Path, base: str | os.PathLike | None = None) -> Path:
-    """The folder that holds the base of a run, every file of it verified; CheckpointError says what was tried, and why not."""
+def find(run: Path, base: str | os.PathLike | None = None, wanted: dict[str, Any] | None = None) -> Path:
+    """The folder that holds the base of a run, its files held to their SHA-256: all of them, or those that this process reads for the
+    parameters `wanted`, {path: abstract with sharding}. CheckpointError says what was tried, and why not."""
     record = read_record(run)
     places = [Path(record["path"]), run / record["relative"]]
     if base is not None:
         places += [Path(base) / "base" if (Path(base) / "base").is_dir() else Path(base)]
     tried = {}
     for folder in dict.fromkeys(storage.absolute(place) for place in places):
-        tried[folder] = _unfit(folder, record["leaves"])
+        tried[folder] = _unfit(folder, record["leaves"], wanted)
         if tried[folder] is None:
             return folder
     reasons = "; ".join(f"{folder} {why}" for folder, why in tried.items())
@@ -91,7 +93,7 @@ def find(run: Path, base: str | os.PathLike | None = None) -> Path:
 
 def read_record(run: Path) -> dict:
     record = storage.read_json(run / "base.json")
-    if record is None:
+    if record is None or record.get("fingerprint") != fingerprint(record.get("leaves", {})):
         raise CheckpointError(f"{run / 'base.json'}: is missing or damaged, so the frozen base cannot be told")
     return record
 
@@ -126,17 +128,16 @@ def _write_record(run: Path, folder: Path, leaves: dict, place: Path) -> dict:
 
 
 def _lender(source: Path | None, leaves: dict) -> Path | None:
-    """The base folder behind another run, if it holds all these parameters."""
+    """The base folder behind another run, if it holds all these parameters, as process 0 finds them."""
     if source is None:
         return None
     record = storage.read_json(source / "base.json") or {"path": "", "relative": "base"}
-    for folder in (storage.absolute(source / record["relative"]), Path(record["path"])):
-        if _unfit(folder, leaves) is None:
-            return folder
-    return None
+    places = [storage.absolute(source / record["relative"]), Path(record["path"])]
+    fit = [jax.process_index() == 0 and _unfit(folder, leaves) is None for folder in places]
+    return next((folder for folder, fits in zip(places, distributed.gather(fit)[0], strict=True) if fits), None)
 
 
-def _unfit(folder: Path, leaves: dict) -> str | None:
+def _unfit(folder: Path, leaves: dict, wanted: dict[str, Any] | None = None) -> str | None:
     """Why a base folder cannot give these parameters; None if it can."""
     manifest = storage.read_json(folder / storage.MANIFEST)
     if manifest is None or arrays.STATE not in manifest.get("leaves", {}):
@@ -145,7 +146,7 @@ def _unfit(folder: Path, leaves: dict) -> str | None:
     differing = [path for path, leaf in leaves.items() if there.get(path) != leaf]
     if differing:
         return f"is another base: {some(differing)}"
-    return storage.damage(folder)
+    return storage.damage(folder) if wanted is None else storage.damage(folder, arrays.files_read(folder, wanted))
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from mimo_jax import __version__, arrays, base, pathtree, provenance, quantize, sharding, storage
+from mimo_jax import __version__, arrays, base, distributed, pathtree, provenance, quantize, sharding, storage
 from mimo_jax.arrays import CheckpointError, some
 from mimo_jax.config import Config, ConfigError
 
@@ -71,6 +71,7 @@ def start_run(workdir: str | os.PathLike, config: Config, frozen: dict) -> str:
             if source is not None:
                 provenance.hand_on(source, workdir, pathtree.flatten(frozen).keys())
             storage.write_json(workdir / "config.json", config.to_dict())
+    distributed.gather(None)  # so that all may read it
     return fingerprint
 
 
@@ -158,10 +159,14 @@ class Checkpoints:
         """(state, extra) of `step`, or with a CheckpointWarning of the newest earlier step that is whole and undamaged.
 
         abstract: the state's ShapeDtypeStructs, or only some of its entries; shardings: the same tree of shardings, one
-        for all, or None for the first device. CheckpointError lists parameters that are missing or of another shape."""
+        for all, or None for the first device. CheckpointError lists parameters that are missing or of another shape. Of several
+        processes all call this, and the first one's hashes count."""
         self.wait()
-        earlier = [s for s in self._whole() if s < step]
-        good, damaged = _newest_undamaged(self.workdir, [*earlier, step], _items(abstract))
+        found = None
+        if jax.process_index() == 0:
+            earlier = [s for s in self._whole() if s < step]
+            found = _newest_undamaged(self.workdir, [*earlier, step], _items(abstract))
+        good, damaged = distributed.gather(found)[0]
         self._damaged.update(damaged)
         return _load_step(self._folder(good), abstract, shardings)
 
@@ -239,7 +244,7 @@ def load_params(path: str | os.PathLike, base_at: str | os.PathLike | None = Non
 
     base_at: where the frozen base lies, if it was moved; place: from a nested dict of ShapeDtypeStructs to their shardings;
     None for the first device."""
-    return Leaves(path, base_at).load(place)
+    return Leaves(path, base_at, place).load()
 
 
 def load_for_inference(
@@ -259,9 +264,9 @@ def load_for_inference(
             f"{path}: parameters were drawn from a seed and never trained: {raw}; train it first (mimo train --init {path}), "
             "or give --allow-untrained to see what comes out"
         )
-    leaves = Leaves(path, base_at)
     mesh = sharding.inference_mesh(config.model.llm)
-    params = leaves.load(partial(sharding.of_params, mesh=mesh, whole={}) if mesh else None, weights)
+    leaves = Leaves(path, base_at, partial(sharding.of_params, mesh=mesh, whole={}) if mesh else None)
+    params = leaves.load(weights)
     extra = storage.read_json(run / "steps" / str(leaves.step) / "extra.json")
     held = f", language model in {weights}" if weights else ""
     return Loaded(config, params, tokenizer, extra, f"{run} step {leaves.step}, {origin(run)}{held}", calibration_path(run, leaves.step))
@@ -283,32 +288,36 @@ def origin(run: str | os.PathLike) -> str:
 
 class Leaves(Mapping[str, np.ndarray]):
     """All parameters of a checkpoint by path, read from the disk when they are asked for: the small ones together and kept, each
-    large one anew. run, step, config: whose they are; shapes: {path: ShapeDtypeStruct}; trained: the paths not in the base."""
+    large one anew. run, step, config: whose they are; shapes: {path: ShapeDtypeStruct}; trained: the paths not in the base.
+
+    place: where `load` puts them, from a nested dict of ShapeDtypeStructs to their shardings, None for the first device; where it is
+    given, only those files of the base are held to their hashes that this process reads for that."""
 
     _SMALL = 2**20  # bytes
 
-    def __init__(self, path: str | os.PathLike, base_at: str | os.PathLike | None = None):
+    def __init__(self, path: str | os.PathLike, base_at: str | os.PathLike | None = None, place: Callable[[dict], Any] | None = None):
         self.run, self.step, manifest = _whole_step(path)
         self.config = read_config(self.run)
         trained, frozen = manifest["leaves"].get(arrays.STATE, {}), base.read_record(self.run)["leaves"]
         self.trained = set(trained)
+        self.shapes = pathtree.flatten(arrays.abstract(trained | frozen))
+        self._place = place
         self._places = dict.fromkeys(trained, (self.run / "steps" / str(self.step), trained))
         if frozen:
-            folder = base.find(self.run, base_at)
+            wanted = {path: leaf for path, leaf in self._placed(self.shapes).items() if path in frozen} if place else None
+            folder = base.find(self.run, base_at, wanted)
             there = storage.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
             self._places |= dict.fromkeys(frozen, (folder, there))
-        self.shapes = pathtree.flatten(arrays.abstract(trained | frozen))
         self._kept: dict[str, Any] = {}
 
-    def load(self, place: Callable[[dict], Any] | None = None, weights: str = "") -> dict:
-        """All of them on the device, as one nested dict in the dtypes they were saved in. place: from a nested dict of
-        ShapeDtypeStructs to their shardings; None for the first device. weights: "int8" or "int4" to hold the language model's
-        matrices so, each made as it is read: the device holds the result and the largest of them (all layers of one name), a CPU
-        that twice."""
+    def load(self, weights: str = "") -> dict:
+        """All of them on the device, as one nested dict in the dtypes they were saved in. weights: "int8" or "int4" to hold the language
+        model's matrices so, each made as it is read: the device holds the result and the largest of them (all layers of one name), a
+        CPU that twice."""
         held = {}
         for path, leaf in self.shapes.items():
             held |= quantize.as_held(path, leaf, weights)
-        read, kept = (pathtree.flatten(arrays.placed(pathtree.unflatten(shapes), place)) for shapes in (self.shapes, held))
+        read, kept = self._placed(self.shapes), self._placed(held)
 
         def then(path: str, leaf: jax.Array) -> dict[str, jax.Array]:
             made = quantize.as_held(path, leaf, weights)
@@ -319,6 +328,9 @@ class Leaves(Mapping[str, np.ndarray]):
             wanted = {path: read[path] for path, (home, _) in self._places.items() if home == folder}
             loaded |= arrays.read_parameters(folder, there, wanted, then)
         return pathtree.unflatten(loaded)
+
+    def _placed(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        return pathtree.flatten(arrays.placed(pathtree.unflatten(shapes), self._place))
 
     def __getitem__(self, path: str) -> np.ndarray:
         if not self._is_small(path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import os
 import sys
 import warnings
@@ -16,16 +15,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from checkpoints_convert.command import add_verbs
-from mimo_jax import __version__
+from mimo_jax import __version__, errors
 from mimo_jax.config import WEIGHTS
 from mimo_jax.data.command import add_data
 from mimo_jax.errors import UserError
 from mimo_jax.flag_values import positive
 from mimo_jax.infer.command import add_ask, add_batch, add_chat, checkpoint_flags
+from mimo_jax.sweep.command import add_sweep
+from mimo_jax.train.command import add_compile, add_profile, add_train
 
 EXIT_DONE, EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
-# What the operating system refuses because of a path, a permission or a full disk.
-_USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,24 +51,10 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"mimo_jax {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    train = commands.add_parser(
-        "train",
-        help="train or fine-tune; the same command goes on where a run stopped",
-        description="Train a model. Run the same command again to go on after a stop (exit code 75).",
-        epilog="""examples:
-  mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
-  mimo train --config configs/tiny.py --data data/phantom --workdir runs/a --config.train.steps=500
-  mimo train --config configs/tiny_lora.py --init runs/a --data my_data --workdir runs/b
-  mimo train --config configs/tiny.py --data ct=data/ct --data mr=data/mr --config.data.sources.mr.weight=2 --workdir runs/c
-
-Every setting of the config file is set by its path, as --config.train.steps=500.""",
-    )
-    train.add_argument("--config", required=True, metavar="FILE", help="a config file; packaged ones go by name, as configs/tiny.py")
-    train.add_argument("--workdir", required=True, metavar="DIR", help="where the run writes")
-    data_help = "a folder that `mimo data` wrote, or a .jsonl manifest"
-    train.add_argument("--data", action="append", default=[], metavar="[NAME=]DIR", help=f"{data_help}; repeatable")
-    train.add_argument("--init", metavar="PATH", help="checkpoint whose weights to start from")
-    train.set_defaults(run=_train, overrides=())
+    add_train(commands)
+    add_compile(commands)
+    add_profile(commands)
+    add_sweep(commands)
 
     evaluate = commands.add_parser(
         "eval",
@@ -81,7 +66,7 @@ Every setting of the config file is set by its path, as --config.train.steps=500
   mimo eval --checkpoint runs/a --data data/phantom --split val --calibrate""",
     )
     checkpoint_flags(evaluate)
-    evaluate.add_argument("--data", required=True, metavar="DIR", help=data_help)
+    evaluate.add_argument("--data", required=True, metavar="DIR", help="a folder that `mimo data` wrote, or a .jsonl manifest")
     evaluate.add_argument("--split", choices=("train", "val", "test"), help="default: test; with --calibrate: val")
     evaluate.add_argument("--out", metavar="FILE", help="where the report goes, as JSON")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N samples")
@@ -108,6 +93,8 @@ Every setting of the config file is set by its path, as --config.train.steps=500
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors that are ours are raised."""
+    if argv is None and sys.argv[1:2] == ["train"]:
+        _ask_for_huge_pages()
     warnings.formatwarning = lambda message, category, *_, **__: f"mimo: warning: {message}\n"
     # Compiled programs outlive the process: a second `ask` starts in seconds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -115,15 +102,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(_negatives_joined(sys.argv[1:] if argv is None else argv))
         return args.run(args)
-    except UserError as error:
-        return _user_error(str(error) if error.listing else " ".join(str(error).split()))
-    except OSError as error:
-        if error.errno not in _USER_ERRNO:
+    except (UserError, OSError) as error:
+        line = errors.line(error)
+        if line is None:
             raise
-        return _user_error(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+        print(f"mimo: error: {line}", file=sys.stderr)
+        return EXIT_USER
     except KeyboardInterrupt:
         print("mimo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _ask_for_huge_pages() -> None:
+    """Start this process anew with huge pages for big arrays, which the C library takes up only as it starts: on a CPU a step takes a
+    tenth to a third less time (benchmarks/RESULTS.md). Where it does not know the setting, nothing changes."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -165,42 +160,7 @@ def _negatives_joined(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def _user_error(message: str) -> int:
-    print(f"mimo: error: {message}", file=sys.stderr)
-    return EXIT_USER
-
-
 # --- what the commands do
-
-
-def _train(args: argparse.Namespace) -> int:
-    from mimo_jax.flags import load_config
-
-    overrides = list(args.overrides)
-    if args.init:
-        overrides.append(f"--config.init.path={args.init}")
-    config = load_config(["--config", args.config, *overrides], _sources(args.data))
-
-    from mimo_jax.train.loop import train
-
-    return train(config, args.workdir)
-
-
-def _sources(flags: Sequence[str]) -> dict:
-    """`--data` values as the entries of `config.data.sources`; a folder's name is its own unless one is given."""
-    from mimo_jax.config import SourceConfig
-
-    sources: dict[str, SourceConfig] = {}
-    for flag in flags:
-        name, equals, path = flag.partition("=")
-        if not equals or os.path.exists(flag):
-            name, path = Path(os.path.abspath(flag)).stem, flag
-        if not name or not path:
-            raise UserError(f"--data {flag}: is not understood; write --data DIR or --data NAME=DIR")
-        if name in sources:
-            raise UserError(f"--data {flag}: a second dataset named {name}; name it, as --data {name}2={path}")
-        sources[name] = SourceConfig(path=os.path.abspath(path))
-    return sources
 
 
 def _eval(args: argparse.Namespace) -> int:

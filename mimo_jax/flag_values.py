@@ -78,3 +78,12 @@ def ratios(text: str) -> tuple[float, ...]:
     if min(values) < 0 or not 0 < sum(values) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not three numbers of 0 or more, one of them above 0")
     return tuple(values)
+
+
+def names(text: str) -> list[str]:
+    """ "aligner,queries" as ["aligner", "queries"]."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def seeds(text: str) -> list[int]:
+    return list(dict.fromkeys(index(part) for part in names(text)))

@@ -7,10 +7,11 @@ which ml_collections cannot.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import runpy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,23 @@ def find_config(path: str) -> Path:
 
 def read_config_file(path: Path) -> Config:
     """What a config file's `get_config()` returns."""
-    try:
+    with blamed_on(path):
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if get_config else None
-    except ConfigError:
-        raise
-    except Exception as error:  # the file is the user's, so is whatever it raises
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: defines no get_config() that returns a mimo_jax.config.Config")
     return config
+
+
+@contextlib.contextmanager
+def blamed_on(path: Path) -> Iterator[None]:
+    """ConfigError naming a file for whatever its code raises: the file is the user's, and so is that."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _split(argv: Sequence[str]) -> tuple[str, list[str]]:

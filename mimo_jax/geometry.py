@@ -91,9 +91,10 @@ def clip_frame(height: int, width: int, cfg_side: int, fit: str) -> Frame:
     raise GeometryError(f"image_fit {fit!r} is unknown; use one of {', '.join(FITS)}")
 
 
-def sam_frame(height: int, width: int, side: int) -> Frame:
-    """The SAM frame of an image: longest side = `side`, rounded as SAM rounds, padding right and bottom."""
-    return _longest_side(height, width, side)
+def sam_frame(height: int, width: int, side: int, fit: str = "pad") -> Frame:
+    """The SAM frame of an image. `fit`: "pad" makes the longest side `side`, rounded as SAM rounds, padding right and bottom;
+    "stretch" fills the square."""
+    return clip_frame(height, width, side, fit)
 
 
 def _longest_side(height: int, width: int, side: int) -> Frame:

@@ -15,7 +15,8 @@ ALWAYS_FP32 = r"^sam_prompt/gaussian$"
 
 
 def multipliers(config: Config, params: dict) -> dict[str, float | None]:
-    """{parameter path: learning-rate multiplier, None where frozen}, by the first row of `config.trainables` that matches.
+    """{parameter path: learning-rate multiplier, None where frozen}, by the first row of `config.trainables` that matches, and by
+    `config.freeze`.
 
     ConfigError if a parameter is matched by no row, or if nothing trains."""
     table = config.trainables
@@ -23,8 +24,11 @@ def multipliers(config: Config, params: dict) -> dict[str, float | None]:
         made = {path: pathtree.first_match(path, table, "config.trainables") for path in pathtree.flatten(params)}
     except KeyError as error:
         raise ConfigError(error.args[0]) from None
+    if config.freeze:
+        made = {path: None if re.search(config.freeze, path) else value for path, value in made.items()}
     if all(value is None for value in made.values()):
-        raise ConfigError("config.trainables: freezes every parameter; give at least one row a multiplier")
+        name, remedy = ("freeze", "match less") if config.freeze else ("trainables", "give at least one row a multiplier")
+        raise ConfigError(f"config.{name}: freezes every parameter; {remedy}")
     return made
 
 

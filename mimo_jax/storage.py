@@ -22,14 +22,17 @@ from jax.experimental import multihost_utils
 from mimo_jax import __version__
 
 MANIFEST = "manifest.json"
+_OF_MANIFEST = "manifest.sha256"  # the SHA-256 of the manifest itself, written before it
 
 
 def write_manifest(folder: Path, about: dict) -> None:
     """What makes a folder of arrays whole: `about`, versions, and the SHA-256 of every file in it."""
-    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != _OF_MANIFEST)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     made = {"mimo_jax": __version__, "jax": jax.__version__, "time": now}
-    write_json(folder / MANIFEST, about | {"made": made, "files": hash_files(folder, names)})
+    content = about | {"made": made, "files": hash_files(folder, names)}
+    write_json(folder / _OF_MANIFEST, hashlib.sha256(_json_bytes(content)).hexdigest())
+    write_json(folder / MANIFEST, content)
 
 
 def damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
@@ -37,6 +40,8 @@ def damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> s
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return "is not whole (its save did not finish)"
+    if (folder / _OF_MANIFEST).exists() and hash_files(folder, [MANIFEST])[MANIFEST] != read_json(folder / _OF_MANIFEST):
+        return f"is damaged (SHA-256 of {MANIFEST})"
     expected = {name: digest for name, digest in manifest["files"].items() if wanted(name)}
     found = hash_files(folder, list(expected))
     bad = [name for name in expected if found[name] != expected[name]]
@@ -58,10 +63,15 @@ def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def hash_array(leaf: Any) -> str:
-    """SHA-256 of an array's values, gathered first if other processes hold parts of it."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return hashlib.sha256(np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)).hexdigest()
+    """SHA-256 of an array's values, whoever holds them."""
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(whole(leaf))).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def whole(leaf: Any) -> Any:
+    """An array with all its values in this process, gathered if others hold parts of it: then all call this."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    return leaf.addressable_data(0) if leaf.is_fully_replicated else multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def read_json(path: Path) -> Any:
@@ -76,11 +86,15 @@ def write_json(path: Path, content: Any) -> None:
     """All or nothing: written beside it, then renamed."""
     beside = path.with_name(path.name + ".tmp")
     try:
-        beside.write_text(json.dumps(content, indent=1) + "\n")
+        beside.write_bytes(_json_bytes(content))
         os.replace(beside, path)
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def _json_bytes(content: Any) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def remove(folder: Path) -> None:

@@ -148,6 +148,19 @@ def test_damage_of_the_optimizer_alone_does_not_concern_inference(tmp_path):
         assert int(checkpoints.restore(2, abstract())[0]["step"]) == 1
 
 
+def test_a_bit_flipped_in_any_file_of_a_step_is_found(tmp_path):
+    checkpoints = begin(tmp_path, steps=(1, 2))
+    for file in sorted(f for f in (tmp_path / "steps" / "2").rglob("*") if f.is_file() and f.stat().st_size):
+        data = file.read_bytes()
+        for at in (0, len(data) // 2):
+            file.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
+            with pytest.warns(CheckpointWarning, match="step 2 is passed over"):
+                assert checkpoints.restore(2, abstract())[1] == {"position": 1}
+            checkpoints._damaged.clear()
+        file.write_bytes(data)
+    assert checkpoints.restore(2, abstract())[1] == {"position": 2}
+
+
 def test_every_step_damaged_is_an_error(tmp_path):
     checkpoints = begin(tmp_path, steps=(1,))
     flip_bit(tmp_path / "steps" / "1" / "arrays" / "state")
@@ -319,6 +332,19 @@ def test_a_wrong_or_damaged_base_is_refused(tmp_path):
     assert isinstance(error.value, ValueError)
 
 
+def test_a_bit_flipped_in_any_file_of_the_base_stops_and_names_it(tmp_path):
+    begin(tmp_path)
+    for file in sorted(f for f in [*(tmp_path / "base").rglob("*"), tmp_path / "base.json"] if f.is_file() and f.stat().st_size):
+        data = file.read_bytes()
+        at = len(data) // 2
+        file.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
+        named = "manifest.json" if file.name == "manifest.sha256" else file.name
+        with pytest.raises(CheckpointError, match=re.escape(named) if file.name != "manifest.json" else "manifest|no whole base"):
+            base.load(tmp_path)
+        file.write_bytes(data)
+    assert_same(base.load(tmp_path), frozen_tree())
+
+
 def test_base_of_other_shapes_is_listed(tmp_path):
     begin(tmp_path)
     wanted = pathtree.flatten(jax.eval_shape(frozen_tree))
@@ -429,7 +455,7 @@ SHARDED = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mimo_jax import base, checkpoint
+from mimo_jax import arrays, base, checkpoint, distributed, storage
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("127.0.0.1:" + sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
@@ -440,6 +466,32 @@ base.save(Path(sys.argv[1]), {"llm": {"w": make(values)}})
 checkpoints = checkpoint.Checkpoints(sys.argv[1])
 checkpoints.save(1, {"params": {"w": make(values + 1)}}, {"position": 1})
 checkpoints.wait()
+
+distributed.gather(None)
+run = Path(sys.argv[1])
+wanted = {"llm/w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split)}
+read = arrays.files_read(run / "base", wanted)
+names = [name for name in storage.read_json(run / "base" / storage.MANIFEST)["files"] if "/c/" in name]
+mine = [name for name in names if read(name)]
+assert len(mine) == 2 and len(names) == 4, (mine, names)
+if jax.process_index() == 0:  # what only the other process reads is none of this one's business
+    damaged = run / "base" / next(name for name in names if name not in mine)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"x" + whole[1:])
+    assert base.find(run, None, wanted) == run / "base"
+    try:
+        base.find(run)
+        raise SystemExit("a damaged base was found to be whole")
+    except checkpoint.CheckpointError as error:
+        assert damaged.name in str(error)
+    damaged.write_bytes(whole)
+distributed.gather(None)
+state, extra = checkpoints.restore(1, {"params": {"w": wanted["llm/w"]}}, {"params": {"w": split}})
+assert extra == {"position": 1} and np.array_equal(storage.whole(state["params"]["w"]), values + 1)
+there = arrays.on_first_process(base.load(run, {"llm": {"w": wanted["llm/w"]}}, split))
+assert (there is None) == (jax.process_index() > 0)
+if there:
+    assert np.array_equal(there["llm"]["w"], values) and there["llm"]["w"].is_fully_addressable
 """
 
 

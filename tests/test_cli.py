@@ -22,6 +22,7 @@ from tests.data.medical_files import dicom, saved, series
 
 COMMANDS = [
     "train",
+    "sweep",
     "eval",
     "ask",
     "chat",

@@ -18,21 +18,24 @@ MAY_IMPORT = {
     "pathtree": set(),
     "config": {"errors"},
     "geometry": {"errors"},
-    "sharding": {"config", "errors", "pathtree"},
+    "hardware": set(),
+    "sharding": {"config", "errors", "hardware", "pathtree"},
     "quantize": set(),
     "parameters": {"config", "errors", "pathtree"},
+    "flops": {"config", "models", "parameters", "pathtree"},
     "storage": set(),
+    "stopping": set(),
+    "distributed": {"errors", "stopping"},
     "arrays": {"errors", "pathtree", "storage"},
     "provenance": {"errors", "storage"},
-    "base": {"arrays", "errors", "pathtree", "storage"},
+    "base": {"arrays", "distributed", "errors", "pathtree", "storage"},
     "flag_values": set(),
-    "stopping": set(),
     "flags": {"config", "errors", "pathtree"},
-    "checkpoint": {"arrays", "base", "config", "errors", "pathtree", "provenance", "quantize", "sharding", "storage"},
+    "checkpoint": {"arrays", "base", "config", "distributed", "errors", "pathtree", "provenance", "quantize", "sharding", "storage"},
     "models": {"config", "errors", "geometry", "pathtree", "quantize", "sharding", "typing"},
     "data": {"config", "errors", "geometry", "typing"},
     "data.build": {"config", "errors", "geometry", "stopping", "typing"},
-    "data.command": {"errors", "eval.view", "flag_values", "train.encode"},
+    "data.command": {"distributed", "errors", "eval.view", "flag_values", "train.encode"},
     "data.loader": {"config", "errors", "geometry", "typing", "sharding"},
     "infer": {
         *("checkpoint", "config", "errors", "geometry", "models", "pathtree", "quantize", "sharding", "storage", "typing"),
@@ -42,15 +45,18 @@ MAY_IMPORT = {
     },
     "eval": {"config", "data", "errors", "geometry", "infer", "pathtree", "typing"},
     "train": {
-        *("base", "checkpoint", "config", "data", "errors", "eval", "geometry", "models", "parameters", "pathtree", "sharding"),
-        *("stopping", "storage", "typing"),
+        *("arrays", "base", "checkpoint", "config", "data", "distributed", "errors", "eval", "flag_values", "flags", "flops", "geometry"),
+        *("hardware", "models", "parameters", "pathtree", "sharding", "stopping", "storage", "typing"),
     },
+    "sweep": {"checkpoint", "config", "errors", "flag_values", "flags", "pathtree", "stopping", "storage", "train.command"},
     "cli": {
         "config",
         "data.command",
         "errors",
         "flag_values",
         "infer.command",
+        "train.command",
+        "sweep.command",
     },  # when it is imported; commands import theirs when they run
 }
 MAY_IMPORT_OUTSIDE = {
@@ -139,7 +145,8 @@ def test_every_library_that_the_package_imports_is_declared():
     core, medical = (set(re.findall(r'"([\w-]+)>=', setup.split(start)[1].split("]")[0])) for start in ("CORE = [", '"medical": ['))
     names = {"PIL": "pillow", "orbax": "orbax-checkpoint", "ml_collections": "ml-collections", "absl": "absl-py", "google": "protobuf"}
     names["tensorflow_datasets"] = "tensorflow-datasets"
-    for deep, declared in ((False, core | {"jaxlib"}), (True, core | medical | {"jaxlib"})):  # what runs later may come with the extra
+    later = core | medical | {"jaxlib", "wandb"}  # what runs later may come with an extra
+    for deep, declared in ((False, core | {"jaxlib"}), (True, later)):
         imported = {name.split(".")[0] for path in sources("mimo_jax") for name in imports(path, deep)}
         libraries = {names.get(name, name) for name in imported - sys.stdlib_module_names - {"mimo_jax", "configs", "checkpoints_convert"}}
         assert libraries <= declared, f"not in setup.py: {', '.join(sorted(libraries - declared))}"

@@ -1,7 +1,7 @@
 """One image and its samples as arrays, and several of them as a batch: the same for training, evaluation and inference.
 
 Axis letters: B samples, K samples of an image, N images, T sequence bucket, R user turns, L instruction ids, P prompt
-tokens, S `<SEG>` slots, M mask side.
+tokens, S `<SEG>` slots, M side of the target masks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mimo_jax.config import Config, ModelConfig, PromptConfig
+from mimo_jax.config import PROMPT_KINDS, Config, ModelConfig, PromptConfig
 from mimo_jax.data.conversation import Rendered, SampleError, render
 from mimo_jax.data.prompts import Prompts, draw_prompts, encode_prompts
 from mimo_jax.data.schema import Record, RecordError, Sample
@@ -64,7 +64,7 @@ def sample_arrays(
     """The arrays of one sample, without batch axis. `masks`: bool [H, W] by id; `size`: (H, W). `frames` keeps targets in
     their frames, by the ids of their masks, for the next call on the same image."""
     model = config.model
-    arrays = blank_arrays(model)
+    arrays = blank_arrays(config)
     count = len(rendered.seg_positions)
     for turn, ids in enumerate(rendered.instructions):
         arrays["instruction_ids"][turn, : len(ids)] = ids
@@ -72,7 +72,7 @@ def sample_arrays(
     frame = clip_frame(*size, model.clip.image_size, model.clip.image_fit)
     for turn, mask_ids in enumerate(rendered.prompted):
         if mask_ids:
-            prompts = point_at([masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name)
+            prompts = point_at([masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name, config.prompt_kinds())
             arrays["prompt_xy"][turn], arrays["prompt_kind"][turn] = encode_prompts(prompts, frame, model.prompt)
     frames = {} if frames is None else frames
 
@@ -86,7 +86,7 @@ def sample_arrays(
         return frames[key]
 
     for slot, mask_ids in enumerate(rendered.seg_targets):
-        arrays["masks"][slot] = united(mask_ids, sam_frame(*size, model.sam.image_size), model.mask_side())
+        arrays["masks"][slot] = united(mask_ids, sam_frame(*size, model.sam.image_size, model.sam.image_fit), config.target_side())
     for turn, mask_ids in enumerate(rendered.looked):
         arrays["look_mask"][turn] = mask_ids is not None
         if mask_ids:
@@ -102,10 +102,11 @@ def sample_arrays(
     }
 
 
-def blank_arrays(model: ModelConfig) -> dict[str, np.ndarray]:
+def blank_arrays(config: Config) -> dict[str, np.ndarray]:
     """A sample of weight 0: what stands in for one that cannot be used. One position counts as real, so that attention has
     something to look at."""
-    turns, slots, tokens, side = model.turns_max, model.seg_max, model.prompt.max_tokens, model.mask_side()
+    model, side = config.model, config.target_side()
+    turns, slots, tokens = model.turns_max, model.seg_max, model.prompt.max_tokens
     return {
         "input_ids": np.zeros(1, np.int32),
         "query_index": np.full(1, -1, np.int32),
@@ -132,9 +133,15 @@ def blank_views(model: ModelConfig) -> dict[str, np.ndarray]:
     }
 
 
-def point_at(masks: Sequence[np.ndarray], rng: np.random.Generator, cfg: PromptConfig, name: str = "sample") -> Prompts:
-    """One turn's prompts, drawn on each of `masks` (bool [H, W]); of kinds that leave room for a box on each of the rest.
-    Raises SampleError where even boxes do not fit in P = cfg.max_tokens."""
+def point_at(
+    masks: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    cfg: PromptConfig,
+    name: str = "sample",
+    kinds: Sequence[str] = PROMPT_KINDS,
+) -> Prompts:
+    """One turn's prompts, drawn on each of `masks` (bool [H, W]); of those of `kinds` that leave room for a box on each of the rest,
+    or a box. Raises SampleError where even boxes do not fit in P = cfg.max_tokens."""
     if 2 * len(masks) > cfg.max_tokens:
         raise SampleError(f"{name}: points at {len(masks)} masks in one turn; raise config.model.prompt.max_tokens ({cfg.max_tokens})")
     most = {"point": _POINTS_MOST, "box": 2, "scribble": cfg.scribble_points}
@@ -142,7 +149,7 @@ def point_at(masks: Sequence[np.ndarray], rng: np.random.Generator, cfg: PromptC
     drawn = []
     for number, mask in enumerate(masks):
         room = left - 2 * (len(masks) - number - 1)
-        prompts = draw_prompts(mask, rng, [kind for kind, tokens in most.items() if tokens <= room])
+        prompts = draw_prompts(mask, rng, [kind for kind in kinds if most[kind] <= room] or ["box"])
         left -= len(prompts.points) + 2 * len(prompts.boxes) + cfg.scribble_points * len(prompts.scribbles)
         drawn.append(prompts)
     return Prompts(

@@ -154,7 +154,8 @@ takes it with --config.data.features=True, and decodes and encodes no picture. W
     encode.add_argument("--data", required=True, metavar="DIR", help="a dataset, or a .jsonl manifest")
     encode.add_argument("--split", default="train", choices=("train", "val", "test"), help="default: train")
     encode.add_argument("--batch", type=positive, default=8, metavar="N", help="pictures at a time on each device; default: 8")
-    encode.add_argument("--process", type=part, default=(0, 1), metavar="I/N", help="every Nth picture alone, from the Ith, counted from 0")
+    share_help = "every Nth picture alone, from the Ith, counted from 0; default: what falls to this one of the processes of a cluster"
+    encode.add_argument("--process", type=part, metavar="I/N", help=share_help)
     encode.set_defaults(run=_encode)
 
 
@@ -304,14 +305,25 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    from mimo_jax.train.encode import encode_checkpoint
+    from mimo_jax import distributed
 
-    done = encode_checkpoint(args.checkpoint, args.data, args.split, args.batch, *args.process, args.base)
-    print(f"{args.data} {args.split}: features of {done.written} images written, {done.before} were there")
-    if done.stopped:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return _STOPPED
-    if done.failed:
-        print(f"{len(done.failed)} images cannot be read and have none; why stands in {done.unreadable}", file=sys.stderr)
-        return _IN_PART
-    return 0
+    def work() -> int:
+        import jax
+
+        from mimo_jax.train.encode import encode_checkpoint
+
+        mine = args.process or (jax.process_index(), jax.process_count())
+        done = encode_checkpoint(args.checkpoint, args.data, args.split, args.batch, *mine, args.base)
+        made = distributed.gather([done.written, done.before, len(done.failed), done.stopped])
+        written, before, failed, stopped = (sum(counts) for counts in zip(*made, strict=True))
+        print(f"{args.data} {args.split}: features of {written} images written, {before} were there")
+        if stopped:
+            print("stopped; run the same command again to go on", file=sys.stderr)
+            return _STOPPED
+        if failed:
+            where = done.unreadable if len(made) == 1 else done.unreadable.parent
+            print(f"{failed} images cannot be read and have none; why stands in {where}", file=sys.stderr)
+            return _IN_PART
+        return 0
+
+    return work() if args.process else distributed.run(work)

@@ -5,17 +5,18 @@ Axis letters: B samples of the global batch, K samples that share one image, N =
 Everything is a pure function of (config, sources, tokenizer, number of the global batch): which images and samples, in
 which bucket, with which prompts. So the state of the iterator is one integer, the same in all processes, every process
 takes the same bucket, and another number of processes goes on with the same global sequence: of a batch's images
-0 … N-1, process p of P makes p, p + P, …
+0 … N-1 a process makes those that it is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -54,23 +55,18 @@ class Drawn(NamedTuple):
 
 
 def make_loader(
-    config: Config, tokenizer: Tokenizer, sources: dict[str, RecordFolder | Manifest], process_index: int = 0, process_count: int = 1
+    config: Config, tokenizer: Tokenizer, sources: dict[str, RecordFolder | Manifest], mine: Sequence[int] | None = None
 ) -> Loader:
-    """Endless batches of this process's share of every global batch. `sources`: by name, as `open_sources` gives them.
+    """Endless batches. `sources`: by name, as `open_sources` gives them; mine: which of every global batch's N images this process
+    makes, ascending; None: all.
 
-    Raises DataError for a perspective with a weight that no source holds, and where processes do not divide the images."""
-    images = config.data.batch_size // config.data.samples_per_image
-    if images % process_count:
-        raise DataError(
-            f"config.data.batch_size: its {images} images ({config.data.batch_size} samples, {config.data.samples_per_image} an "
-            f"image) cannot be shared by {process_count} processes; make them a multiple"
-        )
+    Raises DataError for a perspective with a weight that no source holds."""
     order = GlobalOrder(config, tokenizer, sources)
-    return Loader(_Batches(order, _Maker(config, tokenizer, list(sources.values())), process_index, process_count))
+    return Loader(_Batches(order, _Maker(config, tokenizer, list(sources.values())), range(order.images) if mine is None else mine))
 
 
 class Loader:
-    """Iterator of batches (dicts of arrays, B / process_count samples each).
+    """Iterator of batches (dicts of arrays, K samples of each image that this process makes).
 
     state() -> {"batch": number of the next global batch}; restore(state) goes on from there, bit-identically.
     bad: {"record", "sample", "reason"} of every sample that came up and could not be used; it stands in its batch with
@@ -107,6 +103,11 @@ class Loader:
     def state(self) -> dict[str, int]:
         return {"batch": self._next}
 
+    def records(self, number: int) -> list[str]:
+        """Ids of the records whose images a global batch shows, in all processes."""
+        order = self._batches.order
+        return [order.sources[image.source].index.ids[image.record].decode() for image in order.batch(number)[1]]
+
     def restore(self, state: dict[str, int]) -> None:
         self.close()
         self._next = int(state["batch"])
@@ -119,7 +120,7 @@ class Loader:
 
     def _start(self) -> grain.DatasetIterator:
         config = self._batches.order.config
-        ahead = max(1, min(8, _IMAGES_AHEAD // self._batches.images))
+        ahead = max(1, min(8, _IMAGES_AHEAD // len(self._batches.mine)))
         threads = min(ahead, 4, os.cpu_count() or 1)
         if config.data.workers:
             ahead = threads = 1  # within each worker, which itself runs ahead by a batch
@@ -203,6 +204,7 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
     One endless dataset, shuffled anew each epoch, for each perspective of each source. Perspectives come in the shares of
     `data.weights`; of the sources that hold one, each gives its part of that share by its weight."""
     share = config.data.samples_per_image
+    kept = {name: _kept(source, config.data.share) for name, source in sources.items()}
     leaves, weights, total = [], [], 0
     for perspective, weight in config.data.weights.items():
         if weight < 0:
@@ -212,14 +214,15 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
         held = {}
         for number, (name, source) in enumerate(sources.items()):
             asked = [p.strip() for p in config.data.sources[name].perspectives.split(",")]
-            rows = _groups(source, perspective, number, share) if perspective in asked else np.zeros((0, 3), int)
-            if len(rows):
-                held[name] = rows
-                total += int(np.count_nonzero(source.index.perspective == PERSPECTIVES.index(perspective)))
+            mine = kept[name] & (source.index.perspective == PERSPECTIVES.index(perspective)) & (perspective in asked)
+            if mine.any():
+                held[name] = _groups(source, mine, number, share)
+                total += int(mine.sum())
         if not held:
+            portion = f" (config.data.share {config.data.share:g})" if config.data.share < 1 else ""
             raise DataError(
                 f"config.data.weights.{perspective}: is {weight:g}, but no source ({', '.join(sources)}) holds a sample of "
-                f"{perspective} in split {config.data.split}; set it to 0 or add a source"
+                f"{perspective} in split {config.data.split}{portion}; set it to 0 or add a source"
             )
         shares = sum(config.data.sources[name].weight for name in held)
         for name, rows in held.items():
@@ -232,10 +235,18 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
     return grain.MapDataset.mix(leaves, weights), total
 
 
-def _groups(source: RecordFolder | Manifest, perspective: str, number: int, share: int) -> np.ndarray:
-    """int [n, 3]: (source, record, group of at most `share` samples of that perspective in it)."""
+def _kept(source: RecordFolder | Manifest, share: float) -> np.ndarray:
+    """bool [m]: the samples of those patients or cases that `data.share` leaves. A group is in or out by its name alone, so a larger
+    share holds all of a smaller one."""
     index = source.index
-    of = np.repeat(np.arange(len(source)), np.diff(index.first))[index.perspective == PERSPECTIVES.index(perspective)]
+    names, of = np.unique(index.groups, return_inverse=True)
+    places = np.array([int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64 for name in names.tolist()])
+    return np.repeat((places < share)[of], np.diff(index.first))
+
+
+def _groups(source: RecordFolder | Manifest, mine: np.ndarray, number: int, share: int) -> np.ndarray:
+    """int [n, 3]: (source, record, group of at most `share` of the samples that are `mine`, bool [m], in it)."""
+    of = np.repeat(np.arange(len(source)), np.diff(source.index.first))[mine]
     records, held = np.unique(of, return_counts=True)
     groups = -(-held // share)
     within = np.arange(groups.sum()) - np.repeat(np.cumsum(groups) - groups, groups)
@@ -290,10 +301,8 @@ def _overhead(config: Config, tokenizer: Tokenizer) -> int:
 class _Batches:
     """Random access to this process's part of every global batch; Grain reads it from threads or worker processes."""
 
-    def __init__(self, order: GlobalOrder, maker: _Maker, process_index: int, process_count: int):
-        self.order, self.maker = order, maker
-        self.process_index, self.process_count = process_index, process_count
-        self.images = order.images // process_count
+    def __init__(self, order: GlobalOrder, maker: _Maker, mine: Sequence[int]):
+        self.order, self.maker, self.mine = order, maker, mine
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -301,7 +310,7 @@ class _Batches:
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         bucket, drawn = self.order.batch(int(number))
         report: list[dict] = []
-        examples = [self.maker.example(image, report) for image in drawn[self.process_index :: self.process_count]]
+        examples = [self.maker.example(drawn[i], report) for i in self.mine]
         batch = stack_batch(examples, bucket)
         batch[_REPORT] = np.frombuffer(json.dumps(report).encode(), np.uint8)
         return batch
@@ -342,7 +351,7 @@ class _Maker:
         except ValueError as error:
             report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(drawn.samples))]
             blank = self.features[drawn.source].blank() if self.features else blank_views(model)
-            return {**blank, "samples": [blank_arrays(model)] * len(drawn.samples)}
+            return {**blank, "samples": [blank_arrays(self.config)] * len(drawn.samples)}
         samples = []
         for place, number in enumerate(drawn.samples):
             sample = ready.record.samples[number]
@@ -354,7 +363,7 @@ class _Maker:
                 samples.append(sample_arrays(sample.sample_id, rendered, masks, size, self.config, rng, frames))
             except ValueError as error:
                 report.append({"record": record_id, "sample": f"{record_id}#{number}", "reason": str(error)})
-                samples.append(blank_arrays(model))
+                samples.append(blank_arrays(self.config))
         return {**image, "samples": samples}
 
     def _ready(self, source: int, number: int) -> _Ready:
@@ -372,7 +381,7 @@ class _Maker:
         )
         size = len(ready.record.to_bytes()) + 4096 * len(record.samples)
         size += image.nbytes if augmented else sum(v.nbytes for v in ready.views.values())
-        size += 0 if augmented else len(record.masks) * self.config.model.mask_side() ** 2
+        size += 0 if augmented else len(record.masks) * self.config.target_side() ** 2
         if size <= self._free:
             self._free -= size
             self._kept[source, number] = ready

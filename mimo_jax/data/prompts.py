@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from mimo_jax.config import PromptConfig
+from mimo_jax.config import PROMPT_KINDS, PromptConfig
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, box_to_corners, validate_boxes, validate_points, validate_scribbles
 
 NONE, POINT_IN, POINT_OUT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, SCRIBBLE = range(6)  # values of prompt_kind
-KINDS = ("point", "box", "scribble")
 _UNUSED, _NOT_A_POINT = -2, -1  # labels of SAM's points
 _SAM_LABELS = np.array([_UNUSED, 1, 0, 2, 3, 1])  # of each kind
 
@@ -46,16 +45,16 @@ class Prompts:
         return bool(len(self.points) or len(self.boxes) or self.scribbles)
 
 
-def draw_prompts(mask: np.ndarray, rng: np.random.Generator, kinds: Sequence[str] = KINDS) -> Prompts:
+def draw_prompts(mask: np.ndarray, rng: np.random.Generator, kinds: Sequence[str] = PROMPT_KINDS) -> Prompts:
     """The prompt that a user might draw on the structure `mask`, bool [H, W]; of one kind, each of `kinds` as likely.
 
     point: one to three inside, the deeper the likelier, at times one close outside; box: tight, its edges jittered;
     scribble: a smooth stroke that keeps to the middle. The same mask and rng state give the same prompt.
     Raises PromptError for an empty mask or an unknown kind.
     """
-    unknown = sorted(set(kinds) - set(KINDS))
+    unknown = sorted(set(kinds) - set(PROMPT_KINDS))
     if unknown or not kinds:
-        raise PromptError(f"prompt kind {', '.join(unknown) or 'missing'}; use some of {', '.join(KINDS)}")
+        raise PromptError(f"prompt kind {', '.join(unknown) or 'missing'}; use some of {', '.join(PROMPT_KINDS)}")
     mask = np.asarray(mask, bool)
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):

@@ -46,14 +46,15 @@ def open_source(path: str | os.PathLike, split: str, seed: int = 0, max_bad: flo
 
 
 def open_sources(config: Config, split: str) -> dict[str, RecordFolder | Manifest]:
-    """Every source of `config.data.sources` with a weight, by name. Raises DataError naming the source."""
+    """Every source of `config.data.sources` with a weight, by name; how a manifest is split does not depend on `data.seed`, so that no
+    run trains on what another is tested on. Raises DataError naming the source."""
     sources = {}
     for name, source in config.data.sources.items():
         if source.weight < 0:
             raise DataError(f"config.data.sources.{name}.weight: is {source.weight}; must be 0 or more")
         if source.weight:
             try:
-                sources[name] = open_source(source.path, split, config.data.seed, config.train.max_bad_samples)
+                sources[name] = open_source(source.path, split, max_bad=config.train.max_bad_samples)
             except DataError as error:
                 raise DataError(f"config.data.sources.{name}: {error}") from None
     if not sources:

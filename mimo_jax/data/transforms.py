@@ -148,7 +148,7 @@ def views(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
     `clip_size`, `sam_size` int32 [2], the (height, width) of the content of each; the rest is 0."""
     height, width = image.shape[:2]
     clip = clip_frame(height, width, cfg.clip.image_size, cfg.clip.image_fit)
-    sam = sam_frame(height, width, cfg.sam.image_size)
+    sam = sam_frame(height, width, cfg.sam.image_size, cfg.sam.image_fit)
     red, green, blue = (image[:, :, channel] for channel in range(3))
     if np.array_equal(red, green) and np.array_equal(red, blue):
         image = red  # one channel is resized in a third of the time, to the same values

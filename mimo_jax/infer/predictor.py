@@ -179,7 +179,8 @@ class Mimo:
     def _frames(self, pixels: np.ndarray) -> tuple[Frame, Frame]:
         m = self.config.model
         height, width = pixels.shape[:2]
-        return clip_frame(height, width, m.clip.image_size, m.clip.image_fit), sam_frame(height, width, m.sam.image_size)
+        clip = clip_frame(height, width, m.clip.image_size, m.clip.image_fit)
+        return clip, sam_frame(height, width, m.sam.image_size, m.sam.image_fit)
 
     def _prepare(self, request: Request) -> Turn:
         image = request.image

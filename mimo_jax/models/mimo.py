@@ -97,7 +97,7 @@ class Mimo(nnx.Module):
             return x.reshape(b * r, *x.shape[2:])
 
         visual = self.prompt(fold(prompt_xy), fold(prompt_kind))
-        text = self.embedding(fold(instruction_ids))
+        text = target.split(self.embedding(fold(instruction_ids)))
         x_q, look = self.aligner(image, self.prompt.image_code(), text, fold(instruction_mask), visual, fold(prompt_kind) > 0)
         if look is not None:
             g = self.config.clip.grid()

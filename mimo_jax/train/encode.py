@@ -35,7 +35,7 @@ from mimo_jax.stopping import StopSignal
 from mimo_jax.train.state import Plan
 
 ENCODERS = ("clip/", "sam_encoder/")
-_SAM_FIELDS = ("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "window", "global_every", "decoder_width")
+_SAM_FIELDS = ("image_size", "image_fit", "patch_size", "width", "layers", "heads", "mlp_ratio", "window", "global_every", "decoder_width")
 _VERSION = 1  # of how a file becomes pixels and pixels become features: raise it when that changes
 
 

@@ -7,27 +7,34 @@ back, and the next step is bit-identical to what it would have been.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
-from mimo_jax import __version__, base, checkpoint, pathtree, sharding
+from mimo_jax import arrays, base, checkpoint, distributed, pathtree, sharding, storage
 from mimo_jax.checkpoint import CheckpointError, Checkpoints
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data import conversation
 from mimo_jax.data.loader import Loader, make_loader
 from mimo_jax.data.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mimo_jax.distributed import Stop
 from mimo_jax.eval import calibrate, evaluate
-from mimo_jax.eval.calibrate import Calibration
-from mimo_jax.stopping import StopSignal
-from mimo_jax.train import encode
-from mimo_jax.train.hooks import Every, Metrics, Save, Tick
+from mimo_jax.eval.calibrate import PLAIN, Calibration
+from mimo_jax.train import encode, feed, overview, reports
+from mimo_jax.train.goodput import Goodput
+from mimo_jax.train.guard import Guard
+from mimo_jax.train.hooks import Every, Save, Tick
+from mimo_jax.train.metrics import Metrics
+from mimo_jax.train.reports import Reports
 from mimo_jax.train.state import Plan
 from mimo_jax.train.step import make_step
 
@@ -35,103 +42,152 @@ EXIT_DONE, EXIT_STOPPED = 0, 75
 
 
 def train(config: Config, workdir: str | Path) -> int:
-    """Train to `config.train.steps`; returns the exit code: 0 done, 75 stopped on request with the state saved.
+    """Train to `config.train.steps`; returns the exit code: 0 done, 75 stopped on request with the state saved. Of several processes
+    (`distributed.run`) all call it.
 
     Raises UserError subclasses (exit 2) before any work for a config, data or checkpoint that cannot serve."""
+    began = time.time()
+    ready = prepare(config, workdir)
+    overview.show(ready.plan, ready.sources, ready.checkpoints.workdir, ready.first)
+    workdir, first, total = ready.checkpoints.workdir, ready.first, config.train.steps
+    with Goodput(workdir, began, first, total, ready.restored) as goodput, Reports(config, workdir, first) as told:
+        code = _run(ready, goodput, told)
+    print(goodput.summary())
+    return code
+
+
+class Ready(NamedTuple):
+    """A run that the next step can be taken of. first: steps done; restored: seconds that it took to get back there, 0 for a new run."""
+
+    plan: Plan
+    state: dict
+    frozen: dict
+    loader: Loader
+    tokenizer: Tokenizer
+    sources: dict
+    checkpoints: Checkpoints
+    first: int
+    restored: float
+
+
+def prepare(config: Config, workdir: str | Path) -> Ready:
+    """Open the run in `workdir`, or begin it. UserErrors as in `train`."""
     config.validate()
+    reports.check(config)
     workdir = Path(workdir)
     if not config.data.sources:
         raise ConfigError("config.data.sources: is empty; name a dataset with --data DIR")
-    resumed = checkpoint.open_run(workdir, config)
+    resumed = distributed.gather(checkpoint.open_run(workdir, config))[0]
     mesh = sharding.make_mesh(config.mesh)
     plan = Plan(config, mesh)
     if config.data.features:
         encode.check_frozen(plan)
     sources = open_sources(config, config.data.split)
     tokenizer = _tokenizer(config, workdir, sources)
-    loader = make_loader(config, tokenizer, sources, jax.process_index(), jax.process_count())
-    checkpoints = Checkpoints(workdir, keep_last=config.train.keep_last)
+    loader = make_loader(config, tokenizer, sources, feed.images_here(mesh, config.images()))
+    checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
 
+    since = time.perf_counter()
     state, frozen = _restore(plan, checkpoints, loader) if resumed else (None, None)
     begun = state is not None
+    restored = time.perf_counter() - since if begun else 0.0
     if not begun:
         state, frozen = plan.start(_initial_params(plan))
     if config.data.features:
         loader.use_features(encode.fingerprint(config, pathtree.flatten(frozen)))
     if not begun:
         checkpoint.start_run(workdir, config, frozen)
-    first = int(state["step"])
-    _banner(config, plan, sources, workdir, first)
+    return Ready(plan, state, frozen, loader, tokenizer, sources, checkpoints, _steps_done(loader), restored)
 
-    metrics = Metrics(workdir, config.train.log_every, first, config.train.steps, checkpoints)
-    save = Save(checkpoints, config.train.checkpoint_every, metrics)
-    look = Every(config.train.eval_every, lambda tick: _evaluate(plan, tick.state, frozen, tokenizer, workdir, tick.step))
-    hooks = [metrics, save, look]
-    stop = StopSignal()
+
+def _run(ready: Ready, goodput: Goodput, told: Reports) -> int:
+    """Every step that is left, and what follows the last; returns the exit code."""
+    plan, frozen, loader, workdir = ready.plan, ready.frozen, ready.loader, ready.checkpoints.workdir
+    config = plan.config
+
+    def judge(state: dict, work: Callable[[dict], None]) -> None:
+        with goodput.during("evaluate"):
+            _with_params(plan, state, frozen, work)
+
+    def look(tick: Tick) -> None:
+        judge(tick.state, lambda params: _evaluate(config, params, ready.tokenizer, workdir, tick.step, told))
+
+    hooks = [
+        Guard(config.train, ready.checkpoints, loader.records),
+        Metrics(config, goodput, told),
+        Save(ready.checkpoints, config.train.checkpoint_every, goodput),
+        Every(config.train.eval_every, look),
+    ]
+    stop = Stop()
     tick = None
     try:
-        for tick in steps(plan, state, frozen, loader, stop):
+        for tick in steps(plan, ready.state, frozen, loader, stop):
             for hook in hooks:
                 hook(tick)
     finally:
+        distributed.beat(0)
         stop.restore()
         for hook in hooks:
             hook.close()
         loader.close()
-    if tick is not None:
-        state = tick.state
-    if loader.bad:
-        print(f"{len(loader.bad)} samples could not be used; listed in {workdir / 'bad_samples.jsonl'}", file=sys.stderr)
-        _write_lines(workdir / "bad_samples.jsonl", loader.bad)
-    done = int(state["step"])
+    _write_bad(workdir / "bad_samples.jsonl", loader.bad)
+    done = _steps_done(loader)
     if done < config.train.steps:
         print(f"stopped at step {done}, state saved; run the same command to go on", file=sys.stderr)
         return EXIT_STOPPED
     if tick is not None:
-        fitted = {}
-        if config.train.calibrate_samples:
-            fitted["calibration"] = _calibrate(plan, state, frozen, tokenizer, workdir, done)
-        if config.train.eval_samples:
-            _evaluate(plan, state, frozen, tokenizer, workdir, done, **fitted)
+        judge(tick.state, lambda params: _finish(config, params, ready.tokenizer, workdir, done, told))
     return EXIT_DONE
 
 
-def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: StopSignal) -> Iterator[Tick]:
-    """One Tick a step, until `config.train.steps` or a stop signal."""
+def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Stop) -> Iterator[Tick]:
+    """One Tick a step, until `config.train.steps` or a stop signal. A step takes one batch, whether it moves the state or is skipped."""
+    config = plan.config
     step_fn = make_step(plan)
-    batch_sharding = sharding.of_batch(plan.mesh)
-    total = plan.config.train.steps
-    done = int(state["step"])
+    images = config.images()
+    here = feed.images_here(plan.mesh, images)
+    done, total = _steps_done(loader), config.train.steps
     batches = iter(loader)
     while done < total:
+        distributed.beat(config.train.step_timeout)
         since = time.perf_counter()
         batch = next(batches)
         position = loader.state()
         wait = time.perf_counter() - since
-        on_device = {name: jax.make_array_from_process_local_data(batch_sharding, value) for name, value in batch.items()}
-        state, metrics = step_fn(state, frozen, on_device)
+        placed = feed.place(plan.mesh, images, here, batch)
+        handed = time.perf_counter()
+        with jax.profiler.StepTraceAnnotation("train", step_num=done):
+            state, metrics = step_fn(state, frozen, placed)
+        dispatch = time.perf_counter() - handed
         done += 1
-        last = done == total or stop.received
-        yield Tick(done, state, metrics, plan.config.data.batch_size, last, lambda position=position: position, wait)
+        last = done == total or stop.after(done)
+        length = batch["input_ids"].shape[1]
+        yield Tick(done, state, metrics, config.data.batch_size, last, lambda position=position: position, length, wait, dispatch)
         if last:
             return
+
+
+def _steps_done(loader: Loader) -> int:
+    return loader.state()["batch"]
 
 
 def _tokenizer(config: Config, workdir: Path, sources: dict) -> Tokenizer:
     """The run's own, else that of `init.path`, else the configured file, else one learnt from the corpus; kept in the run."""
     path = workdir / "tokenizer.json"
-    if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0 and not path.exists():
+        beside = path.with_name("tokenizer.json.tmp")
         if config.init.path:
-            shutil.copy(checkpoint.tokenizer_path(config.init.path), path)
+            shutil.copy(checkpoint.tokenizer_path(config.init.path), beside)
         elif config.tokenizer == "train":
-            train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, path, config.model.grounding_tokens())
+            train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, beside, config.model.grounding_tokens())
         elif config.tokenizer:
             if not Path(config.tokenizer).is_file():
                 raise ConfigError(f"config.tokenizer: no file {config.tokenizer}")
-            shutil.copy(config.tokenizer, path)
+            shutil.copy(config.tokenizer, beside)
         else:
             raise ConfigError('config.tokenizer: is empty; give a tokenizer.json, or "train" to learn one from the data')
+        os.replace(beside, path)
+    distributed.gather(None)
     return Tokenizer(path, config.model)
 
 
@@ -182,42 +238,45 @@ def _restore(plan: Plan, checkpoints: Checkpoints, loader: Loader):
     return state, frozen
 
 
-def _calibrate(plan: Plan, state: dict, frozen: dict, tokenizer: Tokenizer, workdir: Path, step: int) -> Calibration:
-    """Scores fitted on validation samples, kept with the last step."""
-    made = calibrate.calibrate_params(plan.config, pathtree.merge(state["params"], frozen), tokenizer)
-    if made and jax.process_index() == 0:
-        made.write(checkpoint.calibration_path(workdir, step))
-    return made
+def _with_params(plan: Plan, state: dict, frozen: dict, work: Callable[[dict], None]) -> None:
+    """`work` with all parameters: in process 0 alone, on its own devices, while the others wait."""
+    distributed.beat(0)
+    mesh = sharding.inference_mesh(plan.config.model.llm)
+    place = partial(sharding.of_params, mesh=mesh) if mesh else None
+    params = arrays.on_first_process(pathtree.merge(state["params"], frozen), place)
+    if params is not None:
+        work(params)
+    distributed.gather(None)
 
 
-def _evaluate(plan: Plan, state: dict, frozen: dict, tokenizer: Tokenizer, workdir: Path, step: int, **fitted) -> None:
+def _finish(config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, told: Reports) -> None:
+    """Scores fitted on validation samples and kept with the last step, then an evaluation with them."""
+    fitted = PLAIN
+    if config.train.calibrate_samples:
+        fitted = calibrate.calibrate_params(config, params, tokenizer)
+        if fitted:
+            fitted.write(checkpoint.calibration_path(workdir, step))
+    if config.train.eval_samples:
+        _evaluate(config, params, tokenizer, workdir, step, told, fitted)
+
+
+def _evaluate(
+    config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, told: Reports, fitted: Calibration = PLAIN
+) -> None:
     """Free-running evaluation of `eval_samples` validation samples, and overlays of the first few, under `eval/<step>/`."""
-    config = plan.config
     out = workdir / "eval" / f"{step:08d}"
+    samples, overlays = config.train.eval_samples, config.train.overlays
     report = evaluate.evaluate_params(
-        config,
-        pathtree.merge(state["params"], frozen),
-        tokenizer,
-        split="val",
-        limit=config.train.eval_samples,
-        overlays=out,
-        overlay_count=config.train.overlays,
-        **fitted,
+        config, params, tokenizer, split="val", limit=samples, overlays=out, overlay_count=overlays, calibration=fitted
     )
     if report is not None:
-        (out / "report.json").write_text(json.dumps(report, indent=1))
+        storage.write_json(out / "report.json", report)
+        told.pictures(step, out)
 
 
-def _banner(config: Config, plan: Plan, sources: dict, workdir: Path, first: int) -> None:
-    counts = plan.counts()
-    images = ", ".join(f"{name} {len(source)}" for name, source in sources.items())
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
-    print(f"mimo_jax {__version__}, jax {jax.__version__}, {devices}")
-    print(f"parameters: {counts['trained']:,} trained, {counts['frozen']:,} frozen; images: {images}; workdir {workdir}")
-    print(checkpoint.origin(workdir))
-    if first:
-        print(f"resuming at step {first} of {config.train.steps}")
-
-
-def _write_lines(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def _write_bad(path: Path, bad: list[dict]) -> None:
+    """The samples that no process could use, if there are any."""
+    rows = {row["sample"]: row for rows in distributed.gather(bad) for row in rows}
+    if rows and jax.process_index() == 0:
+        print(f"{len(rows)} samples could not be used; listed in {path}", file=sys.stderr)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))

@@ -14,9 +14,8 @@ from mimo_jax.train import losses
 from mimo_jax.train.optimizer import schedule
 from mimo_jax.train.state import Plan
 
-
-# XLA's options by platform. TPU: a layer's weights are gathered whole, ahead of their use; XLA would multiply by one device's slice of them at
-# a time, of 80 columns for SAM on 16 devices, and add up the partial products in memory.
+# XLA's options by platform. TPU: a layer's weights are gathered whole, ahead of their use; XLA would multiply by one device's slice of
+# them at a time, of 80 columns for SAM on 16 devices, and add up the partial products in memory.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 

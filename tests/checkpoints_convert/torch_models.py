@@ -208,6 +208,10 @@ class VisualPrompt(nn.Module):
         self.clip = clip
         self.frequency = nn.Parameter(torch.empty(2, cfg.width // 2))
         self.kind = nn.Parameter(torch.empty(PROMPT_KINDS, cfg.width))
+        step, side = clip.patch_size, clip.image_size
+        centres = [[(side - 1) / 2] * 2] if clip.class_token else []
+        centres += [[left + (step - 1) / 2, top + (step - 1) / 2] for top in range(0, side, step) for left in range(0, side, step)]
+        self.register_buffer("centres", torch.tensor(centres), persistent=False)
 
     def position_code(self, xy: Tensor) -> Tensor:
         """Pixels of the CLIP frame, integers being centres, [..., 2] -> [..., Wp]."""
@@ -216,10 +220,7 @@ class VisualPrompt(nn.Module):
 
     def image_code(self) -> Tensor:
         """[I, Wp]: of each patch's centre, row by row; of the image's for the class token."""
-        step, side = self.clip.patch_size, self.clip.image_size
-        centres = [[(side - 1) / 2] * 2] if self.clip.class_token else []
-        centres += [[left + (step - 1) / 2, top + (step - 1) / 2] for top in range(0, side, step) for left in range(0, side, step)]
-        return self.position_code(torch.tensor(centres))
+        return self.position_code(self.centres)
 
     def forward(self, xy: Tensor, kind: Tensor) -> Tensor:
         """xy [P, 2], kind [P], none of them 0 -> X_vis [P, Wp]."""
@@ -232,10 +233,14 @@ class Attention(nn.Module):
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
 
+    def split(self, x: Tensor) -> Tensor:
+        """[..., M, W] -> [..., heads, M, W / heads]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """x [Q, W], memory [M, W] -> [Q, W]."""
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(0, 1) for y in (self.q(x), self.k(memory), self.v(memory)))
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1))
+        """x [..., Q, W], memory [..., M, W] -> [..., Q, W]."""
+        q, k, v = self.split(self.q(x)), self.split(self.k(memory)), self.split(self.v(memory))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
 
 
 class AlignerBlock(nn.Module):

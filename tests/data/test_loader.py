@@ -10,7 +10,7 @@ from mimo_jax.config import PERSPECTIVES, SourceConfig
 from mimo_jax.data.collate import make_example, point_at, smallest_bucket, stack_batch
 from mimo_jax.data.conversation import SampleError, render
 from mimo_jax.data.loader import GlobalOrder, _overhead, make_loader
-from mimo_jax.data.prompts import NONE
+from mimo_jax.data.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NONE
 from mimo_jax.data.records import DataError, write_records
 from mimo_jax.data.schema import Sample, Target, Turn
 from mimo_jax.data.sources import open_sources
@@ -56,8 +56,10 @@ def config_for(*folders, **data):
     return config
 
 
-def loader_for(config, tokenizer, *processes):
-    return make_loader(config, tokenizer, open_sources(config, "train"), *processes)
+def loader_for(config, tokenizer, process=0, processes=1):
+    """The loader of one of so many processes that share each batch in blocks."""
+    images = config.data.batch_size // config.data.samples_per_image // processes
+    return make_loader(config, tokenizer, open_sources(config, "train"), range(process * images, (process + 1) * images))
 
 
 def take(loader, count):
@@ -305,16 +307,31 @@ def test_processes_share_the_global_sequence(folder, tokenizer, processes):
         local = [part[number] for part in parts]
         assert len({tuple((k, v.shape) for k, v in part.items()) for part in local}) == 1
         for key, value in batch.items():
-            images = value.reshape(4, len(value) // 4, *value.shape[1:])
-            found = np.empty_like(images)
-            for p, part in enumerate(local):
-                found[p::processes] = part[key].reshape(4 // processes, *images.shape[1:])
-            assert np.array_equal(found, images), key
+            assert np.array_equal(np.concatenate([part[key] for part in local]), value), key
+
+
+def test_a_process_makes_the_images_that_it_is_asked_for(folder, tokenizer):
+    """Whichever they are: a mesh may give a process no block."""
+    config = config_for(folder, batch_size=8)
+    (whole,) = take(loader_for(config, tokenizer), 1)
+    (part,) = take(make_loader(config, tokenizer, open_sources(config, "train"), [0, 3]), 1)
+    assert np.array_equal(part["sam_image"], whole["sam_image"][[0, 3]])
+    assert np.array_equal(part["masks"], whole["masks"][[0, 1, 6, 7]])
+
+
+def test_the_records_of_a_batch_are_named_without_making_it(folder, tokenizer):
+    config = config_for(folder, batch_size=4, samples_per_image=1, sort_window=1)
+    config.data.weights = {"vqa": 1.0}
+    loader = loader_for(config, tokenizer)
+    order = [loader.records(number) for number in range(3)]  # a pass
+    ids = [record_id.decode() for record_id in open_sources(config, "train")["s0"].index.ids]
+    assert sorted(sum(order, [])) == sorted(ids)
+    assert [loader_for(config, tokenizer, 1, 2).records(number) for number in range(3)] == order
 
 
 def share_of(batch, process, processes):
     """What `process` makes of a whole batch, one with a sample an image."""
-    return {key: value[process::processes] for key, value in batch.items()}
+    return {key: value[process * len(value) // processes : (process + 1) * len(value) // processes] for key, value in batch.items()}
 
 
 def test_another_number_of_processes_goes_on_with_the_sequence(folder, tokenizer):
@@ -341,11 +358,6 @@ def test_an_unmixed_pass_sees_every_record_once(folder, tokenizer, processes):
     for epoch in (0, 3):
         seen = Counter(image.tobytes() for part in parts for batch in part[epoch : epoch + 3] for image in batch["sam_image"])
         assert len(seen) == 12 and set(seen.values()) == {1}
-
-
-def test_images_that_processes_cannot_share(folder, tokenizer):
-    with pytest.raises(DataError, match=r"2 images \(4 samples, 2 an image\) cannot be shared by 4 processes"):
-        loader_for(config_for(folder), tokenizer, 0, 4)
 
 
 def test_worker_processes_make_the_same_batches(folder, tokenizer):
@@ -418,3 +430,49 @@ def test_prompts_on_several_masks_fit(tokenizer):
         assert len(few.points) + 2 * len(few.boxes) + cfg.scribble_points * len(few.scribbles) <= cfg.max_tokens
     with pytest.raises(SampleError, match="7 masks in one turn; raise config.model.prompt.max_tokens"):
         point_at([*masks, masks[0]], np.random.default_rng(0), cfg)
+
+
+def test_prompts_are_of_the_kinds_asked_for_where_they_fit():
+    cfg = tiny_config().model.prompt  # 12 tokens, a scribble takes 4
+    mask = handmade.record(0).mask("l").decode()
+    for seed in range(20):
+        drawn = point_at([mask] * 4, np.random.default_rng(seed), cfg, kinds=("scribble",))
+        assert (len(drawn.points), len(drawn.boxes), len(drawn.scribbles)) == (0, 2, 2)  # the rest has room for boxes alone
+
+
+def test_only_the_kinds_of_prompts_that_are_configured_are_drawn(folder, tokenizer):
+    config = config_for(folder, prompt_kinds="box")
+    kinds = {int(kind) for batch in take(loader_for(config, tokenizer), 10) for kind in batch["prompt_kind"].ravel()}
+    assert kinds == {NONE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT}
+
+
+def test_a_larger_share_of_the_data_holds_all_of_a_smaller_one(tmp_path, tokenizer):
+    """Whole patients are in or out."""
+    records = [dataclasses.replace(handmade.record(i), group=f"patient {i // 2}") for i in range(60)]
+    write_records(tmp_path / "b", records, {})
+    held = []
+    for share in (0.25, 0.5, 0.75, 1.0):
+        config = config_for(tmp_path / "b", share=share, samples_per_image=1)
+        order = GlobalOrder(config, tokenizer, open_sources(config, "train"))
+        seen = Counter(image.record for number in range(200) for image in order.batch(number)[1])
+        assert {record ^ 1 for record in seen} == set(seen)
+        assert order.total == 9 * len(seen)
+        held.append(set(seen))
+    assert held[0] < held[1] < held[2] < held[3] == set(range(60))
+    assert [abs(len(records) / 60 - share) < 0.2 for records, share in zip(held, (0.25, 0.5, 0.75), strict=False)] == [True] * 3
+
+
+def test_a_share_that_holds_nothing_of_a_perspective_is_refused(tmp_path, tokenizer):
+    write_records(tmp_path / "b", [handmade.record(0)], {})
+    with pytest.raises(DataError, match=r"no source \(s0\) holds a sample of vqa in split train \(config.data.share 1e-06\)"):
+        loader_for(config_for(tmp_path / "b", share=1e-6), tokenizer)
+
+
+def test_targets_are_made_at_the_side_at_which_they_are_compared(folder, tokenizer):
+    config = config_for(folder)
+    own = take(loader_for(config, tokenizer), 1)[0]["masks"]
+    config.train.loss.mask_side = 2 * config.model.mask_side()
+    (batch,) = take(loader_for(config, tokenizer), 1)
+    assert batch["masks"].shape == (*own.shape[:2], *(2 * side for side in own.shape[2:]))
+    shrunk = batch["masks"].reshape(*own.shape[:3], 2, own.shape[3], 2).mean((3, 5))
+    assert np.abs(shrunk - own).max() <= 0.5  # the same masks, of twice as many pixels

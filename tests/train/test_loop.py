@@ -18,7 +18,7 @@ from mimo_jax.config import ConfigError, LoraConfig, SourceConfig
 from mimo_jax.data.build.phantom_set import build_phantoms
 from mimo_jax.errors import UserError
 from mimo_jax.train import loop
-from mimo_jax.train.hooks import NotFinite
+from mimo_jax.train.guard import NotFinite
 from tests.tiny_config import tiny_config
 
 LORA_TABLE = {r"lora_[ab]$|/grounding$": 1.0, r"^(aligner|prompt|seg_projection|sam_decoder)/": 1.0, r".": None}
@@ -44,7 +44,8 @@ def params_at(run, step: int) -> dict[str, np.ndarray]:
 
 
 def rows(run) -> dict[int, dict]:
-    timing = {"samples_per_second", "step_seconds", "data_wait"}
+    timing = {"samples_per_second", "tokens_per_second", "step_seconds", "data_wait", "tflops_per_device", "eta_seconds", "goodput"}
+    timing |= {"rss_gib", "rss_peak_gib"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: {k: v for k, v in line.items() if k not in timing} for line in lines}
 
@@ -57,29 +58,13 @@ def whole(phantoms, tmp_path_factory):
     return run
 
 
-def test_resume_gives_the_same_third_step(phantoms, whole, tmp_path):
+def test_resume_gives_the_same_third_step(phantoms, whole, tmp_path, monkeypatch):
     """A stop after two steps of three, then the same command: loss and parameters are bit-identical."""
     config = config_for(phantoms, steps=3, checkpoint_every=1, keep_last=3)
     stopped = tmp_path / "stopped"
-    real = loop.StopSignal
-
-    class StopAfterTwo(real):
-        polled = 0
-
-        @property
-        def received(self):
-            self.polled += 1
-            return self.polled == 2
-
-        @received.setter
-        def received(self, value):
-            pass
-
-    loop.StopSignal = StopAfterTwo
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Stop, "after", lambda self, step: step == 2)
         assert loop.train(config, stopped) == loop.EXIT_STOPPED
-    finally:
-        loop.StopSignal = real
     assert checkpoint.Checkpoints(stopped).latest() == 2
     assert loop.train(config, stopped) == 0
     assert rows(stopped)[3] == rows(whole)[3]

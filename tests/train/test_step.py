@@ -144,5 +144,18 @@ def test_a_parameter_without_a_row_and_a_table_that_freezes_all_are_errors():
     with pytest.raises(ConfigError, match="no row matches parameter"):
         multipliers(config, shapes)
     config.trainables = {r".": None}
-    with pytest.raises(ConfigError, match="freezes every parameter"):
+    with pytest.raises(ConfigError, match=r"^config\.trainables: freezes every parameter"):
+        multipliers(config, shapes)
+
+
+def test_freeze_stops_what_the_table_would_train():
+    config = tiny_config()
+    shapes = plan_for(config).params
+    before = multipliers(config, shapes)
+    config.freeze = r"^sam_decoder/"
+    after = multipliers(config, shapes)
+    changed = {path for path in before if before[path] != after[path]}
+    assert changed == {path for path in before if path.startswith("sam_decoder/")} and {after[path] for path in changed} == {None}
+    config.freeze = "."
+    with pytest.raises(ConfigError, match=r"^config\.freeze: freezes every parameter; match less"):
         multipliers(config, shapes)

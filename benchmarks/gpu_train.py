@@ -1,0 +1,171 @@
+"""Training steps of a whole model with random weights on the device at hand, beside PyTorch in the same run: samples/s and MFU.
+
+    python benchmarks/gpu_train.py                                                                 # mimo_7b, on a GPU
+    python benchmarks/gpu_train.py --config configs/tiny_lora.py --batches 8 --length 64           # on a CPU, in minutes
+
+With pictures, and with features of the frozen encoders in their place (`config.data.features`). PyTorch is LISA's way of training:
+transformers' Llama with peft's LoRA and gradient checkpointing, CLIP, segment-anything, bf16 by autocast, fused Adam. One GPU; each row in
+a process of its own, so that all of the memory is there. MFU counts what the model needs (`mimo_jax/flops.py`), nothing computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.torch_mimo import FEATURES, TorchMimo, Training, on_device  # noqa: E402
+from mimo_jax import flops, hardware, parameters, pathtree, sharding  # noqa: E402
+from mimo_jax.config import Config, MeshConfig  # noqa: E402
+from mimo_jax.data.features import feature_shapes  # noqa: E402
+from mimo_jax.flags import load_config  # noqa: E402
+from mimo_jax.models import mimo  # noqa: E402
+from mimo_jax.train.state import Plan  # noqa: E402
+from mimo_jax.train.step import make_step  # noqa: E402
+from tests.tiny_config import random_batch  # noqa: E402
+
+WARM = 2  # steps before those that are timed
+
+
+class Row(NamedTuple):
+    """seconds: of a step, the median; memory: the most that was held, GiB, None where the device does not say."""
+
+    device: str
+    seconds: float
+    memory: float | None
+
+
+def settings(args: argparse.Namespace, batch: int, features: bool) -> Config:
+    config = load_config(["--config", args.config], {})
+    config.data.batch_size, config.data.features, config.data.augment, config.train.accumulate = batch, features, False, 1
+    config.data.buckets = str(args.length or config.buckets()[-1])
+    config.validate()
+    return config
+
+
+def random_arrays(config: Config) -> dict[str, np.ndarray]:
+    batch = random_batch(config, length=config.buckets()[0])
+    if not config.data.features:
+        return batch
+    rng = np.random.default_rng(0)
+    for key, shape in feature_shapes(config.model).items():
+        values = rng.standard_normal((config.images(), *shape), np.float32)
+        batch[key] = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return {key: value for key, value in batch.items() if not key.startswith(("clip_", "sam_")) or key in FEATURES}
+
+
+def median_seconds(step: Callable[[], float], repeats: int) -> float:
+    taken = []
+    for number in range(WARM + repeats):
+        started = time.perf_counter()
+        if not math.isfinite(step()):
+            raise FloatingPointError("a loss that is not finite")
+        if number >= WARM:
+            taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def ours(config: Config, repeats: int) -> Row:
+    device = jax.devices()[0]
+    plan = Plan(config, sharding.make_mesh(MeshConfig(), [device]))
+    state, frozen = plan.start(plan.initial_params(jax.random.key(0)))
+    step, batch = make_step(plan), jax.device_put(random_arrays(config), sharding.of_batch(plan.mesh))
+
+    def call() -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, batch)
+        return float(metrics["loss"])
+
+    seconds, about = median_seconds(call, repeats), device.memory_stats()
+    return Row(device.device_kind, seconds, about and about["peak_bytes_in_use"] / hardware.GIB)
+
+
+def theirs(config: Config, repeats: int) -> Row:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = TorchMimo(config)
+    training, batch = Training(model, config), on_device(random_arrays(config), device)
+    seconds = median_seconds(lambda: training(batch)[0], repeats)
+    if device == "cpu":
+        return Row(device, seconds, None)
+    return Row(torch.cuda.get_device_name(), seconds, torch.cuda.max_memory_allocated() / hardware.GIB)
+
+
+def count(config: Config) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters of both sides, trained and frozen; no array is made."""
+    shapes = mimo.abstract(config)[1]
+    trains, counts = parameters.multipliers(config, shapes), {"trained": 0, "frozen": 0}
+    for path, leaf in pathtree.flatten(shapes).items():
+        counts["frozen" if trains[path] is None else "trained"] += leaf.size
+    with torch.device("meta"):
+        return counts, TorchMimo(config).counts()
+
+
+def measured(side: Callable, config: Config, repeats: int) -> Row | None:
+    """None where the memory does not suffice."""
+    try:
+        return side(config, repeats)
+    except (jax.errors.JaxRuntimeError, torch.OutOfMemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def alone(function: Callable, *args):
+    """What `function` gives in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="configs/mimo_7b.py")
+    parser.add_argument("--batches", default="4,8", help="samples in a step")
+    parser.add_argument("--length", type=int, default=0, help="tokens of a sample; the config's longest bucket unless given")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    batches = [int(batch) for batch in args.batches.split(",")]
+    config = settings(args, batches[0], features=False)
+    here, there = alone(count, config)
+    print(
+        f"{config.name}, {config.buckets()[0]} tokens, {config.model.dtype}, remat {config.model.remat}; parameters {here}, torch {there}"
+    )
+    print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    if here != there:
+        sys.exit("the two models are not of one size")
+    print("\n| | image encoders | batch | samples/s | ms a step | TFLOP/s | MFU | GiB | on |\n|---|---|---|---|---|---|---|---|---|")
+    for features in (False, True):
+        for batch in batches:
+            config = settings(args, batch, features)
+            for name, side in (("jax", ours), ("torch", theirs)):
+                row = alone(measured, side, config, args.repeats)
+                start = f"| {name} | {'cached' if features else 'run'} | {batch} |"
+                if row is None:
+                    print(f"{start} out of memory |||||", flush=True)
+                    continue
+                rate, chip = batch / row.seconds, hardware.of_kind(row.device)
+                speed = rate * sum(flops.step(config, config.buckets()[0]).values())
+                share = f"{speed / chip.flops:.1%}" if chip else "unknown"
+                memory = "unknown" if row.memory is None else f"{row.memory:.1f}"
+                print(
+                    f"{start} {rate:.2f} | {1000 * row.seconds:.1f} | {speed / 1e12:.3f} | {share} | {memory} | {row.device} |", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Does a run survive? Real processes are killed, preempted, and their files damaged; what comes after is held against a run that
+was left alone.
+
+    python benchmarks/survival.py [--parts kill,preempt,flip] [--config FILE] [--kills 20] [--seed 0]
+
+kill: SIGKILL at random moments, every other one in the middle of a save; the final parameters must be bit-identical.
+preempt: SIGTERM to one of two processes; then one process with one device, and one with four virtual devices, go on.
+flip: one random bit of a step's checkpoint (50 trials) or of the frozen base (10) is turned over.
+
+Without --config, the model is that of tests/tiny_config.py, so that a process starts in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from mimo_jax import base, checkpoint, pathtree, sharding  # noqa: E402
+from mimo_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning  # noqa: E402
+from mimo_jax.config import MeshConfig  # noqa: E402
+from mimo_jax.data.build.phantom_set import build_phantoms  # noqa: E402
+from mimo_jax.data.loader import make_loader  # noqa: E402
+from mimo_jax.data.sources import open_sources  # noqa: E402
+from mimo_jax.data.tokenizer import Tokenizer  # noqa: E402
+from mimo_jax.train.state import Plan  # noqa: E402
+
+SMALL = """
+from tests.tiny_config import tiny_config
+
+def get_config():
+    config = tiny_config()
+    config.data.batch_size = 8
+    return config
+"""
+EVERY_STEP = {"train.log_every": 1, "train.eval_samples": 0, "train.calibrate_samples": 0}
+
+
+class Runs:
+    """`mimo train` of one config on one dataset."""
+
+    def __init__(self, config: str | None, folder: Path):
+        self.folder, self.data = folder, folder / "phantom"
+        self.config = config or str(folder / "small.py")
+        if config is None:
+            (folder / "small.py").write_text(SMALL)
+        build_phantoms(self.data, 24, seed=5, progress=False)
+
+    def start(self, workdir: Path, devices: int = 1, place: tuple[str, int, int] | None = None, **settings) -> subprocess.Popen:
+        """A process of the run in `workdir`. place: (coordinator, process, processes); settings: `train__steps=3`."""
+        flags = {name.replace("__", "."): value for name, value in settings.items()} | EVERY_STEP
+        command = [sys.executable, "-m", "mimo_jax.cli", "train", "--config", self.config, "--data", str(self.data)]
+        command += ["--workdir", str(workdir), *(f"--config.{name}={value}" for name, value in flags.items())]
+        told = dict(zip(("MIMO_COORDINATOR", "MIMO_PROCESS", "MIMO_PROCESSES"), map(str, place), strict=True)) if place else {}
+        wanted = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        log = open(f"{workdir}.log", "a")
+        return subprocess.Popen(command, env=os.environ | told | {"XLA_FLAGS": wanted}, stdout=log, stderr=log)
+
+    def finish(self, workdir: Path, **settings) -> None:
+        code = self.start(workdir, **settings).wait()
+        if code:
+            raise SystemExit(f"a run ended with {code}; see {workdir}.log")
+
+
+def rows(workdir: Path) -> dict[int, dict]:
+    """Metrics by step, of what is written by now."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["step"]: row for row in map(json.loads, (line for line in lines if line.endswith("}")))}
+
+
+def unfinished(workdir: Path) -> bool:
+    """Whether a step is being saved."""
+    return any(not (step / "manifest.json").exists() for step in (workdir / "steps").glob("*"))
+
+
+def wait_until(true, process: subprocess.Popen, seconds: float, pause: float) -> bool:
+    until = time.monotonic() + seconds
+    while not true() and process.poll() is None and time.monotonic() < until:
+        time.sleep(pause)
+    return true()
+
+
+# --- the parts
+
+
+def kill(runs: Runs, kills: int, rng: random.Random) -> Iterator[str]:
+    settings = {"train__steps": 25 * kills, "train__checkpoint_every": 4}
+    alone, killed = runs.folder / "alone", runs.folder / "killed"
+    runs.finish(alone, **settings)
+    in_save, at = 0, []
+    for number in range(kills):
+        process = runs.start(killed, **settings)
+        before = len((killed / "metrics.jsonl").read_text().splitlines()) if (killed / "metrics.jsonl").exists() else 0
+        wait_until(lambda before=before: len(rows_written(killed)) > before, process, 600, 0.01)
+        if number % 2:
+            wait_until(lambda: unfinished(killed), process, 60, 0.0005)
+        else:
+            time.sleep(rng.uniform(0, 0.5))
+        if process.poll() is not None:
+            raise SystemExit(f"the run was over before kill {number + 1}, with code {process.returncode}; see {killed}.log")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        in_save += unfinished(killed)
+        at.append(max(rows(killed)))
+    runs.finish(killed, **settings)
+    last = settings["train__steps"]
+    a, b = (pathtree.flatten(checkpoint.load_params(run / "steps" / str(last))) for run in (alone, killed))
+    same = a.keys() == b.keys() and all(np.array_equal(np.asarray(a[path]), np.asarray(b[path])) for path in a)
+    yield f"kill: {kills} times SIGKILL, {in_save} of them in a save, at steps {at} of {last}; final parameters bit-identical: {same}"
+
+
+def rows_written(workdir: Path) -> list[str]:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def preempt(runs: Runs, rng: random.Random) -> Iterator[str]:
+    alone, two = runs.folder / "left", runs.folder / "two"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    many = {"train__steps": 100000, "train__checkpoint_every": 100000}
+    pair = [runs.start(two, 1, (at, number, 2), **many) for number in range(2)]
+    wait_until(lambda: len(rows_written(two)) > rng.randrange(3, 12), pair[0], 600, 0.05)
+    pair[1].send_signal(signal.SIGTERM)
+    codes = [process.wait() for process in pair]
+    stopped = Checkpoints(two).latest()
+    yield f"preempt: SIGTERM to process 1 of 2; exit codes {codes}, both saved step {stopped} (a save is whole only if both wrote the same)"
+
+    settings = {"train__steps": stopped + 20, "train__checkpoint_every": 100000}
+    runs.finish(alone, **settings)
+    wanted = rows(alone)
+    for devices in (1, 4):
+        again = runs.folder / f"on_{devices}"
+        shutil.copytree(two, again)
+        runs.finish(again, devices=devices, **settings)
+        found = rows(again)
+        worst = max(abs(found[s]["loss"] / wanted[s]["loss"] - 1) for s in range(stopped + 1, stopped + 21))
+        yield f"preempt: resumed on one process, {devices} device(s): loss of 20 steps within {worst:.1e} relative of a run left alone"
+    yield f"preempt: sample ids of 100 batches identical: {same_samples(two, stopped)}"
+
+
+def same_samples(run: Path, step: int) -> bool:
+    """Whether loaders that go on from a step, alone or two that share, give what one gives that was never stopped."""
+    config = checkpoint.read_config(run)
+    tokenizer, sources = Tokenizer(run / "tokenizer.json", config.model), open_sources(config, config.data.split)
+    position = json.loads((run / "steps" / str(step) / "extra.json").read_text())
+    half = config.images() // 2
+    whole = make_loader(config, tokenizer, sources)
+    for _ in range(step):
+        next(whole)
+    others = [make_loader(config, tokenizer, sources, mine) for mine in (None, range(half), range(half, 2 * half))]
+    for loader in others:
+        loader.restore(position)
+    for number in range(step, step + 100):
+        if any(loader.records(number) != whole.records(number) for loader in others):
+            return False
+        batch, alone, first, second = next(whole), *(next(loader) for loader in others)
+        for name, value in batch.items():
+            if not (np.array_equal(value, alone[name]) and np.array_equal(value, np.concatenate([first[name], second[name]]))):
+                return False
+    return True
+
+
+def flip(runs: Runs, rng: random.Random) -> Iterator[str]:
+    run, copy = runs.folder / "flipped", runs.folder / "copy"
+    runs.finish(run, train__steps=4, train__checkpoint_every=2)
+    plan = Plan(checkpoint.read_config(run), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    shutil.copytree(run, copy)
+    fell_back = 0
+    for _ in range(50):
+        undo = turn_bit(copy / "steps" / "4", rng)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            _, position = Checkpoints(copy).restore(4, plan.state, plan.state_shardings)
+        fell_back += position == {"batch": 2} and any(issubclass(w.category, CheckpointWarning) for w in told)
+        undo()
+    yield f"flip: one bit anywhere in a step's checkpoint: found, and the step before taken, {fell_back} of 50 times"
+    named = 0
+    relative = json.loads((copy / "base.json").read_text())  # the copy's base is to be read, not the one it was copied from
+    shutil.rmtree(run)
+    for _ in range(10):
+        undo = turn_bit(copy / "base", rng)
+        try:
+            base.load(copy, plan.frozen, plan.frozen_shardings)
+        except CheckpointError as error:
+            named += undo.name in str(error)
+        undo()
+    base.load(copy, plan.frozen, plan.frozen_shardings)
+    yield f"flip: one bit anywhere in the frozen base {relative['fingerprint'][:12]}: found, and the file named, {named} of 10 times"
+
+
+def turn_bit(folder: Path, rng: random.Random):
+    """Turn over one bit, all of the folder's bits being as likely; returns what turns it back, with the `name` of the file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    (file,) = rng.choices(files, [path.stat().st_size for path in files])
+    data = file.read_bytes()
+    at = rng.randrange(8 * len(data))
+    changed = bytearray(data)
+    changed[at // 8] ^= 1 << at % 8
+    file.write_bytes(changed)
+
+    def undo() -> None:
+        file.write_bytes(data)
+
+    undo.name = str(file.relative_to(folder))
+    return undo
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--parts", default="kill,preempt,flip")
+    flags.add_argument("--config", help="default: the model of tests/tiny_config.py")
+    flags.add_argument("--kills", type=int, default=20)
+    flags.add_argument("--seed", type=int, default=0)
+    args = flags.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(args.config, Path(folder))
+        parts = {"kill": lambda: kill(runs, args.kills, rng), "preempt": lambda: preempt(runs, rng), "flip": lambda: flip(runs, rng)}
+        for part in args.parts.split(","):
+            for line in parts[part]():
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The training step of the tiny model on a CPU against the same model in PyTorch, with the same weights and batch, in one run.
+
+    python benchmarks/train_step.py [--config configs/tiny.py] [--rounds 10]
+
+float32, two cores for both. Loss and norm of the gradient must agree before anything is timed. Steps of our model and of torch, eager
+and compiled, are taken in turn, five of each in a round; medians. The optimizer is Adam for both; then Muon for ours alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+CORES = 2
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # before XLA counts them for its pool of threads
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.torch_mimo import TorchMimo, Training, on_device  # noqa: E402
+from mimo_jax import sharding  # noqa: E402
+from mimo_jax.config import Config  # noqa: E402
+from mimo_jax.flags import load_config  # noqa: E402
+from mimo_jax.train.state import Plan  # noqa: E402
+from mimo_jax.train.step import make_step  # noqa: E402
+from tests.tiny_config import random_batch  # noqa: E402
+
+STEPS, TOLERANCE = 5, 1e-4  # steps of one side in a round; relative difference of loss and norm
+
+
+class Ours:
+    """The step on one batch, from a copy of `params` on."""
+
+    def __init__(self, plan: Plan, params: dict, batch: dict[str, np.ndarray]):
+        self.state, self.frozen = plan.start(jax.tree.map(np.asarray, params))
+        self.step, self.batch = make_step(plan), jax.device_put(batch, sharding.of_batch(plan.mesh))
+
+    def __call__(self) -> tuple[float, float]:
+        """(loss, norm of the gradient) before the update."""
+        self.state, metrics = self.step(self.state, self.frozen, self.batch)
+        return float(metrics["loss"]), float(metrics["grad_norm"])
+
+
+def plan_for(config: Config, optimizer: str) -> Plan:
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, optimizer=optimizer))
+    return Plan(config, sharding.make_mesh(config.mesh))
+
+
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of a step of each, taken in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for _ in range(STEPS):
+                started = time.perf_counter()
+                call()
+                taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="configs/tiny.py")
+    parser.add_argument("--rounds", type=int, default=10)
+    args = parser.parse_args()
+    config = load_config(["--config", args.config], {})
+    torch.set_num_threads(CORES)
+    length = config.buckets()[0]
+    batch = random_batch(config, length=length)
+    plan = plan_for(config, "adam")
+    params = plan.initial_params(jax.random.key(0))
+    host = jax.tree.map(np.asarray, params)
+    theirs = on_device(batch, "cpu")
+    eager, compiled = (Training(TorchMimo(config, host), config, compiled) for compiled in (False, True))
+    calls = {
+        "jax": Ours(plan, params, batch),
+        "torch, eager": lambda: eager(theirs),
+        "torch, compiled": lambda: compiled(theirs),
+    }
+    print(
+        f"{config.name}, {sum(plan.counts().values()) / 1e6:.2f} M parameters, {plan.counts()['trained'] / 1e6:.2f} M trained; batch of "
+        f"{config.data.batch_size}, {length} tokens, {config.data.samples_per_image} samples an image; float32, {CORES} cores"
+    )
+    print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+    (loss, norm), *others = (call() for call in calls.values())
+    for name, (their_loss, their_norm) in zip(list(calls)[1:], others, strict=True):
+        apart = abs(their_loss / loss - 1), abs(their_norm / norm - 1)
+        print(
+            f"{name}: loss {their_loss:.6f}, ours {loss:.6f}, apart {apart[0]:.1e}; gradient {their_norm:.5f}, {norm:.5f}, {apart[1]:.1e}"
+        )
+        if max(apart) > TOLERANCE:
+            sys.exit(f"{name} and ours compute something else: apart by more than {TOLERANCE}")
+    calls["jax, muon"] = Ours(plan_for(config, "muon"), params, batch)
+    for call in calls.values():
+        call()  # compiled, and warm
+    taken = medians(calls, args.rounds)
+    best = min(seconds for name, seconds in taken.items() if name.startswith("torch"))
+    print("\n| | ms a step | against the better torch |\n|---|---|---|")
+    for name, seconds in taken.items():
+        print(f"| {name} | {1000 * seconds:.1f} | {seconds / best:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What each part of MIMO is worth: the paper's ablations, and ours, as data for `mimo sweep`.
+
+    mimo sweep --config configs/ablations.py --data data/phantom --workdir runs/ablations --only aligner --seeds 0,1,2
+    mimo sweep --config configs/ablations.py --base-config configs/mimo_7b.py --init IMPORT --data DIR --workdir DIR --dry-run
+
+A group is a question, its variants are the answers to try: overrides of the base config, each by its path. What an override does
+not change is no override, so a variant that says what the base says is the base, and runs once for all groups.
+"""
+
+import dataclasses
+from typing import Any
+
+from mimo_jax.config import PERSPECTIVES, Config
+
+BASE = "configs/tiny.py"
+
+
+def get_ablations(base: Config) -> dict[str, dict[str, dict[str, Any]]]:
+    """group -> variant -> overrides. Sizes follow those of `base`."""
+    q, rank, side = base.model.aligner.queries, base.model.lora.rank or 8, base.model.mask_side()
+    no_look = {"train.loss.look": 0.0}
+    return {
+        # The paper's. Without queries nothing looks, so the aligner is tried without that loss, too.
+        "aligner": {
+            "cross_attention": _aligner(base, kind="cross_attention"),
+            **({"cross_attention_no_look": no_look} if base.train.loss.look else {}),
+            "none": no_look | _aligner(base, kind="none"),
+        },
+        "data": {"100": {"data.share": 1.0}} | {str(percent): {"data.share": percent / 100} for percent in (75, 50, 25)},
+        "perspective": {f"without_{p}": {f"data.weights.{p}": 0.0} for p in PERSPECTIVES if base.data.weights.get(p)},
+        # Ours.
+        "queries": {str(n): _aligner(base, queries=n) for n in (max(1, q // 4), max(1, q // 2), q, 2 * q)},
+        "lora_rank": {str(r): _lora(base, r, base.model.lora.targets) for r in (rank // 2, rank, 2 * rank, 8 * rank)},
+        "lora_targets": {t.replace(",", ""): _lora(base, rank, t) for t in ("q,v", "q,k,v,o", "q,k,v,o,gate,up,down")},
+        "seg_state": {state: {"model.seg_state": state} for state in ("token", "predict")},
+        "seg_place": {place: {"model.seg_place": place, **_fresh(base, r"/grounding$")} for place in ("inside", "after", "bare")},
+        "prompts": {k.replace(",", "_"): {"data.prompt_kinds": k} for k in ("point,box,scribble", "point,box", "point", "box", "scribble")},
+        "mask_side": {str(n): {"train.loss.mask_side": n} for n in (side // 2, side, 2 * side)},
+        "clip_fit": {
+            "pad": {"model.clip.image_fit": "pad"},
+            "stretch": {"model.clip.image_fit": "stretch"},
+            "crop": no_look | {"model.clip.image_fit": "crop"},  # patches of a crop cannot be held to masks of the whole
+        },
+        "sam_fit": {fit: {"model.sam.image_fit": fit} for fit in ("pad", "stretch")},
+        "decoder": {"trained": {}, "frozen": {"freeze": r"^sam_decoder/"}},
+    }
+
+
+def _aligner(base: Config, **fields: Any) -> dict[str, Any]:
+    """Another aligner, in sequences that are longer or shorter by what X_q is."""
+    model = dataclasses.replace(base.model, aligner=dataclasses.replace(base.model.aligner, **fields))
+    more = base.model.turns_max * (model.query_tokens() - base.model.query_tokens())
+    buckets = [length + more for length in base.buckets()]
+    return {
+        **{f"model.aligner.{name}": value for name, value in fields.items()},
+        "data.buckets": ",".join(map(str, buckets)),
+        "model.llm.max_length": max(base.model.llm.max_length, *buckets),
+        **_fresh(base, "^aligner/"),
+    }
+
+
+def _lora(base: Config, rank: int, targets: str) -> dict[str, Any]:
+    return {"model.lora.rank": rank, "model.lora.targets": targets, **_fresh(base, r"/lora_[ab]$")}
+
+
+def _fresh(base: Config, group: str) -> dict[str, Any]:
+    """Parameters that a base run's `--init` may hold in another shape start from the seed."""
+    if not base.init.path or group in base.init.fresh.split("|"):
+        return {}
+    return {"init.fresh": "|".join(filter(None, [base.init.fresh, group]))}

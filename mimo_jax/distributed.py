@@ -1,0 +1,321 @@
+"""Several processes as one run: how they find and join each other, speak with one voice, and end together.
+
+jax recognises Cloud TPU pods, GKE, SLURM (under srun), Kubernetes and Open MPI. Elsewhere every process is told by
+
+    MIMO_COORDINATOR=host:port   of process 0, the same for all
+    MIMO_PROCESSES=n             how many there are; 1: this one is alone, whatever jax recognises
+    MIMO_PROCESS=i               which of them this is, from 0
+    MIMO_JOIN_TIMEOUT=300        seconds in which all must have come
+
+Each process is a worker under a watcher that started it. The watcher hands on SIGTERM, ends a worker that is silent for
+longer than it announced, and says why a worker is gone: when a peer is lost, jax aborts the process from a thread of its own.
+
+Exit codes, of every process: 0 done · 1 or 2 as soon as any process fails with it · 75 stopped on request, or a peer died, hangs or
+did not come: what was saved stands, the same command for all processes goes on. (A process that was killed itself has the code that
+its system gives it; whoever restarts, restarts all.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from jax._src import clusters
+from jax._src import distributed as runtime
+from jax.experimental import multihost_utils
+
+from mimo_jax import errors
+from mimo_jax.errors import UserError
+from mimo_jax.stopping import StopSignal
+
+EXIT_OURS, EXIT_USER, EXIT_AGAIN, EXIT_INTERRUPTED = 1, 2, 75, 130
+
+_COORDINATOR, _PROCESSES, _PROCESS, _JOIN_TIMEOUT = "MIMO_COORDINATOR", "MIMO_PROCESSES", "MIMO_PROCESS", "MIMO_JOIN_TIMEOUT"
+_CHANNEL = "MIMO_WATCHER"  # set by the watcher for its worker: the number of the socket between them
+_GRACE = 5.0  # seconds in which the others may end by themselves once one has failed
+_FOREVER = 10**9  # milliseconds: lost peers are noticed by their heartbeat
+# How errors of a collective begin or end when the fault is a peer's.
+_LOST = re.compile(r"gloo|nccl|coordination|heartbeat|unavailable|deadline_exceeded|connection (reset|closed|refused)", re.IGNORECASE)
+_FAILED = "mimo/failed"  # key of the exit code of the process that failed first, or "none" in the end
+_gathered = itertools.count()
+_ending = threading.Lock()
+_channel: socket.socket | None = None
+
+
+class ClusterError(UserError):
+    """The variables, or what jax recognises, do not say how the processes find each other."""
+
+
+class Place(NamedTuple):
+    """Which process this is. coordinator: host:port, None where jax finds it; told: who says so."""
+
+    process: int
+    count: int
+    coordinator: str | None
+    told: str
+
+
+def run(work: Callable[[], int], heartbeat_timeout: int = 100) -> int:
+    """The exit code of `work()`, which must be called before anything touches a device; alone, or with the processes that this one
+    belongs to joined. heartbeat_timeout: seconds of silence after which a peer counts as dead.
+
+    Raises ClusterError for variables that are set in part or wrong; of several processes, no error of `work` gets out."""
+    place = find_place()
+    if place is None:
+        return work()
+    if _CHANNEL not in os.environ:
+        return _watch(place)
+    return _worker(place, work, heartbeat_timeout)
+
+
+def find_place() -> Place | None:
+    """This process among those of its cluster, None if it is alone."""
+    told = {name: os.environ[name] for name in (_COORDINATOR, _PROCESSES, _PROCESS) if os.environ.get(name)}
+    if told.get(_PROCESSES) == "1":
+        return None
+    if told:
+        return _told_place(told)
+    try:
+        kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method)
+        kind = next((kind for kind in kinds if kind.is_env_present()), None)
+        if kind is None or kind.get_process_count() == 1:
+            return None
+        return Place(kind.get_process_id(), kind.get_process_count(), None, kind.__name__)
+    except Exception as error:  # each cluster has errors of its own
+        where = f"this looks like a cluster, but how many processes there are cannot be told ({type(error).__name__}: {error})"
+        raise ClusterError(f"{where}; set {_COORDINATOR}, {_PROCESSES} and {_PROCESS}, or {_PROCESSES}=1 to run alone") from error
+
+
+def _told_place(told: dict[str, str]) -> Place:
+    for name in (_COORDINATOR, _PROCESSES, _PROCESS):
+        if name not in told:
+            raise ClusterError(f"{name}: is not set, but {', '.join(told)} is; set all three, or {_PROCESSES}=1 to run alone")
+    host, _, port = told[_COORDINATOR].rpartition(":")
+    if not host or not port.isdecimal():
+        raise ClusterError(f"{_COORDINATOR}={told[_COORDINATOR]}: is not host:port, such as 10.0.0.1:8476")
+    if not told[_PROCESSES].isdecimal() or int(told[_PROCESSES]) < 1:
+        raise ClusterError(f"{_PROCESSES}={told[_PROCESSES]}: is not a number of processes")
+    if not told[_PROCESS].isdecimal() or int(told[_PROCESS]) >= int(told[_PROCESSES]):
+        raise ClusterError(f"{_PROCESS}={told[_PROCESS]}: is not one of 0 … {int(told[_PROCESSES]) - 1} ({_PROCESSES}={told[_PROCESSES]})")
+    return Place(int(told[_PROCESS]), int(told[_PROCESSES]), told[_COORDINATOR], _COORDINATOR)
+
+
+# --- the watcher
+
+
+def _join_timeout() -> int:
+    return int(os.environ.get(_JOIN_TIMEOUT) or 300)
+
+
+def _watch(place: Place) -> int:
+    """Start this same command as the worker, and wait; returns the exit code that is to be this process's."""
+    ours, theirs = socket.socketpair()
+    environment = os.environ | {_CHANNEL: str(theirs.fileno())}
+    worker = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, pass_fds=[theirs.fileno()])
+    theirs.close()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.send_signal(signal.SIGTERM))
+    joined, allowed, heard = False, 0.0, time.monotonic()
+    while worker.poll() is None:
+        if select.select([ours], [], [], 0.5)[0]:
+            beats = ours.recv(4096)  # whole beats: each is sent as one
+            if not beats:
+                break
+            joined, allowed, heard = True, struct.unpack("d", beats[-8:])[0], time.monotonic()
+        elif allowed and time.monotonic() - heard > allowed:
+            worker.kill()
+            worker.wait()
+            return _again(place, f"no step came back in {allowed:g} s (config.train.step_timeout), so it hangs, or a peer does")
+    code = worker.wait()
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    if -code == signal.SIGABRT and not joined:
+        at = f", process 0 at {place.coordinator}" if place.coordinator else ""
+        return _again(
+            place, f"not all processes came together within {_join_timeout()} s ({_JOIN_TIMEOUT}); {place.told} tells of {place.count}{at}"
+        )
+    if -code == signal.SIGABRT:
+        return _again(place, "a peer died or does not answer any more; the lines above say which")
+    if -code in (signal.SIGTERM, signal.SIGKILL):
+        return _again(place, f"was ended by {name}")
+    print(f"mimo: process {place.process}: was ended by {name}", file=sys.stderr)
+    return EXIT_OURS
+
+
+def _again(place: Place, why: str) -> int:
+    print(f"mimo: process {place.process}: {why}; run the same command for all {place.count} processes to go on", file=sys.stderr)
+    return EXIT_AGAIN
+
+
+def beat(seconds: float) -> None:
+    """Tell the watcher that it hears again from this process within so many seconds; 0: whenever that may be."""
+    if _channel is not None:
+        _channel.sendall(struct.pack("d", seconds))
+
+
+# --- the worker
+
+
+def _worker(place: Place, work: Callable[[], int], heartbeat_timeout: int) -> int:
+    global _channel
+    _channel = socket.socket(fileno=int(os.environ[_CHANNEL]))
+    _channel.set_inheritable(False)
+    threading.Thread(target=_end_with_watcher, daemon=True).start()
+    _join(place, heartbeat_timeout)
+    beat(0)
+    aloud = sys.stderr
+    if place.process:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    listener = threading.Thread(target=_end_with_peers, daemon=True)
+    listener.start()
+    try:
+        code = work()
+    except BaseException as error:
+        _end(_tell(place, error, aloud))
+    gather("done")
+    with contextlib.suppress(Exception):  # one is enough
+        runtime.global_state.client.key_value_set(_FAILED, "none")
+    listener.join()
+    jax.distributed.shutdown()
+    return code
+
+
+def _join(place: Place, heartbeat_timeout: int) -> None:
+    explicit = {}
+    if place.coordinator:
+        explicit = {"coordinator_address": place.coordinator, "num_processes": place.count, "process_id": place.process}
+        explicit["cluster_detection_method"] = "deactivate"
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # on CPUs, programs in flight together mix up their collectives
+    try:
+        jax.distributed.initialize(
+            **explicit,
+            initialization_timeout=_join_timeout(),
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=_FOREVER // 1000,
+        )
+    except Exception as error:  # each cluster has errors of its own
+        raise ClusterError(f"{place.told} says how the processes find each other, but {error}") from error
+
+
+def _end_with_watcher() -> None:
+    _channel.recv(1)  # it never speaks
+    os._exit(EXIT_OURS)
+
+
+def _join(place: Place, heartbeat_timeout: int) -> bool:
+    seconds = int(os.environ.get(_JOIN_TIMEOUT) or 300)
+    explicit = {}
+    if place.coordinator:
+        explicit = {"coordinator_address": place.coordinator, "num_processes": place.count, "process_id": place.process}
+        explicit["cluster_detection_method"] = "deactivate"
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # on CPUs, programs in flight together mix up their collectives
+    try:
+        jax.distributed.initialize(
+            **explicit,
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=_FOREVER // 1000,
+        )
+    except Exception as error:
+        what = "not all processes came" if place.process == 0 else f"process 0 was not reached at {place.coordinator or 'its address'}"
+        told = f"{what} within {seconds} s ({_JOIN_TIMEOUT}); as {place.told} says, there are {place.count}: {_first_line(error)}"
+        print(f"mimo: process {place.process}: {told}", file=sys.__stderr__)
+        return False
+    return True
+
+
+def _tell(place: Place, error: BaseException, stream) -> int:
+    """Say what went wrong; returns the exit code for it."""
+    line = errors.line(error)
+    lost = line is None and isinstance(error, Exception) and _LOST.search(str(error))
+    if lost:
+        time.sleep(2 * _GRACE)  # if the peer failed and said so, this process ends meanwhile as that one does
+    if isinstance(error, KeyboardInterrupt):
+        line, code = "interrupted", EXIT_INTERRUPTED
+    elif lost:
+        line, code = f"a peer died or does not answer any more: {_first_line(error)}; run the same command for all to go on", EXIT_AGAIN
+    elif line is None:
+        line, code = "".join(traceback.format_exception(error)), EXIT_OURS
+    else:
+        code = EXIT_USER
+    print(f"mimo: process {place.process}: error: {line}", file=stream, flush=True)
+    return code
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0][:200]
+
+
+def _end(code: int) -> NoReturn:
+    """End this process, and all others with the same code."""
+    if not _ending.acquire(blocking=False):  # another thread is at it
+        threading.Event().wait()
+    client = runtime.global_state.client
+    with contextlib.suppress(Exception):
+        client.key_value_set(_FAILED, str(code))
+    with contextlib.suppress(Exception):
+        client.wait_at_barrier("mimo/ended", int(3000 * _GRACE))
+    if jax.process_index() == 0:
+        time.sleep(1)  # it serves the others, who abort when it is gone
+    os._exit(code)
+
+
+def _end_with_peers() -> None:
+    try:
+        told = runtime.global_state.client.blocking_key_value_get(_FAILED, _FOREVER)
+    except Exception:  # process 0 is gone: this one is about to be aborted
+        return
+    if told != "none":
+        time.sleep(_GRACE)
+        _end(int(told))
+
+
+# --- what the processes of a run do together; each of these is called by all of them
+
+
+def gather(value: Any) -> list:
+    """The values (JSON) of all processes, in their order, once all have come here."""
+    client = runtime.global_state.client
+    if client is None:
+        return [value]
+    key = f"mimo/gathered/{next(_gathered)}"
+    client.key_value_set(f"{key}/{jax.process_index():08d}", json.dumps(value))
+    client.wait_at_barrier(key, _FOREVER)
+    return [json.loads(text) for _, text in sorted(client.key_value_dir_get(key))]
+
+
+class Stop:
+    """A request to stop that came to this process, or to any one of several by SIGTERM (SIGINT counts as such): then every process
+    stops after the same step."""
+
+    def __init__(self):
+        self._alone = StopSignal() if runtime.global_state.client is None else None
+        self._interrupt = None
+        if self._alone is None:  # jax listens to SIGTERM, and to notices of the platform
+            self._interrupt = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    def after(self, step: int) -> bool:
+        """Whether this step is the last. Of several processes, all must ask after every step."""
+        return self._alone.received if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def restore(self) -> None:
+        if self._alone:
+            self._alone.restore()
+        else:
+            signal.signal(signal.SIGINT, self._interrupt)

@@ -1,0 +1,131 @@
+"""How many floating-point operations a sample takes, by part of the model: 2 for each multiply-add of a matrix product, nothing else.
+
+Axis letters: R turns, I image tokens, L instruction tokens, P prompt tokens, Q tokens of one turn's X_q, T tokens of the sequence,
+S <SEG> slots, g side of SAM's grid, p = g*g, w window side in tokens.
+
+A matrix takes twice its size for every token that passes it; one table says how many tokens of one sample pass. Products of two
+activations (attention) stand apart. Counted is what the model needs, not what a program does: causal attention is half a square; layers
+that are computed again (remat), and the wider keys of folded relative positions, are not counted. A program's own count (XLA's
+cost_analysis) takes loops once and kernels not at all, so it cannot serve.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from mimo_jax import parameters, pathtree
+from mimo_jax.config import Config
+from mimo_jax.models import mimo
+
+# part -> the parts that feed it, and itself: where a parameter of one of them trains, gradients go through its activations.
+_FED_BY = {"clip": {"clip"}, "sam_encoder": {"sam_encoder"}, "aligner": {"clip", "prompt", "embedding", "aligner"}}
+_FED_BY["llm"] = _FED_BY["aligner"] | {"llm"}
+_FED_BY["lm_head"] = _FED_BY["llm"] | {"lm_head"}
+_FED_BY["seg_projection"] = _FED_BY["llm"] | {"seg_projection"}
+_FED_BY["sam_decoder"] = _FED_BY["seg_projection"] | {"sam_encoder", "sam_decoder"}
+
+# Matrices that read less than what feeds their part. Pixels take no gradient.
+_READS = {
+    r"^(clip|sam_encoder)/patch/": set(),
+    r"^aligner/image/": {"clip"},
+    r"^sam_decoder/first/(token_to_image/[kv]|image_to_token/q)/": {"sam_encoder"},
+}
+
+_ENCODERS = ("clip", "sam_encoder")
+_DECODER_TOKENS = 6  # of one mask in SAM's decoder: IoU, four masks, <SEG>
+
+
+def forward(config: Config, length: int) -> dict[str, float]:
+    """FLOPs of one sample's forward pass by part, its sequence padded to `length` tokens. What samples of one image share is divided
+    among them; with `config.data.features` the image encoders take nothing."""
+    return _by_part(config, length, lambda part, path: 1)
+
+
+def step(config: Config, length: int) -> dict[str, float]:
+    """FLOPs of one sample's training step by part: forward, and backward as far as something trains. A frozen matrix has no gradient
+    of its weights; a part that nothing trained feeds, none at all."""
+    rates = parameters.multipliers(config, mimo.abstract(config)[1])
+    moving = {path.split("/")[0] for path, rate in rates.items() if rate is not None}
+
+    def passes(part: str, path: str | None) -> int:
+        if path is None:  # a product of two activations: a gradient for each
+            return 3 if _FED_BY[part] & moving else 1
+        reads = pathtree.first_match(path, {**_READS, r"": _FED_BY[part]}, "flops")
+        return 1 + (rates[path] is not None) + bool(reads & moving)
+
+    return _by_part(config, length, passes)
+
+
+def _by_part(config: Config, length: int, passes: Callable[[str, str | None], int]) -> dict[str, float]:
+    """Sums over the matrices (part, path) and other products (part, None) of each part, each times `passes` of it."""
+    sums: dict[str, float] = defaultdict(float)
+    tokens = _tokens(config, length)
+    for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items():
+        count = pathtree.first_match(path, tokens, "flops")
+        if count:
+            part = path.split("/")[0]
+            sums[part] += 2.0 * leaf.size * count * passes(part, path)
+    for part, products in _products(config, length).items():
+        sums[part] += products * passes(part, None)
+    return {part: 0.0 if config.data.features and part in _ENCODERS else total for part, total in sums.items()}
+
+
+def _tokens(config: Config, length: int) -> dict[str, float]:
+    """Ordered path regex -> tokens of one sample that pass the matrix; 0 for what is no matrix, or is looked up."""
+    m, c, s = config.model, config.model.clip, config.model.sam
+    share = 1 / config.data.samples_per_image  # of what is computed once per image
+    image, turn, queries = c.tokens() * share, m.turns_max * (m.aligner.max_text + m.prompt.max_tokens), m.turns_max * m.aligner.queries
+    grid = s.image_size // s.patch_size
+    pixels, words = grid**2, _DECODER_TOKENS * m.seg_max
+    return {
+        r"(bias|scale|token|tokens|embedding|rel_pos_[hw])$|^(prompt|embedding|sam_prompt)/|^aligner/(type|null_prompt|queries)$": 0,
+        r"^clip/patch/": c.grid() ** 2 * share,
+        r"^clip/layers/": (c.grid() ** 2 + 1) * share * (c.feature_layer % (c.layers + 1)) / c.layers,  # those that run
+        r"^aligner/image/": image,
+        r"^aligner/text/": m.turns_max * m.aligner.max_text,
+        r"^aligner/visual/": m.turns_max * m.prompt.max_tokens,
+        r"^aligner/look/[qo]/": turn,
+        r"^aligner/look/[kv]/": image,
+        r"^aligner/blocks/block/cross_attention/[kv]/": image + turn,
+        r"^aligner/blocks/": queries,
+        r"^aligner/project": queries if m.aligner.kind == "cross_attention" else image,
+        r"^(llm|lm_head)/": length,
+        r"^seg_projection/": m.seg_max,
+        r"^sam_encoder/stages/block/windowed/block/[qkvo]/": (-(-grid // s.window) * s.window) ** 2 * share,
+        r"^sam_encoder/": pixels * share,
+        r"^sam_decoder/first/(token_to_image/[kv]|image_to_token/q)/": pixels * share,
+        r"^sam_decoder/.*(token_to_image/[kv]|image_to_token/[qo]|final_attention/[kv])/": pixels * m.seg_max,
+        r"^sam_decoder/upscale1/": pixels * m.seg_max,
+        r"^sam_decoder/upscale2/": 4 * pixels * m.seg_max,
+        r"^sam_decoder/(hyper|iou_head)/": m.seg_max,
+        r"^sam_decoder/": words,
+    }
+
+
+def _products(config: Config, length: int) -> dict[str, float]:
+    """part -> FLOPs of one sample's products of activations: of queries with keys, and of weights with values."""
+    m, c, s, a = config.model, config.model.clip, config.model.sam, config.model.aligner
+    share = 1 / config.data.samples_per_image
+    turn, grid = a.max_text + m.prompt.max_tokens, s.image_size // s.patch_size
+    windows, stages = -(-grid // s.window), s.layers // s.global_every
+
+    def attention(queries: int, keys: float, width: int) -> float:
+        return 4.0 * queries * keys * width
+
+    def sam_block(side: int, places: int) -> float:
+        """Of `side`² tokens, `places` times; the positions' terms are products of each query with a row of each table."""
+        return places * (attention(side**2, side**2, s.width) + 4.0 * side**3 * s.width)
+
+    looks = attention(turn, c.tokens(), a.width)
+    reads = attention(a.queries, a.queries, a.width) + attention(a.queries, c.tokens() + turn, a.width)
+    across = attention(_DECODER_TOKENS, grid**2, s.decoder_width // 2)
+    among = attention(_DECODER_TOKENS, _DECODER_TOKENS, s.decoder_width)
+    paint = 2.0 * (4 * grid) ** 2 * s.decoder_width / 8
+    return {
+        "clip": share * (c.feature_layer % (c.layers + 1)) * attention(c.grid() ** 2 + 1, c.grid() ** 2 + 1, c.width),
+        "aligner": m.turns_max * (looks + a.blocks * reads) if a.kind == "cross_attention" else 0.0,
+        "llm": m.llm.layers * attention(length, length / 2, m.llm.width),
+        "sam_encoder": share * stages * ((s.global_every - 1) * sam_block(s.window, windows**2) + sam_block(grid, 1)),
+        "sam_decoder": m.seg_max * (s.decoder_layers * (2 * across + among) + across + paint),
+    }

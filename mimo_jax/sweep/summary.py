@@ -1,0 +1,115 @@
+"""What a sweep has found: of every variant the mean over seeds, their spread, and the difference to the baseline, as a table, as
+JSON and as a picture."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from mimo_jax import storage
+from mimo_jax.config import PERSPECTIVES
+
+COLUMNS = (*PERSPECTIVES[1:], PERSPECTIVES[0])  # I to IV: mIoU; vqa: accuracy of closed questions
+_INK, _BAND, _SEED = "#22303c", "#d7e3ee", "#7fa6c9"
+
+
+def summarize(groups: Mapping[str, Mapping[str, Sequence[str]]], reports: Mapping[str, dict]) -> dict:
+    """groups: group → variant → names of its runs, one a seed, the baseline first; reports: of the finished runs, by name.
+
+    Returns group → variant → {"missing": names of runs without a report, column → {"values" by seed, "mean", "sd" (of the seeds; None
+    for one), "difference" (to the baseline, the mean over the seeds that both have; None for the baseline)}}."""
+    made: dict[str, dict] = {}
+    for group, variants in groups.items():
+        baseline = next(iter(variants.values()))
+        made[group] = {}
+        for variant, runs in variants.items():
+            row: dict = {"missing": [name for name in runs if name not in reports]}
+            for column in COLUMNS:
+                here, there = ([_value(reports.get(name), column) for name in names] for names in (runs, baseline))
+                found = [v for v in here if v is not None]
+                gains = [a - b for a, b in zip(here, there, strict=True) if a is not None and b is not None]
+                row[column] = {
+                    "values": here,
+                    "mean": statistics.fmean(found) if found else None,
+                    "sd": statistics.stdev(found) if len(found) > 1 else None,
+                    "difference": statistics.fmean(gains) if gains and runs != baseline else None,
+                }
+            made[group][variant] = row
+    return made
+
+
+def _value(report: dict | None, column: str) -> float | None:
+    if report is None:
+        return None
+    return report["vqa_closed_accuracy"] if column == "vqa" else report["miou"][column]
+
+
+def write_summary(folder: Path, about: str, groups: Mapping[str, Mapping[str, Sequence[str]]], reports: Mapping[str, dict]) -> str:
+    """summary.json, summary.md and summary.png in `folder`; returns the table. about: one line that says what was measured."""
+    found = summarize(groups, reports)
+    text = table(about, found)
+    storage.write_json(folder / "summary.json", {"about": about, "groups": found})
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    if reports:
+        beside = folder / ".summary.png"
+        draw(found).savefig(beside, format="png", dpi=120)
+        os.replace(beside, folder / "summary.png")
+    return text
+
+
+def table(about: str, found: dict) -> str:
+    """Markdown: one table for each group, a row for each variant."""
+    lines = [
+        about,
+        "",
+        "I to IV: mIoU; vqa: accuracy of closed questions. Mean ± standard deviation of the seeds (difference to the first row).",
+    ]
+    for group, variants in found.items():
+        lines += ["", f"| {group} | seeds | {' | '.join(COLUMNS)} |", f"|---|---|{'---|' * len(COLUMNS)}"]
+        for variant, row in variants.items():
+            seeds = len(row["I"]["values"]) - len(row["missing"])
+            lines.append(f"| {variant} | {seeds} | {' | '.join(_cell(row[column]) for column in COLUMNS)} |")
+        if missing := [name for row in variants.values() for name in row["missing"]]:
+            lines += ["", f"not finished: {', '.join(missing)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(figures: dict) -> str:
+    if figures["mean"] is None:
+        return "-"
+    spread = "" if figures["sd"] is None else f" ± {figures['sd']:.3f}"
+    return f"{figures['mean']:.3f}{spread}" + ("" if figures["difference"] is None else f" ({figures['difference']:+.3f})")
+
+
+def draw(found: dict) -> Figure:
+    """A row of panels for each group, a panel for each column, a line for each variant: every seed, their mean and standard deviation,
+    before the mean and standard deviation of the baseline."""
+    heights = [len(variants) + 1.2 for variants in found.values()]
+    figure = Figure(figsize=(3 + 2.4 * len(COLUMNS), 0.6 + 0.34 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(found), len(COLUMNS), squeeze=False, sharex="col", sharey="row", height_ratios=heights)
+    for axes, (group, variants) in zip(panels, found.items(), strict=True):
+        rows = list(variants.values())
+        places = range(len(rows))
+        for axis, column in zip(axes, COLUMNS, strict=True):
+            base = rows[0][column]
+            if base["mean"] is not None:
+                axis.axvspan(base["mean"] - (base["sd"] or 0), base["mean"] + (base["sd"] or 0), color=_BAND, lw=0)
+                axis.axvline(base["mean"], color=_INK, lw=0.8, ls=":")
+            for place, figures in zip(places, (row[column] for row in rows), strict=True):
+                values = [value for value in figures["values"] if value is not None]
+                axis.plot(values, [place] * len(values), "o", ms=4, color=_SEED, mec="none")
+                if values:
+                    axis.errorbar(figures["mean"], place, xerr=figures["sd"] or 0, fmt="|", ms=11, color=_INK, capsize=2, lw=1)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+            axis.grid(axis="x", lw=0.3)
+        axes[0].set_yticks(places, variants)
+        axes[0].set_ylim(len(rows) - 0.4, -0.6)
+        axes[0].set_ylabel(group, fontweight="bold")
+    for axis, column in zip(panels[0], COLUMNS, strict=True):
+        axis.set_title("vqa, accuracy" if column == "vqa" else f"{column}, mIoU", fontsize=10)
+    return figure

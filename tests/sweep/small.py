@@ -1,0 +1,13 @@
+"""A base config and ablations of a few seconds, for tests: both `get_config` and `get_ablations`."""
+
+from tests.tiny_config import tiny_config
+
+ABLATIONS = BASE = __file__
+
+
+def get_config():
+    return tiny_config()
+
+
+def get_ablations(base):
+    return {"mine": {"plain": {}, "rare": {"data.share": 1e-6}}}

@@ -1,0 +1,97 @@
+"""What is printed before the first step, against the plan and the files that it speaks of."""
+
+import platform
+import re
+
+import jax
+import pytest
+
+from mimo_jax import base, flops, hardware, pathtree, sharding, storage
+from mimo_jax.train import overview
+from mimo_jax.train.state import Plan
+from tests.tiny_config import tiny_config
+
+
+@pytest.fixture(scope="module")
+def plan():
+    config = tiny_config()
+    return Plan(config, sharding.make_mesh(config.mesh))
+
+
+@pytest.fixture
+def run(tmp_path, plan):
+    """What a begun run holds of itself."""
+    storage.write_json(tmp_path / "config.json", plan.config.to_dict())
+    storage.write_json(tmp_path / "base.json", {"fingerprint": base.fingerprint({}), "leaves": {}})
+    return tmp_path
+
+
+def test_all_is_shown_in_lines_that_fit(plan, run, capsys):
+    overview.show(plan, {"phantom": range(5400)}, run, 3)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 180
+    for told in (
+        f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib",
+        "1 × cpu; mesh slice 1 × data 1 × fsdp 1 × tensor 1",
+        "replicated: the mesh has no fsdp axis",
+        "phantom (5,400 images); 4 samples a step, 2 of an image, of 96 or 192 tokens",
+        f"base {base.fingerprint({})[:12]}, trained from a seed",
+        str(run / "config.json"),
+        "resuming at step 3 of 4",
+    ):
+        assert told in shown
+    assert "changed since" not in shown
+
+
+def test_what_a_config_was_changed_in_is_named(plan, run, capsys):
+    then = plan.config.to_dict()
+    then["train"]["steps"], then["data"]["batch_size"] = 2, 8
+    storage.write_json(run / "config.json", then)
+    overview.show(plan, {}, run, 0)
+    shown = capsys.readouterr().out
+    assert "changed since: data.batch_size 8 → 4, train.steps 2 → 4\n" in shown and "resuming" not in shown
+
+
+def test_the_parameter_table_adds_up(plan):
+    rows = [re.split(r"\s{2,}", line) for line in overview.parameter_table(plan)[1:]]
+    counts = plan.counts()
+    for kind in ("trained", "frozen"):
+        numbers = [int(number.replace(",", "")) for part, k, number, *_ in rows if k == kind]
+        assert sum(numbers[:-1]) == numbers[-1] == counts[kind]
+    assert {part for part, *_ in rows} == {*plan.params, "all"}
+    assert {row[3] for row in rows if row[0] == "llm"} == {overview.size_of(4 * sum(x.size for x in leaves(plan, "llm")))}
+
+
+def leaves(plan, part: str) -> list:
+    return list(pathtree.flatten(plan.params[part]).values())
+
+
+def test_memory_counts_what_lies_on_a_device(plan):
+    counts = plan.counts()
+    told = overview.memory(plan)
+    trained = overview.size_of(4 * counts["trained"])
+    assert f"trained {trained} + optimizer {overview.size_of(8 * counts['trained'])} + gradients {trained}" in told  # Adam: two moments
+    assert overview.size_of(16 * counts["trained"] + 4 * counts["frozen"]) + " a device" in told
+
+
+def test_memory_beside_what_the_device_has(plan, monkeypatch):
+    monkeypatch.setattr(hardware, "memory_of", lambda device: 80 * hardware.GIB)
+    assert " a device of 80.0 GiB, " in overview.memory(plan)
+
+
+def test_flops_are_those_of_the_longest_sequence(plan):
+    total = sum(flops.step(plan.config, 192).values())
+    told = overview.cost(plan)
+    assert f"{overview.flops_of(total)} a sample of 192 tokens (llm " in told and f"), {overview.flops_of(4 * total)} a step" in told
+
+
+def test_no_commit_is_told_of_what_is_no_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(overview, "_ROOT", tmp_path)
+    assert re.match(r"mimo_jax [\d.]+, Python", overview.versions())
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1024 * 1023.9, "1.0 MiB"), (150 * 2**30, "150 GiB")]
+)
+def test_sizes(size, text):
+    assert overview.size_of(size) == text

@@ -50,6 +50,7 @@ from tests.tiny_config import tiny_config
 def get_config():
     config = tiny_config()
     config.data.batch_size = 8
+    config.train.final_learning_rate = config.train.learning_rate  # the same at a step, whatever the number of them
     return config
 """
 EVERY_STEP = {"train.log_every": 1, "train.eval_samples": 0, "train.calibrate_samples": 0}

@@ -139,10 +139,14 @@ def _lender(source: Path | None, leaves: dict) -> Path | None:
 
 def _unfit(folder: Path, leaves: dict, wanted: dict[str, Any] | None = None) -> str | None:
     """Why a base folder cannot give these parameters; None if it can."""
-    manifest = storage.read_json(folder / storage.MANIFEST)
-    if manifest is None or arrays.STATE not in manifest.get("leaves", {}):
+    if not (folder / storage.MANIFEST).is_file():
         return "holds no whole base"
-    there = manifest["leaves"][arrays.STATE]
+    fault = storage.damage(folder, lambda name: False)  # of the manifest itself
+    if fault:
+        return fault
+    there = storage.read_json(folder / storage.MANIFEST)["leaves"].get(arrays.STATE)
+    if there is None:
+        return "holds no whole base"
     differing = [path for path, leaf in leaves.items() if there.get(path) != leaf]
     if differing:
         return f"is another base: {some(differing)}"

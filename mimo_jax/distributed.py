@@ -177,7 +177,8 @@ def _worker(place: Place, work: Callable[[], int], heartbeat_timeout: int) -> in
     _channel = socket.socket(fileno=int(os.environ[_CHANNEL]))
     _channel.set_inheritable(False)
     threading.Thread(target=_end_with_watcher, daemon=True).start()
-    _join(place, heartbeat_timeout)
+    if not _join(place, heartbeat_timeout):
+        return EXIT_AGAIN
     beat(0)
     aloud = sys.stderr
     if place.process:
@@ -196,7 +197,8 @@ def _worker(place: Place, work: Callable[[], int], heartbeat_timeout: int) -> in
     return code
 
 
-def _join(place: Place, heartbeat_timeout: int) -> None:
+def _join(place: Place, heartbeat_timeout: int) -> bool:
+    """Whether all processes came together; says why not."""
     explicit = {}
     if place.coordinator:
         explicit = {"coordinator_address": place.coordinator, "num_processes": place.count, "process_id": place.process}
@@ -210,34 +212,16 @@ def _join(place: Place, heartbeat_timeout: int) -> None:
             shutdown_timeout_seconds=_FOREVER // 1000,
         )
     except Exception as error:  # each cluster has errors of its own
-        raise ClusterError(f"{place.told} says how the processes find each other, but {error}") from error
+        what = "not all processes came" if place.process == 0 else f"process 0 was not reached at {place.coordinator or 'its address'}"
+        told = f"{what} within {_join_timeout()} s ({_JOIN_TIMEOUT}); as {place.told} says, there are {place.count}: {_first_line(error)}"
+        print(f"mimo: process {place.process}: {told}", file=sys.stderr)
+        return False
+    return True
 
 
 def _end_with_watcher() -> None:
     _channel.recv(1)  # it never speaks
     os._exit(EXIT_OURS)
-
-
-def _join(place: Place, heartbeat_timeout: int) -> bool:
-    seconds = int(os.environ.get(_JOIN_TIMEOUT) or 300)
-    explicit = {}
-    if place.coordinator:
-        explicit = {"coordinator_address": place.coordinator, "num_processes": place.count, "process_id": place.process}
-        explicit["cluster_detection_method"] = "deactivate"
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # on CPUs, programs in flight together mix up their collectives
-    try:
-        jax.distributed.initialize(
-            **explicit,
-            initialization_timeout=seconds,
-            heartbeat_timeout_seconds=heartbeat_timeout,
-            shutdown_timeout_seconds=_FOREVER // 1000,
-        )
-    except Exception as error:
-        what = "not all processes came" if place.process == 0 else f"process 0 was not reached at {place.coordinator or 'its address'}"
-        told = f"{what} within {seconds} s ({_JOIN_TIMEOUT}); as {place.told} says, there are {place.count}: {_first_line(error)}"
-        print(f"mimo: process {place.process}: {told}", file=sys.__stderr__)
-        return False
-    return True
 
 
 def _tell(place: Place, error: BaseException, stream) -> int:

@@ -37,11 +37,13 @@ def write_manifest(folder: Path, about: dict) -> None:
 
 def damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
     """What is wrong with those files of a folder that are `wanted` by name; None if nothing."""
-    manifest = read_json(folder / MANIFEST)
-    if manifest is None:
+    if not (folder / MANIFEST).is_file():
         return "is not whole (its save did not finish)"
     if (folder / _OF_MANIFEST).exists() and hash_files(folder, [MANIFEST])[MANIFEST] != read_json(folder / _OF_MANIFEST):
-        return f"is damaged (SHA-256 of {MANIFEST})"
+        return f"is damaged ({MANIFEST} has another SHA-256 than {_OF_MANIFEST} says)"
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        return f"is damaged ({MANIFEST} cannot be read)"
     expected = {name: digest for name, digest in manifest["files"].items() if wanted(name)}
     found = hash_files(folder, list(expected))
     bad = [name for name in expected if found[name] != expected[name]]

@@ -88,7 +88,7 @@ def data(tmp_path_factory):
 def test_every_ablation_has_a_loss_on_batches_made_for_it(data, tmp_path):
     """Shapes alone, for nothing here depends on numbers; of what differs in a number, one variant."""
     sweep = plan(base=BASE, sources=data)
-    alike = {"data", "queries", "lora_rank"}
+    alike = {"data", "perspective", "queries", "lora_rank", "lora_targets", "prompts", "mask_side"}
     names = {
         name for group, variants in sweep.groups.items() for runs in list(variants.values())[-1 if group in alike else 0 :] for name in runs
     }

@@ -21,6 +21,7 @@ def get_config():
     config = tiny_config()
     config.data.buckets = "192"
     config.train.checkpoint_every = 100000
+    config.train.final_learning_rate = config.train.learning_rate  # the same at a step, whatever the number of them
     return config
 """
 

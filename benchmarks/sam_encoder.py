@@ -1,0 +1,57 @@
+"""What SAM's image encoder takes of a TPU's memory, compiled for one that is not at hand (needs libtpu, the extra `tpu`).
+
+python benchmarks/sam_encoder.py [--config configs/mimo_7b.py --topology v5e:4x4 --images 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from mimo_jax.train import topology
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--config", default="configs/mimo_7b.py")
+    flags.add_argument("--topology", default="v5e:4x4")
+    flags.add_argument("--images", type=int, default=4, help="for each chip")
+    args = flags.parse_args()
+    machine = topology.read(args.topology)
+    with machine.environment():
+        measure(args.config, machine, args.images)
+
+
+def measure(path: str, machine: topology.Topology, images: int) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from mimo_jax import hardware, parameters, sharding
+    from mimo_jax.flags import find_config, read_config_file
+    from mimo_jax.models import mimo, stack, target
+    from mimo_jax.train.step import COMPILER_OPTIONS
+
+    config = read_config_file(find_config(path))
+    mesh = sharding.make_mesh(config.mesh, machine.devices())
+    graphdef, shapes = mimo.abstract(config)
+    shapes = parameters.typed(config, shapes)
+    placed = sharding.of_model(config.mesh, mesh, hardware.memory_of(mesh.devices.flat[0]), {}, shapes)
+    params = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed.frozen)
+    side, split = config.model.sam.image_size, sharding.of_batch(mesh)
+    pixels = jax.ShapeDtypeStruct((images * mesh.size, side, side, 3), jnp.uint8, sharding=split)
+    size = jax.ShapeDtypeStruct((images * mesh.size, 2), jnp.int32, sharding=split)
+
+    def encode(params, pixels, size):
+        with target.on(mesh):
+            return stack.bind(graphdef, params).encode_sam(pixels, size)
+
+    options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+    since = time.perf_counter()
+    compiled = jax.jit(encode, out_shardings=split, compiler_options=options).lower(params, pixels, size).compile()
+    memory = compiled.memory_analysis()
+    print(f"{config.name} on {machine}, {images} images of {side} pixels a chip; {placed.reason}")
+    print(f"temporaries {memory.temp_size_in_bytes / hardware.GIB:.2f} GiB, compiled in {time.perf_counter() - since:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ What is finished is passed over, what was stopped goes on, and what fails does n
 from __future__ import annotations
 
 import fcntl
+import os
 import shlex
 import signal
 import subprocess
@@ -68,8 +69,9 @@ class Processes:
             words = self.due[0]
             with open(self._log(words), "a") as log:
                 print(f"$ mimo {shlex.join(words)}", file=log, flush=True)
+                alone = os.environ | {"MIMO_PROCESSES": "1"}  # also where a sweep is one task of a cluster's
                 self.child = subprocess.Popen(
-                    [sys.executable, "-m", "mimo_jax.cli", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    [sys.executable, "-m", "mimo_jax.cli", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=alone,
                     start_new_session=True, pass_fds=[self.lock.fileno()],
                 )  # fmt: skip
             return True

@@ -94,6 +94,8 @@ def check_config(saved: Config, wanted: Config, where: str = "the checkpoint") -
     ]
     if list(saved.trainables.items()) != list(wanted.trainables.items()):
         differing.append("trainables")
+    if saved.freeze != wanted.freeze:
+        differing.append(f"freeze ({saved.freeze!r} there, {wanted.freeze!r} here)")
     if differing:
         raise CheckpointError(f"{where} is of another config: {some(differing)}; use its config, or another --workdir")
 

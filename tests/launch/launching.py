@@ -65,7 +65,15 @@ class Tools:
 
     def start(self, script: str, *words: str | Path, **more: str) -> subprocess.Popen:
         command = ["bash", str(LAUNCH / script), *map(str, words)]
-        return subprocess.Popen(command, cwd=ROOT, env=self.environment(**more), stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.environment(**more), stderr=subprocess.PIPE, text=True, preexec_fn=_hear_signals
+        )
+
+
+def _hear_signals() -> None:
+    """A shell does not hear what was ignored when it started, and tests may run in the background or under nohup."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:

@@ -37,6 +37,7 @@ def made(tmp_path_factory):
     config = config_for(home / "set")
     plan = Plan(config, sharding.make_mesh(MeshConfig()))
     state, frozen = plan.start(random_params(config))
+    (home / "run").mkdir()
     loop._tokenizer(config, home / "run", open_sources(config, "train"))
     checkpoint.start_run(home / "run", config, frozen)
     checkpoints = Checkpoints(home / "run")

@@ -114,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ask_for_huge_pages() -> None:
-    """Start this process anew with huge pages for big arrays, which the C library takes up only as it starts: on a CPU a step takes a
-    tenth to a third less time (benchmarks/RESULTS.md). Where it does not know the setting, nothing changes."""
+    """Start this process anew with huge pages for big arrays, which the C library takes up only as it starts: on a CPU a step takes
+    a tenth less time, or more (benchmarks/RESULTS.md). Where it does not know the setting, nothing changes."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

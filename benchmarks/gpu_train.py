@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 def settings(args: argparse.Namespace, batch: int, features: bool) -> Config:
-    config = load_config(["--config", args.config], {})
+    config = load_config(["--config", args.config, *args.overrides], {})
     config.data.batch_size, config.data.features, config.data.augment, config.train.accumulate = batch, features, False, 1
     config.data.buckets = str(args.length or config.buckets()[-1])
     config.validate()
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--batches", default="4,8", help="samples in a step")
     parser.add_argument("--length", type=int, default=0, help="tokens of a sample; the config's longest bucket unless given")
     parser.add_argument("--repeats", type=int, default=10)
-    args = parser.parse_args()
+    args, args.overrides = parser.parse_known_args()  # --config.… flags
     batches = [int(batch) for batch in args.batches.split(",")]
     config = settings(args, batches[0], features=False)
     here, there = alone(count, config)

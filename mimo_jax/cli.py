@@ -19,7 +19,7 @@ from mimo_jax import __version__, errors
 from mimo_jax.config import WEIGHTS
 from mimo_jax.data.command import add_data
 from mimo_jax.errors import UserError
-from mimo_jax.flag_values import positive
+from mimo_jax.flag_values import mounted, positive
 from mimo_jax.infer.command import add_ask, add_batch, add_chat, checkpoint_flags
 from mimo_jax.sweep.command import add_sweep
 from mimo_jax.train.command import add_compile, add_profile, add_train
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "mimo_jax" / "jax"))
     try:
-        args = _parse(_negatives_joined(sys.argv[1:] if argv is None else argv))
+        args = _parse(_negatives_joined([mounted(word) for word in (sys.argv[1:] if argv is None else argv)]))
         return args.run(args)
     except (UserError, OSError) as error:
         line = errors.line(error)

@@ -78,6 +78,7 @@ def run(work: Callable[[], int], heartbeat_timeout: int = 100) -> int:
     place = find_place()
     if place is None:
         return work()
+    _join_timeout()  # a wrong one is told before anything starts
     if _CHANNEL not in os.environ:
         return _watch(place)
     return _worker(place, work, heartbeat_timeout)
@@ -115,11 +116,14 @@ def _told_place(told: dict[str, str]) -> Place:
     return Place(int(told[_PROCESS]), int(told[_PROCESSES]), told[_COORDINATOR], _COORDINATOR)
 
 
-# --- the watcher
-
-
 def _join_timeout() -> int:
-    return int(os.environ.get(_JOIN_TIMEOUT) or 300)
+    told = os.environ.get(_JOIN_TIMEOUT) or "300"
+    if not told.isdecimal() or int(told) < 1:
+        raise ClusterError(f"{_JOIN_TIMEOUT}={told}: is not a number of seconds, such as 300")
+    return int(told)
+
+
+# --- the watcher
 
 
 def _watch(place: Place) -> int:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
+
+from mimo_jax.errors import UserError
+
+_BUCKETS = Path("/gcs")  # where every launcher mounts them, and Vertex AI does
 
 
 def positive(text: str) -> int:
@@ -87,3 +93,17 @@ def names(text: str) -> list[str]:
 
 def seeds(text: str) -> list[int]:
     return list(dict.fromkeys(index(part) for part in names(text)))
+
+
+def mounted(word: str) -> str:
+    """A word of the command line with gs://BUCKET/x, also behind an equals sign, as the file /gcs/BUCKET/x. UserError where the bucket is
+    not mounted there, and for other object stores: their names would be taken for folders of this machine."""
+    place = re.search(r"(?:^|=)((gs|s3|r2|az|abfs)://([^/]+))", word)
+    if not place:
+        return word
+    url, store, bucket = place.groups()
+    if store != "gs":
+        raise UserError(f"{word}: {store} is not read directly; mount {bucket} and name the folder")
+    if not (_BUCKETS / bucket).is_dir():
+        raise UserError(f"{word}: {url} is not mounted; run gcsfuse --implicit-dirs {bucket} {_BUCKETS / bucket}, then this again")
+    return word.replace(url, str(_BUCKETS / bucket), 1)

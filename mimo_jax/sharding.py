@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -140,10 +140,10 @@ def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) ->
     return AXES, f"base sharded over {fsdp}: replicated it would take {room}, more than {_BASE_SHARE:.0%}"
 
 
-def bytes_a_device(tree: dict, places: dict) -> int:
-    """What a nested dict of shapes takes on one device of these shardings."""
-    flat, shardings = pathtree.flatten(tree), pathtree.flatten(places)
-    return sum(math.prod(shardings[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize for path, leaf in flat.items())
+def bytes_a_device(tree: Any, places: Any) -> int:
+    """What a tree of shapes takes on one device of these shardings, a tree alike."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 
 
 def of_cache(mesh: Mesh, llm: LlamaConfig) -> NamedSharding:

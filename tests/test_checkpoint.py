@@ -1,10 +1,10 @@
+"""What is saved comes back, whatever happened on the way: steps, faults, paths, configs."""
+
 import errno
-import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,63 +14,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
 from mimo_jax import base, checkpoint, pathtree, quantize
 from mimo_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from mimo_jax.config import ConfigError
+from tests.small_run import abstract, assert_same, begin, flip_bit, frozen_tree, train_state
 from tests.tiny_config import tiny_config
-
-OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-
-
-def frozen_tree(seed: int = 0) -> dict:
-    keys = jax.random.split(jax.random.key(seed), 3)
-    return {
-        "clip": {"kernel": jax.random.normal(keys[0], (8, 4), jnp.bfloat16), "scale": jnp.float32(seed)},
-        "llm": {"layers": {"kernel": jax.random.normal(keys[1], (2, 4, 4))}},
-    }
-
-
-def train_state(step: int) -> dict:
-    params = {"aligner": {"kernel": jax.random.normal(jax.random.key(step), (16, 8)), "bias": jnp.full((8,), float(step))}}
-    return {"params": params, "opt": OPTIMIZER.init(params), "step": jnp.int32(step), "rng": jax.random.key_data(jax.random.key(step))}
-
-
-def abstract() -> dict:
-    return jax.eval_shape(lambda: train_state(0))
-
-
-def begin(workdir: Path, frozen: dict | None = None, steps: tuple[int, ...] = (), **kwargs) -> Checkpoints:
-    """A run with these steps saved."""
-    config = tiny_config()
-    checkpoint.open_run(workdir, config)
-    (workdir / "tokenizer.json").write_text("{}")
-    checkpoint.start_run(workdir, config, frozen_tree() if frozen is None else frozen)
-    checkpoints = Checkpoints(workdir, **kwargs)
-    for step in steps:
-        checkpoints.save(step, train_state(step), {"position": step})
-    checkpoints.wait()
-    return checkpoints
-
-
-def assert_same(a, b) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def flip_bit(folder: Path) -> Path:
-    """Change one bit in the largest file below `folder`, as a bad disk would."""
-    file = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 4
-    file.write_bytes(data)
-    return file
-
 
 # --- steps
 
@@ -266,93 +217,6 @@ def test_a_full_disk_is_reported_and_the_step_before_stands(tmp_path):
     check_full(done, tmp_path, os.strerror(errno.ENOSPC))
 
 
-# --- the frozen base
-
-
-def test_base_comes_back_bit_for_bit_in_its_dtypes(tmp_path):
-    begin(tmp_path)
-    assert_same(base.load(tmp_path), frozen_tree())
-    assert_same(base.load(tmp_path, jax.eval_shape(frozen_tree)), frozen_tree())
-
-
-def test_fingerprint_follows_names_dtypes_shapes_and_values(tmp_path):
-    tree = {"a": jnp.arange(4.0)}
-    variants = [tree, {"b": jnp.arange(4.0)}, {"a": jnp.arange(4)}, {"a": jnp.arange(4.0).reshape(2, 2)}, {"a": jnp.arange(4.0) + 1e-6}]
-    prints = {base.save(_made(tmp_path / str(i)), variant) for i, variant in enumerate(variants)}
-    assert len(prints) == len(variants)
-    assert base.save(_made(tmp_path / "again"), {"a": np.arange(4, dtype=np.float32)}) in prints
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def test_base_is_written_once(tmp_path):
-    begin(tmp_path)
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "base").rglob("*")}
-    base.save(tmp_path, frozen_tree())
-    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "base").rglob("*")} == before
-
-
-def test_another_base_in_a_run_with_steps_is_refused(tmp_path):
-    begin(tmp_path, steps=(1,))
-    with pytest.raises(CheckpointError, match="another frozen base"):
-        base.save(tmp_path, frozen_tree(1))
-
-
-def test_base_of_another_checkpoint_is_referred_to_and_found_wherever_it_is_moved(tmp_path):
-    lender, run = tmp_path / "runs" / "import", tmp_path / "runs" / "b"
-    begin(lender, steps=(0,))
-    part = {"llm": frozen_tree()["llm"]}
-    checkpoint.open_run(run, tiny_config())
-    base.save(run, part, source=lender)
-    (run / "config.json").write_text((lender / "config.json").read_text())
-    assert not (run / "base").exists()
-    assert_same(base.load(run), part)  # by the recorded path
-
-    (tmp_path / "runs").rename(tmp_path / "moved")
-    run = tmp_path / "moved" / "b"
-    assert_same(base.load(run), part)  # by the relative path
-
-    (tmp_path / "moved" / "import").rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="is not found: .*name its folder with --base DIR"):
-        base.load(run)
-    assert_same(base.load(run, base=tmp_path / "elsewhere"), part)
-    assert_same(base.load(run, base=tmp_path / "elsewhere" / "base"), part)
-
-
-def test_a_wrong_or_damaged_base_is_refused(tmp_path):
-    run, other = tmp_path / "a", tmp_path / "other"
-    begin(run)
-    begin(other, frozen=frozen_tree(1))
-    flip_bit(run / "base" / "arrays")
-    with pytest.raises(CheckpointError, match=r"a/base is damaged \(SHA-256.*other/base is another base: clip/kernel") as error:
-        base.load(run, base=other)
-    assert isinstance(error.value, ValueError)
-
-
-def test_a_bit_flipped_in_any_file_of_the_base_stops_and_names_it(tmp_path):
-    begin(tmp_path)
-    for file in sorted(f for f in [*(tmp_path / "base").rglob("*"), tmp_path / "base.json"] if f.is_file() and f.stat().st_size):
-        data = file.read_bytes()
-        at = len(data) // 2
-        file.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
-        named = "manifest.json" if file.name == "manifest.sha256" else file.name
-        with pytest.raises(CheckpointError, match=re.escape(named) if file.name != "manifest.json" else "manifest|no whole base"):
-            base.load(tmp_path)
-        file.write_bytes(data)
-    assert_same(base.load(tmp_path), frozen_tree())
-
-
-def test_base_of_other_shapes_is_listed(tmp_path):
-    begin(tmp_path)
-    wanted = pathtree.flatten(jax.eval_shape(frozen_tree))
-    wanted["clip/kernel"] = jax.ShapeDtypeStruct((8, 4), jnp.float32)
-    with pytest.raises(CheckpointError, match=r"clip/kernel is bfloat16\[8, 4\], the config needs float32\[8, 4\]"):
-        base.load(tmp_path, pathtree.unflatten(wanted))
-
-
 # --- paths, configs
 
 
@@ -416,14 +280,6 @@ def test_other_weights_are_refused_before_anything_is_read(tmp_path):
         checkpoint.load_for_inference(tmp_path, weights="fp4")
 
 
-def test_a_base_swapped_under_a_step_is_noticed(tmp_path):
-    begin(tmp_path, steps=(3,))
-    record = json.loads((tmp_path / "base.json").read_text())
-    (tmp_path / "base.json").write_text(json.dumps(record | {"fingerprint": "0" * 64}))
-    with pytest.raises(CheckpointError, match="another frozen base"):
-        checkpoint.load_params(tmp_path)
-
-
 def test_a_run_of_another_config_is_refused_with_the_fields(tmp_path):
     begin(tmp_path)
     config = tiny_config()
@@ -447,66 +303,3 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: cannot be made"):
         checkpoint.open_run(tmp_path / "file", tiny_config())
-
-
-# --- several processes
-
-SHARDED = """
-import sys, jax, jax.numpy as jnp, numpy as np
-from pathlib import Path
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mimo_jax import arrays, base, checkpoint, distributed, storage
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize("127.0.0.1:" + sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
-split = NamedSharding(jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,)), P("fsdp"))
-values = np.arange(32, dtype=np.float32).reshape(8, 4)
-make = lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index])
-base.save(Path(sys.argv[1]), {"llm": {"w": make(values)}})
-checkpoints = checkpoint.Checkpoints(sys.argv[1])
-checkpoints.save(1, {"params": {"w": make(values + 1)}}, {"position": 1})
-checkpoints.wait()
-
-distributed.gather(None)
-run = Path(sys.argv[1])
-wanted = {"llm/w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split)}
-read = arrays.files_read(run / "base", wanted)
-names = [name for name in storage.read_json(run / "base" / storage.MANIFEST)["files"] if "/c/" in name]
-mine = [name for name in names if read(name)]
-assert len(mine) == 2 and len(names) == 4, (mine, names)
-if jax.process_index() == 0:  # what only the other process reads is none of this one's business
-    damaged = run / "base" / next(name for name in names if name not in mine)
-    whole = damaged.read_bytes()
-    damaged.write_bytes(b"x" + whole[1:])
-    assert base.find(run, None, wanted) == run / "base"
-    try:
-        base.find(run)
-        raise SystemExit("a damaged base was found to be whole")
-    except checkpoint.CheckpointError as error:
-        assert damaged.name in str(error)
-    damaged.write_bytes(whole)
-distributed.gather(None)
-state, extra = checkpoints.restore(1, {"params": {"w": wanted["llm/w"]}}, {"params": {"w": split}})
-assert extra == {"position": 1} and np.array_equal(storage.whole(state["params"]["w"]), values + 1)
-there = arrays.on_first_process(base.load(run, {"llm": {"w": wanted["llm/w"]}}, split))
-assert (there is None) == (jax.process_index() > 0)
-if there:
-    assert np.array_equal(there["llm"]["w"], values) and there["llm"]["w"].is_fully_addressable
-"""
-
-
-def test_what_two_processes_saved_in_parts_one_process_reads(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [subprocess.Popen([sys.executable, "-c", SHARDED, str(tmp_path), port, str(i)]) for i in range(2)]
-    try:
-        assert [process.wait(timeout=100) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    values = np.arange(32, dtype=np.float32).reshape(8, 4)
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
-    assert_same(checkpoint.load_params(tmp_path), {"llm": {"w": jnp.asarray(values)}, "w": jnp.asarray(values + 1)})
-    fingerprint = json.loads((tmp_path / "base.json").read_text())["fingerprint"]
-    assert base.save(_made(tmp_path / "alone"), {"llm": {"w": values}}) == fingerprint

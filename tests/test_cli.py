@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimo_jax import __version__, cli
+from mimo_jax import __version__, cli, flag_values
 from mimo_jax.data import volume
 from mimo_jax.data.picture import Picture
 from mimo_jax.data.volume import open_scan
@@ -181,6 +181,8 @@ def test_help_loads_no_jax():
         ("train --config gone.py --workdir w", "--config gone.py: no such file"),
         ("train --config tiny --workdir w --data a/x --data b/x", "a second dataset named x"),
         ("train --config tiny --workdir w --data =x", "write --data DIR or --data NAME=DIR"),
+        ("train --config tiny --workdir gs://b/w", "gs://b is not mounted; run gcsfuse --implicit-dirs b /gcs/b, then this"),
+        ("train --config tiny --workdir w --data x=s3://b/d", "x=s3://b/d: s3 is not read directly; mount b and name the folder"),
     ],
 )
 def test_a_wrong_line_is_answered_with_one_line_and_code_2(argv, answer, capsys, called):
@@ -199,6 +201,16 @@ def test_train_hands_over_config_workdir_data_init_and_overrides(called, tmp_pat
         "my_data": (str(tmp_path / "my_data"), 1.0),
         "x": (str(tmp_path / "y.jsonl"), 3.0),
     }
+
+
+def test_a_mounted_bucket_goes_by_its_own_name(called, tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr(flag_values, "_BUCKETS", tmp_path)
+    line = "train --config configs/tiny.py --data x=gs://b/data --workdir gs://b/runs/a --config.init.path=gs://b/import"
+    assert cli.main(line.split()) == 0
+    ((_, (config, workdir), _),) = called.calls
+    assert (workdir, config.init.path) == (f"{tmp_path}/b/runs/a", f"{tmp_path}/b/import")
+    assert config.data.sources["x"].path == f"{tmp_path}/b/data"
 
 
 def test_eval_and_phantom_hand_over_their_flags(called, capsys):

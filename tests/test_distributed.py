@@ -109,6 +109,13 @@ def test_variables_set_in_part_or_wrong_are_named(monkeypatch, environment, mess
         find_place()
 
 
+def test_a_time_to_join_that_is_no_number_is_named_before_anything_starts(monkeypatch):
+    for name, value in {"MIMO_COORDINATOR": "h:1", "MIMO_PROCESSES": "2", "MIMO_PROCESS": "0", "MIMO_JOIN_TIMEOUT": "5m"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ClusterError, match="MIMO_JOIN_TIMEOUT=5m: is not a number of seconds, such as 300"):
+        distributed.run(lambda: 0)
+
+
 def test_a_coordinator_that_is_not_there_is_named_after_the_time_given(tmp_path):
     *_, second = pair(tmp_path, "", MIMO_JOIN_TIMEOUT="2", MIMO_COORDINATOR="127.0.0.1:9")
     _.pop().kill()

@@ -344,7 +344,7 @@ def _score(item: _Asked, ablate: str | None, baselines: dict, painted: dict, tal
         tally.names.append((sample.perspective, record.group, *metrics.name_counts([t.name for t in truths], names)))
         there, marked = there or bool(truths), marked or bool(names)
         painted_px += int(np.logical_or.reduce([e.mask for e in answer.entities]).sum()) if answer.entities else 0
-        pictures.offer(item, answer, sample.turns[turn].text, truths)
+        pictures.offer(item, number, truths)
     if not extra:
         tally.samples[sample.perspective] += 1
         if sample.targets:
@@ -369,11 +369,14 @@ class _Pictures:
         self.most = -(-count // len(GROUNDED))  # of one perspective
         self.drawn: Counter = Counter()  # by perspective, and by (perspective, modality)
 
-    def offer(self, item: _Asked, answer: Answer, truth_text: str, truths: Sequence[Truth]) -> None:
+    def offer(self, item: _Asked, number: int, truths: Sequence[Truth]) -> None:
+        """The number-th answer of a sample, from 0."""
         kind = (item.sample.perspective, item.record.modality)
         if not self.left or self.drawn[kind[0]] >= self.most or self.drawn[kind] >= max(1, self.most // len(MODALITIES)):
             return
         self.drawn.update([kind[0], kind])
         self.left -= 1
-        name = re.sub(r"[^\w.-]+", "_", f"{kind[0]}_{kind[1]}_{item.sample.sample_id}")
-        write_comparison(Path(self.folder) / f"{name}.png", answer, truth_text, [(t.written, t.mask) for t in truths])
+        turn = f"_{number + 1}" if number else ""
+        name = re.sub(r"[^\w.-]+", "_", f"{kind[0]}_{kind[1]}_{item.sample.sample_id}{turn}")
+        told, marked = item.sample.turns[2 * number + 1].text, [(t.written, t.mask) for t in truths]
+        write_comparison(Path(self.folder) / f"{name}.png", item.answers[number], told, marked)

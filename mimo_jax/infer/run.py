@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.config import Config
+from mimo_jax.config import GROUNDING_TOKENS, Config
 from mimo_jax.data import conversation
 from mimo_jax.data.prompts import sam_points
 from mimo_jax.data.tokenizer import Tokenizer
@@ -25,7 +25,8 @@ from mimo_jax.infer.requests import EncodedImage, PastTurn, Request, Turn
 
 _LENGTH_STEP = 32  # prompt buckets: 32, 64, 96, 128, then 192, 256, 384, 512, 768, …
 # The end of a text that the next token may turn into something else: a cut character, a spelt-out tag (which is dropped), a space.
-_UNFINISHED = re.compile(r"\s*(<[^>]{0,4}|\ufffd*)\s*$")
+_BEGUN = "|".join(sorted({re.escape(tag[:n]) for tag in GROUNDING_TOKENS for n in range(1, len(tag))}, reverse=True))
+_UNFINISHED = re.compile(rf"\s*({_BEGUN}|\ufffd*)\s*$")
 _STOP_STEP = 8  # tokens between looks for a stop string
 
 

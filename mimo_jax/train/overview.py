@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.extend.backend import get_backend
 
-from mimo_jax import __version__, checkpoint, flops, hardware, pathtree
+from mimo_jax import __version__, checkpoint, flops, hardware, pathtree, sharding
 from mimo_jax.train.state import Plan
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -101,19 +101,15 @@ def _order(item: tuple) -> tuple:
 
 def memory(plan: Plan) -> str:
     """What lies on one device all through the run; activations come on top."""
-    params, places = pathtree.flatten(plan.params), pathtree.flatten(plan.param_shardings)
     held = {
-        kind: sum(_here(params[p], places[p]) for p in params if plan.trains(p) == (kind == "trained")) for kind in ("frozen", "trained")
+        "frozen": sharding.bytes_a_device(plan.frozen, plan.frozen_shardings),
+        "trained": sharding.bytes_a_device(plan.train, plan.train_shardings),
+        "optimizer": sharding.bytes_a_device(plan.state["opt"], plan.state_shardings["opt"]),
     }
-    held["optimizer"] = sum(jax.tree.leaves(jax.tree.map(_here, plan.state["opt"], plan.state_shardings["opt"])))
     held["gradients"] = held["trained"]
     room = hardware.memory_of(plan.mesh.devices.flat[0])
     parts = " + ".join(f"{name} {size_of(value)}" for name, value in held.items())
     return _line("memory", f"{parts} = {size_of(sum(held.values()))} a device{f' of {size_of(room)}' if room else ''}, activations beside")
-
-
-def _here(leaf: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> int:
-    return int(np.prod(place.shard_shape(leaf.shape))) * leaf.dtype.itemsize
 
 
 def cost(plan: Plan) -> str:

@@ -45,16 +45,7 @@ sys.exit(code)
 """
 
 
-# The parts that take longest to compile are left small.
-CONFIG = """
-from mimo_jax.config import AlignerConfig
-from tests.tiny_config import tiny_config
-
-def get_config():
-    config = tiny_config(aligner=AlignerConfig(kind="linear"))
-    config.model.sam.decoder_layers = 1
-    return config
-"""
+CONFIG = "from tests.tiny_config import quick_config as get_config\n"
 
 
 def compiled(tmp_path, *flags: str, run: list[str]) -> tuple[dict, subprocess.CompletedProcess]:

@@ -13,7 +13,7 @@ from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mimo_jax.train import feed
 from mimo_jax.train.state import Plan
 from mimo_jax.train.step import make_step
-from tests.tiny_config import tiny_config
+from tests.tiny_config import quick_config
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_one_process_makes_all_images_and_places_them_as_they_are(mesh):
 
 def test_the_step_is_compiled_once_for_each_bucket(mesh, tmp_path):
     build_phantoms(tmp_path / "phantom", 24, seed=5, progress=False)
-    config = tiny_config()
+    config = quick_config()
     config.data.sources = {"phantom": SourceConfig(path=str(tmp_path / "phantom"))}
     config.data.buckets = "40,56,192"
     sources = open_sources(config, "train")

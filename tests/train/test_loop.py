@@ -19,7 +19,7 @@ from mimo_jax.data.build.phantom_set import build_phantoms
 from mimo_jax.errors import UserError
 from mimo_jax.train import loop
 from mimo_jax.train.guard import NotFinite
-from tests.tiny_config import tiny_config
+from tests.tiny_config import quick_config, tiny_config
 
 LORA_TABLE = {r"lora_[ab]$|/grounding$": 1.0, r"^(aligner|prompt|seg_projection|sam_decoder)/": 1.0, r".": None}
 
@@ -31,8 +31,8 @@ def phantoms(tmp_path_factory):
     return folder
 
 
-def config_for(phantoms, **train):
-    config = tiny_config()
+def config_for(phantoms, config=None, **train):
+    config = config or tiny_config()
     config.data.sources = {"phantom": SourceConfig(path=str(phantoms))}
     for name, value in train.items():
         setattr(config.train, name, value)
@@ -76,8 +76,8 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(phantoms, tmp_p
     """A real process, a real signal in the middle of training."""
     run = tmp_path / "run"
     script = (
-        "import sys; from tests.train.test_loop import config_for; from mimo_jax.train import loop; from pathlib import Path;"
-        f"sys.exit(loop.train(config_for({str(phantoms)!r}, steps=100000, checkpoint_every=100000), Path({str(run)!r})))"
+        "import sys; from tests.train.test_loop import *; from pathlib import Path;"
+        f"sys.exit(loop.train(config_for({str(phantoms)!r}, quick_config(), steps=100000, checkpoint_every=100000), Path({str(run)!r})))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
@@ -90,7 +90,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(phantoms, tmp_p
     assert b"run the same command to go on" in errors
     done = checkpoint.Checkpoints(run).latest()
     assert done is not None and done >= 3
-    more = config_for(phantoms, steps=done + 1)
+    more = config_for(phantoms, quick_config(), steps=done + 1)
     assert loop.train(more, run) == 0
     assert max(rows(run)) == done + 1
 
@@ -126,7 +126,7 @@ def test_a_run_directory_of_another_config_is_refused(phantoms, whole):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(phantoms, tmp_path):
-    config = config_for(phantoms, steps=30, learning_rate=1e38, warmup_steps=2, checkpoint_every=1, clip_norm=1e30)
+    config = config_for(phantoms, quick_config(), steps=30, learning_rate=1e38, warmup_steps=2, checkpoint_every=1, clip_norm=1e30)
     with pytest.raises(NotFinite, match=r"last good checkpoint is step \d+"):
         loop.train(config, tmp_path / "run")
     good = checkpoint.Checkpoints(tmp_path / "run").latest()
@@ -154,7 +154,7 @@ def test_what_cannot_run_is_said_before_any_work(phantoms, tmp_path, change, mes
 
 
 def test_a_run_writes_metrics_overlays_and_a_report(phantoms, tmp_path, capsys):
-    config = config_for(phantoms, steps=2, eval_samples=6, overlays=2, calibrate_samples=6)
+    config = config_for(phantoms, quick_config(), steps=2, eval_samples=6, overlays=2, calibrate_samples=6)
     assert loop.train(config, tmp_path / "run") == 0
     assert "scores are not calibrated" in capsys.readouterr().err  # one image of val has too few structures
     out = tmp_path / "run" / "eval" / "00000002"

@@ -10,7 +10,7 @@ from mimo_jax import cli
 from mimo_jax.config import SourceConfig
 from mimo_jax.data.build.phantom_set import build_phantoms
 from mimo_jax.train import goodput, loop, profile
-from tests.tiny_config import tiny_config
+from tests.tiny_config import quick_config
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def phantoms(tmp_path_factory):
 
 
 def config_for(phantoms):
-    config = tiny_config()
+    config = quick_config()
     config.data.sources = {"phantom": SourceConfig(path=str(phantoms))}
     config.train.steps, config.train.checkpoint_every, config.train.keep_last = 3, 1, 3
     return config

@@ -15,10 +15,10 @@ from mimo_jax import checkpoint
 from mimo_jax.data.build.phantom_set import build_phantoms
 
 CONFIG = """
-from tests.tiny_config import tiny_config
+from tests.tiny_config import quick_config
 
 def get_config():
-    config = tiny_config()
+    config = quick_config()
     config.data.buckets = "192"
     config.train.checkpoint_every = 100000
     config.train.final_learning_rate = config.train.learning_rate  # the same at a step, whatever the number of them

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "arrays": {"errors", "pathtree", "storage"},
     "provenance": {"errors", "storage"},
     "base": {"arrays", "distributed", "errors", "pathtree", "storage"},
-    "flag_values": set(),
+    "flag_values": {"errors"},
     "flags": {"config", "errors", "pathtree"},
     "checkpoint": {"arrays", "base", "config", "distributed", "errors", "pathtree", "provenance", "quantize", "sharding", "storage"},
     "models": {"config", "errors", "geometry", "pathtree", "quantize", "sharding", "typing"},

@@ -271,3 +271,11 @@ def test_during_training_it_reads_the_runs_own_sources(mimo, tmp_path):
     assert report["n"]["samples"] == {"vqa": 0, "I": 3, "II": 2, "III": 0, "IV": 0}
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
     assert ev.evaluate_params(config, mimo.engine.params, mimo.tokenizer, split="test") is None
+
+
+def test_every_turn_has_a_picture_of_its_own(tmp_path):
+    asked = record()
+    asked.samples = [sample for sample in asked.samples if len(sample.turns) == 4]
+    ev.evaluate(Oracle([asked], truth), [asked], overlays=tmp_path, overlay_count=400)
+    first, second = sorted(path.stem for path in tmp_path.glob("*.png"))
+    assert first.startswith("III_") and second == f"{first}_2"

@@ -65,7 +65,7 @@ def our_logits(folder: Path) -> np.ndarray:
     import jax
     import jax.numpy as jnp
 
-    from mimo_jax import checkpoint, pathtree
+    from mimo_jax import checkpoint, loading, pathtree
     from mimo_jax.infer.engine import compiler_options
     from mimo_jax.models import mimo, stack
 
@@ -74,7 +74,7 @@ def our_logits(folder: Path) -> np.ndarray:
     config.model.lora.rank = 0
     roots = ("llm/", "embedding/", "lm_head/")
     graphdef, shapes = mimo.abstract(config)
-    leaves = checkpoint.Leaves(run)
+    leaves = loading.Leaves(run)
     flat = {path: jnp.asarray(leaves[path]) for path in leaves if path.startswith(roots) and "/lora_" not in path}
     positions = jnp.arange(TOKENS)[None]
 

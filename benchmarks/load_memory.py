@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 
-from mimo_jax import base, checkpoint, pathtree, storage  # noqa: E402
+from mimo_jax import base, checkpoint, loading, pathtree, storage  # noqa: E402
 from mimo_jax.config import WEIGHTS, LlamaConfig  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
 from tests.tiny_config import tiny_config  # noqa: E402
@@ -48,7 +48,7 @@ def load(run: Path, weights: str) -> dict[str, float]:
 
     jax.devices()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    params = checkpoint.load_for_inference(run, weights=weights).params
+    params = loading.load_for_inference(run, weights=weights).params
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return {"before": before / MB, "parameters": held / MB, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
@@ -64,7 +64,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), args.layers, args.width)
-        largest = max(leaf.size for leaf in checkpoint.Leaves(folder).shapes.values()) * 2 / MB
+        largest = max(leaf.size for leaf in loading.Leaves(folder).shapes.values()) * 2 / MB
         print(f"the largest parameter takes {largest:.0f} MB on disk\n")
         print("| weights | parameters, MB | peak above the empty process, MB |\n|---|---|---|")
         for weights in ("", *WEIGHTS):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax.numpy as jnp  # noqa: E402
 
-from mimo_jax import checkpoint, pathtree, quantize  # noqa: E402
+from mimo_jax import loading, pathtree, quantize  # noqa: E402
 from mimo_jax.config import WEIGHTS  # noqa: E402
 from mimo_jax.data.sources import open_source  # noqa: E402
 from mimo_jax.data.tokenizer import Tokenizer  # noqa: E402
@@ -38,7 +38,7 @@ class Recorded(Mimo):
         return results
 
 
-def held(loaded: checkpoint.Loaded, dtype: str, weights: str) -> Recorded:
+def held(loaded: loading.Loaded, dtype: str, weights: str) -> Recorded:
     """The model with activations and parameters in `dtype`, its language model's matrices as `weights` holds the checkpoint's own."""
     config = loaded.config.with_weights(weights)
     config.model.dtype = config.model.frozen_dtype = dtype
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, default=500)
     args = parser.parse_args()
-    loaded = checkpoint.load_for_inference(args.checkpoint)
+    loaded = loading.load_for_inference(args.checkpoint)
     records = open_source(args.data, args.split)
     print("| activations | weights | LLM matrices, MB | mIoU | loss | closed VQA | texts equal | answers | s |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -35,7 +35,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mimo_jax import base, checkpoint, pathtree, sharding  # noqa: E402
+from mimo_jax import base, checkpoint, loading, pathtree, sharding  # noqa: E402
 from mimo_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning  # noqa: E402
 from mimo_jax.config import MeshConfig  # noqa: E402
 from mimo_jax.data.build.phantom_set import build_phantoms  # noqa: E402
@@ -125,7 +125,7 @@ def kill(runs: Runs, kills: int, rng: random.Random) -> Iterator[str]:
         at.append(max(rows(killed)))
     runs.finish(killed, **settings)
     last = settings["train__steps"]
-    a, b = (pathtree.flatten(checkpoint.load_params(run / "steps" / str(last))) for run in (alone, killed))
+    a, b = (pathtree.flatten(loading.load_params(run / "steps" / str(last))) for run in (alone, killed))
     same = a.keys() == b.keys() and all(np.array_equal(np.asarray(a[path]), np.asarray(b[path])) for path in a)
     yield f"kill: {kills} times SIGKILL, {in_save} of them in a save, at steps {at} of {last}; final parameters bit-identical: {same}"
 

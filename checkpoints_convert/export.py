@@ -27,8 +27,8 @@ from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.sources import SourceError
 from checkpoints_convert.target import check_target, staged
 from mimo_jax import base, checkpoint, provenance, storage
-from mimo_jax.checkpoint import Leaves
 from mimo_jax.config import Config
+from mimo_jax.loading import Leaves
 from mimo_jax.models.lora import merge_lora
 
 _SHARD_BYTES = 2 * 10**9

@@ -12,7 +12,7 @@ from checkpoints_convert import name_map, rows, settings
 from checkpoints_convert.settings import SettingsError
 from checkpoints_convert.sources import Source, read_key_map
 from checkpoints_convert.vocabulary import Vocabulary
-from mimo_jax import base, checkpoint, pathtree, provenance
+from mimo_jax import base, checkpoint, loading, pathtree, provenance
 from mimo_jax.config import Config
 from mimo_jax.models import mimo
 
@@ -67,7 +67,7 @@ def _fit(source: Source, config: Config) -> dict[str, Any]:
 
 def _inspect_checkpoint(path: Path) -> dict[str, Any]:
     run, step = checkpoint.resolve(path)
-    leaves = checkpoint.Leaves(path)
+    leaves = loading.Leaves(path)
     sizes: Counter[str] = Counter()
     for name, leaf in leaves.shapes.items():
         sizes[name.split("/")[0]] += leaf.size

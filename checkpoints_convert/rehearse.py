@@ -21,9 +21,9 @@ from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.rows import Row
 from checkpoints_convert.sources import SourceError, open_sources
 from mimo_jax import pathtree, storage
-from mimo_jax.checkpoint import Leaves
 from mimo_jax.config import Config
 from mimo_jax.data.tokenizer import train_tokenizer
+from mimo_jax.loading import Leaves
 from mimo_jax.models import mimo
 
 # The originals: their tables, and the parameters that they fill.

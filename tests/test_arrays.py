@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax import base, checkpoint
+from mimo_jax import base, loading
 from tests.small_run import assert_same
 from tests.tiny_config import tiny_config
 
@@ -68,7 +68,7 @@ def test_what_two_processes_saved_in_parts_one_process_reads(tmp_path):
             process.kill()
     values = np.arange(32, dtype=np.float32).reshape(8, 4)
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
-    assert_same(checkpoint.load_params(tmp_path), {"llm": {"w": jnp.asarray(values)}, "w": jnp.asarray(values + 1)})
+    assert_same(loading.load_params(tmp_path), {"llm": {"w": jnp.asarray(values)}, "w": jnp.asarray(values + 1)})
     (alone := tmp_path / "alone").mkdir()
     fingerprint = json.loads((tmp_path / "base.json").read_text())["fingerprint"]
     assert base.save(alone, {"llm": {"w": values}}) == fingerprint

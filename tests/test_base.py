@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimo_jax import base, checkpoint, pathtree
+from mimo_jax import base, checkpoint, loading, pathtree
 from mimo_jax.checkpoint import CheckpointError
 from tests.small_run import assert_same, begin, flip_bit, frozen_tree
 from tests.tiny_config import tiny_config
@@ -104,4 +104,4 @@ def test_a_base_swapped_under_a_step_is_noticed(tmp_path):
     record = json.loads((tmp_path / "base.json").read_text())
     (tmp_path / "base.json").write_text(json.dumps(record | {"fingerprint": "0" * 64}))
     with pytest.raises(CheckpointError, match="another frozen base"):
-        checkpoint.load_params(tmp_path)
+        loading.load_params(tmp_path)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from mimo_jax import base, checkpoint, pathtree, quantize
+from mimo_jax import base, checkpoint, loading, pathtree, quantize
 from mimo_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from mimo_jax.config import ConfigError
 from tests.small_run import abstract, assert_same, begin, flip_bit, frozen_tree, train_state
@@ -45,7 +45,7 @@ def test_a_state_without_parameters_and_an_empty_base_work(tmp_path):
     checkpoints.wait()
     assert checkpoints.restore(0, {"params": {}})[0] == {"params": {}}
     assert base.load(tmp_path, {}) == {}
-    assert checkpoint.load_params(tmp_path) == {}
+    assert loading.load_params(tmp_path) == {}
 
 
 def test_saved_values_are_those_of_the_call_though_the_arrays_are_donated_next(tmp_path):
@@ -84,9 +84,9 @@ def test_a_flipped_bit_is_found_and_the_step_before_is_taken(tmp_path):
     assert extra == {"position": 2}
     assert checkpoints.latest() == 2
     with pytest.warns(CheckpointWarning, match="step 3"):
-        assert_same(checkpoint.load_params(tmp_path)["aligner"], train_state(2)["params"]["aligner"])
+        assert_same(loading.load_params(tmp_path)["aligner"], train_state(2)["params"]["aligner"])
     with pytest.raises(CheckpointError, match="step 3 is damaged"):
-        checkpoint.load_params(tmp_path / "steps" / "3")
+        loading.load_params(tmp_path / "steps" / "3")
 
 
 def test_damage_of_the_optimizer_alone_does_not_concern_inference(tmp_path):
@@ -94,7 +94,7 @@ def test_damage_of_the_optimizer_alone_does_not_concern_inference(tmp_path):
     flip_bit(tmp_path / "steps" / "2" / "arrays" / "train")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checkpoint.load_params(tmp_path)
+        loading.load_params(tmp_path)
     with pytest.warns(CheckpointWarning, match="step 2"):
         assert int(checkpoints.restore(2, abstract())[0]["step"]) == 1
 
@@ -242,13 +242,13 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
 
 def test_inference_reads_config_tokenizer_and_all_parameters(tmp_path):
     begin(tmp_path, steps=(3,))
-    config, params, tokenizer, extra, *_ = checkpoint.load_for_inference(tmp_path)
+    config, params, tokenizer, extra, *_ = loading.load_for_inference(tmp_path)
     assert config == tiny_config()
     assert_same(params, pathtree.merge(frozen_tree(), train_state(3)["params"]))
     assert tokenizer == tmp_path / "tokenizer.json" and extra == {"position": 3}
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="tokenizer.json: is missing"):
-        checkpoint.load_for_inference(tmp_path)
+        loading.load_for_inference(tmp_path)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -262,9 +262,9 @@ def test_matrices_of_the_language_model_are_read_into_integers(tmp_path, weights
     checkpoints = begin(tmp_path, frozen=frozen)
     checkpoints.save(1, {"params": {"llm": {"layers": {"block": {"up": {"kernel": kernel.astype(jnp.float32)}}}}}}, {})
     checkpoints.wait()
-    loaded = checkpoint.load_for_inference(tmp_path, weights=weights)
+    loaded = loading.load_for_inference(tmp_path, weights=weights)
     want = {}
-    for path, leaf in pathtree.flatten(checkpoint.load_params(tmp_path)).items():
+    for path, leaf in pathtree.flatten(loading.load_params(tmp_path)).items():
         want |= quantize.as_held(path, leaf, weights)
     assert_same(loaded.params, pathtree.unflatten(want))
     assert loaded.params["clip"]["q"]["kernel"].dtype == jnp.bfloat16
@@ -277,7 +277,7 @@ def test_other_weights_are_refused_before_anything_is_read(tmp_path):
     begin(tmp_path, steps=(1,))
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ConfigError, match="weights: is 'fp4'; use one of int8, int4"):
-        checkpoint.load_for_inference(tmp_path, weights="fp4")
+        loading.load_for_inference(tmp_path, weights="fp4")
 
 
 def test_a_run_of_another_config_is_refused_with_the_fields(tmp_path):

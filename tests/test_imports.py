@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "base": {"arrays", "distributed", "errors", "pathtree", "storage"},
     "flag_values": {"errors"},
     "flags": {"config", "errors", "pathtree"},
-    "checkpoint": {"arrays", "base", "config", "distributed", "errors", "pathtree", "provenance", "quantize", "sharding", "storage"},
+    "checkpoint": {"arrays", "base", "config", "distributed", "errors", "pathtree", "provenance", "storage"},
+    "loading": {"arrays", "base", "checkpoint", "config", "errors", "pathtree", "provenance", "quantize", "sharding", "storage"},
     "models": {"config", "errors", "geometry", "pathtree", "quantize", "sharding", "typing"},
     "data": {"config", "errors", "geometry", "typing"},
     "data.build": {"config", "errors", "geometry", "stopping", "typing"},
@@ -39,14 +40,14 @@ MAY_IMPORT = {
     "data.loader": {"config", "errors", "geometry", "typing", "sharding"},
     "infer": {
         *("checkpoint", "config", "errors", "geometry", "models", "pathtree", "quantize", "sharding", "storage", "typing"),
-        *("flag_values", "stopping"),
+        *("flag_values", "loading", "stopping"),
         *("data.transforms", "data.picture", "data.dicom", "data.medical", "data.volume"),
         *("data.tokenizer", "data.conversation", "data.prompts", "data.prompt_files", "data.schema"),
     },
     "eval": {"config", "data", "errors", "geometry", "infer", "pathtree", "typing"},
     "train": {
         *("arrays", "base", "checkpoint", "config", "data", "distributed", "errors", "eval", "flag_values", "flags", "flops", "geometry"),
-        *("hardware", "models", "parameters", "pathtree", "sharding", "stopping", "storage", "typing"),
+        *("hardware", "loading", "models", "parameters", "pathtree", "sharding", "stopping", "storage", "typing"),
     },
     "sweep": {"checkpoint", "config", "errors", "flag_values", "flags", "pathtree", "stopping", "storage", "train.command"},
     "cli": {
@@ -62,7 +63,7 @@ MAY_IMPORT = {
 MAY_IMPORT_OUTSIDE = {
     "configs": {"config"},
     "checkpoints_convert": {
-        *("arrays", "base", "checkpoint", "config", "data.tokenizer", "errors", "flags", "models", "parameters", "pathtree"),
+        *("arrays", "base", "checkpoint", "config", "data.tokenizer", "errors", "flags", "loading", "models", "parameters", "pathtree"),
         *("provenance", "sharding", "storage"),
     },
 }

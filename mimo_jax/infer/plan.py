@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax import checkpoint as checkpoints
-from mimo_jax import pathtree, quantize, sharding
+from mimo_jax import loading, pathtree, quantize, sharding
 from mimo_jax.config import WEIGHTS, Config
 from mimo_jax.data import conversation
 from mimo_jax.data.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ PARTS = {
 
 def plan_checkpoint(path: str | os.PathLike, weights: str = "") -> dict:
     """`plan` of a checkpoint; UserError for what is none."""
-    config, shapes = checkpoints.read_shapes(path)
+    config, shapes = loading.read_shapes(path)
     return plan(config, shapes, Tokenizer(checkpoints.tokenizer_path(path), config.model), weights)
 
 

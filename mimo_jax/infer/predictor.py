@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mimo_jax import checkpoint as checkpoints
+from mimo_jax import loading
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
 from mimo_jax.data.picture import Picture, Volume, Window
@@ -86,7 +86,7 @@ class Mimo:
         neither the recorded path nor one beside the checkpoint holds them. Raises UserError for what cannot be loaded, and,
         unless `allow_untrained`, for an import some of whose parameters no one has trained yet. weights: "int8" or "int4" to hold
         the language model's matrices in integers, a half or a quarter of bf16. warm_up: see there. Several devices share the model."""
-        config, params, tokenizer_path, _, origin, path = checkpoints.load_for_inference(checkpoint, base, allow_untrained, weights)
+        config, params, tokenizer_path, _, origin, path = loading.load_for_inference(checkpoint, base, allow_untrained, weights)
         mimo = cls(config, params, Tokenizer(tokenizer_path, config.model), origin, Calibration.read(path), path)
         if warm_up:
             mimo.warm_up()

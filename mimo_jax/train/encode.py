@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from mimo_jax import checkpoint, pathtree, storage
+from mimo_jax import loading, pathtree, storage
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data.collate import record_image
 from mimo_jax.data.features import FeatureFolder, FeatureWriter, feature_folder
@@ -81,7 +81,7 @@ def encode_checkpoint(
     """Write the features of this process's share of the pictures beside the records; what is there already stays. Of a checkpoint only
     the encoders are read. batch: pictures at a time on each device. Raises UserErrors before any work."""
     source = open_source(data, split)
-    leaves = checkpoint.Leaves(path, base)
+    leaves = loading.Leaves(path, base)
     params = {name: leaves[name] for name in leaves if name.startswith(ENCODERS)}
     folder = feature_folder(source, fingerprint(leaves.config, params))
     return write_features(leaves.config, params, source, folder, batch, process_index, process_count)

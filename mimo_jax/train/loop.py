@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 
-from mimo_jax import arrays, base, checkpoint, distributed, pathtree, sharding, storage
+from mimo_jax import arrays, base, checkpoint, distributed, loading, pathtree, sharding, storage
 from mimo_jax.checkpoint import CheckpointError, Checkpoints
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data import conversation
@@ -215,7 +215,7 @@ def _initial_params(plan: Plan) -> dict:
         flat = pathtree.flatten(abstract)
         return pathtree.unflatten({path: places[path] if fits(path, leaf) else elsewhere for path, leaf in flat.items()})
 
-    source = pathtree.flatten(checkpoint.load_params(config.init.path, place=place))
+    source = pathtree.flatten(loading.load_params(config.init.path, place=place))
     absent = [path for path in wanted if path not in source or not fits(path, source[path])]
     refused = [p for p in absent if not (config.init.fresh and re.search(config.init.fresh, p))]
     if refused:

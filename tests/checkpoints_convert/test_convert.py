@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.convert import Request, import_checkpoint
-from mimo_jax import base, checkpoint, cli, pathtree, provenance
+from mimo_jax import base, checkpoint, cli, loading, pathtree, provenance
 from mimo_jax.checkpoint import CheckpointError
 from mimo_jax.data.build.phantom_set import build_phantoms
 from mimo_jax.errors import UserError
@@ -70,7 +70,7 @@ def edit(path: Path, change) -> None:
 def test_an_import_is_a_checkpoint_whose_base_stays_frozen_and_whose_rest_trains(imported):
     config = originals.mimo_config()
     assert checkpoint.resolve(imported) == (imported, 0)
-    params = pathtree.flatten(checkpoint.load_params(imported))
+    params = pathtree.flatten(loading.load_params(imported))
     frozen = pathtree.flatten(base.load(imported))
     assert {p.split("/")[0] for p in frozen} == {"clip", "llm", "embedding", "lm_head", "sam_encoder", "sam_prompt"}
     assert {p.split("/")[0] for p in params.keys() - frozen.keys()} == {
@@ -83,7 +83,7 @@ def test_frozen_parameters_are_kept_as_the_policy_says_whatever_the_dtype_of_the
     config = originals.mimo_config(frozen_dtype="bfloat16")
     given = originals.put_three(tmp_path, config, torch.float16)
     import_checkpoint(request(given, tmp_path / "out", config))
-    params = pathtree.flatten(checkpoint.load_params(tmp_path / "out"))
+    params = pathtree.flatten(loading.load_params(tmp_path / "out"))
     assert params["llm/layers/block/q/kernel"].dtype == jnp.bfloat16 and params["sam_encoder/neck_in/kernel"].dtype == jnp.bfloat16
     assert params["sam_decoder/mask_tokens"].dtype == jnp.float32 and params["sam_prompt/gaussian"].dtype == jnp.float32
     wanted = load_file(given["llm"] / "model.safetensors")["model.norm.weight"].to(torch.float32).numpy()
@@ -208,7 +208,7 @@ def test_regexes_excuse_what_is_missing_or_left_over_and_are_recorded(copies, tm
     record = import_checkpoint(request(copies, tmp_path / "out", allow_missing=["up_proj"], ignore_extra=["^extra"]))
     assert record["allowed_missing"] == ["model.layers.1.mlp.up_proj.weight"] and record["ignored_extra"] == ["extra.weight"]
     assert "llm/layers/block/up/kernel" in record["untrained"], "half of it is as the seed drew it"
-    kernel = np.asarray(pathtree.flatten(checkpoint.load_params(tmp_path / "out"))["llm/layers/block/up/kernel"])
+    kernel = np.asarray(pathtree.flatten(loading.load_params(tmp_path / "out"))["llm/layers/block/up/kernel"])
     wanted = load_file(copies["llm"] / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].numpy().T
     np.testing.assert_array_equal(kernel[0], wanted)
     assert np.isfinite(kernel[1]).all() and kernel[1].std() > 0
@@ -224,7 +224,7 @@ def test_an_overlay_stands_in_for_what_it_holds(three, tmp_path):
     tuned = {f"base_model.model.model.visual_model.{key}": value + 1 for key, value in decoder.items()}
     torch.save(tuned, tmp_path / "zero_to_fp32.bin")
     import_checkpoint(request(three | {"overlay": tmp_path / "zero_to_fp32.bin"}, tmp_path / "out"))
-    params = pathtree.flatten(checkpoint.load_params(tmp_path / "out"))
+    params = pathtree.flatten(loading.load_params(tmp_path / "out"))
     np.testing.assert_array_equal(params["sam_decoder/mask_tokens"], decoder["mask_decoder.mask_tokens.weight"].numpy() + 1)
     encoder = torch.load(three["sam"])["image_encoder.neck.1.weight"].numpy()
     np.testing.assert_array_equal(params["sam_encoder/neck_in_norm/scale"], encoder)
@@ -258,7 +258,7 @@ def test_an_adapter_of_lora(three, tmp_path):
     about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert about["lora_alpha"] == 8
     import_checkpoint(request(given, tmp_path / "first"))
-    params = pathtree.flatten(checkpoint.load_params(tmp_path / "first"))
+    params = pathtree.flatten(loading.load_params(tmp_path / "first"))
     wanted = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"]
     np.testing.assert_array_equal(params["llm/layers/block/v/lora_b"][1], wanted.numpy().T)
     assert provenance.read(tmp_path / "first")["neutral"] == []

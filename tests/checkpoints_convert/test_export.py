@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from checkpoints_convert.convert import Request, import_checkpoint
 from checkpoints_convert.export import export_checkpoint
-from mimo_jax import base, checkpoint, cli, pathtree, provenance
+from mimo_jax import base, checkpoint, cli, loading, pathtree, provenance
 from mimo_jax.config import LoraConfig
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
@@ -43,7 +43,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(run):
-    config, params, *_ = checkpoint.load_for_inference(run)
+    config, params, *_ = loading.load_for_inference(run)
     graphdef, _ = mimo.abstract(config)
     return stack.bind(graphdef, params)
 
@@ -112,7 +112,7 @@ def test_segment_anything_loads_sam(run, model, tmp_path):
 
 
 def flat(run: Path) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in pathtree.flatten(checkpoint.load_params(run)).items()}
+    return {path: np.asarray(leaf) for path, leaf in pathtree.flatten(loading.load_params(run)).items()}
 
 
 def assert_same_bits(a: Path, b: Path) -> None:

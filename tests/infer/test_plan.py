@@ -6,7 +6,7 @@ import shutil
 import jax
 import pytest
 
-from mimo_jax import checkpoint, parameters, pathtree, quantize
+from mimo_jax import checkpoint, loading, parameters, pathtree, quantize
 from mimo_jax.config import ConfigError, LoraConfig
 from mimo_jax.errors import UserError
 from mimo_jax.flags import find_config, read_config_file
@@ -36,7 +36,7 @@ def made(run):
 
 
 def test_the_plan_is_what_a_loaded_model_takes(run, made):
-    config, params, *_ = checkpoint.load_for_inference(run, weights="int8")
+    config, params, *_ = loading.load_for_inference(run, weights="int8")
     assert sum(part["bytes"] for part in made["parameters"].values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert made["parameters"]["language model"]["dtypes"] == ["float32", "int8"]
     lora = [leaf.nbytes for path, leaf in pathtree.flatten(params).items() if "lora" in path]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mimo_jax import checkpoint, pathtree
+from mimo_jax import checkpoint, loading, pathtree
 from mimo_jax.checkpoint import CheckpointError
 from mimo_jax.config import ConfigError, LoraConfig, SourceConfig
 from mimo_jax.data.build.phantom_set import build_phantoms
@@ -40,7 +40,7 @@ def config_for(phantoms, config=None, **train):
 
 
 def params_at(run, step: int) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in pathtree.flatten(checkpoint.load_params(run / "steps" / str(step))).items()}
+    return {path: np.asarray(leaf) for path, leaf in pathtree.flatten(loading.load_params(run / "steps" / str(step))).items()}
 
 
 def rows(run) -> dict[int, dict]:

@@ -30,7 +30,7 @@ def add_train(commands) -> None:
 Every setting of the config file is set by its path, as --config.train.steps=500.""",
     )
     train.add_argument("--config", required=True, metavar="FILE", help=_CONFIG_HELP)
-    train.add_argument("--workdir", required=True, metavar="DIR", help="where the run writes")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="where the run writes; also gs://B/x, with B mounted as /gcs/B")
     data_help = "a folder that `mimo data` wrote, or a .jsonl manifest; repeatable"
     train.add_argument("--data", action="append", default=[], metavar="[NAME=]DIR", help=data_help)
     train.add_argument("--init", metavar="PATH", help="checkpoint whose weights to start from")

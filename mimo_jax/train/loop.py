@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from tqdm import tqdm
 
 from mimo_jax import arrays, base, checkpoint, distributed, loading, pathtree, sharding, storage
 from mimo_jax.checkpoint import CheckpointError, Checkpoints
@@ -147,7 +148,7 @@ def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Stop) -> 
     images = config.images()
     here = feed.images_here(plan.mesh, images)
     done, total = _steps_done(loader), config.train.steps
-    batches = iter(loader)
+    batches, compiled = iter(loader), set()
     while done < total:
         distributed.beat(config.train.step_timeout)
         since = time.perf_counter()
@@ -155,13 +156,18 @@ def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Stop) -> 
         position = loader.state()
         wait = time.perf_counter() - since
         placed = feed.place(plan.mesh, images, here, batch)
+        length = batch["input_ids"].shape[1]
         handed = time.perf_counter()
+        if length not in compiled:
+            program = step_fn.lower(state, frozen, placed).compile()
+            tqdm.write(overview.program(program, length, time.perf_counter() - handed))
+            distributed.gather(None)  # a collective waits half a minute for peers, and they may compile for longer
+            compiled.add(length)
         with jax.profiler.StepTraceAnnotation("train", step_num=done):
             state, metrics = step_fn(state, frozen, placed)
         dispatch = time.perf_counter() - handed
         done += 1
         last = done == total or stop.after(done)
-        length = batch["input_ids"].shape[1]
         yield Tick(done, state, metrics, config.data.batch_size, last, lambda position=position: position, length, wait, dispatch)
         if last:
             return

@@ -1,4 +1,4 @@
-"""What a run is, in tables, before its first step."""
+"""What a run is, in tables, before its first step; and what that step takes once it is compiled."""
 
 from __future__ import annotations
 
@@ -119,6 +119,16 @@ def cost(plan: Plan) -> str:
     total = sum(value for _, value in parts)
     named = ", ".join(f"{part} {value / total:.0%}" for part, value in parts if value >= 0.005 * total)
     return _line("FLOPs", f"{flops_of(total)} a sample of {length} tokens ({named}), {flops_of(total * samples)} a step")
+
+
+def program(compiled: jax.stages.Compiled, length: int, seconds: float) -> str:
+    """What the compiled step of sequences of `length` tokens takes of a device, as far as its compiler says; a CPU's knows no peak."""
+    found = compiled.memory_analysis()
+    sizes = {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes} if found else {}
+    if found and jax.default_backend() != "cpu":
+        sizes["at its peak"] = found.peak_memory_in_bytes
+    taken = ", ".join(f"{size_of(size)} {name}" for name, size in sizes.items())
+    return _line("step", f"compiled for {length} tokens in {seconds:.1f} s{f': {taken}, on a device' if taken else ''}")
 
 
 def _line(name: str, text: str) -> str:

@@ -85,6 +85,16 @@ def test_flops_are_those_of_the_longest_sequence(plan):
     assert f"{overview.flops_of(total)} a sample of 192 tokens (llm " in told and f"), {overview.flops_of(4 * total)} a step" in told
 
 
+def test_what_a_compiled_step_takes(monkeypatch):
+    compiled = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((256, 256), "float32")).compile()
+    told = overview.program(compiled, 56, 12.34)
+    assert told.startswith("step        compiled for 56 tokens in 12.3 s: 256 KiB arguments, ") and told.endswith(
+        " temporaries, on a device"
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert overview.program(compiled, 56, 12.34).endswith(" at its peak, on a device")
+
+
 def test_no_commit_is_told_of_what_is_no_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(overview, "_ROOT", tmp_path)
     assert re.match(r"mimo_jax [\d.]+, Python", overview.versions())

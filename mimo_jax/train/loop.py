@@ -122,7 +122,7 @@ def _run(ready: Ready, goodput: Goodput, told: Reports) -> int:
     stop = Stop()
     tick = None
     try:
-        for tick in steps(plan, ready.state, frozen, loader, stop):
+        for tick in steps(plan, ready.state, frozen, loader, stop, config.train.steps):
             for hook in hooks:
                 hook(tick)
     finally:
@@ -141,13 +141,13 @@ def _run(ready: Ready, goodput: Goodput, told: Reports) -> int:
     return EXIT_DONE
 
 
-def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Stop) -> Iterator[Tick]:
-    """One Tick a step, until `config.train.steps` or a stop signal. A step takes one batch, whether it moves the state or is skipped."""
+def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Stop, total: int) -> Iterator[Tick]:
+    """One Tick a step, until `total` are done, or a stop signal. A step takes one batch, whether it moves the state or is skipped."""
     config = plan.config
     step_fn = make_step(plan)
     images = config.images()
     here = feed.images_here(plan.mesh, images)
-    done, total = _steps_done(loader), config.train.steps
+    done = _steps_done(loader)
     batches, compiled = iter(loader), set()
     while done < total:
         distributed.beat(config.train.step_timeout)

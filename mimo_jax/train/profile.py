@@ -32,12 +32,11 @@ def profile(workdir: str | os.PathLike, steps: int = 3, after: int = 2, sources:
     run, newest = checkpoint.resolve(workdir)
     config = checkpoint.read_config(run)
     config.data.sources = sources or config.data.sources
-    config.train.steps = newest + after + steps
     ready = loop.prepare(config, run)
     out = run / "profile" / distributed.gather(time.strftime("%Y-%m-%d-%H%M%S"))[0]
     stop = Stop()
     try:
-        ticks = loop.steps(ready.plan, ready.state, ready.frozen, ready.loader, stop)
+        ticks = loop.steps(ready.plan, ready.state, ready.frozen, ready.loader, stop, newest + after + steps)
         for tick in itertools.islice(ticks, after):
             jax.block_until_ready(tick.metrics)
         began = time.perf_counter()

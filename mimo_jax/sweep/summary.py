@@ -14,6 +14,7 @@ from mimo_jax import storage
 from mimo_jax.config import PERSPECTIVES
 
 COLUMNS = (*PERSPECTIVES[1:], PERSPECTIVES[0])  # I to IV: mIoU; vqa: accuracy of closed questions
+_SPAN = 0.1  # that an axis shows at least, so that differences of nothing do not look like some
 _INK, _BAND, _SEED = "#22303c", "#d7e3ee", "#7fa6c9"
 
 
@@ -112,4 +113,7 @@ def draw(found: dict) -> Figure:
         axes[0].set_ylabel(group, fontweight="bold")
     for axis, column in zip(panels[0], COLUMNS, strict=True):
         axis.set_title("vqa, accuracy" if column == "vqa" else f"{column}, mIoU", fontsize=10)
+        low, high = axis.get_xlim()
+        if high - low < _SPAN:
+            axis.set_xlim((low + high - _SPAN) / 2, (low + high + _SPAN) / 2)
     return figure

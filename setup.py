@@ -61,8 +61,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mimo_jax", "mimo_jax.*", "configs", "checkpoints_convert", "checkpoints_convert.*"]),
-    package_data={"mimo_jax.data.build": ["*.csv", "*.toml", "*.txt"]},
+    package_data={"mimo_jax.data.builder": ["*.csv", "*.toml", "*.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["mimo=mimo_jax.cli:main"]},
+    entry_points={"console_scripts": ["mimo=mimo_jax.cli.main:main"]},
 )

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from mimo_jax.data.medical import open_picture
-from mimo_jax.data.sources import open_source
+from mimo_jax.data.images.open_image import open_picture
+from mimo_jax.data.loading.sources import open_source
 from mimo_jax.eval.calibrate import calibrate
 from mimo_jax.eval.evaluate import answered, choose
 from mimo_jax.eval.report import GROUNDED
-from mimo_jax.infer.calibration import Calibration
+from mimo_jax.infer.answers.calibration import Calibration
 from mimo_jax.infer.predictor import Mimo, Request
 
 # What the fit may use; the rest stands at one value.

@@ -15,14 +15,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mimo_jax.data.collate import point_at, record_image  # noqa: E402
 from mimo_jax.data.conversation import prompt_turn  # noqa: E402
+from mimo_jax.data.loading.collate import point_at, record_image  # noqa: E402
+from mimo_jax.data.loading.sources import open_source  # noqa: E402
 from mimo_jax.data.prompts import Prompts  # noqa: E402
-from mimo_jax.data.sources import open_source  # noqa: E402
 from mimo_jax.eval.metrics import iou  # noqa: E402
-from mimo_jax.infer.answer import Answer  # noqa: E402
+from mimo_jax.infer.answers.answer import Answer  # noqa: E402
+from mimo_jax.infer.engine.requests import Request  # noqa: E402
 from mimo_jax.infer.predictor import Mimo  # noqa: E402
-from mimo_jax.infer.requests import Request  # noqa: E402
 
 BATCHES, CHATS, TURNS = 12, 24, 3
 

@@ -24,13 +24,14 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs import tiny_lora  # noqa: E402
-from mimo_jax import checkpoint, pathtree, sharding  # noqa: E402
+from mimo_jax import pathtree, sharding  # noqa: E402
+from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import Config, SourceConfig  # noqa: E402
-from mimo_jax.data.loader import make_loader  # noqa: E402
+from mimo_jax.data.loading.encode_features import encode_checkpoint, fingerprint  # noqa: E402
+from mimo_jax.data.loading.loader import make_loader  # noqa: E402
+from mimo_jax.data.loading.sources import open_sources  # noqa: E402
 from mimo_jax.data.records import open_records, write_records  # noqa: E402
-from mimo_jax.data.sources import open_sources  # noqa: E402
 from mimo_jax.data.tokenizer import Tokenizer  # noqa: E402
-from mimo_jax.train.encode import encode_checkpoint, fingerprint  # noqa: E402
 from mimo_jax.train.loop import _initial_params  # noqa: E402
 from mimo_jax.train.state import Plan  # noqa: E402
 from mimo_jax.train.step import make_step  # noqa: E402

@@ -26,9 +26,9 @@ from checkpoints_convert import name_map, rows  # noqa: E402
 from configs import tiny  # noqa: E402
 from mimo_jax import pathtree  # noqa: E402
 from mimo_jax.config import LlamaConfig  # noqa: E402
-from mimo_jax.infer.engine import Engine  # noqa: E402
-from mimo_jax.infer.run import bucket, capacity  # noqa: E402
-from mimo_jax.models import mimo, stack  # noqa: E402
+from mimo_jax.infer.engine.compiled import Engine  # noqa: E402
+from mimo_jax.infer.engine.decode_batch import bucket, capacity  # noqa: E402
+from mimo_jax.models import mimo, scan  # noqa: E402
 from tests.tiny_config import random_params, tiny_config  # noqa: E402
 
 SIZES = {
@@ -110,7 +110,7 @@ def without_cache(config, params, prompt: np.ndarray, new: int) -> Callable[[], 
 
     @jax.jit
     def step(params, ids, at):
-        model = stack.bind(graphdef, params)
+        model = scan.bind(graphdef, params)
         hidden = model.decode(model.embedding(ids), jax.numpy.arange(length)[None])
         token = model.logits(hidden[:, at])[0].argmax().astype(jax.numpy.int32)
         return ids.at[0, at + 1].set(token)

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mimo_jax import pathtree, quantize  # noqa: E402
 from mimo_jax.config import Config  # noqa: E402
-from mimo_jax.flags import load_config  # noqa: E402
-from mimo_jax.infer.engine import Engine  # noqa: E402
-from mimo_jax.infer.run import bucket, capacity  # noqa: E402
+from mimo_jax.config_flags import load_config  # noqa: E402
+from mimo_jax.infer.engine.compiled import Engine  # noqa: E402
+from mimo_jax.infer.engine.decode_batch import bucket, capacity  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
 from mimo_jax.parameters import typed  # noqa: E402
 

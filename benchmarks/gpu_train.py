@@ -5,7 +5,8 @@
 
 With pictures, and with features of the frozen encoders in their place (`config.data.features`). PyTorch is LISA's way of training:
 transformers' Llama with peft's LoRA and gradient checkpointing, CLIP, segment-anything, bf16 by autocast, fused Adam. One GPU; each row in
-a process of its own, so that all of the memory is there. MFU counts what the model needs (`mimo_jax/flops.py`), nothing computed again.
+a process of its own, so that all of the memory is there. MFU counts what the model needs (`mimo_jax/analysis/flops.py`), nothing
+computed again.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.torch_mimo import FEATURES, TorchMimo, Training, on_device  # noqa: E402
-from mimo_jax import flops, hardware, parameters, pathtree, sharding  # noqa: E402
+from mimo_jax import parameters, pathtree, sharding  # noqa: E402
+from mimo_jax.analysis import flops, hardware
 from mimo_jax.config import Config, MeshConfig  # noqa: E402
-from mimo_jax.data.features import feature_shapes  # noqa: E402
-from mimo_jax.flags import load_config  # noqa: E402
+from mimo_jax.config_flags import load_config  # noqa: E402
+from mimo_jax.data.loading.features import feature_shapes  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
 from mimo_jax.train.state import Plan  # noqa: E402
 from mimo_jax.train.step import make_step  # noqa: E402

@@ -65,9 +65,10 @@ def our_logits(folder: Path) -> np.ndarray:
     import jax
     import jax.numpy as jnp
 
-    from mimo_jax import checkpoint, loading, pathtree
-    from mimo_jax.infer.engine import compiler_options
-    from mimo_jax.models import mimo, stack
+    from mimo_jax import pathtree
+    from mimo_jax.checkpoints import checkpoint, loading
+    from mimo_jax.infer.engine.compiled import compiler_options
+    from mimo_jax.models import mimo, scan
 
     run = folder / "import"
     config = checkpoint.read_config(run)
@@ -80,7 +81,7 @@ def our_logits(folder: Path) -> np.ndarray:
 
     def forward(params, tokens):
         part = {path: params.get(path, leaf) for path, leaf in pathtree.flatten(shapes).items()}
-        model = stack.bind(graphdef, pathtree.unflatten(part))
+        model = scan.bind(graphdef, pathtree.unflatten(part))
         return model.logits(model.decode(model.embedding(tokens), positions))[0]
 
     found = jax.jit(forward, compiler_options=compiler_options(config))(flat, jnp.asarray(ids(config.model.llm.vocab_size))[None])

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 
-from mimo_jax import base, checkpoint, loading, pathtree, storage  # noqa: E402
+from mimo_jax import pathtree  # noqa: E402
+from mimo_jax.checkpoints import checkpoint, frozen_params, loading, storage
 from mimo_jax.config import WEIGHTS, LlamaConfig  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
 from tests.tiny_config import tiny_config  # noqa: E402
@@ -36,7 +37,7 @@ def write(run: Path, layers: int, width: int) -> None:
         for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items():
             yield path, (rng.standard_normal(leaf.shape, np.float32) * 0.02).astype("bfloat16")
 
-    base.write(run, leaves())
+    frozen_params.write(run, leaves())
     checkpoint.write_step(run, 0, iter(()), {})
     storage.write_json(run / "config.json", config.to_dict())
     (run / "tokenizer.json").write_text("{}")

@@ -27,10 +27,10 @@ from PIL import Image  # noqa: E402
 
 from configs import mimo_7b  # noqa: E402
 from mimo_jax.config import PROMPTED, Config, SourceConfig  # noqa: E402
-from mimo_jax.data.loader import make_loader  # noqa: E402
+from mimo_jax.data.loading.loader import make_loader  # noqa: E402
+from mimo_jax.data.loading.sources import open_sources  # noqa: E402
 from mimo_jax.data.records import write_records  # noqa: E402
 from mimo_jax.data.schema import Record, Sample, Target, Turn, encode_mask  # noqa: E402
-from mimo_jax.data.sources import open_sources  # noqa: E402
 from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
 ENTITIES = ("liver", "spleen", "left kidney", "right kidney")

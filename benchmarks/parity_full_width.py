@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints_convert import rows  # noqa: E402
 from mimo_jax.config import ClipConfig, LlamaConfig, ModelConfig, SamConfig  # noqa: E402
-from mimo_jax.models import stack  # noqa: E402
+from mimo_jax.models import scan  # noqa: E402
 from mimo_jax.models.clip_vit import ClipVit  # noqa: E402
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder  # noqa: E402
 from mimo_jax.models.sam_encoder import SamEncoder  # noqa: E402
@@ -42,7 +42,7 @@ def below(root: str) -> tuple:
 
 
 def run(graphdef, params, *arguments) -> np.ndarray:
-    return jax.jit(lambda p, *args: stack.bind(graphdef, p)(*args))(params, *arguments)
+    return jax.jit(lambda p, *args: scan.bind(graphdef, p)(*args))(params, *arguments)
 
 
 def clip(activation: str) -> float:
@@ -57,7 +57,7 @@ def clip(activation: str) -> float:
 def llama(kv_heads: int) -> float:
     cfg = LlamaConfig(layers=2, kv_heads=kv_heads)
     oracle = oracles.randomised(torch_models.llama_model(cfg, cfg.vocab_size + 3))
-    graphdef, shapes = stack.abstract(lambda rngs: Language(cfg, rngs=rngs))
+    graphdef, shapes = scan.abstract(lambda rngs: Language(cfg, rngs=rngs))
     params = convert(oracle, cfg, shapes)
     ids = RNG.integers(0, cfg.vocab_size + 3, (1, 64))
     return oracles.relative_l2(run(graphdef, params, jnp.asarray(ids), jnp.arange(64)[None]), oracle(torch.tensor(ids)).logits)
@@ -86,10 +86,10 @@ def sam_prompts(oracle: torch.nn.Module) -> tuple[float, float]:
     )
     cfg = ModelConfig(sam=SAM)
     prompt_make, decoder_make = (lambda r: SamPromptEncoder(SAM, rngs=r)), (lambda r: MaskDecoder(SAM, rngs=r))
-    prompt = stack.bind(
+    prompt = scan.bind(
         *oracles.brought_here(oracle.prompt_encoder, prompt_make, "sam_prompt", below("sam_prompt/"), cfg, prefix="prompt_encoder.")
     )
-    decoder = stack.bind(
+    decoder = scan.bind(
         *oracles.brought_here(oracle.mask_decoder, decoder_make, "sam_decoder", below("sam_decoder/"), cfg, prefix="mask_decoder.")
     )
     ours, no_mask = prompt((jnp.asarray(xy + 0.5), jnp.asarray(labels)), jnp.asarray(boxes + 0.5))

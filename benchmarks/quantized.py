@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax.numpy as jnp  # noqa: E402
 
-from mimo_jax import loading, pathtree, quantize  # noqa: E402
+from mimo_jax import pathtree, quantize  # noqa: E402
+from mimo_jax.checkpoints import loading
 from mimo_jax.config import WEIGHTS  # noqa: E402
-from mimo_jax.data.sources import open_source  # noqa: E402
+from mimo_jax.data.loading.sources import open_source  # noqa: E402
 from mimo_jax.data.tokenizer import Tokenizer  # noqa: E402
 from mimo_jax.eval.evaluate import evaluate  # noqa: E402
 from mimo_jax.infer.predictor import Mimo  # noqa: E402

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from mimo_jax.data.sources import open_source
+from mimo_jax.data.loading.sources import open_source
 from mimo_jax.eval.evaluate import answered, choose
 from mimo_jax.eval.report import GROUNDED
 from mimo_jax.infer.predictor import Mimo

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from mimo_jax.train import topology
+from mimo_jax.analysis import topology
 
 
 def main() -> None:
@@ -26,9 +26,11 @@ def measure(path: str, machine: topology.Topology, images: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from mimo_jax import hardware, parameters, sharding
-    from mimo_jax.flags import find_config, read_config_file
-    from mimo_jax.models import mimo, stack, target
+    from mimo_jax import parameters, sharding
+    from mimo_jax.analysis import hardware
+    from mimo_jax.config_flags import find_config, read_config_file
+    from mimo_jax.models import mesh
+    from mimo_jax.models import mimo, scan
     from mimo_jax.train.step import COMPILER_OPTIONS
 
     config = read_config_file(find_config(path))
@@ -43,7 +45,7 @@ def measure(path: str, machine: topology.Topology, images: int) -> None:
 
     def encode(params, pixels, size):
         with target.on(mesh):
-            return stack.bind(graphdef, params).encode_sam(pixels, size)
+            return scan.bind(graphdef, params).encode_sam(pixels, size)
 
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     since = time.perf_counter()

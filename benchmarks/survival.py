@@ -35,12 +35,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mimo_jax import base, checkpoint, loading, pathtree, sharding  # noqa: E402
-from mimo_jax.checkpoint import CheckpointError, Checkpoints, CheckpointWarning  # noqa: E402
+from mimo_jax import pathtree, sharding  # noqa: E402
+from mimo_jax.checkpoints import checkpoint, frozen_params, loading  # noqa: E402
+from mimo_jax.checkpoints.checkpoint import CheckpointError, Checkpoints, CheckpointWarning  # noqa: E402
 from mimo_jax.config import MeshConfig  # noqa: E402
-from mimo_jax.data.build.phantom_set import build_phantoms  # noqa: E402
-from mimo_jax.data.loader import make_loader  # noqa: E402
-from mimo_jax.data.sources import open_sources  # noqa: E402
+from mimo_jax.data.builder.phantom_set import build_phantoms  # noqa: E402
+from mimo_jax.data.loading.loader import make_loader  # noqa: E402
+from mimo_jax.data.loading.sources import open_sources  # noqa: E402
 from mimo_jax.data.tokenizer import Tokenizer  # noqa: E402
 from mimo_jax.train.state import Plan  # noqa: E402
 
@@ -203,11 +204,11 @@ def flip(runs: Runs, rng: random.Random) -> Iterator[str]:
     for _ in range(10):
         undo = turn_bit(copy / "base", rng)
         try:
-            base.load(copy, plan.frozen, plan.frozen_shardings)
+            frozen_params.load(copy, plan.frozen, plan.frozen_shardings)
         except CheckpointError as error:
             named += undo.name in str(error)
         undo()
-    base.load(copy, plan.frozen, plan.frozen_shardings)
+    frozen_params.load(copy, plan.frozen, plan.frozen_shardings)
     yield f"flip: one bit anywhere in the frozen base {relative['fingerprint'][:12]}: found, and the file named, {named} of 10 times"
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.torch_mimo import TorchMimo, Training, on_device  # noqa: E402
 from mimo_jax import sharding  # noqa: E402
 from mimo_jax.config import Config  # noqa: E402
-from mimo_jax.flags import load_config  # noqa: E402
+from mimo_jax.config_flags import load_config  # noqa: E402
 from mimo_jax.train.state import Plan  # noqa: E402
 from mimo_jax.train.step import make_step  # noqa: E402
 from tests.tiny_config import random_batch  # noqa: E402

@@ -21,13 +21,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from checkpoints_convert import name_map, settings, sources
+from checkpoints_convert import hf_config_check, name_map, sources
 from checkpoints_convert.name_map import KeyMapError
 from checkpoints_convert.readers import is_finite
 from checkpoints_convert.sources import SEED, Source, SourceError
-from checkpoints_convert.target import check_target, staged
+from checkpoints_convert.staging import check_target, staged
 from checkpoints_convert.vocabulary import Vocabulary
-from mimo_jax import base, checkpoint, parameters, pathtree, provenance, storage
+from mimo_jax import parameters, pathtree
+from mimo_jax.checkpoints import checkpoint, frozen_params, provenance, storage
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data.tokenizer import add_grounding
 from mimo_jax.models import mimo
@@ -90,11 +91,11 @@ class _Plan:
         remarks, wrong = [], []
         for name, source in self.sources.items():
             try:
-                remarks.append(settings.check_settings(name, source.path, source.parts, self.config))
-            except settings.SettingsError as error:
+                remarks.append(hf_config_check.check_settings(name, source.path, source.parts, self.config))
+            except hf_config_check.SettingsError as error:
                 wrong.append(str(error))
         if wrong:
-            raise settings.SettingsError("\n".join(wrong))
+            raise hf_config_check.SettingsError("\n".join(wrong))
         return [remark for remark in remarks if remark]
 
     def _check_lora(self, request: Request) -> None:
@@ -103,7 +104,7 @@ class _Plan:
             return
         if self.config.model.lora.rank == 0:
             raise ConfigError(f"--{lora.name} {lora.path}: holds LoRA, and the configuration has none; set --config.model.lora.rank")
-        found = settings.lora_alpha(lora.path)
+        found = hf_config_check.lora_alpha(lora.path)
         if request.lora_alpha is not None and found is not None and request.lora_alpha != found:
             raise SourceError(f"--lora-alpha {request.lora_alpha:g}: {lora.path} says {found:g} in its adapter_config.json")
         alpha = found if request.lora_alpha is None else request.lora_alpha
@@ -112,7 +113,7 @@ class _Plan:
         self.config.model.lora.alpha = float(alpha)
         language = request.given.get("llm") or request.given.get("joint")
         if lora.name == "lora" and language:
-            settings.check_adapter_base(lora.path, Path(language), request.lora_base)
+            hf_config_check.check_adapter_base(lora.path, Path(language), request.lora_base)
 
     def _tokenizer(self) -> str:
         """Content of tokenizer.json, read once as a model reads it."""
@@ -169,7 +170,7 @@ def _write(plan: _Plan, request: Request, stage: Path, out: Path, hashes: dict, 
     config = plan.config
     config.init.path = ""
     drawn = _draw(plan, request.seed)
-    frozen = base.write(stage, plan.stream(plan.leaves.keys() - plan.trained, drawn), out)
+    frozen = frozen_params.write(stage, plan.stream(plan.leaves.keys() - plan.trained, drawn), out)
     trained = checkpoint.write_step(stage, 0, plan.stream(plan.trained, drawn), {})
     record = {
         "sources": sources.origins(plan.sources, hashes),
@@ -183,7 +184,7 @@ def _write(plan: _Plan, request: Request, stage: Path, out: Path, hashes: dict, 
         "key_map": request.key_map.read_text() if request.key_map else None,
         "grounding": plan.vocabulary.grounding,
         "base": frozen["fingerprint"],
-        "parameters": base.fingerprint(trained),
+        "parameters": frozen_params.fingerprint(trained),
     }
     (stage / "tokenizer.json").write_text(plan.tokenizer, encoding="utf-8")
     kept = {key: np.ascontiguousarray(source[key]) for source in plan.sources.values() for key in source.kept}

@@ -25,10 +25,10 @@ from safetensors.numpy import load_file, save_file
 from checkpoints_convert import name_map, ops, rows
 from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.sources import SourceError
-from checkpoints_convert.target import check_target, staged
-from mimo_jax import base, checkpoint, provenance, storage
+from checkpoints_convert.staging import check_target, staged
+from mimo_jax.checkpoints import checkpoint, frozen_params, provenance, storage
+from mimo_jax.checkpoints.loading import Leaves
 from mimo_jax.config import Config
-from mimo_jax.loading import Leaves
 from mimo_jax.models.lora import merge_lora
 
 _SHARD_BYTES = 2 * 10**9
@@ -141,7 +141,7 @@ def _write_joint(leaves: Leaves, out: Path, merge: bool) -> None:
 
 def _write_mimo(leaves: Leaves, out: Path, merge: bool) -> None:
     final = out.with_name(out.name.removeprefix(".").removesuffix(".partial"))
-    base.write(out, ((path, leaves[path]) for path in leaves if path not in leaves.trained), final)
+    frozen_params.write(out, ((path, leaves[path]) for path in leaves if path not in leaves.trained), final)
     checkpoint.write_step(out, leaves.step, ((path, leaves[path]) for path in sorted(leaves.trained)), {})
     for name in ("config.json", "tokenizer.json", provenance.FILE, provenance.KEPT):
         if (leaves.run / name).is_file():

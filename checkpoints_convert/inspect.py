@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert import name_map, rows, settings
-from checkpoints_convert.settings import SettingsError
+from checkpoints_convert import hf_config_check, name_map, rows
+from checkpoints_convert.hf_config_check import SettingsError
 from checkpoints_convert.sources import Source, read_key_map
 from checkpoints_convert.vocabulary import Vocabulary
-from mimo_jax import base, checkpoint, loading, pathtree, provenance
+from mimo_jax import pathtree
+from mimo_jax.checkpoints import checkpoint, frozen_params, loading, provenance
 from mimo_jax.config import Config
 from mimo_jax.models import mimo
 
@@ -59,7 +60,7 @@ def _fit(source: Source, config: Config) -> dict[str, Any]:
         wanted = {path: leaf for path, leaf in wanted.items() if "lora_" in path}
     found: dict[str, Any] = dict(name_map.misfits(source.shapes(), source.rows, source.indices, wanted, source.ignored))
     try:
-        settings.check_settings(source.name, source.path, source.parts, config)
+        hf_config_check.check_settings(source.name, source.path, source.parts, config)
     except SettingsError as error:
         found["other settings"] = [line.strip() for line in str(error).split("\n")[1:]]
     return found
@@ -80,7 +81,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "trained": sum(leaf.size for name, leaf in leaves.shapes.items() if name in leaves.trained),
         "bytes": sum(leaf.dtype.itemsize * leaf.size for leaf in leaves.shapes.values()),
         "dtypes": dict(Counter(str(leaf.dtype) for leaf in leaves.shapes.values())),
-        "base": base.read_record(run)["fingerprint"],
+        "base": frozen_params.read_record(run)["fingerprint"],
         "sources": sources,
         "untrained": provenance.untrained(record) or "none",
     }

@@ -10,8 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from mimo_jax.config_flags import load_config
 from mimo_jax.errors import UserError
-from mimo_jax.flags import load_config
 
 TPU = re.compile(r"v\w+:\d+(x\d+)+")
 

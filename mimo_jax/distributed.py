@@ -41,7 +41,7 @@ from jax.experimental import multihost_utils
 
 from mimo_jax import errors
 from mimo_jax.errors import UserError
-from mimo_jax.stopping import StopSignal
+from mimo_jax.preemption import StopSignal
 
 EXIT_OURS, EXIT_USER, EXIT_AGAIN, EXIT_INTERRUPTED = 1, 2, 75, 130
 

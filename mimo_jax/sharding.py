@@ -17,7 +17,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mimo_jax import hardware, pathtree
+from mimo_jax import pathtree
+from mimo_jax.analysis import hardware
 from mimo_jax.config import ConfigError, LlamaConfig, MeshConfig
 
 AXES = ("slice", "data", "fsdp", "tensor")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mimo_jax import checkpoint
-from mimo_jax.checkpoint import Checkpoints
+from mimo_jax.checkpoints import checkpoint
+from mimo_jax.checkpoints.checkpoint import Checkpoints
 from tests.tiny_config import tiny_config
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))

@@ -5,7 +5,7 @@ import pytest
 
 from mimo_jax import pathtree
 from mimo_jax.config import Config, ConfigError, SourceConfig
-from mimo_jax.flags import PACKAGED, find_config, load_config
+from mimo_jax.config_flags import PACKAGED, find_config, load_config
 from tests.tiny_config import tiny_config
 
 NAMES = ["tiny", "tiny_finetune", "tiny_lora", "small", "mimo_7b", "lisa_7b"]

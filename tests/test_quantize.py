@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from mimo_jax import pathtree, quantize
 from mimo_jax.config import WEIGHTS, ConfigError, LlamaConfig, LoraConfig
 from mimo_jax.data.prompts import Prompts
-from mimo_jax.infer.engine import compiler_options
+from mimo_jax.infer.engine.compiled import compiler_options
+from mimo_jax.infer.engine.requests import Request
 from mimo_jax.infer.predictor import Mimo
-from mimo_jax.infer.requests import Request
-from mimo_jax.models import mimo, stack
+from mimo_jax.models import mimo, scan
 from tests.data.handmade import tokenizer
 from tests.tiny_config import random_params, tiny_config
 
@@ -140,7 +140,7 @@ def test_one_layer_is_widened_at_a_time(weights, dtype):
     x, positions = jax.ShapeDtypeStruct((1, 8, llm.width), jnp.dtype(dtype)), jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
     def forward(params, x, positions):
-        return stack.bind(graphdef, params).decode(x, positions)
+        return scan.bind(graphdef, params).decode(x, positions)
 
     memory = jax.jit(forward, compiler_options=compiler_options(config)).lower(params, x, positions).compile().memory_analysis()
     layer = 4 * (4 * llm.width * llm.width + 3 * llm.width * llm.mlp_width)  # bytes in fp32

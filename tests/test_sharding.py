@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mimo_jax import checkpoint, hardware, parameters, pathtree, sharding
+from mimo_jax import parameters, pathtree, sharding
+from mimo_jax.analysis import hardware
+from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import WEIGHTS, ConfigError, LlamaConfig, MeshConfig
+from mimo_jax.config_flags import find_config, read_config_file
 from mimo_jax.eval.metrics import iou
-from mimo_jax.flags import find_config, read_config_file
 from mimo_jax.models import mimo
 from tests.data.handmade import tokenizer
 from tests.tiny_config import random_params, tiny_config

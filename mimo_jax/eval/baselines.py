@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-from mimo_jax.data.collate import record_image
+from mimo_jax.data.loading.collate import record_image
 from mimo_jax.data.schema import Record
 from mimo_jax.eval.metrics import iou
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from mimo_jax.config import Config
+from mimo_jax.data.loading.sources import open_source, open_sources
 from mimo_jax.data.records import DataError
 from mimo_jax.data.schema import Record
-from mimo_jax.data.sources import open_source, open_sources
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.eval.evaluate import Joined, answered, choose, perspectives_of
 from mimo_jax.eval.report import GROUNDED, Tally, score_table
-from mimo_jax.infer.calibration import MIN_ENTITIES, PLAIN, Calibration, CalibrationError
+from mimo_jax.infer.answers.calibration import MIN_ENTITIES, PLAIN, Calibration, CalibrationError
 from mimo_jax.infer.predictor import Mimo
 
 

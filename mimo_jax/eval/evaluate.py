@@ -21,18 +21,18 @@ import numpy as np
 from tqdm import tqdm
 
 from mimo_jax.config import MODALITIES, PERSPECTIVES, PROMPTED, Config
-from mimo_jax.data.collate import point_at, record_image
+from mimo_jax.data.loading.collate import point_at, record_image
+from mimo_jax.data.loading.sources import Manifest, not_evaluable, open_source, open_sources
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.records import DataError
 from mimo_jax.data.schema import Record, Sample
-from mimo_jax.data.sources import Manifest, not_evaluable, open_source, open_sources
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.eval import metrics
 from mimo_jax.eval.baselines import fit_baselines
 from mimo_jax.eval.report import GROUNDED, Found, Tally, table, write_comparison
-from mimo_jax.infer.answer import Answer, canonical_name
-from mimo_jax.infer.calibration import PLAIN, Calibration
+from mimo_jax.infer.answers.answer import Answer, canonical_name
+from mimo_jax.infer.answers.calibration import PLAIN, Calibration
 from mimo_jax.infer.predictor import EncodedImage, Mimo, PastTurn, Request
 
 ABLATIONS = ("prompt", "image")  # take the prompts away; blacken the image

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from mimo_jax.config import PERSPECTIVES
+from mimo_jax.data.overlay import draw_overlay
 from mimo_jax.eval import metrics
-from mimo_jax.infer.answer import Answer
-from mimo_jax.infer.calibration import PLAIN, Calibration, Evidence
-from mimo_jax.infer.overlay import draw_overlay
+from mimo_jax.infer.answers.answer import Answer
+from mimo_jax.infer.answers.calibration import PLAIN, Calibration, Evidence
 
 GROUNDED = tuple(p for p in PERSPECTIVES if p != "vqa")
 

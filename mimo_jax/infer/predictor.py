@@ -20,23 +20,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mimo_jax import loading
+from mimo_jax.checkpoints import loading
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
-from mimo_jax.data.picture import Picture, Volume, Window
+from mimo_jax.data.images.image import Picture, Volume, Window
+from mimo_jax.data.images.volume import open_scan
 from mimo_jax.data.prompt_files import Source, join_prompts, read_prompts
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import views
-from mimo_jax.data.volume import open_scan
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, clip_frame, sam_frame
-from mimo_jax.infer.answer import Answer, Entity
-from mimo_jax.infer.calibration import PLAIN, Calibration
-from mimo_jax.infer.engine import Engine
-from mimo_jax.infer.requests import EncodedImage, KeptCache, PastTurn, Request, Sampling, Turn, prepare
-from mimo_jax.infer.run import Run, bucket, capacity, stacked
-from mimo_jax.infer.store import Store
+from mimo_jax.infer.answers.answer import Answer, Entity
+from mimo_jax.infer.answers.calibration import PLAIN, Calibration
+from mimo_jax.infer.engine.compiled import Engine
+from mimo_jax.infer.engine.decode_batch import Run, bucket, capacity, stacked
+from mimo_jax.infer.engine.device_cache import Store
+from mimo_jax.infer.engine.requests import EncodedImage, KeptCache, PastTurn, Request, Sampling, Turn, prepare
 
 _IMAGES = 4  # an image in the towers weighs about as much as so many answers
 _FIRST, _NEXT = 1, 4  # tokens between two looks at a streamed answer

@@ -14,14 +14,14 @@ import numpy as np
 from pycocotools import mask as coco
 from tqdm import tqdm
 
-from mimo_jax.data.picture import Volume
-from mimo_jax.infer.answer import Answer
-from mimo_jax.infer.calibration import Calibration
-from mimo_jax.infer.outputs import check_outputs, write_all, write_json
-from mimo_jax.infer.overlay import draw_sheet
+from mimo_jax.data.images.image import Volume
+from mimo_jax.data.overlay import draw_sheet
+from mimo_jax.infer.answers.answer import Answer
+from mimo_jax.infer.answers.calibration import Calibration
+from mimo_jax.infer.answers.outputs import check_outputs, write_all, write_json
+from mimo_jax.infer.answers.write_masks import on_grid, write_nifti, write_seg
+from mimo_jax.infer.engine.requests import Request
 from mimo_jax.infer.predictor import Mimo
-from mimo_jax.infer.requests import Request
-from mimo_jax.infer.write_masks import on_grid, write_nifti, write_seg
 
 _TILES = 25  # slices on a sheet
 

@@ -18,7 +18,7 @@ from flax import nnx
 from mimo_jax.config import ModelConfig
 from mimo_jax.models.attention import attend
 from mimo_jax.models.layers import Linear
-from mimo_jax.models.stack import SCAN, Scan, Stack
+from mimo_jax.models.scan import SCAN, Scan, Stack
 
 
 class Attention(nnx.Module):

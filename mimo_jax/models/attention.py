@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mimo_jax.models import kernels, target
+from mimo_jax.models import kernels, mesh
 
 
 def attend(
@@ -34,7 +34,7 @@ def attend(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is None and bias is None and shared is None:
-        at = target.current()
+        at = mesh.current()
         kernel = kernels.choose(at, q.dtype, q.shape[1], k.shape[1], q.shape[3])
         if kernel == "splash":
             return kernels.run_splash(q, k, v, scale, causal, at)

@@ -14,7 +14,7 @@ from flax import nnx
 from mimo_jax.config import ClipConfig, ConfigError
 from mimo_jax.models.attention import attend
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding, quick_gelu
-from mimo_jax.models.stack import SCAN, Scan, Stack
+from mimo_jax.models.scan import SCAN, Scan, Stack
 
 # Per channel, RGB, for pixels in 0 .. 1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
-from mimo_jax.models.target import Target
+from mimo_jax.models.mesh import Target
 from mimo_jax.sharding import SAMPLES
 
 _CHUNK_LOGITS = 2**20  # of one head in one chunk

@@ -16,7 +16,7 @@ from flax import nnx
 from mimo_jax.config import GROUNDING_TOKENS, LlamaConfig, LoraConfig
 from mimo_jax.models.attention import attend
 from mimo_jax.models.lora import LoraLinear
-from mimo_jax.models.stack import SCAN, Scan, Stack
+from mimo_jax.models.scan import SCAN, Scan, Stack
 
 
 class RmsNorm(nnx.Module):

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import Config
-from mimo_jax.models import clip_vit, sam_encoder, stack, target
+from mimo_jax.models import clip_vit, mesh, sam_encoder
+from mimo_jax.models import scan as layer_scan
 from mimo_jax.models.aligner import Aligner
 from mimo_jax.models.clip_vit import ClipVit
 from mimo_jax.models.layers import Linear
 from mimo_jax.models.llama import LanguageHead, Llama, TokenEmbedding
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.sam_encoder import SamEncoder
-from mimo_jax.models.stack import Scan
+from mimo_jax.models.scan import Scan
 from mimo_jax.models.visual_prompt import VisualPromptEncoder
 
 
@@ -97,7 +98,7 @@ class Mimo(nnx.Module):
             return x.reshape(b * r, *x.shape[2:])
 
         visual = self.prompt(fold(prompt_xy), fold(prompt_kind))
-        text = target.split(self.embedding(fold(instruction_ids)))
+        text = mesh.split(self.embedding(fold(instruction_ids)))
         x_q, look = self.aligner(image, self.prompt.image_code(), text, fold(instruction_mask), visual, fold(prompt_kind) > 0)
         if look is not None:
             g = self.config.clip.grid()
@@ -171,12 +172,12 @@ class Mimo(nnx.Module):
         else:
             image = self.encode_clip(batch["clip_image"], batch["clip_size"])
             features = self.encode_sam(batch["sam_image"], batch["sam_size"])
-        image, features = target.split((image, features))
+        image, features = mesh.split((image, features))
         turns = (batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
         x_q, look = self.align_and_look(image, *turns)
-        x = target.split(self.embed(batch["input_ids"], batch["query_index"], x_q))
+        x = mesh.split(self.embed(batch["input_ids"], batch["query_index"], x_q))
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-        hidden = target.split(self.decode(x, positions))
+        hidden = mesh.split(self.decode(x, positions))
         masks, iou = self.segment(features, self.seg_states(hidden, batch["seg_index"]))
         return {"hidden": hidden, "masks": masks, "iou": iou, "look": look}
 
@@ -190,9 +191,9 @@ def abstract(config: Config):
 @functools.lru_cache(maxsize=32)
 def _abstract(model_json: str):
     config = Config.from_dict({"model": json.loads(model_json)})
-    return stack.abstract(lambda rngs: Mimo(config, rngs))
+    return layer_scan.abstract(lambda rngs: Mimo(config, rngs))
 
 
 def initial(config: Config, key: jax.Array) -> dict:
     """Nested dict of parameters drawn from `key`."""
-    return stack.initial(lambda rngs: Mimo(config, rngs), key)
+    return layer_scan.initial(lambda rngs: Mimo(config, rngs), key)

@@ -17,7 +17,7 @@ from flax import nnx
 from mimo_jax.config import SamConfig
 from mimo_jax.models.attention import attend
 from mimo_jax.models.layers import Linear, gelu, layer_norm
-from mimo_jax.models.stack import Stack
+from mimo_jax.models.scan import Stack
 
 MASK_TOKENS = 4  # token 0 is the one mask of an unambiguous prompt, 1 .. 3 are the alternatives of an ambiguous one
 MASK_PROMPT_WIDTH = 16

@@ -17,7 +17,7 @@ from flax import nnx
 from mimo_jax.config import SamConfig
 from mimo_jax.models.attention import attend, fold_relative_position
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding
-from mimo_jax.models.stack import SCAN, Scan, Stack, rematerialised
+from mimo_jax.models.scan import SCAN, Scan, Stack, rematerialised
 
 # Per channel, RGB, for pixels in 0 .. 255. SAM normalises first and pads with zeros afterwards.
 MEAN = (123.675, 116.28, 103.53)

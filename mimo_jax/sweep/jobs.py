@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimo_jax import flags, storage
+from mimo_jax import config_flags
+from mimo_jax.checkpoints import storage
 from mimo_jax.sweep.plan import Run, SweepError
 from mimo_jax.sweep.run import JOB, Processes
 
@@ -25,7 +26,7 @@ class Cluster:
     """flags: of the launcher, such as --accelerator h100:8."""
 
     backend: str  # "slurm" or "gke"
-    flags: tuple[str, ...]
+    config_flags: tuple[str, ...]
 
     def check(self, workdir: Path) -> None:
         """SweepError where it cannot be used for runs in `workdir`."""
@@ -37,7 +38,7 @@ class Cluster:
             )
 
     def _script(self) -> Path:
-        return flags.PACKAGED.parent / "launch" / self.backend / "submit.sh"
+        return config_flags.PACKAGED.parent / "launch" / self.backend / "submit.sh"
 
     def submit(self, run: Run) -> list[str]:
         """The launcher's command for a training."""

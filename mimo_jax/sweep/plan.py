@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimo_jax import checkpoint, flags, pathtree, storage
+from mimo_jax import config_flags, pathtree
+from mimo_jax.checkpoints import checkpoint, storage
 from mimo_jax.config import Config, SourceConfig
 from mimo_jax.errors import UserError
 
@@ -101,10 +102,10 @@ def make_sweep(
 
     def load(overrides: Sequence[str]) -> Config:
         entries = {name: dataclasses.replace(source) for name, source in sources.items()}
-        return flags.load_config(["--config", common.base, *common.shared, *overrides], entries)
+        return config_flags.load_config(["--config", common.base, *common.shared, *overrides], entries)
 
     plain = load(())
-    with flags.blamed_on(flags.find_config(ablations)):
+    with config_flags.blamed_on(config_flags.find_config(ablations)):
         groups = _defined(ablations)["get_ablations"](plain)
     if unknown := [name for name in only if name not in groups]:
         raise SweepError(f"--only {unknown[0]}: is no group of {ablations}; it has {', '.join(groups)}")
@@ -125,8 +126,8 @@ def make_sweep(
 
 def _defined(ablations: str) -> dict:
     """What the file defines."""
-    file = flags.find_config(ablations)
-    with flags.blamed_on(file):
+    file = config_flags.find_config(ablations)
+    with config_flags.blamed_on(file):
         defined = runpy.run_path(str(file))
     if not {"BASE", "get_ablations"} <= defined.keys():
         raise SweepError(f"{file}: defines no BASE and get_ablations(base); see configs/ablations.py")

@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Protocol
 
-from mimo_jax import storage
-from mimo_jax.stopping import StopSignal
+from mimo_jax.checkpoints import storage
+from mimo_jax.preemption import StopSignal
 from mimo_jax.sweep.plan import Run
 
 JOB = "job.json"  # in a run's directory while a cluster works on it

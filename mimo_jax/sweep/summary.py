@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mimo_jax import storage
+from mimo_jax.checkpoints import storage
 from mimo_jax.config import PERSPECTIVES
 
 COLUMNS = (*PERSPECTIVES[1:], PERSPECTIVES[0])  # I to IV: mIoU; vqa: accuracy of closed questions

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mimo_jax.checkpoint import Checkpoints
+from mimo_jax.checkpoints.checkpoint import Checkpoints
 from mimo_jax.config import TrainConfig
 from mimo_jax.errors import UserError
 from mimo_jax.train.hooks import Tick

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from mimo_jax.checkpoint import Checkpoints
+from mimo_jax.checkpoints.checkpoint import Checkpoints
 from mimo_jax.train.goodput import Goodput
 
 

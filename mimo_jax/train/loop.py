@@ -20,24 +20,27 @@ from typing import NamedTuple
 import jax
 from tqdm import tqdm
 
-from mimo_jax import arrays, base, checkpoint, distributed, loading, pathtree, sharding, storage
-from mimo_jax.checkpoint import CheckpointError, Checkpoints
+from mimo_jax import distributed, pathtree, sharding
+from mimo_jax.analysis import run_summary
+from mimo_jax.checkpoints import arrays, checkpoint, frozen_params, loading, storage
+from mimo_jax.checkpoints.checkpoint import CheckpointError, Checkpoints
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data import conversation
-from mimo_jax.data.loader import Loader, make_loader
-from mimo_jax.data.sources import open_sources
+from mimo_jax.data.loading import encode_features
+from mimo_jax.data.loading.loader import Loader, make_loader
+from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mimo_jax.distributed import Stop
 from mimo_jax.eval import calibrate, evaluate
 from mimo_jax.eval.calibrate import PLAIN, Calibration
-from mimo_jax.train import encode, feed, overview, reports
+from mimo_jax.train import global_batch, writers
 from mimo_jax.train.goodput import Goodput
 from mimo_jax.train.guard import Guard
 from mimo_jax.train.hooks import Every, Save, Tick
 from mimo_jax.train.metrics import Metrics
-from mimo_jax.train.reports import Reports
 from mimo_jax.train.state import Plan
 from mimo_jax.train.step import make_step
+from mimo_jax.train.writers import Reports
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
 
@@ -49,7 +52,7 @@ def train(config: Config, workdir: str | Path) -> int:
     Raises UserError subclasses (exit 2) before any work for a config, data or checkpoint that cannot serve."""
     began = time.time()
     ready = prepare(config, workdir)
-    overview.show(ready.plan, ready.sources, ready.checkpoints.workdir, ready.first)
+    run_summary.show(ready.plan, ready.sources, ready.checkpoints.workdir, ready.first)
     workdir, first, total = ready.checkpoints.workdir, ready.first, config.train.steps
     with Goodput(workdir, began, first, total, ready.restored) as goodput, Reports(config, workdir, first) as told:
         code = _run(ready, goodput, told)
@@ -74,7 +77,7 @@ class Ready(NamedTuple):
 def prepare(config: Config, workdir: str | Path) -> Ready:
     """Open the run in `workdir`, or begin it. UserErrors as in `train`."""
     config.validate()
-    reports.check(config)
+    writers.check(config)
     workdir = Path(workdir)
     if not config.data.sources:
         raise ConfigError("config.data.sources: is empty; name a dataset with --data DIR")
@@ -82,10 +85,10 @@ def prepare(config: Config, workdir: str | Path) -> Ready:
     mesh = sharding.make_mesh(config.mesh)
     plan = Plan(config, mesh)
     if config.data.features:
-        encode.check_frozen(plan)
+        encode_features.check_frozen(plan)
     sources = open_sources(config, config.data.split)
     tokenizer = _tokenizer(config, workdir, sources)
-    loader = make_loader(config, tokenizer, sources, feed.images_here(mesh, config.images()))
+    loader = make_loader(config, tokenizer, sources, global_batch.images_here(mesh, config.images()))
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
 
     since = time.perf_counter()
@@ -95,7 +98,7 @@ def prepare(config: Config, workdir: str | Path) -> Ready:
     if not begun:
         state, frozen = plan.start(_initial_params(plan))
     if config.data.features:
-        loader.use_features(encode.fingerprint(config, pathtree.flatten(frozen)))
+        loader.use_features(encode_features.fingerprint(config, pathtree.flatten(frozen)))
     if not begun:
         checkpoint.start_run(workdir, config, frozen)
     return Ready(plan, state, frozen, loader, tokenizer, sources, checkpoints, _steps_done(loader), restored)
@@ -146,7 +149,7 @@ def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Stop, tot
     config = plan.config
     step_fn = make_step(plan)
     images = config.images()
-    here = feed.images_here(plan.mesh, images)
+    here = global_batch.images_here(plan.mesh, images)
     done = _steps_done(loader)
     batches, compiled = iter(loader), set()
     while done < total:
@@ -155,12 +158,12 @@ def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Stop, tot
         batch = next(batches)
         position = loader.state()
         wait = time.perf_counter() - since
-        placed = feed.place(plan.mesh, images, here, batch)
+        placed = global_batch.place(plan.mesh, images, here, batch)
         length = batch["input_ids"].shape[1]
         handed = time.perf_counter()
         if length not in compiled:
             program = step_fn.lower(state, frozen, placed).compile()
-            tqdm.write(overview.program(program, length, time.perf_counter() - handed))
+            tqdm.write(run_summary.program(program, length, time.perf_counter() - handed))
             distributed.gather(None)  # a collective waits half a minute for peers, and they may compile for longer
             compiled.add(length)
         with jax.profiler.StepTraceAnnotation("train", step_num=done):
@@ -239,7 +242,7 @@ def _restore(plan: Plan, checkpoints: Checkpoints, loader: Loader):
     if step is None:
         return None, None
     state, position = checkpoints.restore(step, plan.state, plan.state_shardings)
-    frozen = base.load(checkpoints.workdir, plan.frozen, plan.frozen_shardings)
+    frozen = frozen_params.load(checkpoints.workdir, plan.frozen, plan.frozen_shardings)
     loader.restore(position)
     return state, frozen
 

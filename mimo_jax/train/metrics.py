@@ -21,11 +21,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mimo_jax import flops, hardware
+from mimo_jax.analysis import flops, hardware
 from mimo_jax.config import Config
 from mimo_jax.train.goodput import Goodput, duration
 from mimo_jax.train.hooks import Tick
-from mimo_jax.train.reports import Reports
+from mimo_jax.train.writers import Reports
 
 _SHOWN = {"loss": "loss {:.3f}", "samples_per_second": "{:.1f} samples/s", "mfu": "MFU {:.1%}", "data_wait": "data wait {:.1%}"}
 

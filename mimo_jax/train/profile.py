@@ -14,7 +14,8 @@ from pathlib import Path
 
 import jax
 
-from mimo_jax import checkpoint, distributed
+from mimo_jax import distributed
+from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import SourceConfig
 from mimo_jax.distributed import Stop
 from mimo_jax.train import loop

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mimo_jax import hardware, parameters, pathtree, sharding
+from mimo_jax import parameters, pathtree, sharding
+from mimo_jax.analysis import hardware
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.models import mimo
 from mimo_jax.train.optimizer import make_optimizer

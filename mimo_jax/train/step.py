@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mimo_jax import pathtree, sharding
-from mimo_jax.models import stack, target
+from mimo_jax.models import mesh, scan
 from mimo_jax.train import losses
 from mimo_jax.train.optimizer import schedule
 from mimo_jax.train.state import Plan
@@ -29,8 +29,8 @@ def make_step(plan: Plan) -> Callable:
     rate = schedule(cfg)
 
     def loss_fn(params, frozen, batch, weights):
-        model = stack.bind(plan.graphdef, pathtree.merge(params, frozen))
-        with target.on(plan.mesh):
+        model = scan.bind(plan.graphdef, pathtree.merge(params, frozen))
+        with mesh.on(plan.mesh):
             sums = losses.batch_sums(model, batch, cfg.loss_chunk)
         return losses.total(sums, cfg.loss, weights), sums
 

@@ -16,9 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.convert import Request, import_checkpoint
-from mimo_jax import base, checkpoint, cli, loading, pathtree, provenance
-from mimo_jax.checkpoint import CheckpointError
-from mimo_jax.data.build.phantom_set import build_phantoms
+from mimo_jax import pathtree
+from mimo_jax.checkpoints import checkpoint, frozen_params, loading, provenance
+from mimo_jax.checkpoints.checkpoint import CheckpointError
+from mimo_jax.cli import main
+from mimo_jax.data.builder.phantom_set import build_phantoms
 from mimo_jax.errors import UserError
 from mimo_jax.infer.predictor import Mimo
 from tests.checkpoints_convert import originals
@@ -71,7 +73,7 @@ def test_an_import_is_a_checkpoint_whose_base_stays_frozen_and_whose_rest_trains
     config = originals.mimo_config()
     assert checkpoint.resolve(imported) == (imported, 0)
     params = pathtree.flatten(loading.load_params(imported))
-    frozen = pathtree.flatten(base.load(imported))
+    frozen = pathtree.flatten(frozen_params.load(imported))
     assert {p.split("/")[0] for p in frozen} == {"clip", "llm", "embedding", "lm_head", "sam_encoder", "sam_prompt"}
     assert {p.split("/")[0] for p in params.keys() - frozen.keys()} == {
         *("aligner", "prompt", "seg_projection", "sam_decoder", "llm", "embedding", "lm_head"),
@@ -97,7 +99,7 @@ def test_provenance_tells_every_source_and_what_no_one_has_trained(imported, thr
     assert llm["layout"] == ["Llama"] and llm["dtypes"] == {"float32": len(load_file(three["llm"] / "model.safetensors"))}
     shell = subprocess.run(["sha256sum", three["llm"] / "model.safetensors"], capture_output=True, text=True, check=True)
     assert llm["files"] == {"model.safetensors": shell.stdout.split()[0]}
-    assert record["base"] == base.read_record(imported)["fingerprint"] and record["seed"] == 0
+    assert record["base"] == frozen_params.read_record(imported)["fingerprint"] and record["seed"] == 0
     assert {path.split("/")[0] for path in record["untrained"]} == {"aligner", "prompt", "seg_projection", "embedding", "lm_head"}
     assert "embedding/base" not in record["untrained"]
     assert all(re.search("lora_[ab]$", path) for path in record["neutral"]) and len(record["neutral"]) == 4
@@ -119,7 +121,7 @@ def picture(folder: Path) -> str:
 def test_what_was_never_trained_is_refused_by_those_who_ask_and_taken_by_training(imported, tmp_path, capsys):
     with pytest.raises(CheckpointError, match=r"never trained: aligner \(51\).*--allow-untrained"):
         Mimo.load(imported)
-    assert cli.main(["ask", "--checkpoint", str(imported), picture(tmp_path), "What is this?"]) == 2
+    assert main.main(["ask", "--checkpoint", str(imported), picture(tmp_path), "What is this?"]) == 2
     assert "never trained" in capsys.readouterr().err
     assert Mimo.load(imported, allow_untrained=True).origin.count("base ") == 1
 
@@ -149,7 +151,7 @@ def test_import_then_train_then_both_moved_then_ask(three, tmp_path, capsys):
     config.train.steps = 2
     command = ["--config", originals.config_file(tmp_path / "config", config), "--data", str(tmp_path / "data")]
     runs = tmp_path / "runs"
-    assert cli.main(["train", *command, "--init", str(runs / "import"), "--workdir", str(runs / "b")]) == 0
+    assert main.main(["train", *command, "--init", str(runs / "import"), "--workdir", str(runs / "b")]) == 0
     assert re.search(r"^weights +base \w+, clip ", capsys.readouterr().out, re.MULTILINE)
     assert not (runs / "b" / "base").exists(), "the import's base is referred to, not copied"
     assert provenance.read(runs / "b")["untrained"] == []
@@ -171,10 +173,10 @@ def test_import_then_train_then_both_moved_then_ask(three, tmp_path, capsys):
     other = import_checkpoint(
         request(originals.put_three(tmp_path / "others", originals.mimo_config(), torch.bfloat16), tmp_path / "other")
     )
-    assert other["base"] != base.read_record(tmp_path / "away")["fingerprint"]
-    assert cli.main([*ask, "--base", str(tmp_path / "other")]) == 2
+    assert other["base"] != frozen_params.read_record(tmp_path / "away")["fingerprint"]
+    assert main.main([*ask, "--base", str(tmp_path / "other")]) == 2
     assert "is another base" in capsys.readouterr().err
-    assert cli.main([*ask, "--base", str(tmp_path / "away")]) == 0
+    assert main.main([*ask, "--base", str(tmp_path / "away")]) == 0
 
 
 # --- names and shapes

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from checkpoints_convert.convert import Request, import_checkpoint
 from checkpoints_convert.export import export_checkpoint
-from mimo_jax import base, checkpoint, cli, loading, pathtree, provenance
+from mimo_jax import pathtree
+from mimo_jax.checkpoints import checkpoint, frozen_params, loading, provenance
+from mimo_jax.cli import main
 from mimo_jax.config import LoraConfig
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.infer.predictor import Mimo
-from mimo_jax.models import mimo, stack
+from mimo_jax.models import mimo, scan
 from tests.checkpoints_convert import originals
 from tests.checkpoints_convert.test_joint import LISA_ADDED, lisa_folder
 from tests.checkpoints_convert.torch_models import LisaOracle, MimoOracle, sam_model
@@ -45,7 +47,7 @@ def run(tmp_path_factory) -> Path:
 def model(run):
     config, params, *_ = loading.load_for_inference(run)
     graphdef, _ = mimo.abstract(config)
-    return stack.bind(graphdef, params)
+    return scan.bind(graphdef, params)
 
 
 def logits_here(model) -> np.ndarray:
@@ -120,7 +122,7 @@ def assert_same_bits(a: Path, b: Path) -> None:
     assert first.keys() == second.keys()
     for path, leaf in first.items():
         assert leaf.dtype == second[path].dtype and leaf.tobytes() == second[path].tobytes(), path
-    assert base.read_record(a)["fingerprint"] == base.read_record(b)["fingerprint"]
+    assert frozen_params.read_record(a)["fingerprint"] == frozen_params.read_record(b)["fingerprint"]
     assert provenance.read(a)["parameters"] == provenance.read(b)["parameters"]
     assert (a / "tokenizer.json").read_text() == (b / "tokenizer.json").read_text()
 
@@ -188,7 +190,9 @@ def test_one_directory_needs_no_other(run, tmp_path):
     (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs" / "import")
     assert (
-        cli.main(["convert", "export", "--checkpoint", str(tmp_path / "runs" / "import"), "--format", "mimo", "--out", str(tmp_path / "m")])
+        main.main(
+            ["convert", "export", "--checkpoint", str(tmp_path / "runs" / "import"), "--format", "mimo", "--out", str(tmp_path / "m")]
+        )
         == 0
     )
     shutil.rmtree(tmp_path / "runs")

@@ -5,7 +5,7 @@ import torch
 
 from checkpoints_convert.convert import Request, import_checkpoint
 from checkpoints_convert.inspect import describe, inspect
-from mimo_jax import cli
+from mimo_jax.cli import main
 from mimo_jax.config import LoraConfig
 from mimo_jax.errors import UserError
 from tests.checkpoints_convert import originals
@@ -53,10 +53,10 @@ def test_what_misfits_a_config_is_listed(tmp_path, capsys):
         "layer_norm_eps is 1e-05, the configuration has 0.001: set --config.model.clip.eps=1e-05"
     ]
     file = originals.config_file(tmp_path / "config", config)
-    assert cli.main(["convert", "inspect", str(paths["sam"]), "--config", file]) == 0
+    assert main.main(["convert", "inspect", str(paths["sam"]), "--config", file]) == 0
     said = capsys.readouterr().out
     assert "part: SAM\n" in said and "missing: 1\n  mask_decoder.mask_tokens.weight\nleft over: 1\n  spare" in said
-    assert cli.main(["convert", "inspect", str(paths["sam"]), "--json"]) == 0
+    assert main.main(["convert", "inspect", str(paths["sam"]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tensors"] == len(tensors)
 
 

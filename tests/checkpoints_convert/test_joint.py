@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from checkpoints_convert import rows
-from mimo_jax import cli
+from mimo_jax.cli import main
 from mimo_jax.config import LoraConfig
 from mimo_jax.data import conversation
 from mimo_jax.data.prompts import Prompts, encode_prompts
 from mimo_jax.data.transforms import logits_to_image, views
 from mimo_jax.geometry import clip_frame, sam_frame
 from mimo_jax.infer.predictor import Mimo
-from mimo_jax.models import mimo, stack
+from mimo_jax.models import mimo, scan
 from tests.checkpoints_convert import originals
 from tests.checkpoints_convert.torch_models import LisaOracle, MimoOracle
 from tests.models.oracles import relative_l2
@@ -30,7 +30,7 @@ def picture(height: int = 50, width: int = 70) -> np.ndarray:
 
 def convert(folder: Path, config, *flags: str) -> Path:
     out = folder / "import"
-    assert cli.main(["convert", "import", "--config", originals.config_file(folder, config), *map(str, flags), "--out", str(out)]) == 0
+    assert main.main(["convert", "import", "--config", originals.config_file(folder, config), *map(str, flags), "--out", str(out)]) == 0
     return out
 
 
@@ -61,7 +61,7 @@ def ours(model: Mimo, image: np.ndarray, question: str, answer: list[int], promp
         "seg_index": np.array(seg, np.int32)[None],
     }
     graphdef, _ = mimo.abstract(config)
-    module = stack.bind(graphdef, model.engine.params)
+    module = scan.bind(graphdef, model.engine.params)
     out = module(batch)
     logits = np.asarray(module.logits(out["hidden"]))[0]
     frame = sam_frame(height, width, m.sam.image_size)

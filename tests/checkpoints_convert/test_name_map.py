@@ -17,7 +17,7 @@ from checkpoints_convert.ops import OPS, copy
 from checkpoints_convert.rows import CLIP, CLIP_IGNORED, SAM, Row
 from mimo_jax import pathtree
 from mimo_jax.config import ClipConfig, ModelConfig, SamConfig
-from mimo_jax.models import stack
+from mimo_jax.models import scan
 from mimo_jax.models.clip_vit import ClipVit
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.sam_encoder import SamEncoder
@@ -48,7 +48,7 @@ def leaves_of(cfg: ModelConfig, *roots: str) -> dict:
         part = cfg.clip if root == "clip" else cfg.sam
         key = f"{root} {part}"
         if key not in _LEAVES:
-            _, params = stack.abstract(lambda rngs, root=root, part=part: ROOTS[root](part, rngs=rngs))
+            _, params = scan.abstract(lambda rngs, root=root, part=part: ROOTS[root](part, rngs=rngs))
             _LEAVES[key] = {f"{root}/{path}": leaf for path, leaf in pathtree.flatten(params).items()}
         leaves |= _LEAVES[key]
     return leaves

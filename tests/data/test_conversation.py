@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mimo_jax.config import DataConfig
+from mimo_jax.config_flags import find_config, read_config_file
 from mimo_jax.data.conversation import (
     SampleError,
     answer_ids,
@@ -22,7 +23,6 @@ from mimo_jax.data.conversation import (
 )
 from mimo_jax.data.schema import Sample, Target, Turn
 from mimo_jax.data.tokenizer import TokenizerError
-from mimo_jax.flags import find_config, read_config_file
 from tests.data import handmade
 from tests.tiny_config import tiny_config
 

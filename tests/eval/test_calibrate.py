@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from checkpoints_convert.export import export_checkpoint
-from mimo_jax import checkpoint, pathtree
+from mimo_jax import pathtree
+from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import Config, SourceConfig
 from mimo_jax.data.records import write_records
 from mimo_jax.errors import UserError
 from mimo_jax.eval import calibrate as cal
 from mimo_jax.eval.evaluate import evaluate_checkpoint
-from mimo_jax.infer.calibration import PLAIN, Calibration, CalibrationError
+from mimo_jax.infer.answers.calibration import PLAIN, Calibration, CalibrationError
 from mimo_jax.infer.predictor import Mimo
 from tests.data import handmade
 from tests.tiny_config import painting_params, tiny_config

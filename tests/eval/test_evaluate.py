@@ -6,14 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from mimo_jax import checkpoint, pathtree
+from mimo_jax import pathtree
+from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import Config, SourceConfig
 from mimo_jax.data.records import write_records
 from mimo_jax.data.schema import Sample, Target, Turn
 from mimo_jax.eval import evaluate as ev
 from mimo_jax.eval.report import table
-from mimo_jax.infer.answer import Answer, Entity
-from mimo_jax.infer.calibration import PLAIN, Calibration, Evidence
+from mimo_jax.infer.answers.answer import Answer, Entity
+from mimo_jax.infer.answers.calibration import PLAIN, Calibration, Evidence
 from mimo_jax.infer.predictor import Mimo, PastTurn
 from tests.data import handmade
 from tests.tiny_config import random_params, tiny_config

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
-from mimo_jax import checkpoint, pathtree
+from mimo_jax import pathtree
+from mimo_jax.checkpoints import checkpoint
 from mimo_jax.data.conversation import prompt_turn
-from mimo_jax.data.medical import Picture, open_picture
+from mimo_jax.data.images.open_image import Picture, open_picture
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
-from mimo_jax.infer import answer as answers
+from mimo_jax.infer.answers import answer as answers
+from mimo_jax.infer.engine.decode_batch import bucket, capacity
+from mimo_jax.infer.engine.requests import Request, Sampling
 from mimo_jax.infer.predictor import Mimo
-from mimo_jax.infer.requests import Request, Sampling
-from mimo_jax.infer.run import bucket, capacity
 from tests.data.handmade import lisa_tokenizer
 from tests.data.handmade import tokenizer as make_tokenizer
 from tests.data.medical_files import dicom, nifti, saved

@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 
-from mimo_jax.data.volume import open_volume
-from mimo_jax.infer.batch import run_batch
+from mimo_jax.data.images.volume import open_volume
+from mimo_jax.infer.batch.run_batch import run_batch
 from mimo_jax.infer.predictor import Mimo
 from mimo_jax.infer.volume import ask_volume
 from tests.data.handmade import tokenizer as make_tokenizer

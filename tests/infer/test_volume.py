@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from mimo_jax.data.images.volume import open_volume
 from mimo_jax.data.prompts import Prompts
-from mimo_jax.data.volume import open_volume
 from mimo_jax.errors import UserError
-from mimo_jax.infer.answer import Answer, Entity, check_outputs
-from mimo_jax.infer.calibration import PLAIN, Evidence
+from mimo_jax.infer.answers.answer import Answer, Entity, check_outputs
+from mimo_jax.infer.answers.calibration import PLAIN, Evidence
+from mimo_jax.infer.engine.requests import Request
 from mimo_jax.infer.predictor import Mimo
-from mimo_jax.infer.requests import Request
 from mimo_jax.infer.volume import ask_volume
 from tests.data.handmade import tokenizer as make_tokenizer
 from tests.data.medical_files import affine_of, enhanced, nifti, saved, series

@@ -13,7 +13,7 @@ import torch
 from checkpoints_convert import name_map
 from mimo_jax import pathtree
 from mimo_jax.config import ModelConfig
-from mimo_jax.models import stack
+from mimo_jax.models import scan
 
 # What segment-anything takes from torchvision. No build of that loads beside a CPU torch, and its models need none of it.
 _STUBS = {
@@ -65,7 +65,7 @@ def brought_here(module: torch.nn.Module, make, root: str, rows, cfg: ModelConfi
     """(graphdef, parameters) of the module that `make` builds, with the weights of a torch `module`; with `grads`, the
     torch gradients in the parameters' place (zero where torch has none). `root` is its place in the model, such as "sam_encoder",
     `prefix` what its keys lack."""
-    graphdef, abstract = stack.abstract(make)
+    graphdef, abstract = scan.abstract(make)
     leaves = {f"{root}/{path}": leaf for path, leaf in pathtree.flatten(abstract).items()}
     tensors = {f"{prefix}{key}": value.detach().numpy() for key, value in module.state_dict().items()}
     if grads:

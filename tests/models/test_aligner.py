@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 
 from mimo_jax.config import ALIGNER_KINDS, AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, PromptConfig
-from mimo_jax.models import stack
+from mimo_jax.models import scan
 from mimo_jax.models.aligner import Aligner, AlignerBlock
 
 READERS = ("cross_attention", "none")  # of text and prompts
@@ -39,9 +39,9 @@ def inputs(cfg: ModelConfig, seed: int = 0) -> dict:
 
 def build(kind):
     cfg = config(kind)
-    graphdef, _ = stack.abstract(lambda rngs: Aligner(cfg, rngs=rngs))
-    params = stack.initial(lambda rngs: Aligner(cfg, rngs=rngs), jax.random.key(0))
-    return cfg, lambda given: np.asarray(stack.bind(graphdef, params)(**given)[0])
+    graphdef, _ = scan.abstract(lambda rngs: Aligner(cfg, rngs=rngs))
+    params = scan.initial(lambda rngs: Aligner(cfg, rngs=rngs), jax.random.key(0))
+    return cfg, lambda given: np.asarray(scan.bind(graphdef, params)(**given)[0])
 
 
 def test_kinds_are_told_apart_by_what_they_read():

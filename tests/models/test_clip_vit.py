@@ -10,8 +10,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from checkpoints_convert import rows
 from mimo_jax import pathtree
 from mimo_jax.config import ClipConfig, ConfigError, ModelConfig
-from mimo_jax.models import clip_vit, stack
-from mimo_jax.models.stack import Scan
+from mimo_jax.models import clip_vit, scan
+from mimo_jax.models.scan import Scan
 from tests.models import oracles
 
 TINY = ClipConfig(image_size=32, patch_size=8, width=48, layers=3, heads=4, mlp_width=96, class_token=True)
@@ -43,13 +43,13 @@ def test_every_hidden_state_is_transformers(activation):
     assert len(states) == cfg.layers + 1
     for layer in (0, 1, -2, -1):
         graphdef, params = here(dataclasses.replace(cfg, feature_layer=layer), oracle)
-        found = jax.jit(lambda p, x, graphdef=graphdef: stack.bind(graphdef, p)(x))(params, x)
+        found = jax.jit(lambda p, x, graphdef=graphdef: scan.bind(graphdef, p)(x))(params, x)
         assert oracles.relative_l2(found, states[layer]) <= 1e-5, layer
 
 
 def test_class_token_is_dropped_on_demand():
     oracle, x = torch_model(TINY), pixels(TINY)
-    kept, dropped = (stack.bind(*here(dataclasses.replace(TINY, class_token=token), oracle))(x) for token in (True, False))
+    kept, dropped = (scan.bind(*here(dataclasses.replace(TINY, class_token=token), oracle))(x) for token in (True, False))
     assert dropped.shape == (2, 16, 48)
     np.testing.assert_array_equal(kept[:, 1:], dropped)
 
@@ -57,7 +57,7 @@ def test_class_token_is_dropped_on_demand():
 def test_bfloat16_is_near_float32():
     oracle, x = torch_model(TINY), pixels(TINY)
     exact, found = (
-        jax.jit(lambda p, x, graphdef=graphdef: stack.bind(graphdef, p)(x))(params, x)
+        jax.jit(lambda p, x, graphdef=graphdef: scan.bind(graphdef, p)(x))(params, x)
         for graphdef, params in (here(TINY, oracle), here(TINY, oracle, dtype=jnp.bfloat16))
     )
     assert found.dtype == jnp.bfloat16
@@ -68,7 +68,7 @@ def test_gradient_passes_the_layers_that_run_and_no_others():
     x = pixels(TINY)
     graphdef, params = here(dataclasses.replace(TINY, feature_layer=-2), torch_model(TINY), scan=Scan(remat="full"))
     weights = np.random.default_rng(1).standard_normal((2, 17, 48))
-    grads = pathtree.flatten(jax.jit(jax.grad(lambda p: jnp.sum(weights * stack.bind(graphdef, p)(x))))(params))
+    grads = pathtree.flatten(jax.jit(jax.grad(lambda p: jnp.sum(weights * scan.bind(graphdef, p)(x))))(params))
     kernel = np.asarray(grads["layers/block/up/kernel"])
     assert np.isfinite(kernel).all()
     assert (np.linalg.norm(kernel, axis=(1, 2)) > 0).tolist() == [True, True, False]
@@ -76,11 +76,11 @@ def test_gradient_passes_the_layers_that_run_and_no_others():
 
 
 def test_huge_has_its_published_size():
-    _, params = stack.abstract(lambda rngs: clip_vit.ClipVit(ClipConfig(), rngs=rngs))
+    _, params = scan.abstract(lambda rngs: clip_vit.ClipVit(ClipConfig(), rngs=rngs))
     count = sum(leaf.size for leaf in pathtree.flatten(params).values())
     assert round(count / 1e6, 1) == 630.8
 
 
 def test_a_layer_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match=r"clip\.feature_layer: is 4; use -4 to 3"):
-        stack.abstract(lambda rngs: clip_vit.ClipVit(dataclasses.replace(TINY, feature_layer=4), rngs=rngs))
+        scan.abstract(lambda rngs: clip_vit.ClipVit(dataclasses.replace(TINY, feature_layer=4), rngs=rngs))

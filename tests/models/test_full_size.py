@@ -3,7 +3,7 @@
 import pytest
 
 from mimo_jax import pathtree
-from mimo_jax.flags import find_config, read_config_file
+from mimo_jax.config_flags import find_config, read_config_file
 from mimo_jax.models import mimo
 
 

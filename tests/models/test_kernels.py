@@ -7,7 +7,7 @@ import pytest
 
 from mimo_jax.models import kernels
 from mimo_jax.models.attention import attend, fold_relative_position
-from mimo_jax.models.target import Target
+from mimo_jax.models.mesh import Target
 
 MESH = jax.sharding.AbstractMesh((1, 1, 16, 1), ("slice", "data", "fsdp", "tensor"))
 TPU, ONE_TPU, LOST_TPU = Target("tpu", 0, 16, MESH), Target("tpu", 0, 1), Target("tpu", 0, 8)

@@ -11,7 +11,7 @@ from flax import nnx
 from checkpoints_convert import name_map, rows
 from mimo_jax import pathtree
 from mimo_jax.config import LlamaConfig, LoraConfig, ModelConfig
-from mimo_jax.models import stack
+from mimo_jax.models import scan
 from mimo_jax.models.llama import LanguageHead, Llama, TokenEmbedding
 
 TINY = LlamaConfig(vocab_size=50, width=32, layers=3, heads=4, kv_heads=4, mlp_width=56, eps=1e-5, max_length=64)
@@ -56,7 +56,7 @@ def convert(model, cfg, shapes) -> dict:
 def pair(request):
     cfg = request.param
     model = torch_llama(cfg)
-    graphdef, shapes = stack.abstract(lambda rngs: Language(cfg, rngs=rngs))
+    graphdef, shapes = scan.abstract(lambda rngs: Language(cfg, rngs=rngs))
     params = convert(model, cfg, shapes)
     assert {p: v.shape for p, v in pathtree.flatten(params).items()} == {p: v.shape for p, v in pathtree.flatten(shapes).items()}
     return cfg, model, graphdef, jax.tree.map(jnp.asarray, params)
@@ -71,7 +71,7 @@ def test_logits_equal_transformers(pair):
     cfg, model, graphdef, params = pair
     ids = np.random.default_rng(0).integers(0, cfg.vocab_size + 3, (2, 17))
     positions = jnp.broadcast_to(jnp.arange(17), (2, 17))
-    got = jax.jit(lambda p, i: stack.bind(graphdef, p)(i, positions))(params, jnp.asarray(ids))
+    got = jax.jit(lambda p, i: scan.bind(graphdef, p)(i, positions))(params, jnp.asarray(ids))
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits.numpy()
     assert relative(got, want) <= 1e-5
@@ -80,7 +80,7 @@ def test_logits_equal_transformers(pair):
 def test_cached_decoding_of_ragged_rows_equals_whole_rows(pair):
     """Rows of 5 and 9 tokens, right-padded to 9, then four steps each: the logits of whole rows without a cache."""
     cfg, _, graphdef, params = pair
-    model = stack.bind(graphdef, params)
+    model = scan.bind(graphdef, params)
     rng = np.random.default_rng(1)
     whole = rng.integers(0, cfg.vocab_size, (2, 13))
     lengths = np.asarray([5, 9])
@@ -97,26 +97,26 @@ def test_cached_decoding_of_ragged_rows_equals_whole_rows(pair):
 
 
 def test_lora_starts_at_the_base_and_reaches_only_its_targets():
-    base_graph, _ = stack.abstract(lambda rngs: Language(TINY, rngs=rngs))
-    lora_graph, shapes = stack.abstract(lambda rngs: Language(TINY, LoraConfig(rank=2), ("q", "v"), rngs=rngs))
+    base_graph, _ = scan.abstract(lambda rngs: Language(TINY, rngs=rngs))
+    lora_graph, shapes = scan.abstract(lambda rngs: Language(TINY, LoraConfig(rank=2), ("q", "v"), rngs=rngs))
     adapted = {p for p in pathtree.flatten(shapes) if "lora" in p}
     assert adapted == {f"llm/layers/block/{t}/lora_{x}" for t in "qv" for x in "ab"}
-    params = stack.initial(lambda rngs: Language(TINY, LoraConfig(rank=2), ("q", "v"), rngs=rngs), jax.random.key(0))
+    params = scan.initial(lambda rngs: Language(TINY, LoraConfig(rank=2), ("q", "v"), rngs=rngs), jax.random.key(0))
     base, _ = pathtree.partition(params, lambda p: "lora" not in p)
     ids, positions = jnp.arange(6)[None], jnp.arange(6)[None]
-    np.testing.assert_array_equal(stack.bind(lora_graph, params)(ids, positions), stack.bind(base_graph, base)(ids, positions))
+    np.testing.assert_array_equal(scan.bind(lora_graph, params)(ids, positions), scan.bind(base_graph, base)(ids, positions))
 
 
 def test_grounding_rows_stand_apart_from_the_base():
     """Gradients reach the grounding rows without touching the base's, which are frozen under LoRA."""
-    graphdef, _ = stack.abstract(lambda rngs: TokenEmbedding(TINY, rngs=rngs))
-    params = stack.initial(lambda rngs: TokenEmbedding(TINY, rngs=rngs), jax.random.key(0))
+    graphdef, _ = scan.abstract(lambda rngs: TokenEmbedding(TINY, rngs=rngs))
+    params = scan.initial(lambda rngs: TokenEmbedding(TINY, rngs=rngs), jax.random.key(0))
     ids = jnp.asarray([[3, 50, 52]])
-    out = stack.bind(graphdef, params)(ids)
+    out = scan.bind(graphdef, params)(ids)
     np.testing.assert_array_equal(out[0, 0], params["base"][3])
     np.testing.assert_array_equal(out[0, 1], params["grounding"][0])
     np.testing.assert_array_equal(out[0, 2], params["grounding"][2])
-    grads = jax.grad(lambda p: stack.bind(graphdef, p)(ids[:, 1:]).sum())(params)
+    grads = jax.grad(lambda p: scan.bind(graphdef, p)(ids[:, 1:]).sum())(params)
     assert np.abs(grads["base"]).max() == 0 and np.abs(grads["grounding"][1]).max() == 0 and np.abs(grads["grounding"][2]).min() > 0
 
 
@@ -130,7 +130,7 @@ def test_a_vocabulary_with_one_grounding_token():
 
 def test_full_size_counts_its_parameters():
     """Vicuna-7B: 6.738 B with 32,000 words, the three grounding rows apart."""
-    _, shapes = stack.abstract(lambda rngs: Language(LlamaConfig(), rngs=rngs))
+    _, shapes = scan.abstract(lambda rngs: Language(LlamaConfig(), rngs=rngs))
     flat = pathtree.flatten(shapes)
     base = sum(int(np.prod(v.shape)) for p, v in flat.items() if not p.endswith("/grounding"))
     assert base == 6_738_415_616

@@ -10,7 +10,7 @@ import torch
 
 from checkpoints_convert import rows
 from mimo_jax import pathtree
-from mimo_jax.models import mimo, stack
+from mimo_jax.models import mimo, scan
 from mimo_jax.train import losses
 from tests.models import oracles, test_sam_decoder
 from tests.tiny_config import random_batch, random_params, tiny_config
@@ -19,7 +19,7 @@ from tests.tiny_config import random_batch, random_params, tiny_config
 def build(config):
     graphdef, _ = mimo.abstract(config)
     params = mimo.initial(config, jax.random.key(0))
-    return params, lambda p, batch: stack.bind(graphdef, p)(batch)
+    return params, lambda p, batch: scan.bind(graphdef, p)(batch)
 
 
 @pytest.mark.parametrize(("kind", "seg_state", "seg_place"), [
@@ -33,7 +33,7 @@ def test_forward_and_backward_of_every_kind(kind, seg_state, seg_place):
     batch = random_batch(config, length=80)
 
     def loss(p):
-        return losses.total(losses.batch_sums(stack.bind(graphdef, p), batch, 256), config.train.loss, losses.weights_of(batch))
+        return losses.total(losses.batch_sums(scan.bind(graphdef, p), batch, 256), config.train.loss, losses.weights_of(batch))
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)
@@ -50,7 +50,7 @@ def test_forward_and_backward_of_every_kind(kind, seg_state, seg_place):
 def test_turns_of_the_kinds_that_read_the_image_alone_differ_by_image_only(kind):
     config = tiny_config(turns_max=2)
     config.model.aligner.kind = kind
-    model = stack.bind(mimo.abstract(config)[0], mimo.initial(config, jax.random.key(0)))
+    model = scan.bind(mimo.abstract(config)[0], mimo.initial(config, jax.random.key(0)))
     batch = random_batch(config, length=80)
     image = model.encode_clip(batch["clip_image"], batch["clip_size"])
     x_q, look = model.align_and_look(image, *(batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind")))
@@ -78,7 +78,7 @@ def test_question_prompt_and_image_change_the_hidden_states(forward, name):
 def test_prompts_change_x_q_and_not_its_length(forward):
     config, params, _ = forward
     graphdef, _ = mimo.abstract(config)
-    model = stack.bind(graphdef, params)
+    model = scan.bind(graphdef, params)
     batch, other = random_batch(config), random_batch(config, seed=1)
     image = model.encode_clip(batch["clip_image"], batch["clip_size"])
 
@@ -100,7 +100,7 @@ def test_samples_that_share_an_image_equal_samples_apart(forward):
     batch = random_batch(config)
     apart = batch | {name: np.repeat(batch[name], 2, axis=0) for name in ("clip_image", "clip_size", "sam_image", "sam_size")}
     graphdef, _ = mimo.abstract(config)
-    one, two = run(params, batch), stack.bind(graphdef, params)(apart)
+    one, two = run(params, batch), scan.bind(graphdef, params)(apart)
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-4, atol=1e-4)
 
@@ -120,7 +120,7 @@ def test_turns_have_their_own_x_q():
     """Two turns: changing the prompt of the second leaves the X_q of the first."""
     config = tiny_config(turns_max=2)
     params = mimo.initial(config, jax.random.key(0))
-    model = stack.bind(mimo.abstract(config)[0], params)
+    model = scan.bind(mimo.abstract(config)[0], params)
     batch = random_batch(config)
     image = model.encode_clip(batch["clip_image"], batch["clip_size"])
     rest = batch["instruction_ids"], batch["instruction_mask"]
@@ -137,7 +137,7 @@ def test_seg_states_are_those_of_the_token_or_of_the_one_before():
     index = jnp.asarray([[2, 5], [1, 0]])
     for mode, shift in (("token", 0), ("predict", 1)):
         config = tiny_config(seg_state=mode)
-        model = stack.bind(mimo.abstract(config)[0], mimo.initial(config, jax.random.key(0)))
+        model = scan.bind(mimo.abstract(config)[0], mimo.initial(config, jax.random.key(0)))
         got = model.seg_states(hidden, index)
         np.testing.assert_array_equal(got[0], hidden[0, np.asarray([2, 5]) - shift])
 
@@ -157,7 +157,7 @@ def with_sam():
     table = tuple(row for row in rows.SAM if row.path.startswith("sam_prompt/"))
     make = lambda rngs: mimo.SamPromptEncoder(sam, rngs=rngs)  # noqa: E731
     params["sam_prompt"] = oracles.brought_here(prompt, make, "sam_prompt", table, config.model, prefix="prompt_encoder.")[1]
-    model = stack.bind(graphdef, jax.tree.map(jnp.asarray, params))
+    model = scan.bind(graphdef, jax.tree.map(jnp.asarray, params))
     draw = np.random.default_rng(0).standard_normal
     return model, prompt, decoder, draw((2, 8, 8, 32)).astype(np.float32), draw((2, 3, 16)).astype(np.float32)
 

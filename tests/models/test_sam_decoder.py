@@ -7,7 +7,7 @@ import torch
 from checkpoints_convert import rows
 from mimo_jax import pathtree
 from mimo_jax.config import ModelConfig, SamConfig
-from mimo_jax.models import stack
+from mimo_jax.models import scan
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder, Upscale
 from tests.models import oracles
 
@@ -50,7 +50,7 @@ def decoder_here(cfg: SamConfig, oracle: torch.nn.Module, grads: bool = False, *
 def prompt_here(cfg: SamConfig, oracle: torch.nn.Module, **kwargs) -> SamPromptEncoder:
     make = lambda rngs: SamPromptEncoder(cfg, rngs=rngs, **kwargs)  # noqa: E731
     table = tuple(row for row in rows.SAM if row.path.startswith("sam_prompt/"))
-    return stack.bind(*oracles.brought_here(oracle, make, "sam_prompt", table, ModelConfig(sam=cfg), prefix="prompt_encoder."))
+    return scan.bind(*oracles.brought_here(oracle, make, "sam_prompt", table, ModelConfig(sam=cfg), prefix="prompt_encoder."))
 
 
 def inputs(cfg: SamConfig, dense: str) -> tuple[np.ndarray, ...]:
@@ -82,7 +82,7 @@ def test_masks_are_segment_anythings(layers, dense, multimask):
     with torch.no_grad():
         wanted = torch_masks(oracle, *args, multimask)
     graphdef, params = decoder_here(cfg, oracle)
-    found = jax.jit(lambda p, args: stack.bind(graphdef, p)(*args, multimask=multimask))(params, args)
+    found = jax.jit(lambda p, args: scan.bind(graphdef, p)(*args, multimask=multimask))(params, args)
     assert found[0].shape == (B, S, 3 if multimask else 1, 32, 32)
     assert oracles.relative_l2(found[0], wanted[0]) <= 1e-5
     assert oracles.relative_l2(found[1], wanted[1]) <= 1e-5
@@ -92,7 +92,7 @@ def test_masks_of_an_image_do_not_see_one_another():
     cfg = tiny()
     graphdef, params = decoder_here(cfg, torch_decoder(cfg))
     features, code, sparse, dense = inputs(cfg, "shared")
-    decode = jax.jit(lambda sparse: stack.bind(graphdef, params)(features, code, sparse, dense))
+    decode = jax.jit(lambda sparse: scan.bind(graphdef, params)(features, code, sparse, dense))
     masks, iou = decode(sparse)
     alone, iou_alone = decode(sparse[:, 1:2])
     assert oracles.relative_l2(alone, masks[:, 1:2]) <= 1e-6
@@ -110,7 +110,7 @@ def test_gradients_are_segment_anythings():
     graphdef, params = decoder_here(cfg, oracle)
 
     def loss(params):
-        masks, iou = stack.bind(graphdef, params)(*args, multimask=True)
+        masks, iou = scan.bind(graphdef, params)(*args, multimask=True)
         return jnp.sum(masks * masks_weight) + jnp.sum(iou * iou_weight)
 
     found = jax.jit(jax.grad(loss))(params)
@@ -123,7 +123,7 @@ def test_bfloat16_gives_float32_logits_near_the_exact_ones():
     cfg = tiny()
     oracle, args = torch_decoder(cfg), inputs(cfg, "shared")
     exact, found = (
-        jax.jit(lambda p, args, graphdef=graphdef: stack.bind(graphdef, p)(*args))(params, args)
+        jax.jit(lambda p, args, graphdef=graphdef: scan.bind(graphdef, p)(*args))(params, args)
         for graphdef, params in (decoder_here(cfg, oracle), decoder_here(cfg, oracle, dtype=jnp.bfloat16))
     )
     for near, wanted in zip(found, exact, strict=True):
@@ -134,12 +134,12 @@ def test_bfloat16_gives_float32_logits_near_the_exact_ones():
 def test_upscale_is_conv_transpose():
     oracle = oracles.randomised(torch.nn.ConvTranspose2d(6, 5, kernel_size=2, stride=2))
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 6)).astype(np.float32)
-    graphdef, _ = stack.abstract(lambda rngs: Upscale(6, 5, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs))
+    graphdef, _ = scan.abstract(lambda rngs: Upscale(6, 5, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs))
     weight, bias = oracle.weight.detach().numpy(), oracle.bias.detach().numpy()
     params = {"kernel": jnp.asarray(weight.transpose(0, 2, 3, 1)), "bias": jnp.asarray(bias)}
     with torch.no_grad():
         wanted = oracle(torch.from_numpy(x).movedim(-1, 1)).movedim(1, -1)
-    assert oracles.relative_l2(stack.bind(graphdef, params)(x), wanted) <= 1e-6
+    assert oracles.relative_l2(scan.bind(graphdef, params)(x), wanted) <= 1e-6
 
 
 @pytest.mark.parametrize("kind", ["points", "boxes", "points and boxes", "masks", "nothing"])
@@ -174,7 +174,7 @@ def test_dense_code_is_segment_anythings_and_stays_float32():
         wanted = oracle.get_dense_pe()[0].movedim(0, -1)
     encoder = prompt_here(cfg, oracle, dtype=jnp.bfloat16)
     assert oracles.relative_l2(encoder.dense_pe(), wanted) <= 1e-5
-    _, drawn = stack.abstract(lambda rngs: SamPromptEncoder(cfg, param_dtype=jnp.bfloat16, rngs=rngs))
+    _, drawn = scan.abstract(lambda rngs: SamPromptEncoder(cfg, param_dtype=jnp.bfloat16, rngs=rngs))
     assert drawn["gaussian"].dtype == jnp.float32
     assert drawn["no_mask_embedding"].dtype == jnp.bfloat16
 
@@ -209,5 +209,5 @@ def test_own_prompts_lead_to_segment_anythings_masks():
     prompt = prompt_here(cfg, prompt_oracle)
     sparse, dense = prompt(boxes=np.stack([boxes] * B) + 0.5)
     graphdef, params = decoder_here(cfg, oracle)
-    masks, _ = jax.jit(lambda p, args: stack.bind(graphdef, p)(*args))(params, (features, prompt.dense_pe(), sparse, dense))
+    masks, _ = jax.jit(lambda p, args: scan.bind(graphdef, p)(*args))(params, (features, prompt.dense_pe(), sparse, dense))
     assert oracles.relative_l2(masks, wanted) <= 1e-5

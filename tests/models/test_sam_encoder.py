@@ -9,10 +9,10 @@ import torch
 from checkpoints_convert import rows
 from mimo_jax import pathtree
 from mimo_jax.config import ModelConfig, SamConfig
-from mimo_jax.models import stack
+from mimo_jax.models import scan
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.sam_encoder import SamEncoder, from_windows, to_windows
-from mimo_jax.models.stack import Scan
+from mimo_jax.models.scan import Scan
 from tests.models import oracles
 
 ROWS = tuple(row for row in rows.SAM if row.path.startswith("sam_encoder/"))
@@ -64,7 +64,7 @@ def test_features_are_segment_anythings(changes):
     with torch.no_grad():
         wanted = oracle(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     graphdef, params = here(cfg, oracle)
-    found = jax.jit(lambda p, x: stack.bind(graphdef, p)(x))(params, x)
+    found = jax.jit(lambda p, x: scan.bind(graphdef, p)(x))(params, x)
     assert oracles.relative_l2(found, wanted) <= 1e-5
 
 
@@ -76,7 +76,7 @@ def test_gradients_are_segment_anythings(remat):
     (oracle(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1) * torch.from_numpy(weights)).sum().backward()
     _, wanted = here(cfg, oracle, grads=True)
     graphdef, params = here(cfg, oracle, scan=Scan(remat))
-    found = jax.jit(jax.grad(lambda p: jnp.sum(weights * stack.bind(graphdef, p)(x))))(params)
+    found = jax.jit(jax.grad(lambda p: jnp.sum(weights * scan.bind(graphdef, p)(x))))(params)
     oracles.assert_same_gradients(found, wanted, 1e-4)
     for path, gradient in pathtree.flatten(found).items():
         assert np.linalg.norm(gradient) > 0, path
@@ -86,7 +86,7 @@ def test_bfloat16_is_near_float32():
     cfg = tiny()
     oracle, x = torch_model(cfg), pixels(cfg)
     exact, found = (
-        jax.jit(lambda p, x, graphdef=graphdef: stack.bind(graphdef, p)(x))(params, x)
+        jax.jit(lambda p, x, graphdef=graphdef: scan.bind(graphdef, p)(x))(params, x)
         for graphdef, params in (here(cfg, oracle), here(cfg, oracle, dtype=jnp.bfloat16))
     )
     assert found.dtype == jnp.bfloat16
@@ -107,6 +107,6 @@ def test_huge_has_its_published_size():
     cfg = SamConfig()
     count = 0
     for make in (SamEncoder, SamPromptEncoder, MaskDecoder):
-        _, params = stack.abstract(lambda rngs, make=make: make(cfg, rngs=rngs))
+        _, params = scan.abstract(lambda rngs, make=make: make(cfg, rngs=rngs))
         count += sum(leaf.size for leaf in pathtree.flatten(params).values())
     assert round(count / 1e6, 2) == 641.09

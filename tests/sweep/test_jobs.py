@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mimo_jax import cli
+from mimo_jax.cli import main
 from mimo_jax.sweep import jobs
 from mimo_jax.sweep.jobs import Cluster, Job, job_name
 from mimo_jax.sweep.run import Processes
@@ -54,7 +54,7 @@ def test_every_run_is_submitted_once_and_waited_for(cluster, tmp_path, monkeypat
     report = {"data": data, "split": "test", "limit": None, "miou": values, "vqa_closed_accuracy": 0.5}
     monkeypatch.setenv("REPORT", json.dumps(report))
     words = ["--config", ABLATIONS, "--data", data, "--workdir", runs, "--backend", "slurm", "--launch=--accelerator h100:8 --nodes 2"]
-    assert cli.main(["sweep", *words, "--seeds", "5"]) == 0
+    assert main.main(["sweep", *words, "--seeds", "5"]) == 0
     submitted = calls(cluster, "sbatch")
     assert len(submitted) == 2  # both at a time
     assert all("--nodes 2 --gpus-per-node h100:8" in line for line in submitted)

@@ -8,13 +8,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from mimo_jax import flags, storage
+from mimo_jax import config_flags
+from mimo_jax.checkpoints import storage
 from mimo_jax.config import Config, ConfigError, SourceConfig
-from mimo_jax.data.build.phantom_set import build_phantoms
-from mimo_jax.data.loader import make_loader
-from mimo_jax.data.sources import open_sources
+from mimo_jax.data.builder.phantom_set import build_phantoms
+from mimo_jax.data.loading.loader import make_loader
+from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
-from mimo_jax.models import mimo, stack
+from mimo_jax.models import mimo, scan
 from mimo_jax.parameters import multipliers
 from mimo_jax.sweep.plan import Common, SweepError, base_of, check_folders, make_sweep
 from mimo_jax.train import losses
@@ -105,7 +106,7 @@ def test_every_ablation_has_a_loss_on_batches_made_for_it(data, tmp_path):
         graphdef, params = mimo.abstract(config)
         assert None in multipliers(config, params).values()
         forward = functools.partial(losses.batch_sums, chunk=config.train.loss_chunk)
-        sums = jax.eval_shape(lambda params, batch, g=graphdef, f=forward: f(stack.bind(g, params), batch), params, batch)
+        sums = jax.eval_shape(lambda params, batch, g=graphdef, f=forward: f(scan.bind(g, params), batch), params, batch)
         assert {value.shape for value in sums.values()} == {()}, run.name
 
 
@@ -162,4 +163,4 @@ def test_an_unknown_group_is_named_with_those_that_there_are():
 
 
 def test_the_small_ablations_of_these_tests_are_found():
-    assert base_of(ABLATIONS) == BASE and flags.find_config(BASE).is_file()
+    assert base_of(ABLATIONS) == BASE and config_flags.find_config(BASE).is_file()

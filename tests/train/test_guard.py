@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from mimo_jax.checkpoint import Checkpoints
+from mimo_jax.checkpoints.checkpoint import Checkpoints
 from mimo_jax.config import TrainConfig
 from mimo_jax.train.guard import Guard, NotFinite
 from mimo_jax.train.hooks import Tick

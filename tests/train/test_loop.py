@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from mimo_jax import checkpoint, loading, pathtree
-from mimo_jax.checkpoint import CheckpointError
+from mimo_jax import pathtree
+from mimo_jax.checkpoints import checkpoint, loading
+from mimo_jax.checkpoints.checkpoint import CheckpointError
 from mimo_jax.config import ConfigError, LoraConfig, SourceConfig
-from mimo_jax.data.build.phantom_set import build_phantoms
+from mimo_jax.data.builder.phantom_set import build_phantoms
 from mimo_jax.errors import UserError
 from mimo_jax.train import loop
 from mimo_jax.train.guard import NotFinite

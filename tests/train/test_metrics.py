@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from mimo_jax import flops, hardware
+from mimo_jax.analysis import flops, hardware
 from mimo_jax.config import ConfigError
-from mimo_jax.train import metrics, reports
+from mimo_jax.train import metrics, writers
 from mimo_jax.train.goodput import Goodput
 from mimo_jax.train.hooks import Tick
 from mimo_jax.train.metrics import Metrics
-from mimo_jax.train.reports import Reports
+from mimo_jax.train.writers import Reports
 from tests.tiny_config import tiny_config
 
 LENGTH, SAMPLES = 96, 4
@@ -44,7 +44,7 @@ def run(tmp_path, ticks, first: int = 0, **train) -> list[dict]:
             time.sleep(0.05)
             hook(one)
         hook.close()
-    return [json.loads(line) for line in (tmp_path / reports.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (tmp_path / writers.FILE).read_text().splitlines()]
 
 
 def test_a_row_holds_means_and_what_clock_and_machine_add(tmp_path):
@@ -71,18 +71,18 @@ def test_steps_that_were_not_finite_count_in_no_mean(tmp_path):
     rows = run(tmp_path, [tick(1), tick(2, finite=0.0), tick(3, finite=0.0), tick(4, finite=0.0)])
     assert (rows[0]["loss"], rows[0]["skipped"]) == (2.0, 1)
     assert (rows[1]["loss"], rows[1]["skipped"]) == (None, 2)
-    assert "NaN" not in (tmp_path / reports.FILE).read_text()
+    assert "NaN" not in (tmp_path / writers.FILE).read_text()
 
 
 def test_steps_that_are_done_again_are_told_once(tmp_path):
     run(tmp_path, [tick(step) for step in range(1, 7)])
-    path = tmp_path / reports.FILE
+    path = tmp_path / writers.FILE
     before = path.read_text()
     path.write_text(before + '{"step": 8, "lo')
     rows = run(tmp_path, [tick(step) for step in range(5, 9)], first=4)
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert path.read_text().startswith("".join(before.splitlines(keepends=True)[:2]))  # what stands is not touched
-    assert {file.name for file in tmp_path.iterdir()} == {reports.FILE, "goodput.jsonl", "tensorboard"}
+    assert {file.name for file in tmp_path.iterdir()} == {writers.FILE, "goodput.jsonl", "tensorboard"}
 
 
 def events(folder) -> list[Event]:
@@ -158,11 +158,11 @@ def test_what_wandb_refuses_is_said_in_a_line(tmp_path, monkeypatch):
 
 def test_wandb_must_be_there_before_the_work(monkeypatch):
     config = tiny_config()
-    reports.check(config)
+    writers.check(config)
     config.train.wandb = "project"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install 'mimo_jax\[wandb\]'"):
-        reports.check(config)
+        writers.check(config)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from mimo_jax import cli
+from mimo_jax.cli import main
 from mimo_jax.config import SourceConfig
-from mimo_jax.data.build.phantom_set import build_phantoms
+from mimo_jax.data.builder.phantom_set import build_phantoms
 from mimo_jax.train import goodput, loop, profile
 from tests.tiny_config import quick_config
 
@@ -36,7 +36,7 @@ def run(phantoms, tmp_path_factory):
 
 def test_a_trace_is_written_and_the_run_stays_as_it_was(run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert cli.main(["profile", "--workdir", str(run), "--steps", "2", "--after", "1"]) == 0
+    assert main.main(["profile", "--workdir", str(run), "--steps", "2", "--after", "1"]) == 0
     shown = capsys.readouterr().out
     assert "traced 2 steps after step 4" in shown and "https://ui.perfetto.dev" in shown and "ms a step" in shown
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.parts[len(run.parts)] != "profile"} == before
@@ -68,7 +68,7 @@ def test_a_run_without_a_whole_step_is_refused(run, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     shutil.copy(run / "config.json", empty)
-    assert cli.main(["profile", "--workdir", str(empty)]) == 2
+    assert main.main(["profile", "--workdir", str(empty)]) == 2
     assert "holds no whole step" in capsys.readouterr().err
     assert [path.name for path in empty.iterdir()] == ["config.json"]
 

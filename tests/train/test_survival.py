@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from mimo_jax import checkpoint
-from mimo_jax.data.build.phantom_set import build_phantoms
+from mimo_jax.checkpoints import checkpoint
+from mimo_jax.data.builder.phantom_set import build_phantoms
 
 CONFIG = """
 from tests.tiny_config import quick_config

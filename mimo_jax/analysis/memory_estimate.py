@@ -1,0 +1,189 @@
+"""`mimo ask --plan`: what memory a checkpoint will take on this machine, told before any weight is read.
+
+Parameters come from the checkpoint's manifests, all else from the functions of the model themselves, compiled for the device at
+hand without their arrays.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax import pathtree, quantize, sharding
+from mimo_jax.checkpoints import checkpoint as checkpoints
+from mimo_jax.checkpoints import loading
+from mimo_jax.config import WEIGHTS, Config
+from mimo_jax.data import conversation
+from mimo_jax.data.tokenizer import Tokenizer
+from mimo_jax.infer.engine.compiled import functions
+from mimo_jax.infer.engine.decode_batch import bucket, capacity
+
+GB, MB = 10**9, 10**6
+# What the table calls each group of parameters: the first row that matches.
+PARTS = {
+    r"/lora_[ab]$": "LoRA",
+    r"^llm/": "language model",
+    r"^(embedding|lm_head)/": "embedding and head",
+    r"^clip/": "CLIP",
+    r"^sam_encoder/": "SAM image encoder",
+    r"^(sam_decoder|sam_prompt|seg_projection)/": "mask decoder",
+    r"^(aligner|prompt)/": "aligner and prompts",
+}
+
+
+def plan_checkpoint(path: str | os.PathLike, weights: str = "") -> dict:
+    """`plan` of a checkpoint; UserError for what is none."""
+    config, shapes = loading.read_shapes(path)
+    return plan(config, shapes, Tokenizer(checkpoints.tokenizer_path(path), config.model), weights)
+
+
+def plan(config: Config, shapes: dict[str, jax.ShapeDtypeStruct], tokenizer: Tokenizer, weights: str = "") -> dict:
+    """Bytes that one conversation about one image takes on each device, with the whole context in use.
+
+    config, shapes: of the checkpoint, {path: shape and dtype of every parameter}; weights: as of `Mimo.load`. Returns
+
+        weights, devices (their number), device (what they are), whole {path: why it is not split over the devices}
+        parameters {part: {bytes, dtypes}}, loading (beside these, while they are read; 0 where they stay as they are)
+        cache, slots (its tokens), features (of one image), temporaries {function: bytes, what it returns included}
+        total (at the worst moment), available, fits, other {weights: total of those}"""
+    made = {"weights": weights, "devices": jax.local_device_count(), "device": jax.local_devices()[0].device_kind, "whole": {}}
+    held = _placed(config, _held(shapes, config, weights), made["whole"])
+    made["parameters"] = parameters(held)
+    made |= _conversation(config.with_weights(weights), pathtree.unflatten(held), tokenizer)
+    asking = made["cache"] + made["features"] + max(made["temporaries"].values())
+    # Each matrix is read as it is, and made into integers then; a CPU holds what it read twice for a moment.
+    wide = [_on_device(leaf) for path, leaf in _placed(config, shapes, {}).items() if re.search(quantize.QUANTISED, path)]
+    loading = max(wide) * (2 if jax.default_backend() == "cpu" else 1)
+    made["loading"] = loading if weights else 0
+    made["total"] = sum(part["bytes"] for part in made["parameters"].values()) + max(asking, made["loading"])
+    made["available"] = _available()
+    made["fits"] = made["total"] <= made["available"]
+    others = {w: _placed(config, _held(shapes, config, w), {}).values() for w in WEIGHTS if w != weights}
+    made["other"] = {w: sum(map(_on_device, leaves)) + max(asking, loading) for w, leaves in others.items()}
+    return made
+
+
+def parameters(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, dict]:
+    """{part: {"bytes" (on one device), "dtypes"}} of parameters by their path."""
+    parts = {name: {"bytes": 0, "dtypes": []} for name in PARTS.values()}
+    for path, leaf in shapes.items():
+        part = parts[pathtree.first_match(path, PARTS, "plan.PARTS")]
+        part["bytes"] += _on_device(leaf)
+        part["dtypes"] = sorted({*part["dtypes"], str(leaf.dtype)})
+    return {name: part for name, part in parts.items() if part["bytes"]}
+
+
+def table(made: dict) -> str:
+    """What `plan` found, for reading."""
+    rows = [(name, part["bytes"], ", ".join(part["dtypes"])) for name, part in made["parameters"].items()]
+    rows += [
+        ("parameters, in all", sum(part["bytes"] for part in made["parameters"].values()), ""),
+        ("KV cache of one conversation", made["cache"], f"{made['slots']} tokens"),
+        ("features of one image", made["features"], ""),
+        *((f"working memory: {name}", size, "") for name, size in made["temporaries"].items()),
+    ]
+    if made["weights"]:
+        rows.append((f"while loading into {made['weights']}", made["loading"], "beside the parameters"))
+    rows.append(("needed at once", made["total"], f"of {_size(made['available'])}"))
+    wide = max(len(name) for name, *_ in rows)
+    devices = f"on each of {made['devices']} devices" if made["devices"] > 1 else "on one device"
+    lines = [f"{devices} ({made['device']}):", *(f"  {name:{wide}}  {_size(size):>9}  {about}".rstrip() for name, size, about in rows)]
+    lines += [f"not split over the devices: {reason}" for reason in made["whole"].values()]
+    if made["fits"]:
+        return "\n".join([*lines, "it fits"])
+    smaller = [f"--weights {w} takes {_size(size)}" for w, size in made["other"].items() if size <= made["available"]]
+    remedy = "; ".join(smaller) if smaller else "take a device with more memory, or several"
+    return "\n".join([*lines, f"it does not fit: {remedy}"])
+
+
+def _size(count: float) -> str:
+    return f"{count / GB:.2f} GB" if count >= GB / 10 else f"{count / MB:.2f} MB"
+
+
+def _held(shapes: dict, config: Config, weights: str) -> dict:
+    """{path: shape} of the parameters as they will be held."""
+    config.with_weights(weights)
+    held = {}
+    for path, leaf in shapes.items():
+        held |= quantize.as_held(path, leaf, weights)
+    return held
+
+
+def _placed(config: Config, shapes: dict, whole: dict) -> dict:
+    """The same shapes where `load_for_inference` puts them."""
+    mesh = sharding.inference_mesh(config.model.llm)
+    if mesh is None:
+        return shapes
+    places = pathtree.flatten(sharding.of_params(pathtree.unflatten(shapes), mesh, whole))
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in shapes.items()}
+
+
+def _on_device(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes on one device."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return int(np.prod(shape)) * leaf.dtype.itemsize
+
+
+def _conversation(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
+    """ "cache", "slots", "features" and "temporaries" of `plan`: the first turn, whose question the aligner reads in full, in a
+    cache of the whole context."""
+    m = config.model
+    mesh = sharding.inference_mesh(m.llm)
+    cache_sharding = sharding.of_cache(mesh, m.llm) if mesh else None
+    call = functions(config.model_json(), tokenizer.eos)
+    slots = capacity(m.llm.max_length)
+    turn = bucket(min(len(conversation.prompt_turn(tokenizer, config, "?", 0, True)[0]) + m.aligner.max_text, m.llm.max_length))
+
+    def array(kind, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind)
+
+    def picture(side: int) -> tuple:
+        return array(jnp.uint8, 1, side, side, 3), array(jnp.int32, 1, 2)
+
+    images = (*picture(m.clip.image_size), *picture(m.sam.image_size))
+    x_img, features = call.encode.eval_shape(params, *images)
+    text, prompts = (1, 1, m.aligner.max_text), (1, 1, m.prompt.max_tokens)
+    aligned = (x_img, array(jnp.int32, *text), array(bool, *text), array(jnp.float32, *prompts, 2), array(jnp.int32, *prompts))
+    x_q = call.align.eval_shape(params, *aligned)
+    words = (array(jnp.int32, 1, turn), array(jnp.int32, 1, turn), x_q)
+    cache = call.new_cache.eval_shape(params, rows=1, slots=slots)
+    if cache_sharding:
+        cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cache_sharding), cache)
+    row = array(jnp.int32, 1)
+    asked = (cache, call.splice.eval_shape(params, *words), row, row, row)
+    chosen = (array(jnp.float32, 1), array(jnp.float32, 1), array(jnp.uint32, 1))
+    new = config.generate.max_new_tokens
+    state = call.prefill.eval_shape(params, *asked, *chosen, new_tokens=new)._replace(cache=cache)
+    lowered = {
+        "encode the image": call.encode.lower(params, *images),
+        "align a question": call.align.lower(params, *aligned),
+        f"read {turn} tokens": call.prefill.lower(params, *asked, *chosen, new_tokens=new),
+        "answer": call.decode.lower(params, state, array(jnp.int32)),
+        "paint a structure": call.segment.lower(params, features, state.states, array(jnp.int32, 1, 1), None, refine=False),
+    }
+    return {
+        "cache": sum(map(_on_device, jax.tree.leaves(cache))),
+        "slots": slots,
+        "features": sum(map(_on_device, (x_img, features))),
+        "temporaries": {name: _temporaries(function) for name, function in lowered.items()},
+    }
+
+
+def _temporaries(lowered: jax.stages.Lowered) -> int:
+    """Bytes that a call takes beside its arguments."""
+    memory = lowered.compile().memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _available() -> int:
+    """Bytes free on one device; on a CPU, free on the machine, shared by those that pretend to be several."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 // jax.local_device_count()

@@ -1,0 +1,155 @@
+"""What a run is, in tables, before its first step; and what that step takes once it is compiled."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections import defaultdict
+from collections.abc import Mapping, Sized
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.extend.backend import get_backend
+
+from mimo_jax import __version__, pathtree, sharding
+from mimo_jax.analysis import flops, hardware
+from mimo_jax.checkpoints import checkpoint
+from mimo_jax.train.state import Plan
+
+_ROOT = Path(__file__).resolve().parents[2]
+_CHANGES = 8  # of the config that are named
+
+
+def show(plan: Plan, sources: Mapping[str, Sized], workdir: Path, first: int) -> None:
+    """Print it. sources: the data by name; first: the step at which the run goes on."""
+    print("\n".join([versions(), *about(plan, sources, workdir), *parameter_table(plan), memory(plan), cost(plan)]))
+    if first:
+        print(f"resuming at step {first} of {plan.config.train.steps}")
+
+
+def versions() -> str:
+    made = f"mimo_jax {__version__}{_commit()}, Python {platform.python_version()}, jax {jax.__version__}"
+    libraries = [f"{name} {importlib.metadata.version(name)}" for name in ("jaxlib", "flax", "optax", "orbax-checkpoint")]
+    backend = get_backend()
+    if backend.platform != "cpu":  # CUDA's version, or libtpu's
+        libraries.append(backend.platform_version.split("\n")[0])
+    return ", ".join([made, *libraries])
+
+
+def _commit() -> str:
+    """The git commit of a checkout, and whether it was changed since; empty for an installed package."""
+    if not (_ROOT / ".git").exists():
+        return ""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return f" (git {git('rev-parse', '--short=10', 'HEAD')}{', changed' if git('status', '--porcelain', '-uno') else ''})"
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else's
+        return ""
+
+
+def about(plan: Plan, sources: Mapping[str, Sized], workdir: Path) -> list[str]:
+    """Devices, data, provenance, config: a line each."""
+    config, data = plan.config, plan.config.data
+    axes = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    images = ", ".join(f"{name} ({len(source):,} images)" for name, source in sources.items())
+    shared = f", {data.samples_per_image} of an image" if data.samples_per_image > 1 else ""
+    lengths = " or ".join(map(str, config.buckets()))
+    lines = {
+        "devices": f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}{processes}; mesh {axes}",
+        "base": plan.base_reason.removeprefix("base "),
+        "data": f"{images}; {data.batch_size} samples a step{shared}, of {lengths} tokens",
+        "weights": checkpoint.origin(workdir).replace("weights: ", ""),
+        "config": f"{workdir / 'config.json'}{_changes(plan, workdir)}",
+    }
+    return [_line(name, text) for name, text in lines.items()]
+
+
+def _changes(plan: Plan, workdir: Path) -> str:
+    """In what the config is another than that which the run began with."""
+    then, now = (pathtree.flatten(config.to_dict()) for config in (checkpoint.read_config(workdir), plan.config))
+    changed = [f"{name.replace('/', '.')} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
+    more = f" and {len(changed) - _CHANGES} more" if len(changed) > _CHANGES else ""
+    return f"; changed since: {', '.join(changed[:_CHANGES])}{more}" if changed else ""
+
+
+def parameter_table(plan: Plan) -> list[str]:
+    """Parameters by part of the model, trained and frozen ones apart: number, bytes, bytes on one device."""
+    counts: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(3, np.int64))
+    places = pathtree.flatten(plan.param_shardings)
+    for path, leaf in pathtree.flatten(plan.params).items():
+        kind, size = ("trained" if plan.trains(path) else "frozen"), leaf.dtype.itemsize
+        here = int(np.prod(places[path].shard_shape(leaf.shape)))
+        for row in ((path.split("/")[0], kind), ("all", kind)):
+            counts[row] += np.array([leaf.size, leaf.size * size, here * size])
+    rows = [
+        (part, kind, f"{number:,}", size_of(whole), size_of(here))
+        for (part, kind), (number, whole, here) in sorted(counts.items(), key=_order)
+    ]
+    rows = [("parameters", "", "number", "size", "a device"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
+
+
+def _order(item: tuple) -> tuple:
+    (part, kind), _ = item
+    return part == "all", part, kind
+
+
+def memory(plan: Plan) -> str:
+    """What lies on one device all through the run; activations come on top."""
+    held = {
+        "frozen": sharding.bytes_a_device(plan.frozen, plan.frozen_shardings),
+        "trained": sharding.bytes_a_device(plan.train, plan.train_shardings),
+        "optimizer": sharding.bytes_a_device(plan.state["opt"], plan.state_shardings["opt"]),
+    }
+    held["gradients"] = held["trained"]
+    room = hardware.memory_of(plan.mesh.devices.flat[0])
+    parts = " + ".join(f"{name} {size_of(value)}" for name, value in held.items())
+    return _line("memory", f"{parts} = {size_of(sum(held.values()))} a device{f' of {size_of(room)}' if room else ''}, activations beside")
+
+
+def cost(plan: Plan) -> str:
+    """FLOPs of a sample and of a step, at the longest sequence."""
+    length, samples = plan.config.buckets()[-1], plan.config.data.batch_size
+    parts = sorted(flops.step(plan.config, length).items(), key=lambda item: -item[1])
+    total = sum(value for _, value in parts)
+    named = ", ".join(f"{part} {value / total:.0%}" for part, value in parts if value >= 0.005 * total)
+    return _line("FLOPs", f"{flops_of(total)} a sample of {length} tokens ({named}), {flops_of(total * samples)} a step")
+
+
+def program(compiled: jax.stages.Compiled, length: int, seconds: float) -> str:
+    """What the compiled step of sequences of `length` tokens takes of a device, as far as its compiler says; a CPU's knows no peak."""
+    found = compiled.memory_analysis()
+    sizes = {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes} if found else {}
+    if found and jax.default_backend() != "cpu":
+        sizes["at its peak"] = found.peak_memory_in_bytes
+    taken = ", ".join(f"{size_of(size)} {name}" for name, size in sizes.items())
+    return _line("step", f"compiled for {length} tokens in {seconds:.1f} s{f': {taken}, on a device' if taken else ''}")
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<10}  {text}"
+
+
+def size_of(size: float) -> str:
+    """Bytes as "1.2 GiB"."""
+    return _scaled(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def flops_of(count: float) -> str:
+    """FLOPs as "20.1 TFLOP"."""
+    return _scaled(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    power = 0
+    while value >= 0.9995 * base and power < len(units) - 1:
+        value, power = value / base, power + 1
+    digits = 0 if power == 0 or value >= 99.95 else 1
+    return f"{value:.{digits}f} {units[power]}"

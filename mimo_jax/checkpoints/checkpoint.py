@@ -1,0 +1,326 @@
+"""Runs on disk: what is written, what makes it whole, and how it is found again.
+
+    RUN/config.json       the config
+    RUN/tokenizer.json
+    RUN/provenance.json   where the weights come from, if the run did not begin from a seed
+    RUN/base.json, base/  the frozen base (`base`)
+    RUN/steps/500/        extra.json   data position and whatever else the caller adds, as JSON
+                          arrays/      by orbax: item `state` (trained parameters), item `train` (optimizer, step, …)
+                          calibration.json  of the scores, if one was fitted (`infer.calibration`)
+                          manifest.json  shapes, versions, fingerprint of the base, SHA-256 of every file; written last
+
+A step, or a base, is whole if its manifest stands: orbax commits by renaming, the manifest follows. Orbax loads a flipped
+bit without a word, so every file that is read is held to its SHA-256 first. An import is a run directory with step 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from mimo_jax import __version__, distributed, pathtree
+from mimo_jax.checkpoints import arrays, frozen_params, provenance, storage
+from mimo_jax.checkpoints.arrays import CheckpointError, some
+from mimo_jax.config import Config, ConfigError
+
+# Model settings that change neither a parameter nor what it means: a run may go on with others.
+_FREE = {"dtype", "remat", "unroll", "turns_max", "seg_max"}
+_TRAIN = "train"  # the orbax item beside `arrays.STATE`
+
+
+class CheckpointWarning(UserWarning):
+    """A damaged step was passed over."""
+
+
+# --- the run directory
+
+
+def open_run(workdir: str | os.PathLike, config: Config) -> bool:
+    """Make `workdir` ready; true if a run was begun there, whose config must then fit (CheckpointError if not)."""
+    workdir = storage.absolute(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--workdir {workdir}: cannot be made: {error.strerror}") from error
+    if not os.access(workdir, os.W_OK):
+        raise CheckpointError(f"--workdir {workdir}: may not be written to; choose another, or change its permissions")
+    if not (workdir / "config.json").exists():
+        return False
+    check_config(read_config(workdir), config, str(workdir))
+    return True
+
+
+def start_run(workdir: str | os.PathLike, config: Config, frozen: dict) -> str:
+    """Write the frozen base, the provenance and config.json of a new run; returns the base's fingerprint."""
+    workdir = storage.absolute(workdir)
+    source = run_of(config.init.path) if config.init.path else None
+    fingerprint = frozen_params.save(workdir, frozen, source)
+    if jax.process_index() == 0:
+        with frozen_params.writing(workdir / "config.json"):
+            if source is not None:
+                provenance.hand_on(source, workdir, pathtree.flatten(frozen).keys())
+            storage.write_json(workdir / "config.json", config.to_dict())
+    distributed.gather(None)  # so that all may read it
+    return fingerprint
+
+
+def read_config(run: str | os.PathLike) -> Config:
+    """The config of a run directory; CheckpointError if this version cannot read it."""
+    path = Path(run) / "config.json"
+    try:
+        return Config.from_dict(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError, ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a config of mimo_jax {__version__}: {error}") from error
+
+
+def check_config(saved: Config, wanted: Config, where: str = "the checkpoint") -> None:
+    """CheckpointError that lists the fields in which two configs differ so that one's parameters cannot serve the other."""
+    there, here = (pathtree.flatten(c.to_dict()["model"]) for c in (saved, wanted))
+    differing = [
+        f"model.{name.replace('/', '.')} ({there[name]} there, {here[name]} here)"
+        for name in here
+        if name not in _FREE and there[name] != here[name]
+    ]
+    if list(saved.trainables.items()) != list(wanted.trainables.items()):
+        differing.append("trainables")
+    if saved.freeze != wanted.freeze:
+        differing.append(f"freeze ({saved.freeze!r} there, {wanted.freeze!r} here)")
+    if differing:
+        raise CheckpointError(f"{where} is of another config: {some(differing)}; use its config, or another --workdir")
+
+
+def tokenizer_path(path: str | os.PathLike) -> Path:
+    """The tokenizer.json of a run directory, or of the run that a step belongs to."""
+    tokenizer = run_of(path) / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise CheckpointError(f"{tokenizer}: is missing; copy it from where the run was made")
+    return tokenizer
+
+
+def calibration_path(run: str | os.PathLike, step: int) -> Path:
+    """Where a step's calibration lies, if one was fitted. It comes after the step, and is no part of what makes the step whole."""
+    return Path(run) / "steps" / str(step) / "calibration.json"
+
+
+# --- steps
+
+
+class Checkpoints:
+    """The steps of one run. Arrays are copied off the device in `save`; files are written, hashed and pruned in a thread."""
+
+    def __init__(self, workdir: str | os.PathLike, keep_last: int = 2, keep_every: int = 0):
+        """keep_last: newest whole steps to keep; keep_every: beside them, every step that it divides (0: none)."""
+        self.workdir = storage.absolute(workdir)
+        self.keep_last, self.keep_every = max(1, keep_last), keep_every
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._damaged: set[int] = set()
+
+    def latest(self) -> int | None:
+        """The newest whole step."""
+        whole = self._whole()
+        return whole[-1] if whole else None
+
+    def save(self, step: int, state: dict[str, Any], extra: dict) -> None:
+        """Begin to write `state`, a dict whose "params" are the trained parameters (nested dict) and whose other entries
+        are any trees of arrays; `extra` is JSON. Raises here, or in `wait`, what the save before it met: CheckpointError,
+        naming the newest good step, where the disk is full or may not be written."""
+        self.wait()
+        folder = self._folder(step)
+        items = {name: tree for name, tree in _items(state).items() if jax.tree.leaves(tree)}
+        leaves = {name: arrays.kinds(tree) for name, tree in items.items()}
+        try:
+            if jax.process_index() == 0:
+                storage.remove(folder)
+                folder.mkdir(parents=True)
+                storage.write_json(folder / "extra.json", extra)
+            response = ocp.save_checkpointables_async(folder / "arrays", items) if items else None
+        except Exception as error:
+            self._give_up(step, error)
+        self._damaged.discard(step)
+        self._pending = self._worker.submit(self._finish, step, response, leaves)
+
+    def wait(self) -> None:
+        """Until the last save is on disk; raises what it met."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def restore(self, step: int, abstract: dict[str, Any], shardings: Any = None) -> tuple[dict[str, Any], dict]:
+        """(state, extra) of `step`, or with a CheckpointWarning of the newest earlier step that is whole and undamaged.
+
+        abstract: the state's ShapeDtypeStructs, or only some of its entries; shardings: the same tree of shardings, one
+        for all, or None for the first device. CheckpointError lists parameters that are missing or of another shape. Of several
+        processes all call this, and the first one's hashes count."""
+        self.wait()
+        found = None
+        if jax.process_index() == 0:
+            earlier = [s for s in self._whole() if s < step]
+            found = _newest_undamaged(self.workdir, [*earlier, step], _items(abstract))
+        good, damaged = distributed.gather(found)[0]
+        self._damaged.update(damaged)
+        return _load_step(self._folder(good), abstract, shardings)
+
+    def _folder(self, step: int) -> Path:
+        return self.workdir / "steps" / str(step)
+
+    def _whole(self) -> list[int]:
+        return [s for s in _whole_steps(self.workdir) if s not in self._damaged]
+
+    def _finish(self, step: int, response: Any, leaves: dict) -> None:
+        try:
+            if response is not None:
+                response.result()
+            if jax.process_index() == 0:
+                record = storage.read_json(self.workdir / "base.json") or {}
+                storage.write_manifest(self._folder(step), {"step": step, "base": record.get("fingerprint"), "leaves": leaves})
+        except Exception as error:
+            self._give_up(step, error)
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # what could not be removed now, is by the next save
+                self._prune()
+
+    def _prune(self) -> None:
+        """Remove whole steps that are not to be kept, and what unfinished saves left behind."""
+        whole = self._whole()
+        kept = {*whole[-self.keep_last :], *(s for s in whole if self.keep_every and s % self.keep_every == 0)}
+        for step in _step_folders(self.workdir):
+            if step not in kept:
+                storage.remove(self._folder(step))
+
+    def _give_up(self, step: int, error: Exception) -> NoReturn:
+        """Remove what was half written and raise: as CheckpointError where the disk is at fault."""
+        shutil.rmtree(self._folder(step), ignore_errors=True)
+        reason = storage.disk_fault(error)
+        if reason is None:
+            raise error
+        last = self.latest()
+        good = f"step {last} is the last good one" if last is not None else "no step was saved before"
+        raise CheckpointError(
+            f"{self._folder(step)}: cannot be written: {reason}; {good}; mend that and run the same command to go on"
+        ) from error
+
+
+# --- reading a checkpoint from its path
+
+
+def resolve(path: str | os.PathLike) -> tuple[Path, int]:
+    """(run directory, step) that PATH means: a run directory's newest whole step, or the one step that it names."""
+    run, named = run_of(path), _named_step(path)
+    whole = _whole_steps(run)
+    if named is None and whole:
+        return run, whole[-1]
+    if named in whole:
+        return run, named
+    if named is None:
+        raise CheckpointError(f"{run}: holds no whole step yet; train it, or give another checkpoint")
+    newest = f"the newest whole one is {run / 'steps' / str(whole[-1])}" if whole else "nor is any other of this run"
+    raise CheckpointError(f"{path}: this step is not whole (its save did not finish); {newest}")
+
+
+def origin(run: str | os.PathLike) -> str:
+    """Fingerprint of a run's base, and the sources of its weights, in one line."""
+    return f"base {frozen_params.read_record(Path(run))['fingerprint'][:12]}, {provenance.describe(provenance.read(Path(run)))}"
+
+
+def whole_step(path: str | os.PathLike) -> tuple[Path, int, dict]:
+    """(run directory, step, its manifest) of the step that PATH means, or of the newest undamaged one before it."""
+    run, step = resolve(path)
+    candidates = [step] if _named_step(path) is not None else _whole_steps(run)
+    step, _ = _newest_undamaged(run, candidates, [arrays.STATE])
+    folder = run / "steps" / str(step)
+    manifest, record = storage.read_json(folder / storage.MANIFEST), storage.read_json(run / "base.json") or {}
+    if manifest["base"] != record.get("fingerprint"):
+        raise CheckpointError(f"{folder}: was trained on another frozen base than {run / 'base.json'} records")
+    return run, step, manifest
+
+
+def run_of(path: str | os.PathLike) -> Path:
+    """The run directory that PATH is, or lies in as steps/<n>."""
+    full = Path(path).resolve()
+    run = full.parent.parent if _named_step(path) is not None else full
+    if not full.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint")
+    if not (run / "config.json").is_file():
+        raise CheckpointError(f"{path}: is not a checkpoint (no config.json); give a run directory, one of its steps/<n>, or an import")
+    return run
+
+
+def _named_step(path: str | os.PathLike) -> int | None:
+    full = Path(path).resolve()
+    return int(full.name) if full.name.isdecimal() and full.parent.name == "steps" else None
+
+
+def _step_folders(run: Path) -> list[int]:
+    """Every step of which anything is there, ascending."""
+    steps = run / "steps"
+    return sorted(int(f.name) for f in steps.iterdir() if f.name.isdecimal()) if steps.is_dir() else []
+
+
+def _whole_steps(run: Path) -> list[int]:
+    return [s for s in _step_folders(run) if (run / "steps" / str(s) / storage.MANIFEST).is_file()]
+
+
+def _newest_undamaged(run: Path, steps: list[int], items: Any) -> tuple[int, list[int]]:
+    """(the last of `steps` whose `items` are as they were written, the damaged ones after it), with a warning for each of those."""
+    damaged = []
+    for step in reversed(steps):
+        damage = _damage(run / "steps" / str(step), items)
+        if damage is None:
+            return step, damaged
+        damaged.append(step)
+        if step != steps[0]:
+            warnings.warn(f"{run}: step {step} is passed over: it {damage}", CheckpointWarning, stacklevel=3)
+    raise CheckpointError(f"{run}: step {step} {damage}, and no earlier whole step is there; give another checkpoint")
+
+
+# --- a step's arrays, as orbax items
+
+
+def write_step(run: Path, step: int, leaves: Iterator[tuple[str, Any]], extra: dict) -> dict[str, list]:
+    """A step without optimizer, from its trained parameters (path, array) as they come; the base must stand. Returns
+    {path: [dtype, shape, SHA-256]}."""
+    folder = run / "steps" / str(step)
+    hashes: dict[str, list] = {}
+    with frozen_params.writing(folder):
+        folder.mkdir(parents=True)
+        storage.write_json(folder / "extra.json", extra)
+        arrays.write(folder, frozen_params.hashed(leaves, hashes))
+        kinds = {path: leaf[:2] for path, leaf in hashes.items()}
+        about = {"step": step, "base": frozen_params.read_record(run)["fingerprint"], "leaves": {arrays.STATE: kinds}}
+        storage.write_manifest(folder, about)
+    return hashes
+
+
+def _items(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as orbax items, so that parameters can be read without the optimizer."""
+    rest = {name: tree for name, tree in state.items() if name != "params"}
+    return ({arrays.STATE: state["params"]} if "params" in state else {}) | ({_TRAIN: rest} if rest else {})
+
+
+def _load_step(folder: Path, abstract: dict[str, Any], shardings: Any) -> tuple[dict[str, Any], dict]:
+    leaves = storage.read_json(folder / storage.MANIFEST)["leaves"]
+    items = _items(abstract)
+    for name, tree in items.items():
+        arrays.compare(leaves.get(name, {}), arrays.kinds(tree), folder)
+    placed = _items(arrays.placed(abstract, shardings))
+    wanted = {name: tree for name, tree in placed.items() if jax.tree.leaves(tree)}
+    loaded = placed | (arrays.read(folder, wanted) if wanted else {})
+    state = ({"params": loaded[arrays.STATE]} if arrays.STATE in items else {}) | loaded.get(_TRAIN, {})
+    return state, storage.read_json(folder / "extra.json")
+
+
+def _damage(folder: Path, items: Iterable[str]) -> str | None:
+    """What is wrong with the files of these orbax items of a step; None if nothing."""
+    others = tuple(f"arrays/{name}/" for name in (arrays.STATE, _TRAIN) if name not in items)
+    return storage.damage(folder, lambda name: not name.startswith(others))

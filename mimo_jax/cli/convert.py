@@ -1,0 +1,135 @@
+"""`mimo convert`: its flags, and what they call when they run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+EXAMPLES = {
+    "import": """examples:
+  mimo convert import --config configs/mimo_7b.py --clip CLIP-ViT-H-14 --llm vicuna-7b-v1.5 --sam sam_vit_h_4b8939.pth --out import
+  mimo convert import --config configs/mimo_7b.py --clip CLIP --llm VICUNA --sam SAM.pth --lora ADAPTER --lora-alpha 8 --out import
+  mimo convert import --config configs/lisa_7b.py --joint LISA-7B-v1 --clip clip-vit-large-patch14 --out lisa
+  mimo convert import --config configs/mimo_7b.py --joint MODEL --key-map rows.json --out import
+
+A row of a key map is [torch key, path here] or [torch key, path here, op], with {llm_layer}, {clip_layer}, {aligner_block}, … for
+the number of a layer; ops are identity, linear, conv, conv_transpose, squeeze.""",
+    "export": """examples:
+  mimo convert export --checkpoint runs/b --format hf --out exported        # clip/ and llm/; LoRA merged into llm/
+  mimo convert export --checkpoint runs/b --format peft --out adapter       # LoRA alone, for llm/ of --format hf --lora apart
+  mimo convert export --checkpoint runs/b --format sam --out sam            # sam_vit_h.pth
+  mimo convert export --checkpoint runs/b --format joint --lora apart --out whole
+  mimo convert export --checkpoint runs/b --format mimo --out model         # one directory that needs no other""",
+    "inspect": """examples:
+  mimo convert inspect sam_vit_h_4b8939.pth
+  mimo convert inspect vicuna-7b-v1.5 --config configs/mimo_7b.py
+  mimo convert inspect runs/b""",
+    "rehearse": """examples:
+  mimo convert rehearse --config configs/mimo_7b.py --workdir /scratch/rehearsal
+  mimo convert rehearse --config configs/tiny.py --workdir rehearsal""",
+}
+
+
+def add_verbs(convert: argparse.ArgumentParser) -> None:
+    """The verbs of `mimo convert` on its parser."""
+    verbs = convert.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, help: str, description: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=help, description=description, epilog=EXAMPLES[name])
+
+    add = verb(
+        "import",
+        "PyTorch checkpoints to a mimo_jax checkpoint",
+        "Turn PyTorch checkpoints into a mimo_jax checkpoint that computes the same. What is missing, left over or of another shape "
+        "is listed, and then nothing is written. Settings of the config are set as in `mimo train`: --config.model.llm.vocab_size=32002.",
+    )
+    add.add_argument("--config", required=True, metavar="FILE", help="a config file; packaged ones go by name, as configs/mimo_7b.py")
+    add.add_argument("--clip", type=Path, metavar="PATH", help="CLIP vision tower, of transformers or open_clip")
+    add.add_argument("--llm", type=Path, metavar="PATH", help="Llama or Vicuna, with its tokenizer")
+    add.add_argument("--sam", type=Path, metavar="PATH", help="SAM or MedSAM, facebook's or transformers'")
+    add.add_argument("--lora", type=Path, metavar="PATH", help="a PEFT adapter of --llm")
+    add.add_argument("--lora-alpha", type=float, metavar="A", help="alpha of the LoRA weights, where no adapter_config.json says it")
+    add.add_argument("--lora-base", metavar="NAME", help="the adapter's base_model_name_or_path, where --llm is that under another name")
+    add.add_argument("--joint", type=Path, metavar="PATH", help="a whole model: LISA, GLaMM, MIMO")
+    add.add_argument("--overlay", type=Path, metavar="PATH", help="tensors that stand in for those of the other sources")
+    add.add_argument("--key-map", type=Path, metavar="FILE", help="JSON rows beside the tables, for --joint and --overlay")
+    add.add_argument("--seed", type=int, default=0, metavar="N", help="of what no source holds; default: 0")
+    add.add_argument("--allow-missing", action="append", default=[], metavar="REGEX", help="tensors that may be missing; repeatable")
+    add.add_argument("--ignore-extra", action="append", default=[], metavar="REGEX", help="tensors that may be left over; repeatable")
+    add.add_argument("--allow-nonfinite", action="store_true", help="take tensors with NaN or Inf as they are")
+    add.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint goes; must not be there")
+    add.set_defaults(run=_import, overrides=())
+
+    out = verb("export", "back to PyTorch, or one self-contained directory", "Write a checkpoint in the formats of other libraries.")
+    out.add_argument("--checkpoint", required=True, metavar="PATH", help="a run directory (its newest whole step), one step, or an import")
+    out.add_argument("--base", metavar="DIR", help="where the frozen base lies, if it was moved")
+    out.add_argument("--format", required=True, choices=("hf", "peft", "sam", "joint", "mimo"), help="see the examples")
+    out.add_argument("--lora", default="merged", choices=("merged", "apart"), help="hf, joint: what becomes of LoRA; default: merged")
+    out.add_argument("--out", type=Path, required=True, metavar="DIR", help="where it goes; must not be there")
+    out.set_defaults(run=_export)
+
+    look = verb("inspect", "what a file of weights is", "Tell what a file or folder of weights is, and how it fits a config.")
+    look.add_argument("path", type=Path, metavar="PATH", help="a file, a folder of weights, or a mimo_jax checkpoint")
+    look.add_argument("--config", metavar="FILE", help="compare with this config: missing and left-over tensors")
+    look.add_argument("--key-map", type=Path, metavar="FILE", help="JSON rows beside the tables")
+    look.add_argument("--json", action="store_true", help="print JSON")
+    look.set_defaults(run=_inspect, overrides=())
+
+    try_out = verb(
+        "rehearse",
+        "convert random weights of the full size, check and time it",
+        "Make random weights of a config's full size in the original layouts, import them, check every tensor, and time it.",
+    )
+    try_out.add_argument("--config", required=True, metavar="FILE", help="a config file")
+    try_out.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where it is done; sources/ and import/ are left there")
+    try_out.set_defaults(run=_rehearse, overrides=())
+
+
+def _config(args: argparse.Namespace):
+    from mimo_jax.config_flags import load_config
+
+    return load_config(["--config", args.config, *args.overrides])
+
+
+def _import(args: argparse.Namespace) -> int:
+    from checkpoints_convert.convert import Request, import_checkpoint
+    from checkpoints_convert.sources import SOURCES
+
+    import_checkpoint(
+        Request(
+            config=_config(args),
+            given={name: getattr(args, name) for name in SOURCES if getattr(args, name) is not None},
+            out=args.out,
+            seed=args.seed,
+            key_map=args.key_map,
+            lora_alpha=args.lora_alpha,
+            lora_base=args.lora_base,
+            allow_missing=args.allow_missing,
+            ignore_extra=args.ignore_extra,
+            allow_nonfinite=args.allow_nonfinite,
+        )
+    )
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from checkpoints_convert.export import export_checkpoint
+
+    for line in export_checkpoint(args.checkpoint, args.format, args.out, base_at=args.base, merge=args.lora == "merged"):
+        print(line)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from checkpoints_convert.inspect import describe, inspect
+
+    found = inspect(args.path, _config(args) if args.config else None, args.key_map)
+    print(json.dumps(found, indent=1) if args.json else describe(found))
+    return 0
+
+
+def _rehearse(args: argparse.Namespace) -> int:
+    from checkpoints_convert.roundtrip import rehearse
+
+    return rehearse(_config(args), args.workdir)

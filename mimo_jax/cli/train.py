@@ -1,0 +1,145 @@
+"""`mimo train`, `mimo compile` and `mimo profile`: their flags, and what they call when they run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mimo_jax.cli.arg_types import positive
+from mimo_jax.config import SourceConfig
+from mimo_jax.errors import UserError
+
+_CONFIG_HELP = "a config file; packaged ones go by name, as configs/tiny.py"
+
+
+def add_train(commands) -> None:
+    """The parser of `mimo train` among those of the other commands."""
+    train = commands.add_parser(
+        "train",
+        help="train or fine-tune; the same command goes on where a run stopped",
+        description="Train a model. Run the same command again to go on after a stop (exit code 75).",
+        epilog="""examples:
+  mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
+  mimo train --config configs/tiny.py --data data/phantom --workdir runs/a --config.train.steps=500
+  mimo train --config configs/tiny_lora.py --init runs/a --data my_data --workdir runs/b
+  mimo train --config configs/tiny.py --data ct=data/ct --data mr=data/mr --config.data.sources.mr.weight=2 --workdir runs/c
+
+Every setting of the config file is set by its path, as --config.train.steps=500.""",
+    )
+    train.add_argument("--config", required=True, metavar="FILE", help=_CONFIG_HELP)
+    train.add_argument("--workdir", required=True, metavar="DIR", help="where the run writes; also gs://B/x, with B mounted as /gcs/B")
+    data_help = "a folder that `mimo data` wrote, or a .jsonl manifest; repeatable"
+    train.add_argument("--data", action="append", default=[], metavar="[NAME=]DIR", help=data_help)
+    train.add_argument("--init", metavar="PATH", help="checkpoint whose weights to start from")
+    train.set_defaults(run=_train, overrides=())
+
+
+def add_compile(commands) -> None:
+    """The parser of `mimo compile` among those of the other commands."""
+    compile_ = commands.add_parser(
+        "compile",
+        help="prove that a training step fits a machine that is not at hand",
+        description="""Compile the training step for a TPU topology on a machine without one, and tell what it takes: memory of a chip,
+what the chips send each other, how long a step lasts at best. Needs pip install "mimo_jax[tpu]".
+
+Topologies: TPU v4 and v5p as v4:2x2x4, v5p:2x2x4; v5e and v6e as v5e:16x16, v6e:4x4; cpu:8 is a CPU that stands for 8 devices.""",
+        epilog="""examples:
+  mimo compile --config configs/mimo_7b.py --topology v5e:16x16 --batch-per-chip 4 --out report.json
+  mimo compile --config configs/mimo_7b.py --topology v5p:2x2x4 --slices 2 --batch-per-chip 8 --largest
+  mimo compile --config configs/mimo_7b.py --topology v6e:16x16 --batch-per-chip 8 --config.model.remat=dots
+  mimo compile --config configs/tiny.py --topology cpu:8 --batch-per-chip 2 --length 256
+
+Exits with 0 also where the step does not fit; the report says so ("fits").""",
+    )
+    compile_.add_argument("--config", required=True, metavar="FILE", help=_CONFIG_HELP)
+    compile_.add_argument("--topology", required=True, metavar="NAME", help="chips and how they are arranged, such as v5e:16x16")
+    compile_.add_argument("--batch-per-chip", type=positive, required=True, metavar="N", help="samples in a batch for each chip")
+    compile_.add_argument("--length", type=positive, metavar="N", help="tokens of a sample; default: the largest of config.data.buckets")
+    compile_.add_argument("--slices", type=positive, default=1, metavar="N", help="so many of that topology, with a network between them")
+    compile_.add_argument("--largest", action="store_true", help="look for the largest batch per chip that fits; some compilations more")
+    compile_.add_argument("--out", metavar="FILE", help="where the report goes, as JSON")
+    compile_.set_defaults(run=_compile, overrides=())
+
+
+def add_profile(commands) -> None:
+    """The parser of `mimo profile` among those of the other commands."""
+    profile = commands.add_parser(
+        "profile",
+        help="trace a few steps of a run: where their time goes",
+        description="Take a few steps from a run's newest one under jax's profiler, and write a trace to RUN/profile. No step is saved.",
+        epilog="""examples:
+  mimo profile --workdir runs/a
+  mimo profile --workdir runs/a --steps 5 --after 10 --data data/phantom""",
+    )
+    profile.add_argument("--workdir", required=True, metavar="DIR", help="the run")
+    profile.add_argument("--steps", type=positive, default=3, metavar="N", help="steps to trace (3)")
+    profile.add_argument("--after", type=positive, default=2, metavar="N", help="steps before them, in which all is compiled (2)")
+    profile.add_argument("--data", action="append", default=[], metavar="[NAME=]DIR", help="other data than the run's; repeatable")
+    profile.set_defaults(run=_profile)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from mimo_jax.config_flags import load_config
+
+    overrides = list(args.overrides)
+    if args.init:
+        overrides.append(f"--config.init.path={args.init}")
+    config = load_config(["--config", args.config, *overrides], sources_of(args.data))
+
+    from mimo_jax import distributed
+
+    def work() -> int:
+        from mimo_jax.train.loop import train  # only once the processes have joined
+
+        return train(config, args.workdir)
+
+    return distributed.run(work, config.train.heartbeat_timeout)
+
+
+def sources_of(flags: Sequence[str]) -> dict[str, SourceConfig]:
+    """`--data` values as the entries of `config.data.sources`; a folder's name is its own unless one is given."""
+    sources: dict[str, SourceConfig] = {}
+    for flag in flags:
+        name, equals, path = flag.partition("=")
+        if not equals or os.path.exists(flag):
+            name, path = Path(os.path.abspath(flag)).stem, flag
+        if not name or not path:
+            raise UserError(f"--data {flag}: is not understood; write --data DIR or --data NAME=DIR")
+        if name in sources:
+            raise UserError(f"--data {flag}: a second dataset named {name}; name it, as --data {name}2={path}")
+        sources[name] = SourceConfig(path=os.path.abspath(path))
+    return sources
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from mimo_jax import distributed
+
+    def work() -> int:
+        from mimo_jax.train.profile import profile  # only once the processes have joined
+
+        return profile(args.workdir, args.steps, args.after, sources_of(args.data))
+
+    return distributed.run(work)
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from mimo_jax.analysis import topology
+    from mimo_jax.config_flags import load_config
+
+    asked = topology.read(args.topology, args.slices)
+    config = load_config(["--config", args.config, *args.overrides])
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {Path(args.out).parent}; make it")
+    with asked.environment():
+        from mimo_jax.analysis import aot
+        from mimo_jax.checkpoints import storage
+
+        report = aot.compile_step(config, asked, args.batch_per_chip, args.length, args.largest)
+    print(aot.table(report))
+    if args.out:
+        storage.write_json(Path(args.out), report)
+        print(f"written to {args.out}", file=sys.stderr)
+    return 0

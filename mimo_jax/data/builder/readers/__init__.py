@@ -1,0 +1,34 @@
+"""Readers: what each kind of source holds, told as `items.Item`s before any pixel is read."""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+from mimo_jax.data.builder.readers.biomedparse import BiomedParse
+from mimo_jax.data.builder.readers.dicom_seg import DicomSeg
+from mimo_jax.data.builder.readers.folders import Folders
+from mimo_jax.data.builder.readers.gcg import Gcg
+from mimo_jax.data.builder.readers.llava_med import LlavaMed
+from mimo_jax.data.builder.readers.manifest import Manifest
+from mimo_jax.data.builder.readers.mecovqa import MeCoVqa
+from mimo_jax.data.builder.readers.nifti import Nifti
+from mimo_jax.data.builder.readers.pathvqa import PathVqa
+from mimo_jax.data.builder.readers.reader import Source
+from mimo_jax.data.builder.readers.sa_med2d import SaMed2d
+from mimo_jax.data.builder.readers.slake import Slake
+from mimo_jax.data.builder.readers.vqa_rad import VqaRad
+from mimo_jax.data.records import DataError
+
+_ALL = (SaMed2d, BiomedParse, Manifest, Folders, MeCoVqa, LlavaMed, VqaRad, Slake, PathVqa, Gcg, DicomSeg, Nifti)
+KINDS: dict[str, type[Source]] = {reader.name: reader for reader in _ALL}
+
+
+def open_reader(kind: str, path: str | os.PathLike, **options) -> Source:
+    """The reader of a source of this kind. Options: dataset, modality, licence, and those of the kind's `options`; None is as if
+    it were not given. DataError for an unknown kind or option, for a path that is not laid out like that, and, here or while
+    `items` runs, for an index that is damaged."""
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind.casefold().replace("_", "-"), KINDS, 1)
+        raise DataError(f"source {kind}: is unknown; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(KINDS)}"))
+    return KINDS[kind](path, **options)

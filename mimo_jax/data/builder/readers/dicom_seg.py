@@ -1,0 +1,136 @@
+"""DICOM images and the DICOM SEG objects that refer to them, in one folder or many below it.
+
+Items are the frames that a SEG refers to. Nothing of a header that names a person or a study leaves this file: ids and
+groups are hashes of UIDs (that of a short patient number could be found by trying all).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimo_jax.data.builder.items import Item, MaskRef
+from mimo_jax.data.builder.readers.reader import Source
+from mimo_jax.data.images.dicom import reading, value_of
+from mimo_jax.data.images.image import kind_of, library
+from mimo_jax.errors import UserError
+
+_MODALITY = {
+    **{"CT": "CT", "MR": "MR", "US": "ultrasound", "IVUS": "ultrasound", "OP": "fundus", "DMS": "dermoscopy", "ES": "endoscopy"},
+    **dict.fromkeys(("CR", "DX", "MG", "RF", "XA", "RG", "IO", "PX"), "X-ray"), "SM": "pathology", "GM": "pathology",
+}  # fmt: skip
+_OF_IMAGE = ("SOPInstanceUID", "PatientID", "StudyInstanceUID", "Modality", "NumberOfFrames", "Rows")
+_NUMBERED = re.compile(r"(segment|label)?[ _]*\d*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Image:
+    path: Path
+    uid: str
+    patient: str
+    study: str
+    modality: str
+    frames: int
+
+
+class DicomSeg(Source):
+    name = "dicom-seg"
+    looks_for = "DICOM images and DICOM SEG objects"
+    options = {"window": None}
+
+    def open(self) -> None:
+        library("pydicom")
+        self.images: dict[str, _Image] = {}
+        self.segs: list[Path] = []
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            try:
+                if kind_of(path) == "DICOM":
+                    self._sort(path)
+            except UserError:
+                self.skip(str(path), "a damaged or truncated file")
+        if not self.segs or not self.images:
+            raise self.not_there()
+
+    def items(self) -> Iterator[Item]:
+        masks: dict[tuple[str, int], list[MaskRef]] = defaultdict(list)
+        for path in self.segs:
+            try:
+                found, missing = self._segments(path)
+            except UserError:
+                self.skip(str(path), "a damaged SEG, or one that lacks what it must hold")
+                continue
+            for place, mask in found.items():
+                masks[place] += mask.values()
+            if missing:
+                self.skip(str(path), f"refers to {missing} frames whose image is not there, or does not say to which")
+        studies: dict[str, str] = {}  # of each patient, the first
+        for image in self.images.values():
+            studies[image.patient] = min(image.study, studies.get(image.patient, image.study))
+        for uid, image in self.images.items():
+            for frame in range(image.frames):
+                if (uid, frame) in masks and image.modality:
+                    yield Item(
+                        id=f"{_hash(uid)}_{frame}", image=str(image.path), modality=image.modality, dataset=self.dataset,
+                        group=f"{self.dataset}/{_hash(studies[image.patient])}", masks=tuple(masks[uid, frame]),
+                        frame=frame if image.frames > 1 else None, window=self.told["window"], complete=False, licence=self.licence,
+                    )  # fmt: skip
+            if not image.modality and any((uid, frame) in masks for frame in range(image.frames)):
+                self.skip(str(image.path), "of a modality that no record may have")
+
+    def _sort(self, path: Path) -> None:
+        with reading(path):
+            ds = library("pydicom").dcmread(path, stop_before_pixels=True, specific_tags=list(_OF_IMAGE), force=True)
+            if value_of(ds, "Modality") == "SEG":
+                self.segs.append(path)
+            elif value_of(ds, "Rows") and value_of(ds, "SOPInstanceUID"):
+                study = str(value_of(ds, "StudyInstanceUID") or ds.SOPInstanceUID)
+                patient = str(value_of(ds, "PatientID") or study)
+                modality = _MODALITY.get(str(value_of(ds, "Modality")), self.modality)
+                uid, frames = str(ds.SOPInstanceUID), int(value_of(ds, "NumberOfFrames") or 1)
+                if uid in self.images:
+                    self.skip(str(path), "the same image as another file")
+                self.images.setdefault(uid, _Image(path, uid, patient, study, modality, frames))
+
+    def _segments(self, path: Path) -> tuple[dict[tuple[str, int], dict[int, MaskRef]], int]:
+        """((image, frame) -> number -> mask, of one SEG; how many of its own frames are of no image that is there)."""
+        found: dict[tuple[str, int], dict[int, MaskRef]] = defaultdict(dict)
+        missing = 0
+        with reading(path):
+            ds = library("pydicom").dcmread(path, stop_before_pixels=True)
+            names = {int(segment.SegmentNumber): _name(segment) for segment in ds.SegmentSequence}
+            for functions in ds.PerFrameFunctionalGroupsSequence:
+                told = functions.get("SegmentIdentificationSequence")
+                numbers = [int(told[0].ReferencedSegmentNumber)] if told else list(names)  # a label map holds all of them
+                places = [place for place in _sources(functions) if place[0] in self.images]
+                missing += not places
+                for place in places:
+                    found[place] |= {number: MaskRef(names[number], str(path), value=number) for number in numbers}
+        return found, missing
+
+
+def _sources(functions: Any) -> Iterator[tuple[str, int]]:
+    """(SOPInstanceUID, frame from 0) of what a frame of a SEG is of."""
+    for derivation in functions.get("DerivationImageSequence") or ():
+        for source in derivation.get("SourceImageSequence") or ():
+            numbers = source.get("ReferencedFrameNumber") or 1
+            for number in [numbers] if isinstance(numbers, int) else numbers:
+                yield str(source.ReferencedSOPInstanceUID), int(number) - 1
+
+
+def _name(segment: Any) -> str:
+    """Its label, or, where that only counts, what it is coded as."""
+    label = str(segment.get("SegmentLabel") or "").strip()
+    coded = segment.get("SegmentedPropertyTypeCodeSequence")
+    if not coded or not _NUMBERED.fullmatch(label):
+        return label
+    modifier = coded[0].get("SegmentedPropertyTypeModifierCodeSequence")
+    return " ".join(str(code[0].CodeMeaning) for code in (modifier, coded) if code)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,56 @@
+"""A user's own pairs: images/x.png with masks/ENTITY/x.png, or with masks/x.png of one entity (option entity) or of values
+that a table names (option labels, a JSON such as {"1": "liver"}). A folder in between, images/CASE/x.png, says which images
+are of one patient or case."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from mimo_jax.data.builder.items import Item, MaskRef
+from mimo_jax.data.builder.readers.label_tables import label_table
+from mimo_jax.data.builder.readers.reader import Source, pictures
+from mimo_jax.data.records import DataError
+
+
+class Folders(Source):
+    name = "folders"
+    looks_for = "images/ and masks/"
+    options = {"entity": "", "labels": ""}
+
+    def open(self) -> None:
+        self.images, self.masks = self.folder / "images", self.folder / "masks"
+        if not (self.images.is_dir() and self.masks.is_dir()):
+            raise self.not_there()
+        self.needs_modality()
+        self.table = label_table(self.told["labels"]) if self.told["labels"] else {}
+        if self.told["entity"] and self.table:
+            raise DataError(f"{self.masks}: give the option entity or labels, not both")
+
+    def items(self) -> Iterator[Item]:
+        masks: dict[str, list[MaskRef]] = defaultdict(list)
+        images = {file.rsplit(".", 1)[0]: file for file in pictures(self.images)}
+        for file in pictures(self.masks):
+            place = file.rsplit(".", 1)[0]
+            entity, _, within = place.partition("/")
+            if place in images:
+                masks[place] += self._unnamed(f"{self.masks}/{file}")
+            elif within in images:
+                masks[within].append(MaskRef(entity, f"{self.masks}/{file}"))
+            else:
+                self.skip(f"masks/{file}", "belongs to no image")
+        for place, file in images.items():
+            case = place.partition("/")[0]
+            yield Item(
+                id=place, image=f"{self.images}/{file}", modality=self.modality, dataset=self.dataset, group=f"{self.dataset}/{case}",
+                masks=tuple(masks.pop(place, ())), complete=False, licence=self.licence,
+            )  # fmt: skip
+
+    def _unnamed(self, file: str) -> list[MaskRef]:
+        if self.told["entity"]:
+            return [MaskRef(self.told["entity"], file)]
+        if not self.table:
+            raise DataError(
+                f"{self.masks}: does not say what its masks show; put them into masks/ENTITY/, or give entity=NAME or labels=TABLE"
+            )
+        return [MaskRef(name, file, value=value) for value, name in self.table.items()]

@@ -1,0 +1,88 @@
+"""A JSON line for each image: {id, image, masks: [{file, entity, annotation}], modality, group}, and, where they are known,
+dataset (or source_repo), split, licence, source_path, pixel_spacing_mm, absent_entities. Paths are relative to the file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from mimo_jax.config import MODALITIES
+from mimo_jax.data.builder.items import Item, MaskRef
+from mimo_jax.data.builder.readers.index_files import lines
+from mimo_jax.data.builder.readers.reader import SPLITS, Source
+from mimo_jax.data.records import DataError
+
+MANIFEST = "manifest.jsonl"
+
+
+def manifest_lines(path: Path) -> Iterator[dict]:
+    """The lines of a manifest, checked. DataError names the first that is wrong, and a manifest without any."""
+    seen: dict[str, int] = {}
+    for number, line in lines(path):
+        if wrong := _wrong(line):
+            raise DataError(f"{path}, line {number}: {wrong}")
+        if line["id"] in seen:
+            raise DataError(f"{path}, line {number}: id {line['id']} stands in line {seen[line['id']]} too")
+        seen[line["id"]] = number
+        yield line
+    if not seen:
+        raise DataError(f"{path}: holds no record")
+
+
+def _wrong(line: object) -> str:
+    """What is wrong with a line; "" if nothing."""
+    if not isinstance(line, dict):
+        return "is no JSON object"
+    missing = [key for key in ("id", "image", "masks", "modality", "group") if key not in line]
+    masks = line.get("masks")
+    if missing or not isinstance(masks, list) or not all(isinstance(m, dict) and "file" in m and "entity" in m for m in masks):
+        return f"lacks {', '.join(missing) or 'file or entity of a mask'}"
+    texts = [line["id"], line["image"], line["group"], *(mask[key] for mask in masks for key in ("file", "entity"))]
+    if not all(isinstance(text, str) and text for text in texts):
+        return "id, image, group, and file and entity of a mask must be texts"
+    if line["modality"] not in MODALITIES:
+        return f"modality {line['modality']!r}; use one of {', '.join(MODALITIES)}"
+    optional = [(line, key) for key in ("dataset", "source_repo", "split", "licence", "source_path")]
+    for holder, key in [*optional, *((mask, "annotation") for mask in masks)]:
+        if not isinstance(holder.get(key), str | None):
+            return f"{key} is no text"
+    if line.get("split") and line["split"] not in SPLITS:
+        return f"split {line['split']!r}; use train, val or test, or leave it away"
+    absent, spacing = line.get("absent_entities") or [], line.get("pixel_spacing_mm")
+    if not isinstance(absent, list) or not all(isinstance(entity, str) for entity in absent):
+        return "absent_entities is no list of texts"
+    numbers = isinstance(spacing, list) and len(spacing) == 2 and all(isinstance(mm, int | float) and mm > 0 for mm in spacing)
+    return "" if spacing is None or numbers else "pixel_spacing_mm is not [row, column] in mm"
+
+
+class Manifest(Source):
+    name = "manifest"
+    looks_for = f"a .jsonl file, or {MANIFEST} in the folder"
+
+    def open(self) -> None:
+        self.index = self.path / MANIFEST if self.path.is_dir() else self.path
+        if self.index.suffix != ".jsonl" or not self.index.is_file():
+            raise self.not_there()
+
+    def items(self) -> Iterator[Item]:
+        for line in manifest_lines(self.index):
+            dataset = self.told["dataset"] or line.get("dataset") or line.get("source_repo") or self.dataset
+            count: Counter[str] = Counter()
+            masks = []
+            for mask in line["masks"]:
+                entity = mask["entity"]
+                masks.append(MaskRef(entity, self._at(mask["file"]), instance=count[entity], annotation=mask.get("annotation") or ""))
+                count[entity] += 1
+            spacing = line.get("pixel_spacing_mm")
+            # Labels of a manifest are seldom complete: only what a line says to be absent is known to be.
+            yield Item(
+                id=line["id"], image=self._at(line["image"]), modality=line["modality"], dataset=dataset,
+                group=f"{dataset}/{line['group']}", masks=tuple(masks), split=SPLITS.get(line.get("split") or "", ""),
+                pixel_spacing_mm=tuple(spacing) if spacing else None,
+                complete=False, absent=tuple(line.get("absent_entities") or ()), licence=line.get("licence") or self.licence,
+                source=line.get("source_path") or "",
+            )  # fmt: skip
+
+    def _at(self, file: str) -> str:
+        return str(self.index.parent / file)

@@ -1,0 +1,160 @@
+"""One record as questions see it: its masks by entity, what it is known to lack, and the generator that draws."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from typing import TypeVar
+
+import numpy as np
+
+from mimo_jax.data.builder.entities import ancestors
+from mimo_jax.data.builder.knowledge import KNOWLEDGE
+from mimo_jax.data.builder.label_stats import Census, is_lesion, overlapping
+from mimo_jax.data.builder.relations import Layout
+from mimo_jax.data.builder.templates import Style
+from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn
+
+NEARER = 1.2  # places nearer than this to equally far are not told
+ABSENT_FROM_HERE = 0.75  # of what is asked and absent: rather of this kind of image than of another
+
+T = TypeVar("T")
+Answer = tuple[str, list[Target]]
+
+
+def grounded(template: str, spans: Iterable[tuple[str, list[str]]], turn: int = 1) -> Answer:
+    """A sentence whose blanks `{}` are filled with (entity, mask ids), and the targets that its spans carry."""
+    pieces = template.split("{}")
+    text, targets = pieces[0], []
+    for (entity, mask_ids), piece in zip(spans, pieces[1:], strict=True):
+        targets.append(Target(turn=turn, entity=entity, span=[len(text), len(text) + len(entity)], mask_ids=list(mask_ids)))
+        text += entity + piece
+    return text, targets
+
+
+@lru_cache(maxsize=1 << 10)
+def names_pattern(names: tuple[str, ...]) -> re.Pattern:
+    """Matches each of the names where it stands as words of its own, the longest first: of "left lung", "lung" is no mention."""
+    return re.compile(r"(?<![\w-])(?:" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")(?![\w-])")
+
+
+class Scene:
+    def __init__(self, record: Record, rng: np.random.Generator, census: Census, absent: Iterable[str] | None, style: Style):
+        self.record, self.rng, self.census, self.style = record, rng, census, style
+        self.masks: dict[str, list[Mask]] = {}
+        for mask in record.masks:
+            self.masks.setdefault(mask.entity, []).append(mask)
+        known = census.lacking(record) if absent is None else absent
+        self.lacking = [entity for entity in known if entity not in self.masks]
+        self.judged = sorted({*self.masks, *self.lacking})  # what is known to be there or not
+        self.foreign = [entity for entity in census.foreign(record) if entity not in self.masks]
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout(self.record, self.masks)
+
+    @cached_property
+    def finest(self) -> list[str]:
+        """The entities of which no part is shown under a name of its own."""
+        wholes = {whole for part in self.masks for whole in ancestors(part)}
+        return [entity for entity in self.masks if entity not in wholes]
+
+    @cached_property
+    def pointable(self) -> list[str]:
+        """The entities that a mark can mean: no whole of which a part is shown too, and no two names of one place."""
+        return [entity for entity in self.finest if not self.layout.has_double(entity)]
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[int(self.rng.integers(len(options)))]
+
+    def shuffled(self, options: Iterable[T]) -> list[T]:
+        options = list(options)
+        return [options[i] for i in self.rng.permutation(len(options))]
+
+    def ids(self, entity: str) -> list[str]:
+        return [mask.mask_id for mask in self.masks[entity]]
+
+    def spans(self, entities: Iterable[str]) -> list[tuple[str, list[str]]]:
+        """What `grounded` fills blanks with: each entity with all of its masks."""
+        return [(entity, self.ids(entity)) for entity in entities]
+
+    def told(self, template: str, spans: list[tuple[str, list[str]]]) -> Answer:
+        """`grounded`, with a span also for what the template itself names of the image: what is named is painted, but for the whole
+        that something painted is a part of."""
+        pieces, filled = [], []
+        done = {entity for entity, _ in spans}
+        for piece, span in zip(template.split("{}"), [*spans, None], strict=True):
+            for match in self._named.finditer(piece):
+                if not any(overlapping(match[0], other) for other in done):
+                    done.add(match[0])
+                    filled += self.spans([match[0]])
+                    piece = piece.replace(match[0], "{}", 1)
+            pieces.append(piece)
+            filled += [span] if span else []
+        return grounded("{}".join(pieces), filled)
+
+    @cached_property
+    def _named(self) -> re.Pattern:
+        return names_pattern(tuple(self.masks))
+
+    def sample(self, perspective: str, kind: str, question: str, answer: Answer, prompted: Iterable[str] = (), **extra) -> Sample:
+        turns = [Turn("user", question, list(prompted)), Turn("assistant", answer[0])]
+        return Sample("", perspective, turns, answer[1], kind=kind, **extra)
+
+    def prompts(self, entities: Iterable[str]) -> list[Mask]:
+        """One mask of each entity in random order, so that the image alone favours none of them; of a sole entity, all."""
+        piles = [self.shuffled(self.masks[entity]) for entity in self.shuffled(entities)]
+        return piles[0] if len(piles) == 1 else [pile[0] for pile in piles]
+
+    def separate(self, a: str, b: str) -> bool:
+        """Whether two entities may stand side by side in one question: neither is the other's whole, nor marked in its place. An
+        organ and a lesion in it may."""
+        return not overlapping(a, b) and (is_lesion(a) != is_lesion(b) or not self.layout.covers(a, b))
+
+    def absent_entity(self, known: bool) -> str | None:
+        """Something that is not there: rather of this kind of image than of another. `known`: one that a question of knowledge has,
+        and that nothing in the image could be taken for."""
+        allowed = [[e for e in group if not known or self._asks_alone(e)] for group in (self.lacking, self.foreign)]
+        first, second = allowed if self.rng.random() < ABSENT_FROM_HERE else allowed[::-1]
+        group = first or second
+        if not self.style.even:
+            return self.pick(group) if group else None
+        weights = np.array([self.census.odds(self.record, entity) for entity in group])
+        return group[int(self.rng.choice(len(group), p=weights / weights.sum()))] if weights.any() else None
+
+    def _asks_alone(self, entity: str) -> bool:
+        fact = KNOWLEDGE.get(entity)
+        here = {KNOWLEDGE[other].does for other in self.masks if other in KNOWLEDGE}
+        return fact is not None and not fact.twin and fact.does not in here
+
+    @staticmethod
+    def no_such(entity: str) -> Answer:
+        return f"There is no {entity} in this image.", [Target(turn=1, entity=entity, absent=True)]
+
+    # where a lesion lies
+
+    def hosts(self, lesion: str) -> list[str]:
+        """The organs, of those that the lesion may lie in, that do hold one of its instances."""
+        hosts = {self.host(mask) for mask in self.masks[lesion]}
+        return [home for home in KNOWLEDGE[lesion].homes if home in hosts]
+
+    def host(self, mask: Mask) -> str:
+        """The organ that holds one instance of a lesion: its mask's parent, or the one that holds most of it; "" if none does."""
+        homes = [home for home in KNOWLEDGE[mask.entity].homes if home in self.masks]
+        for home in homes:
+            if mask.parent_mask_id in self.ids(home):
+                return home
+        for home in homes:
+            if self.layout.share_within(mask, home) > 0.5:
+                return home
+        return ""
+
+    def landmark(self, mask: Mask) -> str:
+        """The landmark nearest to a lesion, box centre to box centre; "" unless there are two and one is clearly nearer."""
+        near = sorted(
+            (float(np.hypot(*(np.add(mask.box_xyxy[:2], mask.box_xyxy[2:]) - np.add(m.box_xyxy[:2], m.box_xyxy[2:])))), name)
+            for name in KNOWLEDGE[mask.entity].landmarks
+            for m in self.masks.get(name, [])[:1]
+        )
+        return near[0][1] if len(near) > 1 and near[1][0] >= NEARER * near[0][0] else ""

@@ -1,0 +1,243 @@
+"""DICOM files to pictures: modality LUT, window, inversion, colour; and the place of every frame in the patient.
+
+Axis letters: F frames, H, W height and width of a frame in pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimo_jax.data.images.image import PERCENTILES, DicomGrid, Picture, Window, library, limits_of
+from mimo_jax.data.transforms import MAX_PIXELS, windowed
+from mimo_jax.errors import UserError
+
+# What decides how a frame looks and where it lies; an enhanced DICOM has it in these functional groups, frame by frame.
+_GROUPS = ("PixelMeasures", "PlanePosition", "PlaneOrientation", "PixelValueTransformation", "FrameVOILUT")
+_ATTRIBUTES = (
+    "Modality", "PhotometricInterpretation", "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "VOILUTFunction",
+    "WindowCenter", "WindowWidth", "PixelSpacing", "ImagerPixelSpacing", "SliceThickness", "SpacingBetweenSlices",
+    "ImageOrientationPatient", "ImagePositionPatient",
+)  # fmt: skip
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+EVEN = 0.05  # part of a step by which a slice may lie beside where even steps would put it
+
+
+class DamagedError(UserError):
+    """A file that is no DICOM picture, or not a whole one."""
+
+
+def open_frame(path: Path, frame: int | None, window: Window) -> Picture:
+    """One frame of a DICOM file as a Picture; `open_picture` says the rest."""
+    file = DicomFile(path)
+    if frame is None and file.frames > 1:
+        raise UserError(f"{path}: holds {file.frames} frames; choose one, frame 0 to {file.frames - 1}")
+    frame = frame or 0
+    if not 0 <= frame < file.frames:
+        raise UserError(f"{path}: frame {frame} is not there; it holds {file.frames}, counted from 0")
+    picture = file.picture(frame, window)
+    if file.may_name_the_patient():
+        warnings.warn("the picture may contain burned-in text, such as a patient's name", stacklevel=3)
+    return picture
+
+
+class DicomFile:
+    """A DICOM file in memory, its pixels as they are stored. header: pydicom's dataset without them. size: (H, W).
+    Raises DamagedError for what is no whole picture, UserError for one that is too large or needs a decoder."""
+
+    def __init__(self, path: Path):
+        pydicom, self._pixels = library("pydicom"), library("pydicom.pixels")
+        self.path = path
+        with reading(path):
+            self._whole = pydicom.dcmread(path, force=True)
+            if not any(name in self._whole for name in _PIXELS):
+                raise DamagedError(f"{path}: a DICOM file without a picture (a report, say), or cut off before it")
+            self.frames = int(self._whole.get("NumberOfFrames") or 1)
+            self.size = int(self._whole.Rows), int(self._whole.Columns)
+            if self.size[0] * self.size[1] > MAX_PIXELS:
+                raise UserError(f"{path}: {self.size[1]}x{self.size[0]} pixels; the limit is {MAX_PIXELS} in all")
+            _check_compression(self._pixels, path, self._whole)
+            self.header = pydicom.Dataset()
+            self.header.update({tag: element for tag, element in self._whole.items() if tag not in map(pydicom.tag.Tag, _PIXELS)})
+
+    def picture(self, frame: int, window: Window) -> Picture:
+        with reading(self.path):
+            values = self._pixels.pixel_array(self._whole, index=frame)
+            view = _at_frame(self.header, frame)
+            if self.header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2"):
+                rgb = np.repeat(_grey(self.path, view, values, window)[:, :, None], 3, axis=2)
+            elif window is not None:
+                raise UserError(f"{self.path}: a colour image takes no window; leave the window away")
+            else:
+                rgb = _colour(self._pixels, self.header, values)
+            return Picture(rgb, _spacing(view), self.grid(frame))
+
+    def grid(self, frame: int) -> DicomGrid:
+        with reading(self.path):
+            view = _at_frame(self.header, frame)
+            return DicomGrid(self.header, frame, self.frames, _affine(view, _spacing(view)))
+
+    def may_name_the_patient(self) -> bool:
+        """Whether the file does not rule out burned-in text."""
+        return value_of(self.header, "BurnedInAnnotation") != "NO"
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """What pydicom and highdicom warn of and log goes nowhere: they quote the values of a header."""
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    before = [logger.disabled for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.disabled = True
+            yield
+        finally:
+            for logger, was in zip(loggers, before, strict=True):
+                logger.disabled = was
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What fails while a file is read becomes one line that quotes nothing of it."""
+    try:
+        with unsaid():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, and their text may quote the header
+        raise DamagedError(f"{path}: a damaged or truncated DICOM file ({type(error).__name__})") from None
+
+
+def stack_affine(grids: Sequence[DicomGrid]) -> np.ndarray | None:
+    """[4, 4]: (column, row, slice) to RAS mm of frames that lie one behind the other at even steps; None if they do not, or if
+    nothing says where they lie. A step may lean, as that of a CT with a tilted gantry does."""
+    affines = np.array([grid.affine for grid in grids if grid.affine is not None])
+    if len(affines) < len(grids) or len(grids) < 2:
+        return grids[0].affine if len(grids) == 1 else None
+    places = affines[:, :3, 3]
+    step = (places[-1] - places[0]) / (len(places) - 1)
+    even = places[0] + np.arange(len(places))[:, None] * step
+    stack = affines[0].copy()
+    stack[:3, 2] = step
+    flat = np.abs(np.linalg.det(stack[:3, :3])) < 0.5 * np.prod(np.linalg.norm(stack[:3, :3], axis=0))
+    uneven = np.linalg.norm(places - even, axis=1).max() > EVEN * np.linalg.norm(step)
+    turned = np.abs(affines[:, :3, :2] - affines[0, :3, :2]).max() > 1e-3
+    return None if flat or uneven or turned else stack
+
+
+def value_of(dataset: Any, name: str) -> Any:
+    """An attribute's value; None where it is missing, empty, or damaged, which pydicom finds when it is asked for."""
+    try:
+        return dataset.get(name)
+    except Exception:
+        return None
+
+
+def place_of(dataset: Any, frame: int = 0) -> tuple[np.ndarray, np.ndarray] | None:
+    """(directions [6] of a row and a column, position [3] of the first pixel) in LPS, mm; None where a file does not say."""
+    view = _at_frame(dataset, frame)
+    directions, position = (np.array(_numbers(view, name)) for name in ("ImageOrientationPatient", "ImagePositionPatient"))
+    whole = len(directions) == 6 and len(position) == 3 and np.isfinite([*directions, *position]).all()
+    return (directions, position) if whole else None
+
+
+def _check_compression(pixels: Any, path: Path, dataset: Any) -> None:
+    """Complete a file without a meta header; UserError where no decoder is at hand."""
+    if "TransferSyntaxUID" not in dataset.file_meta:  # implicit or explicit VR, little endian
+        dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" if dataset.original_encoding[0] else "1.2.840.10008.1.2.1"
+    try:
+        usable = pixels.get_decoder(dataset.file_meta.TransferSyntaxUID).is_available
+    except NotImplementedError:
+        usable = False
+    if not usable:
+        raise UserError(f'{path}: no decoder for its compression; pip install "mimo_jax[medical]", or save it uncompressed')
+
+
+def _at_frame(dataset: Any, frame: int) -> dict[str, Any]:
+    """The attributes that count for one frame; those of its functional groups go before those of the file."""
+    found = {name: dataset[name].value for name in _ATTRIBUTES if name in dataset}
+    shared, each = dataset.get("SharedFunctionalGroupsSequence"), dataset.get("PerFrameFunctionalGroupsSequence")
+    groups = ([shared[0]] if shared else []) + ([each[frame]] if each else [])
+    for item in (item for group in groups for name in _GROUPS for item in group.get(f"{name}Sequence") or ()):
+        found.update({name: item[name].value for name in _ATTRIBUTES if name in item})
+    if int(dataset.get("NumberOfFrames") or 1) > 1 and not any("PlanePositionSequence" in group for group in groups):
+        found.pop("ImagePositionPatient", None)  # one place for all frames is that of the first; nothing says where the others lie
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _grey(path: Path, view: dict[str, Any], stored: np.ndarray, window: Window) -> np.ndarray:
+    """Stored values [H, W] -> uint8 [H, W]: modality LUT or rescale, window, inversion where small values are bright."""
+    if view.get("ModalityLUTSequence"):
+        values = _lookup(view["ModalityLUTSequence"][0], stored)[0]
+    else:
+        values = stored * _number(view, "RescaleSlope", 1.0) + _number(view, "RescaleIntercept", 0.0)
+    if isinstance(window, str) and view.get("Modality") not in ("CT", None, ""):
+        raise UserError(f"{path}: window {window} is one of Hounsfield units, which only a CT holds; give LOW,HIGH or leave it away")
+    limits = limits_of(window)
+    center, width = _number(view, "WindowCenter"), _number(view, "WindowWidth")
+    rule = str(view.get("VOILUTFunction") or "LINEAR").upper()
+    if limits is None and np.isfinite(center) and width >= (1 if rule == "LINEAR" else 1e-6):
+        if rule == "SIGMOID":
+            values, limits = 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))), (0.0, 1.0)
+        else:
+            # PS3.3 C.11.2.1.2: LINEAR counts from the first grey level to the last, LINEAR_EXACT from edge to edge.
+            middle, half = (center - 0.5, (width - 1) / 2) if rule == "LINEAR" else (center, width / 2)
+            limits = (middle - half, max(middle + half, middle - half + 1e-6))  # a width of 1 is a threshold
+    elif limits is None and view.get("VOILUTSequence"):
+        values, bits = _lookup(view["VOILUTSequence"][0], values)
+        limits = (0.0, float(2**bits - 1))
+    grey = windowed(values, limits, PERCENTILES, str(path))
+    return 255 - grey if view["PhotometricInterpretation"] == "MONOCHROME1" else grey
+
+
+def _lookup(item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
+    """(the LUT's entries for these values as float64, bits of an entry). pydicom's own wraps values beyond an 8-bit table."""
+    entries, first, bits = (int(v) for v in item.LUTDescriptor)
+    entries, data = entries or 2**16, item.LUTData
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, "<u2" if len(data) >= 2 * entries else "u1")
+    table = np.atleast_1d(np.asarray(data))[:entries]
+    return table[np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)].astype(np.float64), bits
+
+
+def _colour(pixels: Any, dataset: Any, values: np.ndarray) -> np.ndarray:
+    """Decoded values -> uint8 RGB [H, W, 3]; pydicom has already turned YBR into RGB."""
+    bits = int(dataset.BitsStored)
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        values = pixels.apply_color_lut(values, dataset)
+        bits = int(dataset.RedPaletteColorLookupTableDescriptor[2])
+    return (values[..., :3] >> max(0, bits - 8)).astype(np.uint8)
+
+
+def _numbers(view: dict[str, Any], name: str) -> list[float]:
+    return [float(v) for v in np.atleast_1d(view.get(name, []))]
+
+
+def _number(view: dict[str, Any], name: str, default: float = np.nan) -> float:
+    return next(iter(_numbers(view, name)), default)
+
+
+def _spacing(view: dict[str, Any]) -> tuple[float, float] | None:
+    both = (_numbers(view, name) for name in ("PixelSpacing", "ImagerPixelSpacing"))
+    return next(((s[0], s[1]) for s in both if len(s) == 2 and np.isfinite(s).all() and min(s) > 0), None)
+
+
+def _affine(view: dict[str, Any], spacing: tuple[float, float] | None) -> np.ndarray | None:
+    """(column, row, 0) of a frame to RAS mm; PS3.3 C.7.6.2.1.1. None without orientation, position and spacing."""
+    directions, position = _numbers(view, "ImageOrientationPatient"), _numbers(view, "ImagePositionPatient")
+    if spacing is None or len(directions) != 6 or len(position) != 3:
+        return None
+    along_row, along_column = np.array(directions[:3]), np.array(directions[3:])
+    normal = np.cross(along_row, along_column)
+    thickness = next((v for v in _numbers(view, "SpacingBetweenSlices") + _numbers(view, "SliceThickness") if v > 0), 1.0)
+    lps = np.eye(4)
+    lps[:3] = np.stack([along_row * spacing[1], along_column * spacing[0], normal * thickness, np.array(position)], axis=1)
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps if np.isfinite(lps).all() and np.linalg.norm(normal) > 0.5 else None

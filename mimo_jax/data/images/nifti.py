@@ -1,0 +1,155 @@
+"""NIfTI files to pictures: one slice, or all along an axis, as a radiologist sees them.
+
+Axis letters: F slices, H, W height and width of the picture in pixels; i, j, k axes of the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimo_jax.data.images.image import PERCENTILES, PLANES, NiftiGrid, Picture, Volume, Window, check_size, library, limits_of, opened
+from mimo_jax.data.transforms import MAX_PIXELS, windowed
+from mimo_jax.errors import UserError
+
+_AXES = "ijk"
+_MM = {"meter": 1000.0, "micron": 0.001}  # a NIfTI file's unit of length; others are taken for mm
+
+
+def open_slice(path: Path, slice: str | None, window: Window) -> Picture:
+    """One slice of a NIfTI file as a Picture; `open_picture` says the rest."""
+    with _reading(path) as image:
+        axis, index = _chosen(path, slice, *_axes(image))
+        grid = _grid(path, image, axis, index)
+        where = [np.s_[:]] * 3 + [0] * len(image.shape[3:])
+        where[axis] = index
+        plane = np.asarray(image.dataobj[tuple(where[: len(image.shape)])], np.float64)  # slope and intercept are in it
+        plane = plane.reshape(np.delete((*image.shape, 1)[:3], axis))
+        return _picture(path, grid, plane, _steps(image), limits_of(window))
+
+
+def open_slices(path: Path, axis: str | None, window: Window) -> Volume:
+    """All slices along an axis of a NIfTI file; `open_volume` says the rest. Stored values stay in memory, as they are."""
+    with _reading(path) as image:
+        shape, worlds = _axes(image)
+        across = _axis(axis or "axial", worlds)
+        if across is None:
+            raise UserError(f"axis {axis}: give i, j, k, {', '.join(reversed(PLANES))}")
+        grid = _grid(path, image, across, 0)
+        height, width = grid.turned(np.empty(np.delete(shape, across), bool)).shape
+        check_size(path, shape[across], height, width)
+        stored = np.moveaxis(image.dataobj.get_unscaled().reshape(shape), across, 0)
+        scaling, steps = (image.dataobj.slope, image.dataobj.inter), _steps(image)
+        scaled = library("nibabel.volumeutils").apply_read_scaling
+        limits = limits_of(window) or _limits(path, stored, lambda values: scaled(values, *scaling))
+
+    def show(k: int) -> Picture:
+        values = np.asarray(scaled(stored[k], *scaling), np.float64)
+        if not np.isfinite(values).any():  # outside the field of view of a scan that was put onto a larger grid
+            values = np.full_like(values, limits[0])
+        return _picture(path, replace(grid, index=k), values, steps, limits)
+
+    between, rows, columns = steps[across], *_spacing(grid, steps)
+    voxel = float(abs(np.linalg.det(grid.affine[:3, :3])) * np.prod(steps / np.linalg.norm(grid.affine[:3, :3], axis=0)))
+    grids = [replace(grid, index=k) for k in range(shape[across])]
+    return Volume((height, width), grids, show, (float(between), rows, columns), voxel, [path])
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """nibabel's image; what fails while it is read becomes one line."""
+    nibabel = library("nibabel")
+    with opened(path) as stream:
+        try:
+            head = stream.read(8)
+            stream.seek(0)
+            image = (nibabel.Nifti2Image if head[4:8] == b"n+2\0" else nibabel.Nifti1Image).from_stream(stream)
+            _check_nifti(path, image)
+            yield image
+        except UserError:
+            raise
+        except Exception as error:  # nibabel, gzip and numpy each have their own
+            raise UserError(f"{path}: a damaged or truncated NIfTI file ({type(error).__name__})") from None
+
+
+def _limits(path: Path, stored: np.ndarray, scaled: Any) -> tuple[float, float]:
+    """(low, high) of a whole volume, by its percentiles, or by its extremes where it is nearly constant."""
+    finite = stored[np.isfinite(stored)] if stored.dtype.kind == "f" else stored
+    if not finite.size:
+        raise UserError(f"{path}: holds no finite value")
+    low, high = sorted(float(v) for v in scaled(np.percentile(finite, PERCENTILES)))
+    if low >= high:
+        low, high = sorted(float(v) for v in scaled(np.array([finite.min(), finite.max()])))
+    return low, max(high, np.nextafter(low, np.inf))
+
+
+def _picture(path: Path, grid: NiftiGrid, plane: np.ndarray, steps: np.ndarray, limits: tuple[float, float] | None) -> Picture:
+    """A plane of the file, float64 and scaled, as it is seen."""
+    grey = windowed(grid.turned(plane), limits, PERCENTILES, str(path))
+    return Picture(np.repeat(grey[:, :, None], 3, axis=2), _spacing(grid, steps), grid)
+
+
+def _steps(image: Any) -> np.ndarray:
+    """mm from one voxel to the next along i, j, k."""
+    return np.linalg.norm(image.affine[:3, :3], axis=0) * _MM.get(image.header.get_xyzt_units()[0], 1.0)
+
+
+def _spacing(grid: NiftiGrid, steps: np.ndarray) -> tuple[float, float]:
+    """mm between the rows and between the columns of a picture."""
+    first, second = np.delete(steps, grid.axis).tolist()
+    return (second, first) if grid.transpose else (first, second)
+
+
+def _check_nifti(path: Path, image: Any) -> None:
+    kind, affine = image.get_data_dtype().kind, image.affine
+    if kind not in "iufb":
+        raise UserError(f"{path}: holds {'complex numbers' if kind == 'c' else 'colours'}; save it with one real number a voxel")
+    if len(image.shape) < 2 or 0 in image.shape or any(n > 1 for n in image.shape[3:]):
+        raise UserError(f"{path}: is {len(image.shape)}-D {list(image.shape)}; save the one volume that you mean as a 3-D file")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) <= 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0)):
+        raise UserError(f"{path}: its affine maps all voxels into one plane, so nothing says which way is up; mend its header")
+
+
+def _axes(image: Any) -> tuple[tuple[int, ...], list[int]]:
+    """(shape, 3-D; of each file axis the nearest world axis)."""
+    nearest = library("nibabel").io_orientation(image.affine)
+    return (*image.shape, 1)[:3], [int(world) for world in nearest[:, 0]]
+
+
+def _grid(path: Path, image: Any, axis: int, index: int) -> NiftiGrid:
+    shape, worlds = _axes(image)
+    rows, columns = sorted((a for a in range(3) if a != axis), key=lambda a: -worlds[a])
+    if shape[rows] * shape[columns] > MAX_PIXELS:
+        raise UserError(f"{path}: a slice of {shape[columns]}x{shape[rows]} pixels; the limit is {MAX_PIXELS} in all")
+    # Down a picture z, or else y, falls; to its right x, or else y, falls: an axis that runs along its world axis is turned.
+    along = library("nibabel").io_orientation(image.affine)[:, 1] > 0
+    return NiftiGrid(image.shape, image.header, image.affine, axis, index, rows > columns, bool(along[rows]), bool(along[columns]))
+
+
+def _axis(name: str, worlds: list[int]) -> int | None:
+    """The file axis of i, j, k or a plane's name; None for another."""
+    name = name.lower()
+    return worlds.index(PLANES[name]) if name in PLANES else _AXES.index(name) if name in tuple(_AXES) else None
+
+
+def _chosen(path: Path, slice: str | None, shape: tuple[int, ...], worlds: list[int]) -> tuple[int, int]:
+    """(file axis, index) of "AXIS:INDEX"; without it, of the only slice."""
+    near = {worlds.index(world): name for name, world in PLANES.items()}
+    counts = ", ".join(f"{_AXES[a]} (near {near[a]}) has {shape[a]}" for a in range(3))
+    if slice is None:
+        if 1 not in shape:
+            raise UserError(f"{path}: is a volume; choose a slice, such as slice k:{shape[2] // 2}: {counts}")
+        return max(a for a in range(3) if shape[a] == 1), 0
+    match = re.fullmatch(r"([a-z]+):(\d+)", slice.lower())
+    axis = _axis(match[1], worlds) if match else None
+    if not match or axis is None:
+        raise UserError(f"slice {slice}: write AXIS:INDEX, AXIS one of i, j, k, {', '.join(reversed(PLANES))}, such as axial:30")
+    if int(match[2]) >= shape[axis]:
+        raise UserError(f"{path}: slice {slice} is not there, counted from 0: {counts}")
+    return axis, int(match[2])

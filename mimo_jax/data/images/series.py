@@ -1,0 +1,203 @@
+"""A folder of DICOM files to the slices of one series, in the order in which they lie in the patient.
+
+What is no picture to ask about (another format, a DICOMDIR, reports, segmentations) and what cannot be read is passed over.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimo_jax.data.images.dicom import EVEN, DamagedError, DicomFile, place_of, reading, stack_affine, value_of
+from mimo_jax.data.images.image import DicomGrid, Picture, Volume, Window, check_size, kind_of, library
+from mimo_jax.errors import UserError
+
+_TAGS = (
+    "SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "Rows", "Columns", "NumberOfFrames", "ImageOrientationPatient",
+    "ImagePositionPatient",
+)  # fmt: skip
+_PAINTED = ("SEG", "RTDOSE")  # modalities whose pixels are drawn over a picture
+_NOTICE = {"other": "no DICOM", "pictureless": "without a picture to ask about", "damaged": "damaged or unreadable"}
+
+
+class SeriesError(UserError):
+    """A folder of several series; the lines that follow the first name each."""
+
+    listing = True
+
+
+@dataclass
+class _Series:
+    """Files whose pictures belong together: one series, one size, one direction; a file of several frames stands alone."""
+
+    uid: str
+    number: float
+    modality: str
+    size: tuple[int, int]
+    directions: np.ndarray | None
+    frames: int
+    files: list[Path] = field(default_factory=list)
+
+    def takes(self, other: _Series) -> bool:
+        alike = (self.uid, self.size, self.frames) == (other.uid, other.size, other.frames) and self.frames == 1
+        if self.directions is None or other.directions is None:
+            return alike and self.directions is other.directions
+        return alike and np.abs(self.directions - other.directions).max() < 1e-3
+
+    def describe(self) -> str:
+        pictures = self.frames * len(self.files)
+        return f"{pictures} picture{'s' * (pictures != 1)}, {self.modality or 'modality not said'}, {self.size[1]}x{self.size[0]}"
+
+
+def open_series(folder: Path, number: int | None, window: Window) -> Volume:
+    """A series of a folder as a Volume; `open_volume` says the rest."""
+    found, passed = _scan(folder)
+    if not found:
+        reasons = ", ".join(f"{count} {_NOTICE[kind]}" for kind, count in passed.items())
+        raise UserError(f"{folder}: holds no DICOM picture that can be read ({reasons or 'no file at all'}); give the folder of one series")
+    if number is None and len(found) > 1:
+        head = f"{folder}: holds {len(found)} series, sizes or directions; choose one with series=N (--series N)"
+        raise SeriesError("\n  ".join([head, *(f"{n}: {series.describe()}" for n, series in enumerate(found, 1))]))
+    if number is not None and not 1 <= number <= len(found):
+        raise UserError(f"{folder}: series {number} is not there; it holds {len(found)}, counted from 1")
+    chosen = found[(number or 1) - 1]
+    if chosen.frames > 1:
+        volume = open_frames(chosen.files[0], window)
+    else:
+        check_size(folder, len(chosen.files), *chosen.size)
+        slices = _read(folder, chosen.files, window, passed)
+        volume = _volume([path for path, _ in slices], [grid for _, grid in slices], window)
+    if passed["damaged"]:
+        warnings.warn(f"damaged or unreadable files that are passed over: {passed['damaged']}; slices may be missing", stacklevel=3)
+    return replace(volume, passed_over=passed.total())
+
+
+def open_frames(path: Path, window: Window) -> Volume:
+    """All frames of a DICOM file as a Volume, in their order."""
+    file = DicomFile(path)
+    check_size(path, file.frames, *file.size)
+    _warn_of_text(file.may_name_the_patient())
+    for frame in range(file.frames):
+        file.picture(frame, window)
+    return _volume([path] * file.frames, [file.grid(n) for n in range(file.frames)], window, file)
+
+
+def _scan(folder: Path) -> tuple[list[_Series], Counter]:
+    """(the series of a folder, in the order of their number; how many files were passed over, by reason)."""
+    found, passed = [], Counter[str]()
+    library("pydicom")  # that it is missing is no damage of a file
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        try:
+            if kind_of(path) != "DICOM":
+                passed["other"] += 1
+                continue
+            made = _header(path)
+        except UserError:
+            passed["damaged"] += 1
+            continue
+        if made is None:
+            passed["pictureless"] += 1
+            continue
+        home = next((series for series in found if series.takes(made)), made)
+        if home is made:
+            found.append(made)
+        home.files.append(path)
+    return sorted(found, key=lambda series: series.number), passed
+
+
+def _header(path: Path) -> _Series | None:
+    """The series of one file, as yet without files; None where it holds no picture to ask about."""
+    pydicom = library("pydicom")
+    with reading(path):
+        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS), force=True)
+        if not ds.get("Rows") or not ds.get("Columns"):
+            kind = pydicom.uid.UID(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "").name
+            if not kind or "Image Storage" in kind:
+                raise DamagedError(f"{path}: cut off before its picture")
+            return None
+        if ds.get("Modality") in _PAINTED:
+            return None
+        place = place_of(ds)
+        number = float("inf") if ds.get("SeriesNumber") is None else float(ds.SeriesNumber)
+        size, frames = (int(ds.Rows), int(ds.Columns)), int(ds.get("NumberOfFrames") or 1)
+        uid, modality = str(ds.get("SeriesInstanceUID") or ""), str(ds.get("Modality") or "")
+        return _Series(uid, number, modality, size, place and place[0], frames)
+
+
+def _read(folder: Path, files: Sequence[Path], window: Window, passed: Counter) -> list[tuple[Path, DicomGrid]]:
+    """Each file with its grid, sorted. All are decoded here, so that none turns out to be damaged in the middle of the work."""
+    slices, text = [], False
+    for path in files:
+        try:
+            file = DicomFile(path)
+            slices.append((path, file.picture(0, window).grid))
+            text |= file.may_name_the_patient()
+        except DamagedError:
+            passed["damaged"] += 1
+    if not slices:
+        raise UserError(f"{folder}: all {len(files)} pictures are damaged or truncated; copy them from where they were made")
+    _warn_of_text(text)
+    return _sorted(slices)
+
+
+def _sorted(slices: list[tuple[Path, DicomGrid]]) -> list[tuple[Path, DicomGrid]]:
+    """By position along the normal of the slices, else by InstanceNumber, else by name."""
+    places = [place_of(grid.dataset) for _, grid in slices]
+    if all(places):
+        directions = places[0][0]
+        keys: list[Any] = [position @ np.cross(directions[:3], directions[3:]) for _, position in places]
+    else:
+        keys, how = [value_of(grid.dataset, "InstanceNumber") for _, grid in slices], "InstanceNumber"
+        if not all(isinstance(key, int) for key in keys):
+            keys, how = [path.name for path, _ in slices], "file name"
+        if len(slices) > 1:
+            warnings.warn(f"the files do not say where their slices lie; they are in the order of {how}", stacklevel=5)
+    return [slices[n] for n in sorted(range(len(slices)), key=keys.__getitem__)]
+
+
+def _volume(files: list[Path], grids: list[DicomGrid], window: Window, file: DicomFile | None = None) -> Volume:
+    """file: the one that holds all slices, open; without it each of `files` is read when its slice is shown."""
+    affine = stack_affine(grids)
+    if affine is None:
+        _warn_of_gaps(grids)
+    known = affine is not None and len(grids) > 1
+    between, rows, columns = (float(np.linalg.norm(affine[:3, n])) for n in (2, 1, 0)) if known else (0, 0, 0)
+
+    def show(k: int) -> Picture:
+        return (file or DicomFile(files[k])).picture(grids[k].frame, window)
+
+    return Volume(
+        size=(int(grids[0].dataset.Rows), int(grids[0].dataset.Columns)),
+        grids=grids,
+        show=show,
+        spacing_mm=(between, rows, columns) if known else None,
+        voxel_mm3=float(abs(np.linalg.det(affine[:3, :3]))) if known else None,
+        files=list(dict.fromkeys(files)),
+    )
+
+
+def _warn_of_gaps(grids: Sequence[DicomGrid]) -> None:
+    """Says why slices whose places are known make no even stack."""
+    if any(grid.affine is None for grid in grids):
+        return
+    affines = np.array([grid.affine for grid in grids])
+    normal = np.cross(affines[0, :3, 0], affines[0, :3, 1])
+    steps = np.abs(np.diff(affines[:, :3, 3] @ (normal / np.linalg.norm(normal))))
+    apart = steps[steps >= 1e-3]
+    usual = np.median(apart) if len(apart) else 0
+    same, odd = len(steps) - len(apart), int((np.abs(apart - usual) > EVEN * usual).sum())
+    reasons = [f"slices in a place that another one has: {same} (several phases or echoes?)"] * (same > 0)
+    reasons += [f"distances that are not the usual {usual:g} mm: {odd} of {len(steps)} (slices missing?)"] * (odd > 0)
+    what = "; ".join(reasons) or "the slices do not lie one behind the other"
+    warnings.warn(f"{what}; mm³ are not known, and .nii cannot be written", stacklevel=5)
+
+
+def _warn_of_text(possible: bool) -> None:
+    if possible:
+        warnings.warn("the slices may contain burned-in text, such as a patient's name", stacklevel=5)

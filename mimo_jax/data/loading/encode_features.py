@@ -1,0 +1,174 @@
+"""`mimo data encode`: the features of frozen image encoders, once for every picture of a dataset, for training to read.
+
+Axis letters: N images, I image tokens, D width of CLIP, C width of SAM's features, g side of SAM's grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from mimo_jax import pathtree
+from mimo_jax.checkpoints import loading, storage
+from mimo_jax.config import Config, ConfigError
+from mimo_jax.data.loading.collate import record_image
+from mimo_jax.data.loading.features import FeatureFolder, FeatureWriter, feature_folder
+from mimo_jax.data.loading.sources import Manifest, open_source
+from mimo_jax.data.records import RecordFolder
+from mimo_jax.data.schema import Record
+from mimo_jax.data.transforms import views
+from mimo_jax.models import mimo, scan
+from mimo_jax.preemption import StopSignal
+from mimo_jax.train.state import Plan
+
+ENCODERS = ("clip/", "sam_encoder/")
+_SAM_FIELDS = ("image_size", "image_fit", "patch_size", "width", "layers", "heads", "mlp_ratio", "window", "global_every", "decoder_width")
+_VERSION = 1  # of how a file becomes pixels and pixels become features: raise it when that changes
+
+
+class Encoded(NamedTuple):
+    """Of a process's pictures: written now, there before, and those that cannot be read as (id, reason). unreadable: the file that
+    lists them, one JSON object a line. stopped: a signal came before the last."""
+
+    written: int
+    before: int
+    failed: list[tuple[str, str]]
+    unreadable: Path
+    stopped: bool
+
+
+def fingerprint(config: Config, params: Mapping[str, jax.Array | np.ndarray]) -> str:
+    """SHA-256 of what decides the features of a picture: settings, and the encoders' parameters (by path; others are passed over) in
+    bfloat16, as the features are, whatever dtype a run keeps them in."""
+    sam = {name: getattr(config.model.sam, name) for name in _SAM_FIELDS}
+    about = {"version": _VERSION, "clip": dataclasses.asdict(config.model.clip), "sam": sam}
+    hashes = {path: storage.hash_array(leaf.astype(jnp.bfloat16)) for path, leaf in sorted(params.items()) if path.startswith(ENCODERS)}
+    return hashlib.sha256(json.dumps([about, hashes], sort_keys=True).encode()).hexdigest()
+
+
+def check_frozen(plan: Plan) -> None:
+    """ConfigError if a parameter that features depend on trains."""
+    moving = [path for path in plan.multipliers if path.startswith(ENCODERS) and plan.trains(path)]
+    if moving:
+        raise ConfigError(
+            f"config.data.features: features are of frozen encoders, and {moving[0]} trains; freeze clip/ and sam_encoder/ in "
+            "config.trainables, or set config.data.features=False"
+        )
+
+
+def encode_checkpoint(
+    path: str | os.PathLike,
+    data: str | os.PathLike,
+    split: str = "train",
+    batch: int = 8,
+    process_index: int = 0,
+    process_count: int = 1,
+    base: str | os.PathLike | None = None,
+) -> Encoded:
+    """Write the features of this process's share of the pictures beside the records; what is there already stays. Of a checkpoint only
+    the encoders are read. batch: pictures at a time on each device. Raises UserErrors before any work."""
+    source = open_source(data, split)
+    leaves = loading.Leaves(path, base)
+    params = {name: leaves[name] for name in leaves if name.startswith(ENCODERS)}
+    folder = feature_folder(source, fingerprint(leaves.config, params))
+    return write_features(leaves.config, params, source, folder, batch, process_index, process_count)
+
+
+def write_features(
+    config: Config,
+    params: Mapping[str, np.ndarray],
+    source: RecordFolder | Manifest,
+    folder: Path,
+    batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Encoded:
+    """`encode_checkpoint` with the encoders' parameters, by path, in hand."""
+    writer = FeatureWriter(folder)
+    there = FeatureFolder(folder, config.model)
+    mine = range(process_index, len(source), process_count)
+    todo = [number for number in mine if source.index.ids[number].decode() not in there]
+    encode, size = _encoder(config, params, batch)
+    written, failed, stopped = 0, [], False
+    with StopSignal() as stop, tqdm(total=len(mine), initial=len(mine) - len(todo), desc="encode", unit="image", disable=None) as bar:
+        for some in _read(config, source, todo, size):
+            good = [(record, seen) for record, seen in some if not isinstance(seen, str)]
+            failed += [(record, seen) for record, seen in some if isinstance(seen, str)]
+            if good:
+                x_img, sam_features = encode([seen for _, seen in good])
+                for at, (record, _) in enumerate(good):
+                    writer.add(record, {"x_img": x_img[at], "sam_features": sam_features[at]})
+            written += len(good)
+            bar.update(len(some))
+            if stop.received and written + len(failed) < len(todo):
+                stopped = True
+                break
+        writer.flush()
+    unreadable = folder / f"unreadable-{process_index}-of-{process_count}.jsonl"
+    unreadable.unlink(missing_ok=True)
+    if failed:
+        unreadable.write_text("".join(json.dumps({"record": name, "reason": reason}) + "\n" for name, reason in failed))
+    return Encoded(written, len(mine) - len(todo), failed, unreadable, stopped)
+
+
+def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tuple[Callable, int]:
+    """(views of at most N pictures -> X_img uint16 [N, I, D], SAM's features uint16 [N, g, g, C]; N), over all devices of this process."""
+    graphdef, shapes = mimo.abstract(config)
+    rest = {path: leaf for path, leaf in pathtree.flatten(shapes).items() if path not in params}
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    split, size = NamedSharding(mesh, P("data")), batch * len(devices)
+    placed = jax.device_put(dict(params), NamedSharding(mesh, P()))
+
+    @jax.jit
+    def encode(params, seen):
+        unused = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in rest.items()}  # XLA leaves them out
+        model = scan.bind(graphdef, pathtree.unflatten({**params, **unused}))
+        x_img = model.encode_clip(seen["clip_image"], seen["clip_size"])
+        features = model.encode_sam(seen["sam_image"], seen["sam_size"])
+        return tuple(jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) for x in (x_img, features))
+
+    def run(seen: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        padded = seen + [seen[-1]] * (size - len(seen))
+        stacked = {name: np.stack([one[name] for one in padded]) for name in seen[0]}
+        return jax.device_get(encode(placed, jax.device_put(stacked, split)))
+
+    return run, size
+
+
+def _read(
+    config: Config, source: RecordFolder | Manifest, numbers: list[int], size: int
+) -> Iterator[list[tuple[Record, dict[str, np.ndarray]] | tuple[str, str]]]:
+    """`size` at a time: (record, views), or (id, why it cannot be read). The next ones are read meanwhile."""
+
+    def read(number: int):
+        try:
+            record = source[number]
+            return record, views(record_image(record), config.model)
+        except ValueError as error:
+            return source.index.ids[number].decode(), str(error)
+
+    groups = [numbers[at : at + size] for at in range(0, len(numbers), size)]
+    with ThreadPoolExecutor() as pool:
+        ahead: deque[list[Future]] = deque()
+        for group in groups[:2]:
+            ahead.append([pool.submit(read, number) for number in group])
+        for at in range(len(groups)):
+            made = [future.result() for future in ahead.popleft()]
+            if at + 2 < len(groups):
+                ahead.append([pool.submit(read, number) for number in groups[at + 2]])
+            yield made

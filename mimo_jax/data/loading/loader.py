@@ -1,0 +1,411 @@
+"""From sources to batches: which samples come when, and the Grain pipeline that makes them.
+
+Axis letters: B samples of the global batch, K samples that share one image, N = B / K images.
+
+Everything is a pure function of (config, sources, tokenizer, number of the global batch): which images and samples, in
+which bucket, with which prompts. So the state of the iterator is one integer, the same in all processes, every process
+takes the same bucket, and another number of processes goes on with the same global sequence: of a batch's images
+0 … N-1 a process makes those that it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from mimo_jax.config import PERSPECTIVES, Config
+from mimo_jax.data.conversation import Rendered, prompt_turn, render
+from mimo_jax.data.loading.collate import blank_arrays, blank_views, record_image, sample_arrays, smallest_bucket, stack_batch, wanted_masks
+from mimo_jax.data.loading.features import FeatureFolder, open_features
+from mimo_jax.data.loading.sources import Manifest
+from mimo_jax.data.records import DataError, RecordFolder
+from mimo_jax.data.schema import Record
+from mimo_jax.data.tokenizer import Tokenizer
+from mimo_jax.data.transforms import augment, views
+
+_REPORT = "unusable"  # key under which a batch carries its unusable samples from the process that made it
+_IMAGES_AHEAD = 64  # that may wait ready-made, in all
+
+
+class Drawn(NamedTuple):
+    """One image of the global sequence."""
+
+    source: int
+    record: int
+    samples: tuple[int, ...]  # K indices into the record's samples
+    seed: int  # of prompts and augmentation
+
+
+def make_loader(
+    config: Config, tokenizer: Tokenizer, sources: dict[str, RecordFolder | Manifest], mine: Sequence[int] | None = None
+) -> Loader:
+    """Endless batches. `sources`: by name, as `open_sources` gives them; mine: which of every global batch's N images this process
+    makes, ascending; None: all.
+
+    Raises DataError for a perspective with a weight that no source holds."""
+    order = GlobalOrder(config, tokenizer, sources)
+    return Loader(_Batches(order, _Maker(config, tokenizer, list(sources.values())), range(order.images) if mine is None else mine))
+
+
+class Loader:
+    """Iterator of batches (dicts of arrays, K samples of each image that this process makes).
+
+    state() -> {"batch": number of the next global batch}; restore(state) goes on from there, bit-identically.
+    bad: {"record", "sample", "reason"} of every sample that came up and could not be used; it stands in its batch with
+    weight 0. More than `train.max_bad_samples` of all samples raise DataError.
+    """
+
+    def __init__(self, batches: _Batches):
+        self._batches = batches
+        self._next = 0
+        self._iterator: grain.DatasetIterator | None = None
+        self._bad: dict[str, dict] = {}
+
+    def use_features(self, fingerprint: str) -> None:
+        """From now on batches carry `x_img` and `sam_features`, as `FeatureFolder.read` gives them, in place of pictures. Raises
+        DataError for a source that has none of the encoders of that fingerprint."""
+        order, maker = self._batches.order, self._batches.maker
+        maker.features = [open_features(source, fingerprint, order.config.model) for source in order.sources]
+
+    @property
+    def bad(self) -> list[dict]:
+        return list(self._bad.values())
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._next += 1
+        self._count(json.loads(batch.pop(_REPORT).tobytes()))
+        return batch
+
+    def state(self) -> dict[str, int]:
+        return {"batch": self._next}
+
+    def records(self, number: int) -> list[str]:
+        """Ids of the records whose images a global batch shows, in all processes."""
+        order = self._batches.order
+        return [order.sources[image.source].index.ids[image.record].decode() for image in order.batch(number)[1]]
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.close()
+        self._next = int(state["batch"])
+
+    def close(self) -> None:
+        """End the threads and worker processes; iterating starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _start(self) -> grain.DatasetIterator:
+        config = self._batches.order.config
+        ahead = max(1, min(8, _IMAGES_AHEAD // len(self._batches.mine)))
+        threads = min(ahead, 4, os.cpu_count() or 1)
+        if config.data.workers:
+            ahead = threads = 1  # within each worker, which itself runs ahead by a batch
+        batches = grain.MapDataset.source(self._batches)[self._next :]
+        batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+        if config.data.workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain's worker pool reads absl flags; the command line is argparse's here
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
+        return iter(batches)
+
+    def _count(self, rows: list[dict]) -> None:
+        self._bad.update((row["sample"], row) for row in rows)
+        config, total = self._batches.order.config, self._batches.order.total
+        if len(self._bad) > config.train.max_bad_samples * total:
+            shown = "; ".join(row["reason"] for row in self.bad[:3])
+            raise DataError(
+                f"{len(self._bad)} of {total} samples are unusable, more than config.train.max_bad_samples "
+                f"({config.train.max_bad_samples:g}): {shown}"
+            )
+
+
+class GlobalOrder:
+    """The endless global sequence of images, and its cut into batches of one bucket each."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, sources: dict[str, RecordFolder | Manifest]):
+        self.config, self.tokenizer = config, tokenizer
+        self.sources = list(sources.values())
+        self.images = config.data.batch_size // config.data.samples_per_image
+        self.drawn, self.total = _mixture(config, sources)
+        self._lengths = [np.zeros(len(source.index.perspective), np.int32) for source in self.sources]  # 0: not known yet
+        self._overhead = _overhead(config, tokenizer)
+        self._windows: dict[int, list[tuple[int, list[Drawn]]]] = {}
+
+    def batch(self, number: int) -> tuple[int, list[Drawn]]:
+        """(bucket, N images) of a global batch.
+
+        Within a window of `data.sort_window` batches images are sorted by the bucket that they need (stably, so that they
+        stay mixed), and the batches are put in random order: the same images, and few batches that pad to a long one."""
+        window = self.config.data.sort_window if len(self.config.buckets()) > 1 else 1
+        at, within = divmod(number, window)
+        if at not in self._windows:
+            made = self._window(at, window)
+            self._windows = {key: value for key, value in self._windows.items() if abs(key - at) < 4} | {at: made}
+            return made[within]
+        return self._windows[at][within]
+
+    def _window(self, at: int, window: int) -> list[tuple[int, list[Drawn]]]:
+        size = window * self.images
+        drawn = [self.drawn[i] for i in range(at * size, (at + 1) * size)]
+        needs = np.array([self._bucket(image) for image in drawn])
+        rows = np.argsort(needs, kind="stable").reshape(window, self.images)
+        rows = rows[np.random.default_rng([self.config.data.seed, at]).permutation(window)]
+        return [(int(needs[row].max()), [drawn[i] for i in row]) for row in rows]
+
+    def _bucket(self, image: Drawn) -> int:
+        """The smallest bucket for its samples. Without tokenising where even one token a byte would fit in the first."""
+        buckets = self.config.buckets()
+        if len(buckets) == 1:
+            return buckets[0]
+        index, lengths = self.sources[image.source].index, self._lengths[image.source]
+        places = index.first[image.record] + np.array(image.samples)
+        if index.text_bytes[places].max() + self._overhead <= buckets[0]:
+            return buckets[0]
+        if not lengths[places].all():
+            samples = self.sources[image.source].samples(image.record)
+            for place, number in zip(places, image.samples, strict=True):
+                try:
+                    lengths[place] = len(render(samples[number], self.tokenizer, self.config).input_ids)
+                except ValueError:  # the sample will be a placeholder
+                    lengths[place] = 1
+        return smallest_bucket(int(lengths[places].max()), buckets)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_windows": {}}
+
+
+def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tuple[grain.MapDataset, int]:
+    """(endless random-access sequence of Drawn, number of samples that it draws from).
+
+    One endless dataset, shuffled anew each epoch, for each perspective of each source. Perspectives come in the shares of
+    `data.weights`; of the sources that hold one, each gives its part of that share by its weight."""
+    share = config.data.samples_per_image
+    kept = {name: _kept(source, config.data.share) for name, source in sources.items()}
+    leaves, weights, total = [], [], 0
+    for perspective, weight in config.data.weights.items():
+        if weight < 0:
+            raise DataError(f"config.data.weights.{perspective}: is {weight}; must be 0 or more")
+        if not weight:
+            continue
+        held = {}
+        for number, (name, source) in enumerate(sources.items()):
+            asked = [p.strip() for p in config.data.sources[name].perspectives.split(",")]
+            mine = kept[name] & (source.index.perspective == PERSPECTIVES.index(perspective)) & (perspective in asked)
+            if mine.any():
+                held[name] = _groups(source, mine, number, share)
+                total += int(mine.sum())
+        if not held:
+            portion = f" (config.data.share {config.data.share:g})" if config.data.share < 1 else ""
+            raise DataError(
+                f"config.data.weights.{perspective}: is {weight:g}, but no source ({', '.join(sources)}) holds a sample of "
+                f"{perspective} in split {config.data.split}{portion}; set it to 0 or add a source"
+            )
+        shares = sum(config.data.sources[name].weight for name in held)
+        for name, rows in held.items():
+            seed = zlib.crc32(f"{config.data.seed}/{perspective}/{name}".encode())
+            pick = _Pick(sources[name], PERSPECTIVES.index(perspective), share)
+            leaves.append(grain.MapDataset.source(_Epochs(rows, seed)).seed(seed).random_map(pick))
+            weights.append(weight * config.data.sources[name].weight / shares)
+    if not leaves:
+        raise DataError("config.data.weights: all are 0; give at least one perspective a weight")
+    return grain.MapDataset.mix(leaves, weights), total
+
+
+def _kept(source: RecordFolder | Manifest, share: float) -> np.ndarray:
+    """bool [m]: the samples of those patients or cases that `data.share` leaves. A group is in or out by its name alone, so a larger
+    share holds all of a smaller one."""
+    index = source.index
+    names, of = np.unique(index.groups, return_inverse=True)
+    places = np.array([int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64 for name in names.tolist()])
+    return np.repeat((places < share)[of], np.diff(index.first))
+
+
+def _groups(source: RecordFolder | Manifest, mine: np.ndarray, number: int, share: int) -> np.ndarray:
+    """int [n, 3]: (source, record, group of at most `share` of the samples that are `mine`, bool [m], in it)."""
+    of = np.repeat(np.arange(len(source)), np.diff(source.index.first))[mine]
+    records, held = np.unique(of, return_counts=True)
+    groups = -(-held // share)
+    within = np.arange(groups.sum()) - np.repeat(np.cumsum(groups) - groups, groups)
+    return np.column_stack([np.full(groups.sum(), number), np.repeat(records, groups), within])
+
+
+class _Epochs:
+    """Rows without end, in a new order each epoch: what Grain's `shuffle().repeat()` gives, whose index_shuffle takes 9 ms an
+    element for 3 rows and 0.2 ms for 200 (grain 0.2.18)."""
+
+    def __init__(self, rows: np.ndarray, seed: int):
+        self.rows, self.seed = rows, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, place: int) -> np.ndarray:
+        epoch, within = divmod(int(place), len(self.rows))
+        order = self._orders.get(epoch)
+        if order is None:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+            self._orders = {key: value for key, value in self._orders.items() if key == epoch - 1} | {epoch: order}
+        return self.rows[order[within]]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_orders": {}}
+
+
+class _Pick(grain.transforms.RandomMap):
+    """(source, record, group) -> Drawn; a last group with fewer than K samples is filled from the record's first."""
+
+    def __init__(self, source: RecordFolder | Manifest, perspective: int, share: int):
+        self.first, self.perspectives = source.index.first, source.index.perspective
+        self.perspective, self.share = perspective, share
+
+    def random_map(self, element: np.ndarray, rng: np.random.Generator) -> Drawn:
+        source, record, group = (int(v) for v in element)
+        held = np.flatnonzero(self.perspectives[self.first[record] : self.first[record + 1]] == self.perspective)
+        picked = held[(group * self.share + np.arange(self.share)) % len(held)]
+        return Drawn(source, record, tuple(picked.tolist()), int(rng.integers(2**62)))
+
+
+def _overhead(config: Config, tokenizer: Tokenizer) -> int:
+    """Tokens that any sample may have beside one for each byte of its texts."""
+    # A question of one letter: behind an image token, the "▁" before the question is its own.
+    turns = [len(prompt_turn(tokenizer, config, "?", turn, turn == 0)[0]) for turn in range(config.model.turns_max)]
+    grounding = len(config.model.grounding_tokens()) * config.model.seg_max
+    return sum(turns) + 2 * len(turns) + grounding  # "▁" and </s> of each answer
+
+
+class _Batches:
+    """Random access to this process's part of every global batch; Grain reads it from threads or worker processes."""
+
+    def __init__(self, order: GlobalOrder, maker: _Maker, mine: Sequence[int]):
+        self.order, self.maker, self.mine = order, maker, mine
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        bucket, drawn = self.order.batch(int(number))
+        report: list[dict] = []
+        examples = [self.maker.example(drawn[i], report) for i in self.mine]
+        batch = stack_batch(examples, bucket)
+        batch[_REPORT] = np.frombuffer(json.dumps(report).encode(), np.uint8)
+        return batch
+
+
+@dataclasses.dataclass
+class _Ready:
+    """What is kept of a record between its visits."""
+
+    record: Record  # without image bytes
+    image: np.ndarray | None  # decoded, where it is to be augmented
+    views: dict[str, np.ndarray] | None  # resized, or as features, else
+    rendered: dict[int, Rendered]  # by sample
+    frames: dict[tuple, np.ndarray]  # targets at mask resolution, by mask ids and side
+
+
+class _Maker:
+    """Draws to examples: decodes, resizes, renders, draws prompts. Keeps what fits in `data.cache_mb`, first come, first kept:
+    with a set that does not fit, throwing out the oldest would never find anything again."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, sources: list[RecordFolder | Manifest]):
+        self.config, self.tokenizer, self.sources = config, tokenizer, sources
+        self.features: list[FeatureFolder] = []  # of the sources, where they stand in for pictures
+        self._kept: dict[tuple[int, int], _Ready] = {}
+        self._free = (config.data.cache_mb << 20) // max(1, config.data.workers)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": {}}
+
+    def example(self, drawn: Drawn, report: list[dict]) -> dict:
+        """One image with its K samples, as `collate.stack_batch` takes them. What cannot be used is replaced by blanks of
+        weight 0 and told in `report`."""
+        source, model = self.sources[drawn.source], self.config.model
+        record_id = source.index.ids[drawn.record].decode()
+        try:
+            ready = self._ready(drawn.source, drawn.record)
+            image, masks = self._variant(ready, drawn)
+        except ValueError as error:
+            report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(drawn.samples))]
+            blank = self.features[drawn.source].blank() if self.features else blank_views(model)
+            return {**blank, "samples": [blank_arrays(self.config)] * len(drawn.samples)}
+        samples = []
+        for place, number in enumerate(drawn.samples):
+            sample = ready.record.samples[number]
+            frames = ready.frames if ready.image is None else {}
+            rng = np.random.default_rng([drawn.seed, place])
+            try:
+                rendered = self._rendered(ready, number)
+                size = (ready.record.height, ready.record.width)
+                samples.append(sample_arrays(sample.sample_id, rendered, masks, size, self.config, rng, frames))
+            except ValueError as error:
+                report.append({"record": record_id, "sample": f"{record_id}#{number}", "reason": str(error)})
+                samples.append(blank_arrays(self.config))
+        return {**image, "samples": samples}
+
+    def _ready(self, source: int, number: int) -> _Ready:
+        if (source, number) in self._kept:
+            return self._kept[source, number]
+        record = self.sources[source][number]
+        augmented = self.config.data.augment
+        image = None if self.features else record_image(record)
+        ready = _Ready(
+            record=dataclasses.replace(record, image=b""),
+            image=image if augmented else None,
+            views=None if augmented else views(image, self.config.model) if image is not None else self.features[source].read(record),
+            rendered={},
+            frames={},
+        )
+        size = len(ready.record.to_bytes()) + 4096 * len(record.samples)
+        size += image.nbytes if augmented else sum(v.nbytes for v in ready.views.values())
+        size += 0 if augmented else len(record.masks) * self.config.target_side() ** 2
+        if size <= self._free:
+            self._free -= size
+            self._kept[source, number] = ready
+        return ready
+
+    def _rendered(self, ready: _Ready, number: int) -> Rendered:
+        if number not in ready.rendered:
+            ready.rendered[number] = render(ready.record.samples[number], self.tokenizer, self.config)
+        return ready.rendered[number]
+
+    def _variant(self, ready: _Ready, drawn: Drawn) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(views, masks by id) of this visit."""
+        masks = _Masks(ready.record)
+        if ready.image is None:
+            return ready.views, masks
+        wanted: dict[str, np.ndarray] = {}
+        for number in drawn.samples:
+            try:
+                wanted |= {mask_id: masks[mask_id] for mask_id in wanted_masks(self._rendered(ready, number))}
+            except ValueError:  # told where the sample is made
+                continue
+        image, moved = augment(ready.image, list(wanted.values()), np.random.default_rng([drawn.seed, len(drawn.samples)]))
+        return views(image, self.config.model), dict(zip(wanted, moved, strict=True))
+
+
+class _Masks(dict):
+    """Masks of a record by id, decoded when they are asked for."""
+
+    def __init__(self, record: Record):
+        super().__init__()
+        self.record = record
+
+    def __missing__(self, mask_id: str) -> np.ndarray:
+        self[mask_id] = self.record.mask(mask_id).decode()
+        return self[mask_id]

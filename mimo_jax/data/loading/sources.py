@@ -1,0 +1,165 @@
+"""Where records come from: record folders, and JSON-lines manifests of images and mask files.
+
+Both are sequences of Record with an `index` and `samples(i)`, so that a loader plans without reading images. A manifest
+is split by group here, its masks are decoded once and kept as RLE, and its questions are made from templates; larger
+data is better built into a record folder.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from mimo_jax.config import Config
+from mimo_jax.data.builder.label_stats import Census
+from mimo_jax.data.builder.questions import ask
+from mimo_jax.data.builder.readers.manifest import MANIFEST, manifest_lines
+from mimo_jax.data.builder.splits import split_groups
+from mimo_jax.data.records import INFO, DataError, Index, IndexBuilder, RecordFolder
+from mimo_jax.data.schema import Mask, Record, RecordError, Sample, encode_mask
+from mimo_jax.data.transforms import ImageError, decode_image, decode_mask
+
+SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of a manifest's groups
+
+
+def open_source(path: str | os.PathLike, split: str, seed: int = 0, max_bad: float = 0.01) -> RecordFolder | Manifest:
+    """One split of a record folder, of a JSON-lines manifest, or of a folder that holds a manifest.jsonl.
+
+    `seed` decides a manifest's split and its questions. Its `bad` names every record that is unusable, with the reason;
+    DataError if these are more than `max_bad` of the split, or if the path is none of these."""
+    path = Path(path)
+    if (path / INFO).is_file():
+        return RecordFolder(path, split)
+    if (path / MANIFEST).is_file():
+        path = path / MANIFEST
+    if path.is_file() and path.suffix == ".jsonl":
+        return Manifest(path, split, seed, max_bad)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    raise DataError(f"{path}: is neither a folder with {INFO} (see `mimo data`) nor a manifest .jsonl")
+
+
+def open_sources(config: Config, split: str) -> dict[str, RecordFolder | Manifest]:
+    """Every source of `config.data.sources` with a weight, by name; how a manifest is split does not depend on `data.seed`, so that no
+    run trains on what another is tested on. Raises DataError naming the source."""
+    sources = {}
+    for name, source in config.data.sources.items():
+        if source.weight < 0:
+            raise DataError(f"config.data.sources.{name}.weight: is {source.weight}; must be 0 or more")
+        if source.weight:
+            try:
+                sources[name] = open_source(source.path, split, max_bad=config.train.max_bad_samples)
+            except DataError as error:
+                raise DataError(f"config.data.sources.{name}: {error}") from None
+    if not sources:
+        raise DataError("config.data.sources: names no source with a weight; add one with --data DIR")
+    return sources
+
+
+class Manifest:
+    """One split of a manifest: lines {id, image, masks: [{file, entity, …}], modality, group, width, height, …}, paths
+    relative to it. `absent_entities` of a line may be asked for and are known not to be there.
+
+    bad: record id -> why it is unusable (and left out). not_evaluable: entities with fewer than two groups in all splits."""
+
+    def __init__(self, path: str | os.PathLike, split: str, seed: int = 0, max_bad: float = 0.01):
+        self.path, self.split = Path(path), split
+        if split not in SHARES:
+            raise DataError(f"{path}: has no split {split!r}; it has {', '.join(SHARES)}")
+        lines = list(manifest_lines(self.path))
+        outlines = [_outline(line) for line in lines]
+        splits = split_groups(outlines, seed, SHARES)
+        self.not_evaluable = not_evaluable(outlines)
+        mine = [(line, o) for line, o in zip(lines, outlines, strict=True) if splits[o.group] == split]
+        if not mine:
+            raise DataError(f"{path}: split {split} is empty; {len(splits)} groups are too few for train, val and test")
+
+        # Labels of a manifest are seldom complete: only what a line says to be absent is known to be.
+        absent = {outline.id: line.get("absent_entities", []) for line, outline in zip(lines, outlines, strict=True)}
+        census = Census.of(outlines, absent=absent)
+        self.bad: dict[str, str] = {}
+        self._records: list[Record] = []
+        with ThreadPoolExecutor() as pool:
+            for (_, outline), made in zip(mine, pool.map(lambda pair: self._load(*pair), mine), strict=True):
+                if isinstance(made, str):
+                    self.bad[outline.id] = made
+                    continue
+                rng = np.random.default_rng([seed, zlib.crc32(made.id.encode())])
+                made.samples = ask(made, rng, census, absent[made.id])
+                self._records.append(made)
+        if len(self.bad) > max_bad * len(mine):
+            shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
+            raise DataError(
+                f"{path}: {len(self.bad)} of {len(mine)} records of {split} are unusable ({shown}); "
+                "repair them or raise config.train.max_bad_samples"
+            )
+        builder = IndexBuilder()
+        for record in self._records:
+            builder.add(record.id, record.group, record.samples)
+        self.index: Index = builder.build()
+        self._files = {o.id: self.path.parent / line["image"] for line, o in mine}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, position: int) -> Record:
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self.path}: record {position} of {len(self)}")
+        record = self._records[position]
+        try:
+            image = self._files[record.id].read_bytes()
+        except OSError as error:
+            raise DataError(f"{self._files[record.id]}: cannot be read ({error.strerror})") from None
+        return Record(**{**vars(record), "image": image})
+
+    def samples(self, position: int) -> list[Sample]:
+        """The samples of one record, without its image."""
+        return self._records[position].samples
+
+    def _load(self, line: dict, outline: Record) -> Record | str:
+        """The record without image bytes and samples, or why it is unusable."""
+        folder = self.path.parent
+        try:
+            height, width = decode_image(folder / line["image"]).shape[:2]
+            masks = []
+            for entry, light in zip(line["masks"], outline.masks, strict=True):
+                mask = decode_mask(folder / entry["file"])
+                if mask.shape != (height, width):
+                    return f"{folder / entry['file']}: is {mask.shape[1]}x{mask.shape[0]}, the image is {width}x{height}"
+                masks.append(
+                    encode_mask(mask, light.mask_id, light.entity, instance=light.instance, annotation=entry.get("annotation", ""))
+                )
+        except (ImageError, RecordError) as error:
+            return str(error)
+        return Record(**{**vars(outline), "height": height, "width": width, "masks": masks, "split": self.split})
+
+
+def _outline(line: dict) -> Record:
+    """What a line says without its files: masks have names, and no pixels yet."""
+    count: dict[str, int] = defaultdict(int)
+    masks = []
+    for entry in line["masks"]:
+        entity = entry["entity"]
+        masks.append(Mask(f"{entity.replace(' ', '_')}_{count[entity]}", entity, {}, 0, [], instance=count[entity]))
+        count[entity] += 1
+    return Record(
+        id=line["id"], image=b"", format="jpeg" if line["image"].lower().endswith((".jpg", ".jpeg")) else "png",
+        height=0, width=0, modality=line["modality"], dataset=line.get("dataset") or line.get("source_repo", ""), split="",
+        group=line["group"], masks=masks, pixel_spacing_mm=line.get("pixel_spacing_mm"), licence=line.get("licence", ""),
+        source=line.get("source_path", ""),
+    )  # fmt: skip
+
+
+def not_evaluable(records: Iterable[Record]) -> list[str]:
+    """Entities of fewer than two groups: no split can both train on them and test them."""
+    groups: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for mask in record.masks:
+            groups[mask.entity].add(record.group)
+    return sorted(entity for entity, of in groups.items() if len(of) < 2)

@@ -1,0 +1,151 @@
+"""What the model said and painted: text, its parts, and one entity per painted structure.
+
+Axis letters: H, W height and width of the original image in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from mimo_jax.data.images.image import Grid
+from mimo_jax.data.overlay import draw_overlay
+from mimo_jax.data.prompts import Prompts
+from mimo_jax.infer.answers.calibration import PLAIN, Calibration, Evidence
+from mimo_jax.infer.answers.outputs import check_outputs, write_all, write_json
+from mimo_jax.infer.answers.write_masks import write_nifti, write_seg
+
+NOTHING_PAINTED = "(no structure is marked in this answer)"
+_ARTICLES = {"a", "an", "the"}
+_OUTER = " \t\r\n.,;:!?\"'()[]"
+
+
+def canonical_name(phrase: str) -> str:
+    """An entity's name as it is compared: lower case, no leading article, no outer punctuation, single spaces."""
+    words = " ".join(phrase.casefold().split()).strip(_OUTER).split()
+    while len(words) > 1 and words[0] in _ARTICLES:
+        words = " ".join(words[1:]).strip(_OUTER).split()
+    return " ".join(words)
+
+
+@dataclass
+class Entity:
+    """A structure that the answer names and paints.
+
+    id: place among the answer's entities, from 0. phrase: the words as written ("" where a mask came without any);
+    entity: its canonical name. mask: bool [H, W]. box_xyxy: half-open [x0, y0, x1, y1] around the mask, None where it is
+    empty. area_mm2: None where the distance of pixels is not known. iou: the model's own estimate of the mask's IoU, 0 to 1.
+    score: the IoU to expect, if the answer is `calibrated`; else iou × probability of the `<SEG>` token. uncertain: score below
+    the calibration's bound (0.5 without one), or an empty mask. evidence: what the score is made of.
+    """
+
+    id: int
+    phrase: str
+    entity: str
+    mask: np.ndarray
+    box_xyxy: list[int] | None
+    area_px: int
+    area_mm2: float | None
+    iou: float
+    score: float
+    uncertain: bool
+    evidence: Evidence = field(repr=False)
+
+    @staticmethod
+    def of(
+        id: int,
+        phrase: str,
+        mask: np.ndarray,
+        evidence: Evidence,
+        calibration: Calibration = PLAIN,
+        spacing_mm: tuple[float, float] | None = None,
+    ) -> Entity:
+        """Entity with name, box, areas and score worked out. spacing_mm: of rows, of columns."""
+        rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box = [int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1] if len(rows) else None
+        score = float(calibration.scores([evidence])[0])
+        uncertain = box is None or score < calibration.uncertain_below
+        area = int(mask.sum())
+        area_mm2 = None if spacing_mm is None else area * spacing_mm[0] * spacing_mm[1]
+        return Entity(id, phrase, canonical_name(phrase), mask, box, area, area_mm2, evidence.iou, score, uncertain, evidence)
+
+    def describe(self) -> str:
+        """Name, size, place and score in a line."""
+        area = f"{self.area_px} px" if self.area_mm2 is None else f"{self.area_px} px, {self.area_mm2:.1f} mm²"
+        return f"{self.phrase or 'unnamed'}: {area}, box {self.box_xyxy}, score {self.score:.2f}{', uncertain' if self.uncertain else ''}"
+
+    def to_json(self) -> dict:
+        """As a plain dict; the mask as COCO RLE {"size": [H, W], "counts": str}; no area_mm2 where it is not known."""
+        rle = coco.encode(np.asfortranarray(self.mask.astype(np.uint8)))
+        return {
+            "id": self.id,
+            "phrase": self.phrase,
+            "entity": self.entity,
+            "rle": {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")},
+            "box_xyxy": self.box_xyxy,
+            "area_px": self.area_px,
+            **({} if self.area_mm2 is None else {"area_mm2": round(self.area_mm2, 2)}),
+            "iou": round(self.iou, 4),
+            "score": round(self.score, 4),
+            "uncertain": self.uncertain,
+        }
+
+
+@dataclass
+class Answer:
+    """text: the answer without tags. parts: the same text in pieces, in order, {"text"} or {"text", "entity_id"}.
+    truncated: the token limit came before the end of the answer. image uint8 [H, W, 3], question and prompts are those
+    that were asked with; the overlay shows them. grid: where the image lies in the medical file that it comes from. calibrated:
+    whether the entities' scores are expected IoUs."""
+
+    text: str
+    parts: list[dict]
+    entities: list[Entity]
+    truncated: bool
+    question: str
+    image: np.ndarray = field(repr=False)
+    prompts: Prompts = field(repr=False)
+    grid: Grid | None = field(default=None, repr=False)
+    calibrated: bool = False
+
+    def describe(self) -> str:
+        """The text, with a plain word where nothing is painted or the answer was cut off."""
+        notes = [NOTHING_PAINTED] * (not self.entities) + ["(cut off at the token limit)"] * self.truncated
+        return "\n".join([self.text, *notes])
+
+    def to_json(self) -> dict:
+        return {
+            "text": self.text,
+            "parts": self.parts,
+            "entities": [e.to_json() for e in self.entities],
+            "truncated": self.truncated,
+            "calibrated": self.calibrated,
+        }
+
+    def save(self, *paths: str | Path) -> None:
+        """Write the answer to each path by its ending: .png the overlay, .json `to_json`, .npy the masks bool [entities, H, W],
+        .nii and .nii.gz a label map on the grid of the NIfTI or DICOM input, .dcm a DICOM SEG of the DICOM input.
+
+        All are written, or none. UserError for what `check_outputs` refuses, and for a .dcm where all masks are empty."""
+        check_outputs(*paths, grid=self.grid)
+        grids, named = [self.grid], [(e.phrase, e.mask[None]) for e in self.entities]
+        masks = [mask for _, mask in named]
+        write_all(
+            paths,
+            {
+                ".png": lambda _, file: self._overlay().save(file, "PNG"),
+                ".json": lambda _, file: write_json(file, self.to_json()),
+                ".npy": lambda _, file: np.save(file, np.concatenate([np.zeros((0, *self.image.shape[:2]), bool), *masks])),
+                ".nii": lambda _, file: write_nifti(file, False, masks, grids),
+                ".nii.gz": lambda _, file: write_nifti(file, True, masks, grids),
+                ".dcm": lambda path, file: write_seg(path, file, named, grids, bool(self.prompts)),
+            },
+        )
+
+    def _overlay(self) -> Image.Image:
+        named = [(e.phrase or f"structure {e.id + 1}", e.mask) for e in self.entities]
+        return draw_overlay(self.image, named, self.prompts, f"{self.question}\n{self.describe()}")

@@ -1,0 +1,173 @@
+"""Masks of an answer back on the grid of the medical file that was asked about: NIfTI label maps and DICOM SEG.
+
+Axis letters: F slices or frames, H, W height and width of each in pixels; E entities. One picture is a volume of one slice.
+nibabel, pydicom and highdicom come with `pip install "mimo_jax[medical]"`; the checks below say so before anything runs.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mimo_jax import __version__
+from mimo_jax.data.images.dicom import stack_affine, unsaid, value_of
+from mimo_jax.data.images.image import DicomGrid, Grid, NiftiGrid, library
+from mimo_jax.errors import UserError
+
+Named = Sequence[tuple[str, np.ndarray]]  # (phrase, bool [F, H, W]) of each entity
+_IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+# What highdicom repeats from the image, and a file without names may lack.
+_MAY_BE_EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
+_SERIES = 1000  # added to the number of the series asked about
+_LABEL_LENGTH = 64  # characters of a DICOM LO
+
+
+def check_nifti(path: Path, grids: Sequence[Grid]) -> None:
+    """UserError where no NIfTI can be laid onto slices of these grids (none: a plain picture), or nibabel is missing."""
+    if not grids:
+        raise UserError(f"{path}: the image has no place in space; only NIfTI and DICOM input can be saved as NIfTI, use .npy or .json")
+    if isinstance(grids[0], DicomGrid) and stack_affine(grids) is None:
+        what = "its picture lies" if len(grids) == 1 else "its slices lie, or they are not evenly spaced"
+        raise UserError(f"{path}: this DICOM does not say where in the patient {what}; use .dcm, .npy or .json")
+    library("nibabel")
+
+
+def check_seg(path: Path, grids: Sequence[Grid]) -> None:
+    """UserError where no DICOM SEG can refer to slices of these grids, or highdicom is missing."""
+    if not grids or not isinstance(grids[0], DicomGrid):
+        raise UserError(f"{path}: only DICOM input can be saved as DICOM SEG; use {'.nii.gz' if grids else '.json'}")
+    sources = _sources(grids)
+    missing = [name for name in _IDENTITY if not all(value_of(source, name) for source in sources)]
+    if missing:
+        raise UserError(f"{path}: a DICOM SEG points at its image, and this one lacks {', '.join(missing)}; use {_instead(grids)}")
+    if grids[0].frames * len(sources) > 1 and not all(value_of(source, "FrameOfReferenceUID") for source in sources):
+        what = "a multi-frame file" if grids[0].frames > 1 else "a series"
+        raise UserError(f"{path}: a DICOM SEG cannot point into {what} without FrameOfReferenceUID; use {_instead(grids)}")
+    library("highdicom")
+
+
+def write_nifti(file: BinaryIO, packed: bool, masks: Iterable[np.ndarray], grids: Sequence[Grid]) -> None:
+    """A label map, gzip if `packed`: mask n (from 1, each bool [F, H, W]) has the value n, later ones lie on top. uint8, or
+    uint16 if there are more than 255.
+
+    NIfTI input: shape, affine and orientation codes of the input, zero outside the slices asked about. DICOM input: [W, H, F]
+    (columns, rows, slices) whose affine is that of the frames, in RAS mm.
+    """
+    import nibabel
+
+    shape = grids[0].shape if isinstance(grids[0], NiftiGrid) else (grids[0].dataset.Columns, grids[0].dataset.Rows, len(grids))
+    volume, count = np.zeros(shape, np.uint16), 0
+    planes = on_grid(volume, grids) if isinstance(grids[0], NiftiGrid) else volume.T
+    for count, mask in enumerate(masks, 1):
+        for plane, painted in zip(planes, mask, strict=True):
+            plane[painted] = count
+    volume = volume if count > np.iinfo(np.uint8).max else volume.astype(np.uint8)
+    if isinstance(grids[0], NiftiGrid):
+        header = grids[0].header
+        image = (nibabel.Nifti2Image if header["sizeof_hdr"] == 540 else nibabel.Nifti1Image)(volume, grids[0].affine)
+        # Only what says where the voxels lie is taken over: the rest of a header may speak of the patient.
+        image.header.set_xyzt_units(*header.get_xyzt_units())
+        try:
+            image.set_qform(*header.get_qform(coded=True))
+        except ValueError:  # numbers that are no rotation; the affine is then the sform's
+            image.set_qform(None, 0)
+        image.set_sform(*header.get_sform(coded=True))
+    else:
+        image = nibabel.Nifti1Image(volume, stack_affine(grids))
+        image.header.set_xyzt_units("mm")
+        image.set_qform(image.affine, "scanner")
+        image.set_sform(image.affine, "scanner")
+    if packed:
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as stream:
+            image.to_stream(stream)
+    else:
+        image.to_stream(file)
+
+
+def on_grid(array: np.ndarray, grids: Sequence[Grid]) -> Sequence[np.ndarray]:
+    """Views [H, W] of each slice in an array of the NIfTI file's shape, or, of DICOM, [F, H, W]."""
+    return [grid.shown(array) for grid in grids] if isinstance(grids[0], NiftiGrid) else array
+
+
+def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[DicomGrid], prompted: bool) -> None:
+    """A DICOM SEG of the series' study that refers to all files of the slices: BINARY, one segment for each entity that is not
+    empty, labelled with its phrase.
+
+    `path` names it in errors. `prompted`: the question came with points, boxes or scribbles, so the segments are SEMIAUTOMATIC,
+    else AUTOMATIC.
+    """
+    import highdicom
+    from pydicom import Dataset
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
+
+    painted = [(_label(phrase) or f"structure {n}", mask) for n, (phrase, mask) in enumerate(entities, 1) if mask.any()]
+    if not painted:
+        raise UserError(f"{path}: the answer paints nothing, and a DICOM SEG without segments is not allowed; use .json")
+    sources, frames = _sources(grids), grids[0].frames
+    pixels = np.zeros((frames * len(sources), *painted[0][1].shape[1:], len(painted)), np.uint8)  # [F, H, W, E]
+    places = [grid.frame if frames > 1 else k for k, grid in enumerate(grids)]  # a file of several frames is the only source
+    for e, (_, mask) in enumerate(painted):
+        pixels[places, :, :, e] = mask
+    algorithm = highdicom.AlgorithmIdentificationSequence("MIMO", codes.cid7162.ArtificialIntelligence, __version__)
+    described = [
+        highdicom.seg.SegmentDescription(
+            segment_number=n,
+            segment_label=label,
+            # Whether a phrase names an organ or a lesion is not known: the label alone says what it is.
+            segmented_property_category=codes.SCT.AnatomicalStructure,
+            segmented_property_type=codes.SCT.AnatomicalStructure,
+            algorithm_type="SEMIAUTOMATIC" if prompted else "AUTOMATIC",
+            algorithm_identification=algorithm,
+        )
+        for n, (label, _) in enumerate(painted, 1)
+    ]
+    with unsaid():
+        try:
+            images = []
+            for source in sources:
+                image = Dataset()
+                image.update(source)
+                for name in _MAY_BE_EMPTY:
+                    if name not in image:
+                        setattr(image, name, "")
+                images.append(image)
+            segmentation: Any = highdicom.seg.Segmentation(
+                source_images=images,
+                pixel_array=pixels,
+                segmentation_type="BINARY",
+                segment_descriptions=described,
+                series_instance_uid=generate_uid(),
+                series_number=_SERIES + int(sources[0].get("SeriesNumber") or 0),
+                sop_instance_uid=generate_uid(),
+                instance_number=1,
+                manufacturer="mimo_jax",
+                manufacturer_model_name="MIMO",
+                software_versions=__version__,
+                device_serial_number="0",
+                specific_character_set="ISO_IR 192",
+            )
+            segmentation.save_as(file)
+        # highdicom takes its source for a conforming file; what it says of one that is not may quote the header.
+        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            kind = type(error).__name__
+            raise UserError(f"{path}: this DICOM lacks what a SEG must repeat ({kind}); use {_instead(grids)}") from None
+
+
+def _sources(grids: Sequence[DicomGrid]) -> list[Any]:
+    """The datasets of the slices, each once."""
+    return list({id(grid.dataset): grid.dataset for grid in grids}.values())
+
+
+def _instead(grids: Sequence[DicomGrid]) -> str:
+    return ".npy or .json" if stack_affine(grids) is None else ".nii.gz"
+
+
+def _label(phrase: str) -> str:
+    """As DICOM's LO allows it: one line, no backslash, no more than 64 characters."""
+    printable = "".join(c if c.isprintable() else " " for c in phrase.replace("\\", "/"))
+    return " ".join(printable.split())[:_LABEL_LENGTH].strip()

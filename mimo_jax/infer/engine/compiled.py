@@ -1,0 +1,145 @@
+"""The compiled functions of one model, and what they were called with.
+
+Axis letters: N images, B rows of a batch, T new tokens of the prompt, M new-token bucket, S `<SEG>` slots, R turns, Q tokens of one
+turn's X_q, D width of the language model, g side of SAM's grid, m side of the mask decoder's output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from mimo_jax import pathtree, sharding
+from mimo_jax.config import Config
+from mimo_jax.errors import UserError
+from mimo_jax.infer.engine import generate
+from mimo_jax.infer.engine.generate import Decoding
+from mimo_jax.models import mimo, scan
+
+
+class Functions(NamedTuple):
+    """Jitted functions of a model config; each compiles once per shape of its arguments, whatever the parameters."""
+
+    encode: jax.stages.Wrapped
+    align: jax.stages.Wrapped
+    splice: jax.stages.Wrapped
+    new_cache: jax.stages.Wrapped
+    extend: jax.stages.Wrapped
+    prefill: jax.stages.Wrapped
+    decode: jax.stages.Wrapped
+    segment: jax.stages.Wrapped
+
+
+class Engine:
+    """The functions of one model with its parameters. counts: "images" encoded, "prefilled" tokens of prompts and "masks" asked
+    for, padding not counted."""
+
+    def __init__(self, config: Config, params: dict, eos_id: int):
+        """params: nested dict of all parameters, wherever they are placed. UserError if they are not those of the config."""
+        _fit(config, params)
+        self.params = jax.tree.map(jnp.asarray, params)
+        self.functions = functions(config.model_json(), eos_id, _cache_sharding(config, self.params))
+        self.counts: Counter[str] = Counter()
+
+    def encode(self, clip_image, clip_size, sam_image, sam_size, count: int) -> tuple[jax.Array, jax.Array]:
+        """N images as in a batch, of which `count` are no padding -> X_img [N, I, Dc] and SAM's features [N, g, g, C]."""
+        self.counts["images"] += count
+        return self.functions.encode(self.params, clip_image, clip_size, sam_image, sam_size)
+
+    def align(self, x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> jax.Array:
+        """X_img [B, I, Dc] and the turns' own instructions and prompts [B, R, …] -> X_q [B, R, Q, D]."""
+        return self.functions.align(self.params, x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind)
+
+    def new_cache(self, rows: int, slots: int) -> dict[str, jax.Array]:
+        return self.functions.new_cache(self.params, rows=rows, slots=slots)
+
+    def extend(self, cache: dict[str, jax.Array], slots: int) -> dict[str, jax.Array]:
+        """The same cache with room for `slots` tokens; the given one is used up."""
+        return self.functions.extend(cache, slots=slots)
+
+    def prefill(self, cache, x_q, input_ids, query_index, start, lengths, limits, temperature, top_p, seed, new_tokens: int) -> Decoding:
+        """See `generate.prefill`. x_q [B, R, Q, D]; input_ids, query_index int32 [B, T] as in a training batch. The cache is used up."""
+        self.counts["prefilled"] += int(np.sum(lengths * (limits > 0)))
+        x = self.functions.splice(self.params, input_ids, query_index, x_q)
+        return self.functions.prefill(self.params, cache, x, start, lengths, limits, temperature, top_p, seed, new_tokens=new_tokens)
+
+    def decode(self, state: Decoding, until: int) -> Decoding:
+        """See `generate.decode`. `state` is used up."""
+        return self.functions.decode(self.params, state, np.int32(until))
+
+    def segment(self, features, states, index, count: int, points=None, refine: bool = False) -> tuple[jax.Array, jax.Array]:
+        """SAM's features [B, g, g, C], states [B, M, D] of `Decoding`, index int32 [B, S] of each `<SEG>` among the new tokens
+        (any value in an unused slot; `count` are used) -> mask logits fp32 [B, S, m, m], predicted IoU fp32 [B, S].
+
+        points: (xy [B, P, 2], labels int32 [B, P]) of each row's turn, as `prompts.sam_points` makes them; refine: decode again with
+        the masks as dense prompts."""
+        self.counts["masks"] += count
+        return self.functions.segment(self.params, features, states, index, points, refine=refine)
+
+
+def _fit(config: Config, params: dict) -> None:
+    """UserError that lists every parameter which the model lacks, does not know, or has in another shape."""
+    wanted = {path: leaf.shape for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items()}
+    given = {path: leaf.shape for path, leaf in pathtree.flatten(params).items()}
+    wrong = sorted(path for path in wanted.keys() | given.keys() if wanted.get(path) != given.get(path))
+    if wrong:
+        shown = ", ".join(f"{path} ({given.get(path, 'missing')}, not {wanted.get(path, 'known')})" for path in wrong[:5])
+        raise UserError(f"checkpoint: {len(wrong)} parameters do not fit its model config: {shown}; was the config changed?")
+
+
+def _cache_sharding(config: Config, params: dict) -> NamedSharding | None:
+    """Where a KV cache lives: split as the heads of parameters that several devices share, None for the one device."""
+    place = jax.tree.leaves(params)[0].sharding
+    return sharding.of_cache(place.mesh, config.model.llm) if isinstance(place, NamedSharding) else None
+
+
+def compiler_options(config: Config) -> dict[str, str] | None:
+    """What XLA is told. On a CPU it would hoist a float32 copy of all scanned bf16 weights out of the loop over the layers,
+    twice the model beside it; kept inside, one layer is widened at a time."""
+    if jax.default_backend() == "cpu" and config.model.frozen_dtype != "float32":
+        return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    return None
+
+
+@lru_cache(maxsize=4)
+def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None = None) -> Functions:
+    """The functions of a model config, kept so that evaluations during training compile once."""
+    config = Config.from_dict({"model": json.loads(model_json)})
+    graphdef, _ = mimo.abstract(config)
+    compiler = compiler_options(config)
+
+    def jitted(function, **options):
+        bound = lambda params, *args, **kwargs: function(scan.bind(graphdef, params), *args, **kwargs)  # noqa: E731
+        return jax.jit(bound, compiler_options=compiler, **options)
+
+    def encode(model, clip_image, clip_size, sam_image, sam_size):
+        return model.encode_clip(clip_image, clip_size), model.encode_sam(sam_image, sam_size)
+
+    def extend(cache, slots):
+        return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, slots - a.shape[3]), (0, 0)]), cache)
+
+    def segment(model, features, states, index, points, refine):
+        states = jnp.take_along_axis(states, index[..., None], axis=1)
+        masks, iou = model.segment(features, states, points)
+        return model.segment(features, states, points, masks) if refine else (masks, iou)
+
+    decode = partial(generate.decode, eos_id=eos_id, seg_state=config.model.seg_state)
+    return Functions(
+        encode=jitted(encode),
+        align=jitted(lambda model, *args: model.align(*args)),
+        splice=jitted(lambda model, *args: model.embed(*args)),
+        new_cache=jitted(
+            lambda model, rows, slots: model.new_cache(rows, slots), static_argnames=("rows", "slots"), out_shardings=cache_sharding
+        ),
+        extend=jax.jit(extend, static_argnames="slots"),
+        prefill=jitted(generate.prefill, static_argnames="new_tokens", donate_argnums=1),
+        decode=jitted(decode, donate_argnums=1),
+        segment=jitted(segment, static_argnames="refine"),
+    )

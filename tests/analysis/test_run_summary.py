@@ -1,0 +1,108 @@
+"""What is printed before the first step, against the plan and the files that it speaks of."""
+
+import platform
+import re
+
+import jax
+import pytest
+
+from mimo_jax import pathtree, sharding
+from mimo_jax.analysis import flops, hardware, run_summary
+from mimo_jax.checkpoints import frozen_params, storage
+from mimo_jax.train.state import Plan
+from tests.tiny_config import tiny_config
+
+
+@pytest.fixture(scope="module")
+def plan():
+    config = tiny_config()
+    return Plan(config, sharding.make_mesh(config.mesh))
+
+
+@pytest.fixture
+def run(tmp_path, plan):
+    """What a begun run holds of itself."""
+    storage.write_json(tmp_path / "config.json", plan.config.to_dict())
+    storage.write_json(tmp_path / "base.json", {"fingerprint": frozen_params.fingerprint({}), "leaves": {}})
+    return tmp_path
+
+
+def test_all_is_shown_in_lines_that_fit(plan, run, capsys):
+    run_summary.show(plan, {"phantom": range(5400)}, run, 3)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 180
+    for told in (
+        f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib",
+        "1 × cpu; mesh slice 1 × data 1 × fsdp 1 × tensor 1",
+        "replicated: the mesh has no fsdp axis",
+        "phantom (5,400 images); 4 samples a step, 2 of an image, of 96 or 192 tokens",
+        f"base {frozen_params.fingerprint({})[:12]}, trained from a seed",
+        str(run / "config.json"),
+        "resuming at step 3 of 4",
+    ):
+        assert told in shown
+    assert "changed since" not in shown
+
+
+def test_what_a_config_was_changed_in_is_named(plan, run, capsys):
+    then = plan.config.to_dict()
+    then["train"]["steps"], then["data"]["batch_size"] = 2, 8
+    storage.write_json(run / "config.json", then)
+    run_summary.show(plan, {}, run, 0)
+    shown = capsys.readouterr().out
+    assert "changed since: data.batch_size 8 → 4, train.steps 2 → 4\n" in shown and "resuming" not in shown
+
+
+def test_the_parameter_table_adds_up(plan):
+    rows = [re.split(r"\s{2,}", line) for line in run_summary.parameter_table(plan)[1:]]
+    counts = plan.counts()
+    for kind in ("trained", "frozen"):
+        numbers = [int(number.replace(",", "")) for part, k, number, *_ in rows if k == kind]
+        assert sum(numbers[:-1]) == numbers[-1] == counts[kind]
+    assert {part for part, *_ in rows} == {*plan.params, "all"}
+    assert {row[3] for row in rows if row[0] == "llm"} == {run_summary.size_of(4 * sum(x.size for x in leaves(plan, "llm")))}
+
+
+def leaves(plan, part: str) -> list:
+    return list(pathtree.flatten(plan.params[part]).values())
+
+
+def test_memory_counts_what_lies_on_a_device(plan):
+    counts = plan.counts()
+    told = run_summary.memory(plan)
+    trained = run_summary.size_of(4 * counts["trained"])
+    assert f"trained {trained} + optimizer {run_summary.size_of(8 * counts['trained'])} + gradients {trained}" in told  # Adam: two moments
+    assert run_summary.size_of(16 * counts["trained"] + 4 * counts["frozen"]) + " a device" in told
+
+
+def test_memory_beside_what_the_device_has(plan, monkeypatch):
+    monkeypatch.setattr(hardware, "memory_of", lambda device: 80 * hardware.GIB)
+    assert " a device of 80.0 GiB, " in run_summary.memory(plan)
+
+
+def test_flops_are_those_of_the_longest_sequence(plan):
+    total = sum(flops.step(plan.config, 192).values())
+    told = run_summary.cost(plan)
+    assert f"{run_summary.flops_of(total)} a sample of 192 tokens (llm " in told and f"), {run_summary.flops_of(4 * total)} a step" in told
+
+
+def test_what_a_compiled_step_takes(monkeypatch):
+    compiled = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((256, 256), "float32")).compile()
+    told = run_summary.program(compiled, 56, 12.34)
+    assert told.startswith("step        compiled for 56 tokens in 12.3 s: 256 KiB arguments, ") and told.endswith(
+        " temporaries, on a device"
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert run_summary.program(compiled, 56, 12.34).endswith(" at its peak, on a device")
+
+
+def test_no_commit_is_told_of_what_is_no_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_summary, "_ROOT", tmp_path)
+    assert re.match(r"mimo_jax [\d.]+, Python", run_summary.versions())
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1024 * 1023.9, "1.0 MiB"), (150 * 2**30, "150 GiB")]
+)
+def test_sizes(size, text):
+    assert run_summary.size_of(size) == text

@@ -1,0 +1,47 @@
+"""A user's own pairs of images and masks."""
+
+import pytest
+
+from mimo_jax.data.records import DataError
+from tests.data.builder.readers.trees import image, listed, write_json
+
+
+def test_a_folder_for_each_entity(tmp_path):
+    root = tmp_path / "mine"
+    for name in ("images/a.jpg", "images/b.png", "images/patient1/c.png", "images/patient1/d.png", "images/.hidden.png",
+                 "masks/liver/a.png", "masks/spleen/a.png", "masks/liver/patient1/c.png", "masks/liver/lost.png"):  # fmt: skip
+        image(root / name)
+    items, skipped = listed("folders", root, modality="ultrasound", dataset="D", licence="mine")
+    assert {i.id: (i.group, [m.class_raw for m in i.masks]) for i in items} == {
+        "a": ("D/a", ["liver", "spleen"]), "b": ("D/b", []), "patient1/c": ("D/patient1", ["liver"]), "patient1/d": ("D/patient1", []),
+    }  # fmt: skip
+    assert items[0].image.endswith("images/a.jpg") and items[0].modality == "ultrasound" and items[0].licence == "mine"
+    assert skipped == [("masks/liver/lost.png", "belongs to no image")]
+
+
+def test_masks_without_a_name(tmp_path):
+    for name in ("images/a.png", "masks/a.png"):
+        image(tmp_path / name)
+    with pytest.raises(DataError, match="masks: does not say what its masks show; .*give entity=NAME or labels=TABLE"):
+        listed("folders", tmp_path, modality="CT")
+    with pytest.raises(DataError, match="give --modality"):
+        listed("folders", tmp_path)
+    (item,), _ = listed("folders", tmp_path, modality="CT", entity="polyp")
+    assert [(m.class_raw, m.value) for m in item.masks] == [("polyp", None)]
+    table = write_json(tmp_path / "labels.json", {"background": 0, "liver": 1, "spleen": 7})
+    (item,), _ = listed("folders", tmp_path, modality="CT", labels=str(table))
+    assert [(m.class_raw, m.value) for m in item.masks] == [("liver", 1), ("spleen", 7)]
+    with pytest.raises(DataError, match="entity or labels, not both"):
+        listed("folders", tmp_path, modality="CT", labels=str(table), entity="polyp")
+
+
+@pytest.mark.parametrize("table, said", [
+    ([], "is no table of labels"), ({"0": "background"}, "names no label but the background"),
+    ({"one": "liver"}, "is no label and its name"),
+    ({"1": 2}, "is no label and its name"), ({"-1": "liver"}, "is no label and its name"),
+])  # fmt: skip
+def test_tables_that_are_none(tmp_path, table, said):
+    for name in ("images/a.png", "masks/a.png"):
+        image(tmp_path / name)
+    with pytest.raises(DataError, match=f"labels.json: .*{said}"):
+        listed("folders", tmp_path, modality="CT", labels=str(write_json(tmp_path / "labels.json", table)))

@@ -65,7 +65,7 @@ class Way:
 
     def run(self, number: int, train: bool) -> None:
         """A step on one batch, from the parameters that training starts from, which stay, or on from the last."""
-        batch = jax.device_put(self.batches[number], sharding.of_batch(self.plan.mesh))
+        batch = jax.device_put(self.batches[number], sharding.batch_sharding(self.plan.mesh))
         state = self.state if train else jax.tree.map(jnp.copy, self.state)
         start, used = time.perf_counter(), time.process_time()
         state, metrics = self.step(state, self.frozen, batch)

@@ -38,7 +38,7 @@ def random_engine(config: Config, weights: str) -> Engine:
     leaves = {}
     for number, (path, leaf) in enumerate(pathtree.flatten(typed(config, mimo.abstract(config)[1])).items()):
         draw = jax.jit(lambda key, leaf=leaf: (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype))
-        leaves |= quantize.as_held(path, draw(jax.random.key(number)), weights)
+        leaves |= quantize.quantize_param(path, draw(jax.random.key(number)), weights)
     return Engine(config.with_weights(weights), pathtree.unflatten(leaves), eos_id=-1)
 
 

@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
 def settings(args: argparse.Namespace, batch: int, features: bool) -> Config:
     config = load_config(["--config", args.config, *args.overrides], {})
-    config.data.batch_size, config.data.features, config.data.augment, config.train.accumulate = batch, features, False, 1
+    config.data.batch_size, config.data.features, config.data.augment, config.train.grad_accum_steps = batch, features, False, 1
     config.data.buckets = str(args.length or config.buckets()[-1])
     config.validate()
     return config
@@ -86,7 +86,7 @@ def ours(config: Config, repeats: int) -> Row:
     device = jax.devices()[0]
     plan = Plan(config, sharding.make_mesh(MeshConfig(), [device]))
     state, frozen = plan.start(plan.initial_params(jax.random.key(0)))
-    step, batch = make_step(plan), jax.device_put(random_arrays(config), sharding.of_batch(plan.mesh))
+    step, batch = make_step(plan), jax.device_put(random_arrays(config), sharding.batch_sharding(plan.mesh))
 
     def call() -> float:
         nonlocal state

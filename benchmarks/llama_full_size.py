@@ -75,7 +75,7 @@ def our_logits(folder: Path) -> np.ndarray:
     config.model.lora.rank = 0
     roots = ("llm/", "embedding/", "lm_head/")
     graphdef, shapes = mimo.abstract(config)
-    leaves = loading.Leaves(run)
+    leaves = loading.LazyParams(run)
     flat = {path: jnp.asarray(leaves[path]) for path in leaves if path.startswith(roots) and "/lora_" not in path}
     positions = jnp.arange(TOKENS)[None]
 

@@ -65,7 +65,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), args.layers, args.width)
-        largest = max(leaf.size for leaf in loading.Leaves(folder).shapes.values()) * 2 / MB
+        largest = max(leaf.size for leaf in loading.LazyParams(folder).shapes.values()) * 2 / MB
         print(f"the largest parameter takes {largest:.0f} MB on disk\n")
         print("| weights | parameters, MB | peak above the empty process, MB |\n|---|---|---|")
         for weights in ("", *WEIGHTS):

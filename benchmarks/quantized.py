@@ -45,7 +45,7 @@ def held(loaded: loading.Loaded, dtype: str, weights: str) -> Recorded:
     config.model.dtype = config.model.frozen_dtype = dtype
     params = {}
     for path, leaf in pathtree.flatten(loaded.params).items():
-        for name, part in quantize.as_held(path, leaf, weights).items():
+        for name, part in quantize.quantize_param(path, leaf, weights).items():
             wide = not jnp.issubdtype(part.dtype, jnp.floating) or name.endswith("kernel_scale") or re.search(ALWAYS_FP32, name)
             params[name] = part if wide else part.astype(dtype)
     mimo = Recorded(config, pathtree.unflatten(params), Tokenizer(loaded.tokenizer, config.model))

@@ -37,9 +37,9 @@ def measure(path: str, machine: topology.Topology, images: int) -> None:
     mesh = sharding.make_mesh(config.mesh, machine.devices())
     graphdef, shapes = mimo.abstract(config)
     shapes = parameters.typed(config, shapes)
-    placed = sharding.of_model(config.mesh, mesh, hardware.memory_of(mesh.devices.flat[0]), {}, shapes)
+    placed = sharding.model_shardings(config.mesh, mesh, hardware.memory_of(mesh.devices.flat[0]), {}, shapes)
     params = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed.frozen)
-    side, split = config.model.sam.image_size, sharding.of_batch(mesh)
+    side, split = config.model.sam.image_size, sharding.batch_sharding(mesh)
     pixels = jax.ShapeDtypeStruct((images * mesh.size, side, side, 3), jnp.uint8, sharding=split)
     size = jax.ShapeDtypeStruct((images * mesh.size, 2), jnp.int32, sharding=split)
 

@@ -254,7 +254,7 @@ class Training:
         t, self.device = config.train, next(model.parameters()).device.type
         self.trained = [value for value in model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=t.learning_rate, betas=(t.b1, t.b2), weight_decay=t.weight_decay, fused=True)
-        self.clip_norm, self.dtype = t.clip_norm, getattr(torch, config.model.dtype)
+        self.clip_norm, self.dtype = t.max_grad_norm, getattr(torch, config.model.dtype)
         self.loss_of = torch.compile(model.train()) if compiled else model.train()
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[float, float]:

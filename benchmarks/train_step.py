@@ -43,7 +43,7 @@ class Ours:
 
     def __init__(self, plan: Plan, params: dict, batch: dict[str, np.ndarray]):
         self.state, self.frozen = plan.start(jax.tree.map(np.asarray, params))
-        self.step, self.batch = make_step(plan), jax.device_put(batch, sharding.of_batch(plan.mesh))
+        self.step, self.batch = make_step(plan), jax.device_put(batch, sharding.batch_sharding(plan.mesh))
 
     def __call__(self) -> tuple[float, float]:
         """(loss, norm of the gradient) before the update."""

@@ -241,7 +241,7 @@ def _drawer(model_json: str, wanted: tuple[tuple[str, str], ...]) -> Callable:
     config = Config.from_dict({"model": json.loads(model_json)})
 
     def make(key):
-        flat = pathtree.flatten(mimo.initial(config, key))
+        flat = pathtree.flatten(mimo.init_params(config, key))
         return {path: flat[path].astype(dtype) for path, dtype in wanted}
 
     return jax.jit(make)

@@ -27,7 +27,7 @@ from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.sources import SourceError
 from checkpoints_convert.staging import check_target, staged
 from mimo_jax.checkpoints import checkpoint, frozen_params, provenance, storage
-from mimo_jax.checkpoints.loading import Leaves
+from mimo_jax.checkpoints.loading import LazyParams
 from mimo_jax.config import Config
 from mimo_jax.models.lora import merge_lora
 
@@ -43,7 +43,7 @@ def export_checkpoint(
     cannot serve; then nothing is written. merge: fold LoRA into the language model (hf, joint)."""
     out = storage.absolute(out)
     check_target(out)
-    leaves = Leaves(path, base_at)
+    leaves = LazyParams(path, base_at)
     if form == "peft" and not leaves.config.model.lora.rank:
         raise SourceError(f"{path}: has no LoRA to export (config.model.lora.rank is 0)")
     if form not in ("peft", "sam"):
@@ -59,12 +59,12 @@ def export_checkpoint(
 # --- the formats
 
 
-def _write_hf(leaves: Leaves, out: Path, merge: bool) -> None:
+def _write_hf(leaves: LazyParams, out: Path, merge: bool) -> None:
     _write_clip(leaves, out / "clip")
     _write_llm(leaves, out / "llm", _llm_tensors(leaves, merge))
 
 
-def _write_clip(leaves: Leaves, out: Path) -> None:
+def _write_clip(leaves: LazyParams, out: Path) -> None:
     import transformers
 
     m = leaves.config.model.clip
@@ -76,7 +76,7 @@ def _write_clip(leaves: Leaves, out: Path) -> None:
     ).save_pretrained(out)  # fmt: skip
 
 
-def _write_llm(leaves: Leaves, out: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+def _write_llm(leaves: LazyParams, out: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     import transformers
 
     m = leaves.config.model.llm
@@ -90,7 +90,7 @@ def _write_llm(leaves: Leaves, out: Path, tensors: Iterable[tuple[str, np.ndarra
     _write_tokenizer(leaves, out)
 
 
-def _write_peft(leaves: Leaves, out: Path, merge: bool) -> None:
+def _write_peft(leaves: LazyParams, out: Path, merge: bool) -> None:
     tensors = {f"base_model.model.{key}": value for key, value in _tensors(leaves, rows.LORA, "llm/", r"lora")}
     save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, out / "adapter_model.safetensors", {"format": "pt"})
     _write_adapter_config(leaves.config, out)
@@ -104,7 +104,7 @@ def _write_adapter_config(config: Config, out: Path) -> None:
     peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, bias="none", task_type="CAUSAL_LM").save_pretrained(out)
 
 
-def _write_sam(leaves: Leaves, out: Path, merge: bool) -> None:
+def _write_sam(leaves: LazyParams, out: Path, merge: bool) -> None:
     import torch
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -116,7 +116,7 @@ def _write_sam(leaves: Leaves, out: Path, merge: bool) -> None:
     torch.save(tensors, out / f"sam_vit_{_SAM_NAMES.get(width, width)}.pth")
 
 
-def _write_joint(leaves: Leaves, out: Path, merge: bool) -> None:
+def _write_joint(leaves: LazyParams, out: Path, merge: bool) -> None:
     kind = leaves.config.model.aligner.kind
     aligner = {"linear": rows.PROJECTOR_LINEAR, "mlp": rows.PROJECTOR_MLP}.get(kind, rows.ALIGNER)
     apart = bool(leaves.config.model.lora.rank) and not merge
@@ -139,7 +139,7 @@ def _write_joint(leaves: Leaves, out: Path, merge: bool) -> None:
         _write_adapter_config(leaves.config, out)
 
 
-def _write_mimo(leaves: Leaves, out: Path, merge: bool) -> None:
+def _write_mimo(leaves: LazyParams, out: Path, merge: bool) -> None:
     final = out.with_name(out.name.removeprefix(".").removesuffix(".partial"))
     frozen_params.write(out, ((path, leaves[path]) for path in leaves if path not in leaves.trained), final)
     checkpoint.write_step(out, leaves.step, ((path, leaves[path]) for path in sorted(leaves.trained)), {})
@@ -162,7 +162,7 @@ def _tensors(leaves: Mapping[str, np.ndarray], table, root: str, containing: str
     yield from name_map.export_tensors(leaves, table, name_map.layer_indices(leaves.config.model), shapes)
 
 
-def _llm_tensors(leaves: Leaves, merge: bool) -> Iterator[tuple[str, np.ndarray]]:
+def _llm_tensors(leaves: LazyParams, merge: bool) -> Iterator[tuple[str, np.ndarray]]:
     """The language model with its whole vocabulary, in the order of rows that the original had."""
     own = _Language(leaves, merge)
     order = _order(leaves)
@@ -177,7 +177,7 @@ def _llm_tensors(leaves: Leaves, merge: bool) -> Iterator[tuple[str, np.ndarray]
 class _Language(Mapping[str, np.ndarray]):
     """The language model's parameters without LoRA, which is folded into the kernels if `merge`."""
 
-    def __init__(self, leaves: Leaves, merge: bool):
+    def __init__(self, leaves: LazyParams, merge: bool):
         self._leaves, self._merge = leaves, merge
         roots = ("llm/", "embedding/", "lm_head/")
         self.shapes = {p: s for p, s in leaves.shapes.items() if p.startswith(roots) and not p.endswith(("/lora_a", "/lora_b"))}
@@ -200,21 +200,21 @@ class _Language(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
 
-def _grounding(leaves: Leaves) -> list[list[Any]]:
+def _grounding(leaves: LazyParams) -> list[list[Any]]:
     """[name, row] of the grounding tokens in the vocabulary that is written: where an import found them, else behind the base."""
     found = provenance.read(leaves.run).get("grounding")
     tokens, size = leaves.config.model.grounding_tokens(), leaves.config.model.llm.vocab_size
     return found or [[token, size + i] for i, token in enumerate(tokens)]
 
 
-def _order(leaves: Leaves) -> np.ndarray:
+def _order(leaves: LazyParams) -> np.ndarray:
     """The row that is written for each id here."""
     last = [row for _, row in _grounding(leaves)]
     count = leaves.config.model.llm.vocab_size + len(last)
     return np.array([row for row in range(count) if row not in last] + last)
 
 
-def _write_tokenizer(leaves: Leaves, out: Path) -> None:
+def _write_tokenizer(leaves: LazyParams, out: Path) -> None:
     """tokenizer.json with ids as they are written, and what transformers wants beside it."""
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing

@@ -68,7 +68,7 @@ def _fit(source: Source, config: Config) -> dict[str, Any]:
 
 def _inspect_checkpoint(path: Path) -> dict[str, Any]:
     run, step = checkpoint.resolve(path)
-    leaves = loading.Leaves(path)
+    leaves = loading.LazyParams(path)
     sizes: Counter[str] = Counter()
     for name, leaf in leaves.shapes.items():
         sizes[name.split("/")[0]] += leaf.size

@@ -22,7 +22,7 @@ from checkpoints_convert.rows import Row
 from checkpoints_convert.sources import SourceError, open_sources
 from mimo_jax import pathtree
 from mimo_jax.checkpoints import storage
-from mimo_jax.checkpoints.loading import Leaves
+from mimo_jax.checkpoints.loading import LazyParams
 from mimo_jax.config import Config
 from mimo_jax.data.tokenizer import train_tokenizer
 from mimo_jax.models import mimo
@@ -171,7 +171,7 @@ def _copy_and_hash(sources: Path, copy: Path) -> float:
 def _differing(config: Config, given: dict[str, Path], out: Path) -> tuple[list[str], int]:
     """(tensors of the originals that exporting the checkpoint does not give back bit by bit, how many were compared). A parameter
     that trains is kept in float32; bf16 values are exact in it."""
-    leaves = Leaves(out)
+    leaves = LazyParams(out)
     sources = open_sources(given, (), config)
     wrong, counted = [], 0
     for name, source in sources.items():

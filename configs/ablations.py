@@ -49,7 +49,7 @@ def get_ablations(base: Config) -> dict[str, dict[str, dict[str, Any]]]:
 def _aligner(base: Config, **fields: Any) -> dict[str, Any]:
     """Another aligner, in sequences that are longer or shorter by what X_q is."""
     model = dataclasses.replace(base.model, aligner=dataclasses.replace(base.model.aligner, **fields))
-    more = base.model.turns_max * (model.query_tokens() - base.model.query_tokens())
+    more = base.model.max_turns * (model.query_tokens() - base.model.query_tokens())
     buckets = [length + more for length in base.buckets()]
     return {
         **{f"model.aligner.{name}": value for name, value in fields.items()},
@@ -65,6 +65,6 @@ def _lora(base: Config, rank: int, targets: str) -> dict[str, Any]:
 
 def _fresh(base: Config, group: str) -> dict[str, Any]:
     """Parameters that a base run's `--init` may hold in another shape start from the seed."""
-    if not base.init.path or group in base.init.fresh.split("|"):
+    if not base.init.path or group in base.init.reinit.split("|"):
         return {}
-    return {"init.fresh": "|".join(filter(None, [base.init.fresh, group]))}
+    return {"init.fresh": "|".join(filter(None, [base.init.reinit, group]))}

@@ -32,7 +32,7 @@ def get_config() -> Config:
         llm=LlamaConfig(eps=1e-6),  # its base is Vicuna v1.1 on the first Llama
         lora=LoraConfig(rank=8, alpha=16.0),
         seg_state="predict",
-        seg_place="bare",
+        seg_position="bare",
     )
     config.model.sam.pe_dtype = "bfloat16"  # its fork of SAM computes the position code in the dtype of the weights
     config.data.system_prompt = (

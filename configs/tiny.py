@@ -28,7 +28,7 @@ def get_config() -> Config:
             decoder_mlp_width=128,
             iou_head_width=64,
         ),
-        seg_max=2,
+        max_segs=2,
         dtype="float32",
         frozen_dtype="float32",
         remat="none",

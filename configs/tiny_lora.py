@@ -13,5 +13,5 @@ def get_config() -> Config:
     config.name = "tiny_lora"
     config.model.lora = LoraConfig(rank=8, alpha=8.0)
     config.trainables = dict(TRAINABLES)
-    config.init.fresh = r"lora_[ab]$"
+    config.init.reinit = r"lora_[ab]$"
     return config

@@ -91,7 +91,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     eps: float = 1e-5
     max_length: int = 2048  # tokens, X_q included
-    weights: str = ""  # of the loaded model, never of a checkpoint: "int8" or "int4", chosen where it is loaded for inference
+    quantization: str = ""  # of the loaded model, never of a checkpoint: "int8" or "int4", chosen where it is loaded for inference
 
 
 @dataclass
@@ -131,9 +131,9 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     sam: SamConfig = field(default_factory=SamConfig)
     seg_state: str = "token"  # the state of <SEG> itself, or "predict": the one that predicts it (LISA)
-    seg_place: str = "inside"  # "inside": <p>x<SEG></p>; "after": <p> x </p> <SEG> (GLaMM); "bare": x <SEG> (LISA)
-    turns_max: int = 1  # user turns in one training sample
-    seg_max: int = 4  # S_max, <SEG> slots in one training sample
+    seg_position: str = "inside"  # "inside": <p>x<SEG></p>; "after": <p> x </p> <SEG> (GLaMM); "bare": x <SEG> (LISA)
+    max_turns: int = 1  # user turns in one training sample
+    max_segs: int = 4  # S_max, <SEG> slots in one training sample
     dtype: str = "bfloat16"  # of activations
     frozen_dtype: str = "bfloat16"  # of parameters that do not train; trained ones are float32
     remat: str = "full"  # "none", "full" or "dots", of the scanned layers
@@ -146,7 +146,7 @@ class ModelConfig:
 
     def grounding_tokens(self) -> tuple[str, ...]:
         """The tokens that follow the base vocabulary, in the order of their ids."""
-        return ("<SEG>",) if self.seg_place == "bare" else GROUNDING_TOKENS
+        return ("<SEG>",) if self.seg_position == "bare" else GROUNDING_TOKENS
 
     def mask_side(self) -> int:
         """M, the side of the decoder's masks in pixels: four per SAM patch."""
@@ -166,7 +166,7 @@ class DataConfig:
     # The paper's mixture. A perspective that no source holds must have weight 0.
     weights: dict[str, float] = field(default_factory=lambda: {"vqa": 1.0, "I": 1.0, "II": 2.0, "III": 2.0, "IV": 1.0})
     split: str = "train"
-    share: float = 1.0  # of the patients or cases of every source; a larger share holds all of a smaller one
+    fraction: float = 1.0  # of the patients or cases of every source; a larger share holds all of a smaller one
     prompt_kinds: str = "point,box,scribble"  # that training draws, each as likely; evaluation draws all
     batch_size: int = 8  # samples in the global batch
     samples_per_image: int = 1  # consecutive samples of one perspective that share one image (and its encoding)
@@ -180,7 +180,7 @@ class DataConfig:
     features: bool = False  # take what the frozen image encoders give from where `mimo data encode` wrote it, beside the records
     seed: int = 0
     workers: int = 0  # Grain worker processes
-    sort_window: int = 8  # batches among which samples are sorted into buckets, so that few batches need a long one; 1: none
+    length_grouping: int = 8  # batches among which samples are sorted into buckets, so that few batches need a long one; 1: none
     cache_mb: int = 512  # resized images and masks kept in memory by each process, MB; a set that fits is decoded once
 
 
@@ -204,8 +204,8 @@ class TrainConfig:
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    accumulate: int = 1  # micro-batches in one step
+    max_grad_norm: float = 1.0
+    grad_accum_steps: int = 1  # micro-batches in one step
     loss_chunk: int = 256  # tokens of a sample whose logits exist at a time
     loss: LossConfig = field(default_factory=LossConfig)
     seed: int = 0
@@ -214,12 +214,12 @@ class TrainConfig:
     keep_last: int = 2  # newest checkpoints that are kept
     keep_every: int = 0  # beside them, that of every step that this divides; 0: none
     max_skipped: int = 3  # steps in a row whose loss or gradient is not finite that are skipped; one more stops the run
-    spike: float = 6.0  # a loss so many standard deviations above its running mean is entered in spikes.jsonl; 0: none is
+    spike_threshold: float = 6.0  # a loss so many standard deviations above its running mean is entered in spikes.jsonl; 0: none is
     heartbeat_timeout: int = 100  # seconds of silence after which another process counts as dead
     step_timeout: float = 3600.0  # seconds after which a step that does not come back ends a run of several processes; 0: never
     eval_every: int = 0  # 0: only at the end
     eval_samples: int = 64
-    overlays: int = 8
+    num_overlays: int = 8
     calibrate_samples: int = 512  # validation samples that scores are fitted on at the end; 0: scores stay as they are
     max_bad_samples: float = 0.01  # share of unusable samples that stops the run
     wandb: str = ""  # project of W&B that the run reports to as well; empty: none
@@ -233,14 +233,14 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1  # over this axis parameters are split, too
     tensor: int = 1  # heads and MLP columns
-    base: str = "auto"  # the frozen base: "sharded" over fsdp, "replicated", or "auto": replicated if it takes half of the memory at most
+    frozen_sharding: str = "auto"  # the frozen base: "sharded" over fsdp, "replicated", or "auto": replicated if it takes half of the memory at most
 
 
 @dataclass
 class GenerateConfig:
     max_new_tokens: int = 128
     batch_size: int = 16
-    store_mb: int = 4096  # features of open images and KV caches of chats that are kept on the device, MB
+    cache_mb: int = 4096  # features of open images and KV caches of chats that are kept on the device, MB
     refine: bool = False  # paint twice: SAM's decoder sees its own mask as the dense prompt
     sam_prompts: bool = False  # points, boxes and scribbles of a turn go to SAM's prompt encoder too, for every mask of its answer
 
@@ -249,7 +249,7 @@ class GenerateConfig:
 class InitConfig:
     path: str = ""  # a run, a step, or an import; empty: from the seed
     # Where parameters of `path` are missing or of another shape, these groups (path regexes) start from the seed.
-    fresh: str = ""
+    reinit: str = ""
     # What `mimo convert import` fills each group from: ordered path regex -> sources, the first given one that holds any of it
     # counts; "seed": drawn anew.
     sources: dict[str, str] = field(
@@ -291,7 +291,7 @@ class Config:
 
         need(m.aligner.kind in ALIGNER_KINDS, "model.aligner.kind", f"is {m.aligner.kind!r}; use one of {', '.join(ALIGNER_KINDS)}")
         need(m.seg_state in ("token", "predict"), "model.seg_state", f"is {m.seg_state!r}; use token or predict")
-        need(m.seg_place in ("inside", "after", "bare"), "model.seg_place", f"is {m.seg_place!r}; use inside, after or bare")
+        need(m.seg_position in ("inside", "after", "bare"), "model.seg_place", f"is {m.seg_position!r}; use inside, after or bare")
         need(m.remat in REMAT_POLICIES, "model.remat", f"is {m.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
         need(m.clip.image_size % m.clip.patch_size == 0, "model.clip.patch_size", "must divide model.clip.image_size")
         need(m.clip.width % m.clip.heads == 0, "model.clip.heads", "must divide model.clip.width")
@@ -305,7 +305,7 @@ class Config:
         need(m.sam.decoder_width % (2 * m.sam.decoder_heads) == 0, "model.sam.decoder_heads", "twice this must divide decoder_width")
         need(m.llm.width % m.llm.heads == 0, "model.llm.heads", "must divide model.llm.width")
         need(
-            m.llm.weights == "",
+            m.llm.quantization == "",
             "model.llm.weights",
             'is for inference alone; leave it empty here, and give --weights int8 (in Python: Mimo.load(…, weights="int8"))',
         )
@@ -317,14 +317,14 @@ class Config:
         need(bool(self.trainables), "trainables", "is empty; say which parameters train")
         need(set(d.weights) <= set(PERSPECTIVES), "data.weights", f"name only {', '.join(PERSPECTIVES)}")
         need(d.samples_per_image >= 1 and d.batch_size % d.samples_per_image == 0, "data.samples_per_image", "must divide data.batch_size")
-        need(d.batch_size % self.train.accumulate == 0, "train.accumulate", "must divide data.batch_size")
+        need(d.batch_size % self.train.grad_accum_steps == 0, "train.accumulate", "must divide data.batch_size")
         need(all(b <= m.llm.max_length for b in self.buckets()), "data.buckets", "must not exceed model.llm.max_length")
         need(not (d.features and d.augment), "data.features", "are of pictures as they are; set data.augment=False, or data.features=False")
-        need(0 < d.share <= 1, "data.share", f"is {d.share:g}; must be above 0, and 1 at most")
+        need(0 < d.fraction <= 1, "data.share", f"is {d.fraction:g}; must be above 0, and 1 at most")
         strange = set(self.prompt_kinds()) - set(PROMPT_KINDS)
         some = bool(self.prompt_kinds()) and not strange
         need(some, "data.prompt_kinds", f"is {d.prompt_kinds!r}; name some of {', '.join(PROMPT_KINDS)}")
-        need(d.sort_window >= 1, "data.sort_window", "must be at least 1")
+        need(d.length_grouping >= 1, "data.sort_window", "must be at least 1")
         around = self.image_tokens()
         need(
             not around or (len(around) == 2 and all(around)),
@@ -341,7 +341,7 @@ class Config:
         need(self.train.keep_every >= 0, "train.keep_every", "must be 0 or more")
         need(self.train.max_skipped >= 0, "train.max_skipped", "must be 0 or more")
         need(self.train.heartbeat_timeout >= 1, "train.heartbeat_timeout", "must be at least 1")
-        need(self.mesh.base in BASE_PLACES, "mesh.base", f"is {self.mesh.base!r}; use one of {', '.join(BASE_PLACES)}")
+        need(self.mesh.frozen_sharding in BASE_PLACES, "mesh.base", f"is {self.mesh.frozen_sharding!r}; use one of {', '.join(BASE_PLACES)}")
         need(self.train.loss_chunk >= 1, "train.loss_chunk", "must be at least 1")
 
     def with_weights(self, weights: str) -> "Config":

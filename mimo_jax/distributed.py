@@ -61,7 +61,7 @@ class ClusterError(UserError):
     """The variables, or what jax recognises, do not say how the processes find each other."""
 
 
-class Place(NamedTuple):
+class ProcessInfo(NamedTuple):
     """Which process this is. coordinator: host:port, None where jax finds it; told: who says so."""
 
     process: int
@@ -75,7 +75,7 @@ def run(work: Callable[[], int], heartbeat_timeout: int = 100) -> int:
     belongs to joined. heartbeat_timeout: seconds of silence after which a peer counts as dead.
 
     Raises ClusterError for variables that are set in part or wrong; of several processes, no error of `work` gets out."""
-    place = find_place()
+    place = find_process_info()
     if place is None:
         return work()
     _join_timeout()  # a wrong one is told before anything starts
@@ -84,7 +84,7 @@ def run(work: Callable[[], int], heartbeat_timeout: int = 100) -> int:
     return _worker(place, work, heartbeat_timeout)
 
 
-def find_place() -> Place | None:
+def find_process_info() -> ProcessInfo | None:
     """This process among those of its cluster, None if it is alone."""
     told = {name: os.environ[name] for name in (_COORDINATOR, _PROCESSES, _PROCESS) if os.environ.get(name)}
     if told.get(_PROCESSES) == "1":
@@ -96,13 +96,13 @@ def find_place() -> Place | None:
         kind = next((kind for kind in kinds if kind.is_env_present()), None)
         if kind is None or kind.get_process_count() == 1:
             return None
-        return Place(kind.get_process_id(), kind.get_process_count(), None, kind.__name__)
+        return ProcessInfo(kind.get_process_id(), kind.get_process_count(), None, kind.__name__)
     except Exception as error:  # each cluster has errors of its own
         where = f"this looks like a cluster, but how many processes there are cannot be told ({type(error).__name__}: {error})"
         raise ClusterError(f"{where}; set {_COORDINATOR}, {_PROCESSES} and {_PROCESS}, or {_PROCESSES}=1 to run alone") from error
 
 
-def _told_place(told: dict[str, str]) -> Place:
+def _told_place(told: dict[str, str]) -> ProcessInfo:
     for name in (_COORDINATOR, _PROCESSES, _PROCESS):
         if name not in told:
             raise ClusterError(f"{name}: is not set, but {', '.join(told)} is; set all three, or {_PROCESSES}=1 to run alone")
@@ -113,7 +113,7 @@ def _told_place(told: dict[str, str]) -> Place:
         raise ClusterError(f"{_PROCESSES}={told[_PROCESSES]}: is not a number of processes")
     if not told[_PROCESS].isdecimal() or int(told[_PROCESS]) >= int(told[_PROCESSES]):
         raise ClusterError(f"{_PROCESS}={told[_PROCESS]}: is not one of 0 … {int(told[_PROCESSES]) - 1} ({_PROCESSES}={told[_PROCESSES]})")
-    return Place(int(told[_PROCESS]), int(told[_PROCESSES]), told[_COORDINATOR], _COORDINATOR)
+    return ProcessInfo(int(told[_PROCESS]), int(told[_PROCESSES]), told[_COORDINATOR], _COORDINATOR)
 
 
 def _join_timeout() -> int:
@@ -126,7 +126,7 @@ def _join_timeout() -> int:
 # --- the watcher
 
 
-def _watch(place: Place) -> int:
+def _watch(place: ProcessInfo) -> int:
     """Start this same command as the worker, and wait; returns the exit code that is to be this process's."""
     ours, theirs = socket.socketpair()
     environment = os.environ | {_CHANNEL: str(theirs.fileno())}
@@ -162,12 +162,12 @@ def _watch(place: Place) -> int:
     return EXIT_OURS
 
 
-def _again(place: Place, why: str) -> int:
+def _again(place: ProcessInfo, why: str) -> int:
     print(f"mimo: process {place.process}: {why}; run the same command for all {place.count} processes to go on", file=sys.stderr)
     return EXIT_AGAIN
 
 
-def beat(seconds: float) -> None:
+def send_heartbeat(seconds: float) -> None:
     """Tell the watcher that it hears again from this process within so many seconds; 0: whenever that may be."""
     if _channel is not None:
         _channel.sendall(struct.pack("d", seconds))
@@ -176,14 +176,14 @@ def beat(seconds: float) -> None:
 # --- the worker
 
 
-def _worker(place: Place, work: Callable[[], int], heartbeat_timeout: int) -> int:
+def _worker(place: ProcessInfo, work: Callable[[], int], heartbeat_timeout: int) -> int:
     global _channel
     _channel = socket.socket(fileno=int(os.environ[_CHANNEL]))
     _channel.set_inheritable(False)
     threading.Thread(target=_end_with_watcher, daemon=True).start()
     if not _join(place, heartbeat_timeout):
         return EXIT_AGAIN
-    beat(0)
+    send_heartbeat(0)
     aloud = sys.stderr
     if place.process:
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -201,7 +201,7 @@ def _worker(place: Place, work: Callable[[], int], heartbeat_timeout: int) -> in
     return code
 
 
-def _join(place: Place, heartbeat_timeout: int) -> bool:
+def _join(place: ProcessInfo, heartbeat_timeout: int) -> bool:
     """Whether all processes came together; says why not."""
     explicit = {}
     if place.coordinator:
@@ -228,7 +228,7 @@ def _end_with_watcher() -> None:
     os._exit(EXIT_OURS)
 
 
-def _tell(place: Place, error: BaseException, stream) -> int:
+def _tell(place: ProcessInfo, error: BaseException, stream) -> int:
     """Say what went wrong; returns the exit code for it."""
     line = errors.line(error)
     lost = line is None and isinstance(error, Exception) and _LOST.search(str(error))
@@ -288,7 +288,7 @@ def gather(value: Any) -> list:
     return [json.loads(text) for _, text in sorted(client.key_value_dir_get(key))]
 
 
-class Stop:
+class PreemptionGuard:
     """A request to stop that came to this process, or to any one of several by SIGTERM (SIGINT counts as such): then every process
     stops after the same step."""
 

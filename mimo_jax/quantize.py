@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 # The matrices that are held as integers: those of the language model's layers, nine tenths of its memory.
-QUANTISED = r"^llm/.*/(q|k|v|o|gate|up|down)/kernel$"
+QUANTIZED = r"^llm/.*/(q|k|v|o|gate|up|down)/kernel$"
 _GROUP = 64  # inputs that share a scale in int4
 
 
@@ -57,7 +57,7 @@ def unpack(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (signed << 4) >> 4, signed >> 4
 
 
-def times(x: jax.Array, held: dict[str, jax.Array], dtype) -> jax.Array:
+def quantized_matmul(x: jax.Array, held: dict[str, jax.Array], dtype) -> jax.Array:
     """x [B, I] in `dtype` times one layer's matrix, as `quantize` holds it -> [B, O] in `dtype`. It is widened here, where it is used."""
     if "kernel" in held:
         return x @ held["kernel"].astype(dtype)
@@ -74,10 +74,10 @@ def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
     return (q.reshape(scale.shape[0], -1, q.shape[-1]) * scale[:, None]).reshape(q.shape)
 
 
-def as_held(path: str, leaf: jax.Array | jax.ShapeDtypeStruct, weights: str) -> dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]:
+def quantize_param(path: str, leaf: jax.Array | jax.ShapeDtypeStruct, weights: str) -> dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]:
     """One parameter of a model, or its shape, as {path: array} of the same model that holds the language model's matrices as
     `weights`."""
-    if not weights or not re.search(QUANTISED, path):
+    if not weights or not re.search(QUANTIZED, path):
         return {path: leaf}
     made = _jitted()(leaf, weights) if isinstance(leaf, jax.Array) else _jitted().eval_shape(leaf, weights)
     return {path.removesuffix("kernel") + name: held for name, held in made.items()}

@@ -82,7 +82,7 @@ def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def sample_shares(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return int(np.prod([mesh.shape[axis] for axis in SAMPLES]))
 
@@ -93,7 +93,7 @@ def spec(path: str, shape: tuple[int, ...]) -> P:
     return P(*([None] * (len(shape) - len(axes))), *axes) if axes else P()
 
 
-def of_params(tree: dict, mesh: Mesh, whole: dict[str, str] | None = None, axes: Sequence[str] = AXES) -> dict:
+def param_shardings(tree: dict, mesh: Mesh, whole: dict[str, str] | None = None, axes: Sequence[str] = AXES) -> dict:
     """NamedSharding for every leaf of a nested dict of arrays (or shapes), over those mesh `axes` alone. A dimension that an axis does
     not divide is not split; `whole` then says why, by the parameter's path."""
     made = {}
@@ -108,7 +108,7 @@ def of_params(tree: dict, mesh: Mesh, whole: dict[str, str] | None = None, axes:
     return pathtree.unflatten(made)
 
 
-class Placed(NamedTuple):
+class ModelShardings(NamedTuple):
     """Of a model: shardings of its trained and its frozen parameters (nested dicts); reason: where the frozen base lives and why, in one
     line; whole: {path: why} of parameters that an axis does not divide, which are not split over it."""
 
@@ -118,11 +118,11 @@ class Placed(NamedTuple):
     whole: dict[str, str]
 
 
-def of_model(cfg: MeshConfig, mesh: Mesh, memory: int | None, train: dict, frozen: dict) -> Placed:
+def model_shardings(cfg: MeshConfig, mesh: Mesh, memory: int | None, train: dict, frozen: dict) -> ModelShardings:
     """train, frozen: nested dicts of shapes. memory: bytes of a device, None if it is not known."""
     whole: dict[str, str] = {}
     axes, reason = _base_axes(cfg, mesh, memory, frozen)
-    return Placed(of_params(train, mesh, whole), of_params(frozen, mesh, whole, axes), reason, whole)
+    return ModelShardings(param_shardings(train, mesh, whole), param_shardings(frozen, mesh, whole, axes), reason, whole)
 
 
 def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) -> tuple[tuple[str, ...], str]:
@@ -130,9 +130,9 @@ def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) ->
     replicated, fsdp = tuple(axis for axis in AXES if axis != "fsdp"), mesh.shape["fsdp"]
     if fsdp == 1:
         return replicated, "base replicated: the mesh has no fsdp axis to split it over"
-    if cfg.base != "auto":
-        return (AXES if cfg.base == "sharded" else replicated), f"base {cfg.base}: config.mesh.base says so"
-    held = bytes_a_device(frozen, of_params(frozen, mesh, axes=replicated))
+    if cfg.frozen_sharding != "auto":
+        return (AXES if cfg.frozen_sharding == "sharded" else replicated), f"base {cfg.frozen_sharding}: config.mesh.base says so"
+    held = bytes_per_device(frozen, param_shardings(frozen, mesh, axes=replicated))
     if memory is None:
         return AXES, f"base sharded over {fsdp}: how much memory a device has is not known"
     room = f"{held / hardware.GIB:.1f} GiB a device, of {memory / hardware.GIB:.1f}"
@@ -141,13 +141,13 @@ def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) ->
     return AXES, f"base sharded over {fsdp}: replicated it would take {room}, more than {_BASE_SHARE:.0%}"
 
 
-def bytes_a_device(tree: Any, places: Any) -> int:
+def bytes_per_device(tree: Any, places: Any) -> int:
     """What a tree of shapes takes on one device of these shardings, a tree alike."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 
 
-def of_cache(mesh: Mesh, llm: LlamaConfig) -> NamedSharding:
+def cache_sharding(mesh: Mesh, llm: LlamaConfig) -> NamedSharding:
     """Keys and values [N, B, G, S, K] (see `Llama.new_cache`): heads G over `tensor`, where it divides them."""
     return NamedSharding(mesh, P(None, None, "tensor") if llm.kv_heads % mesh.shape["tensor"] == 0 else P())
 
@@ -156,11 +156,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def of_batch(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis of every array of a batch, over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
 
 
-def of_micro_batches(mesh: Mesh) -> NamedSharding:
+def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
     """The second axis of every array, behind that of the micro-batches."""
     return NamedSharding(mesh, P(None, *BATCH))

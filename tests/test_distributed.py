@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mimo_jax import distributed
-from mimo_jax.distributed import ClusterError, Place, find_place
+from mimo_jax.distributed import ClusterError, ProcessInfo, find_process_info
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 # What a worker does: steps without end, each of which needs both processes, until something happens.
@@ -78,7 +78,7 @@ def ends(processes) -> tuple[list[int], list[str], list[str]]:
 def test_one_process_is_alone_and_joins_nothing(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert find_place() is None
+    assert find_process_info() is None
     assert distributed.run(lambda: 3) == 3
     assert distributed.gather("x") == ["x"]
 
@@ -86,10 +86,10 @@ def test_one_process_is_alone_and_joins_nothing(monkeypatch, environment):
 def test_variables_and_a_cluster_that_jax_knows_are_understood(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert find_place() == Place(1, 2, None, "SlurmCluster")
+    assert find_process_info() == ProcessInfo(1, 2, None, "SlurmCluster")
     for name, value in {"MIMO_COORDINATOR": "host:1", "MIMO_PROCESSES": "3", "MIMO_PROCESS": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert find_place() == Place(2, 3, "host:1", "MIMO_COORDINATOR")
+    assert find_process_info() == ProcessInfo(2, 3, "host:1", "MIMO_COORDINATOR")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_variables_set_in_part_or_wrong_are_named(monkeypatch, environment, mess
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ClusterError, match=message):
-        find_place()
+        find_process_info()
 
 
 def test_a_time_to_join_that_is_no_number_is_named_before_anything_starts(monkeypatch):

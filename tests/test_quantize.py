@@ -24,7 +24,7 @@ def held_as(params: dict, weights: str) -> dict:
     """All parameters of a model with its language model's matrices in integers."""
     made = {}
     for path, leaf in pathtree.flatten(params).items():
-        made |= quantize.as_held(path, jnp.asarray(leaf), weights)
+        made |= quantize.quantize_param(path, jnp.asarray(leaf), weights)
     return pathtree.unflatten(made)
 
 
@@ -84,9 +84,9 @@ def test_four_bits_pack_and_unpack_and_take_half_a_byte():
 def test_stacked_layers_are_made_one_by_one(weights, dtype):
     """Equal to each alone, and without a wide copy of all of them."""
     stacked = jnp.asarray(np.random.default_rng(0).normal(size=(8, 256, 64)), dtype)
-    held = quantize.as_held("llm/layers/block/q/kernel", stacked, weights)
+    held = quantize.quantize_param("llm/layers/block/q/kernel", stacked, weights)
     for n in (0, 7):
-        alone = quantize.as_held("llm/layers/block/q/kernel", stacked[n], weights)
+        alone = quantize.quantize_param("llm/layers/block/q/kernel", stacked[n], weights)
         for path, leaf in alone.items():
             np.testing.assert_array_equal(held[path][n], leaf)
     memory = quantize._jitted().lower(stacked, weights).compile().memory_analysis()
@@ -98,8 +98,8 @@ def test_the_product_is_that_with_the_widened_matrix(weights):
     rng = np.random.default_rng(1)
     kernel, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((128, 24), (5, 128)))
     held = quantize.quantize(kernel, weights)
-    np.testing.assert_allclose(quantize.times(x, held, jnp.float32), x @ dequantize(held), rtol=1e-5, atol=1e-5)
-    rough = np.asarray(quantize.times(x.astype(jnp.bfloat16), held, jnp.bfloat16), np.float32)
+    np.testing.assert_allclose(quantize.quantized_matmul(x, held, jnp.float32), x @ dequantize(held), rtol=1e-5, atol=1e-5)
+    rough = np.asarray(quantize.quantized_matmul(x.astype(jnp.bfloat16), held, jnp.bfloat16), np.float32)
     error = np.linalg.norm(rough - np.asarray(x @ kernel)) / np.linalg.norm(x @ kernel)
     assert error < {"int8": 0.02, "int4": 0.15}[weights]
 
@@ -152,7 +152,7 @@ def test_weights_are_named_and_must_be_possible():
         tiny_config().with_weights("int3")
     odd = tiny_config()
     odd.model.llm.mlp_width = 33
-    assert odd.with_weights("int8").model.llm.weights == "int8"
+    assert odd.with_weights("int8").model.llm.quantization == "int8"
     with pytest.raises(ConfigError, match="int4 needs an even width.*use int8"):
         odd.with_weights("int4")
     with pytest.raises(ConfigError, match="config.model.llm.weights: is for inference alone.*--weights int8"):

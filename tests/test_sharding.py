@@ -87,7 +87,7 @@ def test_an_axis_that_does_not_divide_stays_whole_and_says_why():
     shapes = {"embedding/base": (32003, 4096), "lm_head/base": (4096, 32003), "llm/layers/block/q/kernel": (32, 4096, 4096)}
     tree = pathtree.unflatten({path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in shapes.items()})
     whole = {}
-    placed = {path: place.spec for path, place in pathtree.flatten(sharding.of_params(tree, mesh, whole)).items()}
+    placed = {path: place.spec for path, place in pathtree.flatten(sharding.param_shardings(tree, mesh, whole)).items()}
     assert placed["embedding/base"] == P(None, "fsdp") and placed["lm_head/base"] == P("fsdp", None)
     assert placed["llm/layers/block/q/kernel"] == P(None, "fsdp", "tensor")
     assert whole["embedding/base"] == "4 does not divide axis of 32003 of parameter embedding/base"
@@ -113,10 +113,10 @@ def test_the_full_model_lies_where_the_golden_file_says(machine):
     rates = parameters.multipliers(config, shapes)
     train, frozen = pathtree.partition(parameters.typed(config, shapes), lambda path: rates[path] is not None)
     mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
-    placed = sharding.of_model(config.mesh, mesh, hardware.of_kind(kind).memory, train, frozen)
+    placed = sharding.model_shardings(config.mesh, mesh, hardware.of_kind(kind).memory, train, frozen)
     lines = [f"mimo_7b on {machine}: {dict(mesh.shape)}", placed.reason, *placed.whole.values()]
     for what, tree, places in (("trained", train, placed.train), ("frozen", frozen, placed.frozen)):
-        lines.append(f"{what}: {sharding.bytes_a_device(tree, places) / 2**20:,.1f} MiB a device")
+        lines.append(f"{what}: {sharding.bytes_per_device(tree, places) / 2**20:,.1f} MiB a device")
         flat = pathtree.flatten(places)
         for path, leaf in pathtree.flatten(tree).items():
             spec = ", ".join("-" if axis is None else axis for axis in flat[path].spec) or "-"
@@ -143,7 +143,7 @@ def test_the_full_model_lies_where_the_golden_file_says(machine):
 def test_the_base_is_replicated_where_it_fits(base, fsdp, memory, reason):
     frozen = {"embedding": {"base": jax.ShapeDtypeStruct((2**14, 2**13), "bfloat16")}}
     mesh = jax.sharding.AbstractMesh((1, 1, fsdp, 1), sharding.AXES)
-    placed = sharding.of_model(MeshConfig(base=base), mesh, memory, {}, frozen)
+    placed = sharding.model_shardings(MeshConfig(frozen_sharding=base), mesh, memory, {}, frozen)
     assert placed.reason == reason
     assert placed.frozen["embedding"]["base"].spec == P("tensor", "fsdp" if "sharded" in reason.split(":")[0] else None)
 
@@ -161,7 +161,7 @@ def test_integers_are_sharded_as_the_matrices_that_they_stand_for(weights):
             assert sharding.spec(f"{kernel}_scale", held[f"{kernel}_scale"].shape)[-1] == partition[-1], "with the outputs"
     mesh = jax.sharding.AbstractMesh((1, 1, 1, 8), sharding.AXES)
     whole = {}
-    sharding.of_params(mimo.abstract(config.with_weights(weights))[1], mesh, whole)
+    sharding.param_shardings(mimo.abstract(config.with_weights(weights))[1], mesh, whole)
     assert not whole, "all divide"
 
 

@@ -62,11 +62,11 @@ def random_batch(config: Config, seed: int = 0, length: int = 40) -> dict[str, n
     """Arrays of the shapes and kinds that the loader makes, with random content."""
     m, rng = config.model, np.random.default_rng(seed)
     b, n = config.data.batch_size, config.data.batch_size // config.data.samples_per_image
-    r, q = m.turns_max, m.query_tokens()
+    r, q = m.max_turns, m.query_tokens()
     query_index = np.full((b, length), -1, np.int32)
     query_index[:, 2 : 2 + q] = np.arange(q)
     ids = rng.integers(3, m.llm.vocab_size, (b, length)).astype(np.int32)
-    seg_index = np.sort(rng.choice(np.arange(length - 8, length - 1), (b, m.seg_max)), axis=1).astype(np.int32)
+    seg_index = np.sort(rng.choice(np.arange(length - 8, length - 1), (b, m.max_segs)), axis=1).astype(np.int32)
     np.put_along_axis(ids, seg_index, m.llm.vocab_size + len(m.grounding_tokens()) - 1, axis=1)  # <SEG>
     ids[query_index >= 0] = 0
     loss_mask = np.zeros((b, length), np.float32)
@@ -87,8 +87,8 @@ def random_batch(config: Config, seed: int = 0, length: int = 40) -> dict[str, n
         "look": rng.integers(0, 2, (b, r, m.clip.grid(), m.clip.grid())).astype(np.uint8),
         "look_mask": np.ones((b, r), bool),
         "seg_index": seg_index,
-        "seg_mask": np.broadcast_to(np.arange(m.seg_max) < 2, (b, m.seg_max)).copy(),
-        "masks": rng.integers(0, 2, (b, m.seg_max, m.mask_side(), m.mask_side())).astype(np.uint8),
+        "seg_mask": np.broadcast_to(np.arange(m.max_segs) < 2, (b, m.max_segs)).copy(),
+        "masks": rng.integers(0, 2, (b, m.max_segs, m.mask_side(), m.mask_side())).astype(np.uint8),
         "sample_weight": np.ones((b,), np.float32),
     }
 

@@ -61,7 +61,7 @@ def compile_step(config: Config, topology: Topology, batch_per_chip: int, length
     if batch_per_chip % unit:
         raise ConfigError(
             f"--batch-per-chip {batch_per_chip}: must be a multiple of {unit}, with config.data.samples_per_image "
-            f"{config.data.samples_per_image}, config.train.accumulate {config.train.accumulate} and this mesh"
+            f"{config.data.samples_per_image}, config.train.accumulate {config.train.grad_accum_steps} and this mesh"
         )
     report = _report(config, topology, mesh, batch_per_chip, length)
     report["largest_batch"] = None
@@ -72,7 +72,7 @@ def compile_step(config: Config, topology: Topology, batch_per_chip: int, length
 
 def _unit(config: Config, mesh: Mesh) -> int:
     """What the batch of a chip must be a multiple of, so that the mesh can split the images."""
-    parts = config.data.samples_per_image * sharding.sample_shares(mesh) * config.train.accumulate
+    parts = config.data.samples_per_image * sharding.num_batch_shards(mesh) * config.train.grad_accum_steps
     return parts // math.gcd(parts, mesh.size)
 
 
@@ -82,7 +82,7 @@ def abstract_batch(config: Config, mesh: Mesh, length: int) -> dict[str, jax.Sha
     if config.data.features:
         views = {key: np.zeros(shape, np.uint16) for key, shape in feature_shapes(config.model).items()}
     one = stack_batch([{**views, "samples": [blank_arrays(config)] * config.data.samples_per_image}], length)
-    images, place = config.data.batch_size // config.data.samples_per_image, sharding.of_batch(mesh)
+    images, place = config.data.batch_size // config.data.samples_per_image, sharding.batch_sharding(mesh)
     return {key: jax.ShapeDtypeStruct((images * x.shape[0], *x.shape[1:]), x.dtype, sharding=place) for key, x in one.items()}
 
 
@@ -160,14 +160,14 @@ def _memory(compiled: jax.stages.Compiled | None, failure: str | None, platform:
 def _remedies(config: Config, mesh: Mesh, batch_per_chip: int) -> list[str]:
     """What takes less memory than this, the cheapest first."""
     made = []
-    if config.mesh.base != "sharded":
+    if config.mesh.frozen_sharding != "sharded":
         made.append("--config.mesh.base=sharded")
     if mesh.shape["data"] > 1:
         made.append(f"--config.mesh.data=1 --config.mesh.fsdp={mesh.shape['data'] * mesh.shape['fsdp']}")
     if config.model.remat != "full":
         made.append("--config.model.remat=full")
     if batch_per_chip > 1:
-        parts = 2 * config.train.accumulate
+        parts = 2 * config.train.grad_accum_steps
         made += [f"--config.train.accumulate={parts}"] if batch_per_chip % parts == 0 else []
         made.append(f"--batch-per-chip {batch_per_chip // 2}")
     return [*made, "more chips"]

@@ -75,30 +75,30 @@ def _tokens(config: Config, length: int) -> dict[str, float]:
     """Ordered path regex -> tokens of one sample that pass the matrix; 0 for what is no matrix, or is looked up."""
     m, c, s = config.model, config.model.clip, config.model.sam
     share = 1 / config.data.samples_per_image  # of what is computed once per image
-    image, turn, queries = c.tokens() * share, m.turns_max * (m.aligner.max_text + m.prompt.max_tokens), m.turns_max * m.aligner.queries
+    image, turn, queries = c.tokens() * share, m.max_turns * (m.aligner.max_text + m.prompt.max_tokens), m.max_turns * m.aligner.queries
     grid = s.image_size // s.patch_size
-    pixels, words = grid**2, _DECODER_TOKENS * m.seg_max
+    pixels, words = grid**2, _DECODER_TOKENS * m.max_segs
     return {
         r"(bias|scale|token|tokens|embedding|rel_pos_[hw])$|^(prompt|embedding|sam_prompt)/|^aligner/(type|null_prompt|queries)$": 0,
         r"^clip/patch/": c.grid() ** 2 * share,
         r"^clip/layers/": (c.grid() ** 2 + 1) * share * (c.feature_layer % (c.layers + 1)) / c.layers,  # those that run
         r"^aligner/image/": image,
-        r"^aligner/text/": m.turns_max * m.aligner.max_text,
-        r"^aligner/visual/": m.turns_max * m.prompt.max_tokens,
+        r"^aligner/text/": m.max_turns * m.aligner.max_text,
+        r"^aligner/visual/": m.max_turns * m.prompt.max_tokens,
         r"^aligner/look/[qo]/": turn,
         r"^aligner/look/[kv]/": image,
         r"^aligner/blocks/block/cross_attention/[kv]/": image + turn,
         r"^aligner/blocks/": queries,
         r"^aligner/project": queries if m.aligner.kind == "cross_attention" else image,
         r"^(llm|lm_head)/": length,
-        r"^seg_projection/": m.seg_max,
+        r"^seg_projection/": m.max_segs,
         r"^sam_encoder/stages/block/windowed/block/[qkvo]/": (-(-grid // s.window) * s.window) ** 2 * share,
         r"^sam_encoder/": pixels * share,
         r"^sam_decoder/first/(token_to_image/[kv]|image_to_token/q)/": pixels * share,
-        r"^sam_decoder/.*(token_to_image/[kv]|image_to_token/[qo]|final_attention/[kv])/": pixels * m.seg_max,
-        r"^sam_decoder/upscale1/": pixels * m.seg_max,
-        r"^sam_decoder/upscale2/": 4 * pixels * m.seg_max,
-        r"^sam_decoder/(hyper|iou_head)/": m.seg_max,
+        r"^sam_decoder/.*(token_to_image/[kv]|image_to_token/[qo]|final_attention/[kv])/": pixels * m.max_segs,
+        r"^sam_decoder/upscale1/": pixels * m.max_segs,
+        r"^sam_decoder/upscale2/": 4 * pixels * m.max_segs,
+        r"^sam_decoder/(hyper|iou_head)/": m.max_segs,
         r"^sam_decoder/": words,
     }
 
@@ -124,8 +124,8 @@ def _products(config: Config, length: int) -> dict[str, float]:
     paint = 2.0 * (4 * grid) ** 2 * s.decoder_width / 8
     return {
         "clip": share * (c.feature_layer % (c.layers + 1)) * attention(c.grid() ** 2 + 1, c.grid() ** 2 + 1, c.width),
-        "aligner": m.turns_max * (looks + a.blocks * reads) if a.kind == "cross_attention" else 0.0,
+        "aligner": m.max_turns * (looks + a.blocks * reads) if a.kind == "cross_attention" else 0.0,
         "llm": m.llm.layers * attention(length, length / 2, m.llm.width),
         "sam_encoder": share * stages * ((s.global_every - 1) * sam_block(s.window, windows**2) + sam_block(grid, 1)),
-        "sam_decoder": m.seg_max * (s.decoder_layers * (2 * across + among) + across + paint),
+        "sam_decoder": m.max_segs * (s.decoder_layers * (2 * across + among) + across + paint),
     }

@@ -57,7 +57,7 @@ def plan(config: Config, shapes: dict[str, jax.ShapeDtypeStruct], tokenizer: Tok
     made |= _conversation(config.with_weights(weights), pathtree.unflatten(held), tokenizer)
     asking = made["cache"] + made["features"] + max(made["temporaries"].values())
     # Each matrix is read as it is, and made into integers then; a CPU holds what it read twice for a moment.
-    wide = [_on_device(leaf) for path, leaf in _placed(config, shapes, {}).items() if re.search(quantize.QUANTISED, path)]
+    wide = [_on_device(leaf) for path, leaf in _placed(config, shapes, {}).items() if re.search(quantize.QUANTIZED, path)]
     loading = max(wide) * (2 if jax.default_backend() == "cpu" else 1)
     made["loading"] = loading if weights else 0
     made["total"] = sum(part["bytes"] for part in made["parameters"].values()) + max(asking, made["loading"])
@@ -110,7 +110,7 @@ def _held(shapes: dict, config: Config, weights: str) -> dict:
     config.with_weights(weights)
     held = {}
     for path, leaf in shapes.items():
-        held |= quantize.as_held(path, leaf, weights)
+        held |= quantize.quantize_param(path, leaf, weights)
     return held
 
 
@@ -119,7 +119,7 @@ def _placed(config: Config, shapes: dict, whole: dict) -> dict:
     mesh = sharding.inference_mesh(config.model.llm)
     if mesh is None:
         return shapes
-    places = pathtree.flatten(sharding.of_params(pathtree.unflatten(shapes), mesh, whole))
+    places = pathtree.flatten(sharding.param_shardings(pathtree.unflatten(shapes), mesh, whole))
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in shapes.items()}
 
 
@@ -134,7 +134,7 @@ def _conversation(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
     cache of the whole context."""
     m = config.model
     mesh = sharding.inference_mesh(m.llm)
-    cache_sharding = sharding.of_cache(mesh, m.llm) if mesh else None
+    cache_sharding = sharding.cache_sharding(mesh, m.llm) if mesh else None
     call = functions(config.model_json(), tokenizer.eos)
     slots = capacity(m.llm.max_length)
     turn = bucket(min(len(conversation.prompt_turn(tokenizer, config, "?", 0, True)[0]) + m.aligner.max_text, m.llm.max_length))

@@ -104,9 +104,9 @@ def _order(item: tuple) -> tuple:
 def memory(plan: Plan) -> str:
     """What lies on one device all through the run; activations come on top."""
     held = {
-        "frozen": sharding.bytes_a_device(plan.frozen, plan.frozen_shardings),
-        "trained": sharding.bytes_a_device(plan.train, plan.train_shardings),
-        "optimizer": sharding.bytes_a_device(plan.state["opt"], plan.state_shardings["opt"]),
+        "frozen": sharding.bytes_per_device(plan.frozen, plan.frozen_shardings),
+        "trained": sharding.bytes_per_device(plan.train, plan.train_shardings),
+        "optimizer": sharding.bytes_per_device(plan.state["opt"], plan.state_shardings["opt"]),
     }
     held["gradients"] = held["trained"]
     room = hardware.memory_of(plan.mesh.devices.flat[0])

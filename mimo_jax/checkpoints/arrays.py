@@ -130,7 +130,7 @@ def on_first_process(tree: dict, place: Callable[[dict], Any] | None = None) -> 
     wanted = pathtree.flatten(placed(abstract, place))
     there = {}
     for path, leaf in pathtree.flatten(tree).items():
-        whole = storage.whole(leaf)
+        whole = storage.gather_to_host(leaf)
         if jax.process_index() == 0:
             there[path] = jax.device_put(whole, wanted[path].sharding)
     return pathtree.unflatten(there) if jax.process_index() == 0 else None

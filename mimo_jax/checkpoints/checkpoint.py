@@ -68,7 +68,7 @@ def start_run(workdir: str | os.PathLike, config: Config, frozen: dict) -> str:
     if jax.process_index() == 0:
         with frozen_params.writing(workdir / "config.json"):
             if source is not None:
-                provenance.hand_on(source, workdir, pathtree.flatten(frozen).keys())
+                provenance.copy_to_run(source, workdir, pathtree.flatten(frozen).keys())
             storage.write_json(workdir / "config.json", config.to_dict())
     distributed.gather(None)  # so that all may read it
     return fingerprint
@@ -323,4 +323,4 @@ def _load_step(folder: Path, abstract: dict[str, Any], shardings: Any) -> tuple[
 def _damage(folder: Path, items: Iterable[str]) -> str | None:
     """What is wrong with the files of these orbax items of a step; None if nothing."""
     others = tuple(f"arrays/{name}/" for name in (arrays.STATE, _TRAIN) if name not in items)
-    return storage.damage(folder, lambda name: not name.startswith(others))
+    return storage.verify(folder, lambda name: not name.startswith(others))

@@ -142,7 +142,7 @@ def _unfit(folder: Path, leaves: dict, wanted: dict[str, Any] | None = None) -> 
     """Why a base folder cannot give these parameters; None if it can."""
     if not (folder / storage.MANIFEST).is_file():
         return "holds no whole base"
-    fault = storage.damage(folder, lambda name: False)  # of the manifest itself
+    fault = storage.verify(folder, lambda name: False)  # of the manifest itself
     if fault:
         return fault
     there = storage.read_json(folder / storage.MANIFEST)["leaves"].get(arrays.STATE)
@@ -151,7 +151,7 @@ def _unfit(folder: Path, leaves: dict, wanted: dict[str, Any] | None = None) -> 
     differing = [path for path, leaf in leaves.items() if there.get(path) != leaf]
     if differing:
         return f"is another base: {some(differing)}"
-    return storage.damage(folder) if wanted is None else storage.damage(folder, arrays.files_read(folder, wanted))
+    return storage.verify(folder) if wanted is None else storage.verify(folder, arrays.files_read(folder, wanted))
 
 
 @contextlib.contextmanager

@@ -29,12 +29,12 @@ class Loaded(NamedTuple):
     calibration: Path
 
 
-def load_params(path: str | os.PathLike, base_at: str | os.PathLike | None = None, place: Callable[[dict], Any] | None = None) -> dict:
+def load_params(path: str | os.PathLike, base_path: str | os.PathLike | None = None, place: Callable[[dict], Any] | None = None) -> dict:
     """All parameters of a checkpoint, trained and frozen, as one nested dict in the dtypes they were saved in.
 
     base_at: where the frozen base lies, if it was moved; place: from a nested dict of ShapeDtypeStructs to their shardings;
     None for the first device."""
-    return Leaves(path, base_at, place).load()
+    return LazyParams(path, base_path, place).load()
 
 
 def load_for_inference(
@@ -55,7 +55,7 @@ def load_for_inference(
             "or give --allow-untrained to see what comes out"
         )
     mesh = sharding.inference_mesh(config.model.llm)
-    leaves = Leaves(path, base_at, partial(sharding.of_params, mesh=mesh, whole={}) if mesh else None)
+    leaves = LazyParams(path, base_at, partial(sharding.param_shardings, mesh=mesh, whole={}) if mesh else None)
     params = leaves.load(weights)
     extra = storage.read_json(run / "steps" / str(leaves.step) / "extra.json")
     origin = f"{run} step {leaves.step}, {checkpoint.origin(run)}{f', language model in {weights}' if weights else ''}"
@@ -71,7 +71,7 @@ def read_shapes(path: str | os.PathLike) -> tuple[Config, dict[str, jax.ShapeDty
     return checkpoint.read_config(run), pathtree.flatten(arrays.abstract(leaves))
 
 
-class Leaves(Mapping[str, np.ndarray]):
+class LazyParams(Mapping[str, np.ndarray]):
     """All parameters of a checkpoint by path, read from the disk when they are asked for: the small ones together and kept, each
     large one anew. run, step, config: whose they are; shapes: {path: ShapeDtypeStruct}; trained: the paths not in the base.
 
@@ -80,7 +80,7 @@ class Leaves(Mapping[str, np.ndarray]):
 
     _SMALL = 2**20  # bytes
 
-    def __init__(self, path: str | os.PathLike, base_at: str | os.PathLike | None = None, place: Callable[[dict], Any] | None = None):
+    def __init__(self, path: str | os.PathLike, base_path: str | os.PathLike | None = None, place: Callable[[dict], Any] | None = None):
         self.run, self.step, manifest = checkpoint.whole_step(path)
         self.config = checkpoint.read_config(self.run)
         trained, frozen = manifest["leaves"].get(arrays.STATE, {}), frozen_params.read_record(self.run)["leaves"]
@@ -90,7 +90,7 @@ class Leaves(Mapping[str, np.ndarray]):
         self._places = dict.fromkeys(trained, (self.run / "steps" / str(self.step), trained))
         if frozen:
             wanted = {path: leaf for path, leaf in self._placed(self.shapes).items() if path in frozen} if place else None
-            folder = frozen_params.find(self.run, base_at, wanted)
+            folder = frozen_params.find(self.run, base_path, wanted)
             there = storage.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
             self._places |= dict.fromkeys(frozen, (folder, there))
         self._kept: dict[str, Any] = {}
@@ -101,11 +101,11 @@ class Leaves(Mapping[str, np.ndarray]):
         CPU that twice."""
         held = {}
         for path, leaf in self.shapes.items():
-            held |= quantize.as_held(path, leaf, weights)
+            held |= quantize.quantize_param(path, leaf, weights)
         read, kept = self._placed(self.shapes), self._placed(held)
 
         def then(path: str, leaf: jax.Array) -> dict[str, jax.Array]:
-            made = quantize.as_held(path, leaf, weights)
+            made = quantize.quantize_param(path, leaf, weights)
             return jax.block_until_ready({name: jax.device_put(part, kept[name].sharding) for name, part in made.items()})
 
         loaded = {}

@@ -30,7 +30,7 @@ def read(run: Path) -> dict:
     return record or {}
 
 
-def hand_on(source: Path, run: Path, frozen: Collection[str]) -> None:
+def copy_to_run(source: Path, run: Path, frozen: Collection[str]) -> None:
     """What is known of `source` goes on to a run that starts from it; of what was untrained, only the `frozen` stays so."""
     record = read(source)
     if not record:

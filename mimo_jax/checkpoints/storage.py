@@ -35,7 +35,7 @@ def write_manifest(folder: Path, about: dict) -> None:
     write_json(folder / MANIFEST, content)
 
 
-def damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
+def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
     """What is wrong with those files of a folder that are `wanted` by name; None if nothing."""
     if not (folder / MANIFEST).is_file():
         return "is not whole (its save did not finish)"
@@ -66,10 +66,10 @@ def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
 
 def hash_array(leaf: Any) -> str:
     """SHA-256 of an array's values, whoever holds them."""
-    return hashlib.sha256(np.ascontiguousarray(np.asarray(whole(leaf))).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(gather_to_host(leaf))).reshape(-1).view(np.uint8)).hexdigest()
 
 
-def whole(leaf: Any) -> Any:
+def gather_to_host(leaf: Any) -> Any:
     """An array with all its values in this process, gathered if others hold parts of it: then all call this."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return leaf

@@ -64,8 +64,8 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
     roles = [turn.role for turn in sample.turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise SampleError(f"{name}: its turns are {', '.join(roles) or 'none'}; user and assistant must take turns, user first")
-    if len(roles) // 2 > model.turns_max:
-        raise SampleError(f"{name}: has {len(roles) // 2} user turns; raise config.model.turns_max ({model.turns_max}) or split it")
+    if len(roles) // 2 > model.max_turns:
+        raise SampleError(f"{name}: has {len(roles) // 2} user turns; raise config.model.turns_max ({model.max_turns}) or split it")
     ids: list[int] = []
     query_index: list[int] = []
     loss: list[float] = []
@@ -78,8 +78,8 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
         query_index += queries + [-1] * len(answer)
         loss += [0.0] * len(prompt) + [1.0] * len(answer)
         seg_targets += spans.values()
-    if len(seg_targets) > model.seg_max:
-        raise SampleError(f"{name}: has {len(seg_targets)} grounded spans; raise config.model.seg_max ({model.seg_max}) or split it")
+    if len(seg_targets) > model.max_segs:
+        raise SampleError(f"{name}: has {len(seg_targets)} grounded spans; raise config.model.seg_max ({model.max_segs}) or split it")
     if len(ids) > config.buckets()[-1]:
         raise SampleError(f"{name}: has {len(ids)} tokens; raise the largest of config.data.buckets ({config.data.buckets}) or shorten it")
     input_ids = np.array(ids, np.int32)
@@ -129,7 +129,7 @@ def instruction_ids(tokenizer: Tokenizer, config: Config, question: str) -> list
 
 def answer_ids(tokenizer: Tokenizer, config: Config, text: str, spans: Iterable[Sequence[int]] = ()) -> list[int]:
     """Ids of an answer in clean text, one `<SEG>` for each [start, end) of `spans`, and </s>. Spans must not overlap."""
-    place, seg, p_close = config.model.seg_place, tokenizer.seg, tokenizer.p_close
+    place, seg, p_close = config.model.seg_position, tokenizer.seg, tokenizer.p_close
     closing = {"inside": [seg, p_close], "after": [p_close, seg], "bare": [seg]}[place]
     ids: list[int] = []
     at = 0

@@ -98,7 +98,7 @@ class Tokenizer:
         if self.grounding != model.grounding_tokens():
             remedy = "bare" if self.grounding == ("<SEG>",) else "inside or after"
             raise TokenizerError(
-                f"{self.path}: its grounding tokens are {', '.join(self.grounding)}, those of config.model.seg_place={model.seg_place} "
+                f"{self.path}: its grounding tokens are {', '.join(self.grounding)}, those of config.model.seg_place={model.seg_position} "
                 f"are {', '.join(model.grounding_tokens())}; set config.model.seg_place={remedy}"
             )
 

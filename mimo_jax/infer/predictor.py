@@ -71,7 +71,7 @@ class Mimo:
         self.config, self.tokenizer, self.origin = config, tokenizer, origin
         self.calibration, self.calibration_path = calibration, calibration_path
         self.engine = Engine(config, params, tokenizer.eos)
-        self.store = Store(config.generate.store_mb * 2**20)
+        self.store = Store(config.generate.cache_mb * 2**20)
 
     @classmethod
     def load(

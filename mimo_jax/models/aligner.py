@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import ModelConfig
-from mimo_jax.models.attention import attend
+from mimo_jax.models.attention import attention
 from mimo_jax.models.layers import Linear
-from mimo_jax.models.scan import SCAN, Scan, Stack
+from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers
 
 
-class Attention(nnx.Module):
+class AlignerAttention(nnx.Module):
     """Multi-head attention of x [B, Q, W] over memory [B, M, W] and, before it, what the rows of an image share [N, J, W]."""
 
     def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs, same_start: bool = False):
@@ -40,7 +40,7 @@ class Attention(nnx.Module):
             return y.reshape(*y.shape[:2], self.heads, -1)
 
         both = None if shared is None else (heads(self.k(shared)), heads(self.v(shared)))
-        out = attend(heads(self.q(x)), heads(self.k(memory)), heads(self.v(memory)), mask=mask, shared=both)
+        out = attention(heads(self.q(x)), heads(self.k(memory)), heads(self.v(memory)), mask=mask, shared=both)
         return self.o(out.reshape(x.shape))
 
     def scores(self, x: jax.Array, shared: jax.Array) -> jax.Array:
@@ -56,9 +56,9 @@ class AlignerBlock(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs):
         self.self_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.self_attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.self_attention = AlignerAttention(width, heads, dtype=dtype, rngs=rngs)
         self.cross_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.cross_attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.cross_attention = AlignerAttention(width, heads, dtype=dtype, rngs=rngs)
         self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.up = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.down = Linear(4 * width, width, dtype=dtype, rngs=rngs)
@@ -87,7 +87,7 @@ class Aligner(nnx.Module):
     linear, mlp      the image projected alone (LISA; GLaMM and LLaVA-1.5): Q = I
     """
 
-    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, scan: Scan = SCAN, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
         a, width, out = cfg.aligner, cfg.aligner.width, cfg.llm.width
         self.kind, self.dtype = a.kind, dtype
         linear = lambda i, o: Linear(i, o, dtype=dtype, rngs=rngs)  # noqa: E731
@@ -106,13 +106,13 @@ class Aligner(nnx.Module):
         if a.kind == "cross_attention":
             self.image_norm = nnx.LayerNorm(cfg.clip.width, dtype=dtype, rngs=rngs)
             self.text_norm = nnx.LayerNorm(out, dtype=dtype, rngs=rngs)
-            self.look = Attention(width, a.heads, dtype=dtype, rngs=rngs, same_start=True)
+            self.look = AlignerAttention(width, a.heads, dtype=dtype, rngs=rngs, same_start=True)
             self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)))
-            self.blocks = Stack(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, scan=scan)
+            self.blocks = ScannedLayers(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, scan=scan)
             self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
             self.project = linear(width, out)
 
-    def of_image(self, image: jax.Array) -> jax.Array:
+    def project_image(self, image: jax.Array) -> jax.Array:
         """X_q of every turn of each image, [N, I, Dc] -> [N, I, D], for the kinds that read the image alone."""
         if self.kind == "linear":
             return self.project(image)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mimo_jax.models import kernels, mesh
 
 
-def attend(
+def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -79,7 +79,7 @@ def _attend_grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | 
     q = q.reshape(b, t, groups, h // groups, -1).transpose(0, 3, 1, 2, 4).reshape(b, h // groups * t, groups, -1)
     if mask is not None:
         mask = jnp.tile(jnp.broadcast_to(mask, (*mask.shape[:-2], t, k.shape[1])), (1, 1, h // groups, 1))
-    out = attend(q, k, v, mask=mask, scale=scale)
+    out = attention(q, k, v, mask=mask, scale=scale)
     return out.reshape(b, h // groups, t, groups, -1).transpose(0, 2, 3, 1, 4).reshape(b, t, h, -1)
 
 

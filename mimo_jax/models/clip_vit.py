@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import ClipConfig, ConfigError
-from mimo_jax.models.attention import attend
+from mimo_jax.models.attention import attention
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding, quick_gelu
-from mimo_jax.models.scan import SCAN, Scan, Stack
+from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers
 
 # Per channel, RGB, for pixels in 0 .. 1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,7 +42,7 @@ class ClipLayer(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.attention_norm(x)
         q, k, v = (project(y).reshape(*y.shape[:2], self.heads, -1) for project in (self.q, self.k, self.v))
-        x = x + self.o(attend(q, k, v).reshape(x.shape))
+        x = x + self.o(attention(q, k, v).reshape(x.shape))
         return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
 
@@ -50,7 +50,7 @@ class ClipVit(nnx.Module):
     """The whole tower. Layers above `cfg.feature_layer`, and the last norm, hold parameters so that a checkpoint maps
     wholly both ways, but do not run."""
 
-    def __init__(self, cfg: ClipConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: Scan = SCAN, rngs: nnx.Rngs):
+    def __init__(self, cfg: ClipConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
         if cfg.activation not in ACTIVATIONS:
             raise ConfigError(f"config.model.clip.activation: is {cfg.activation!r}; use one of {', '.join(ACTIVATIONS)}")
         if not -cfg.layers - 1 <= cfg.feature_layer <= cfg.layers:
@@ -66,7 +66,7 @@ class ClipVit(nnx.Module):
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (cfg.width,), param_dtype) * cfg.width**-0.5)
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (tokens, cfg.width), param_dtype) * 0.2)
         self.pre_norm = layer_norm(cfg.width, cfg.eps, rngs=rngs, **types)
-        self.layers = Stack(lambda r: ClipLayer(cfg, rngs=r, **types), cfg.layers, rngs=rngs, scan=scan)
+        self.layers = ScannedLayers(lambda r: ClipLayer(cfg, rngs=r, **types), cfg.layers, rngs=rngs, scan=scan)
         self.post_norm = layer_norm(cfg.width, cfg.eps, rngs=rngs, **types)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:

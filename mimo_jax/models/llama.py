@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import GROUNDING_TOKENS, LlamaConfig, LoraConfig
-from mimo_jax.models.attention import attend
+from mimo_jax.models.attention import attention
 from mimo_jax.models.lora import LoraLinear
-from mimo_jax.models.scan import SCAN, Scan, Stack
+from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers
 
 
 class RmsNorm(nnx.Module):
@@ -56,7 +56,7 @@ class LlamaLayer(nnx.Module):
 
         def linear(name: str, inputs: int, outputs: int) -> LoraLinear:
             rank = lora.rank if name in targets else 0
-            how = {"rank": rank, "alpha": lora.alpha, "weights": cfg.weights}
+            how = {"rank": rank, "alpha": lora.alpha, "weights": cfg.quantization}
             return LoraLinear(inputs, outputs, **how, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.attention_norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)
@@ -81,7 +81,7 @@ class LlamaLayer(nnx.Module):
             new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
             cache = {name: kept.at[index, rows, groups, slots].set(new[name].astype(kept.dtype)) for name, kept in cache.items()}
             k, v = (cache[name][index].astype(x.dtype).swapaxes(1, 2) for name in ("k", "v"))
-        x = x + self.o(attend(q, k, v, mask=mask, causal=cache is None).reshape(b, t, -1))
+        x = x + self.o(attention(q, k, v, mask=mask, causal=cache is None).reshape(b, t, -1))
         y = self.mlp_norm(x)
         x = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
         return x, cache
@@ -98,12 +98,12 @@ class Llama(nnx.Module):
         *,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
-        scan: Scan = SCAN,
+        scan: ScanConfig = SCAN,
         rngs: nnx.Rngs,
     ):
         self.cfg = cfg
         self.dtype = dtype
-        self.layers = Stack(
+        self.layers = ScannedLayers(
             lambda r: LlamaLayer(cfg, lora, targets, dtype=dtype, param_dtype=param_dtype, rngs=r), cfg.layers, rngs=rngs, scan=scan
         )
         self.norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)

@@ -49,7 +49,7 @@ class LoraLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         lead = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])  # one contracted axis in the weight gradient: see layers.Linear
-        y = quantize.times(x, {name: getattr(self, name)[...] for name in self.held}, self.dtype)
+        y = quantize.quantized_matmul(x, {name: getattr(self, name)[...] for name in self.held}, self.dtype)
         if self.scale:
             y = y + (x @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(self.dtype) * self.scale
         return y.reshape(*lead, -1)

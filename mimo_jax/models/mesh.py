@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mimo_jax.sharding import BATCH, sample_shares
+from mimo_jax.sharding import BATCH, num_batch_shards
 
 
 class Target(NamedTuple):
@@ -34,7 +34,7 @@ _told: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", 
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh) -> Iterator[None]:
+def use_mesh(mesh: Mesh) -> Iterator[None]:
     """While a function is traced. The mesh's devices may be of a machine that is not at hand."""
     token = _told.set(_describe(mesh.devices.flat[0], mesh.size, mesh))
     try:
@@ -52,7 +52,7 @@ def _describe(device: jax.Device, devices: int, mesh: Mesh | None = None) -> Tar
     return Target(device.platform, float(getattr(device, "compute_capability", 0) or 0), devices, mesh)
 
 
-def split(tree: Any) -> Any:
+def constrain_batch(tree: Any) -> Any:
     """Every array's leading axis over the samples' axes of the mesh. XLA would else at times rather send all samples to every device than
     gather a layer's weights."""
     mesh = current().mesh
@@ -60,7 +60,7 @@ def split(tree: Any) -> Any:
         return tree
 
     def place(x: jax.Array) -> jax.Array:
-        whole = x.ndim == 0 or x.shape[0] % sample_shares(mesh)
+        whole = x.ndim == 0 or x.shape[0] % num_batch_shards(mesh)
         return x if whole else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*BATCH)))
 
     return jax.tree.map(place, tree)

@@ -26,11 +26,11 @@ from mimo_jax.models.layers import Linear
 from mimo_jax.models.llama import LanguageHead, Llama, TokenEmbedding
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.sam_encoder import SamEncoder
-from mimo_jax.models.scan import Scan
+from mimo_jax.models.scan import ScanConfig
 from mimo_jax.models.visual_prompt import VisualPromptEncoder
 
 
-def normalise(pixels: jax.Array, size: jax.Array, mean: tuple, std: tuple, dtype) -> jax.Array:
+def normalize(pixels: jax.Array, size: jax.Array, mean: tuple, std: tuple, dtype) -> jax.Array:
     """uint8 [N, H, H, 3] -> (x - mean) / std in `dtype`, zero outside the content `size` int [N, 2] (height, width)."""
     x = (pixels.astype(jnp.float32) - jnp.asarray(mean)) / jnp.asarray(std)
     rows = jnp.arange(pixels.shape[1])[None, :, None, None] < size[:, 0, None, None, None]
@@ -54,7 +54,7 @@ class Mimo(nnx.Module):
         m = config.model
         dtype, base_dtype = jnp.dtype(m.dtype), jnp.float32
         self.config, self.dtype = m, dtype
-        scan = Scan(m.remat, m.unroll)
+        scan = ScanConfig(m.remat, m.unroll)
         self.clip = ClipVit(m.clip, dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
         grounding = len(m.grounding_tokens())
         self.prompt = None if m.aligner.image_only() else VisualPromptEncoder(m.prompt, m.clip, dtype=dtype, rngs=rngs)
@@ -72,11 +72,11 @@ class Mimo(nnx.Module):
     def encode_clip(self, clip_image: jax.Array, clip_size: jax.Array) -> jax.Array:
         """uint8 [N, H, H, 3], content size [N, 2] -> X_img [N, I, Dc]."""
         mean, std = (tuple(255.0 * v for v in values) for values in (clip_vit.MEAN, clip_vit.STD))
-        return self.clip(normalise(clip_image, clip_size, mean, std, self.dtype))
+        return self.clip(normalize(clip_image, clip_size, mean, std, self.dtype))
 
     def encode_sam(self, sam_image: jax.Array, sam_size: jax.Array) -> jax.Array:
         """uint8 [N, H, H, 3], content size [N, 2] -> [N, g, g, C]."""
-        return self.sam_encoder(normalise(sam_image, sam_size, sam_encoder.MEAN, sam_encoder.STD, self.dtype))
+        return self.sam_encoder(normalize(sam_image, sam_size, sam_encoder.MEAN, sam_encoder.STD, self.dtype))
 
     # --- what is computed once per turn
 
@@ -84,21 +84,21 @@ class Mimo(nnx.Module):
         self, image: jax.Array, instruction_ids: jax.Array, instruction_mask: jax.Array, prompt_xy: jax.Array, prompt_kind: jax.Array
     ) -> jax.Array:
         """X_img [N, I, Dc], instruction [B, R, L], prompts [B, R, P(, 2)] -> X_q [B, R, Q, D], every turn from its own text and prompts."""
-        return self.align_and_look(image, instruction_ids, instruction_mask, prompt_xy, prompt_kind)[0]
+        return self.align_with_attention(image, instruction_ids, instruction_mask, prompt_xy, prompt_kind)[0]
 
-    def align_and_look(self, image, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> tuple[jax.Array, jax.Array | None]:
+    def align_with_attention(self, image, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> tuple[jax.Array, jax.Array | None]:
         """`align`, and where in the image each turn's queries look: logits [B, R, g, g] on the grid of CLIP's patches, or None
         where `aligner.kind` has no queries."""
         b, r, _ = instruction_ids.shape
         if self.prompt is None:
-            x_q = jnp.repeat(self.aligner.of_image(image), b * r // image.shape[0], axis=0)
+            x_q = jnp.repeat(self.aligner.project_image(image), b * r // image.shape[0], axis=0)
             return x_q.reshape(b, r, *x_q.shape[1:]), None
 
         def fold(x: jax.Array) -> jax.Array:
             return x.reshape(b * r, *x.shape[2:])
 
         visual = self.prompt(fold(prompt_xy), fold(prompt_kind))
-        text = mesh.split(self.embedding(fold(instruction_ids)))
+        text = mesh.constrain_batch(self.embedding(fold(instruction_ids)))
         x_q, look = self.aligner(image, self.prompt.image_code(), text, fold(instruction_mask), visual, fold(prompt_kind) > 0)
         if look is not None:
             g = self.config.clip.grid()
@@ -126,7 +126,7 @@ class Mimo(nnx.Module):
 
     # --- from <SEG> to masks
 
-    def seg_states(self, hidden: jax.Array, seg_index: jax.Array) -> jax.Array:
+    def seg_hidden(self, hidden: jax.Array, seg_index: jax.Array) -> jax.Array:
         """hidden [B, T, D], positions of <SEG> [B, S] -> r_seg [B, S, D]: of the token itself, or of what predicts it."""
         index = seg_index - 1 if self.config.seg_state == "predict" else seg_index
         return jnp.take_along_axis(hidden, jnp.maximum(index, 0)[..., None], axis=1)
@@ -172,13 +172,13 @@ class Mimo(nnx.Module):
         else:
             image = self.encode_clip(batch["clip_image"], batch["clip_size"])
             features = self.encode_sam(batch["sam_image"], batch["sam_size"])
-        image, features = mesh.split((image, features))
+        image, features = mesh.constrain_batch((image, features))
         turns = (batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
-        x_q, look = self.align_and_look(image, *turns)
-        x = mesh.split(self.embed(batch["input_ids"], batch["query_index"], x_q))
+        x_q, look = self.align_with_attention(image, *turns)
+        x = mesh.constrain_batch(self.embed(batch["input_ids"], batch["query_index"], x_q))
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-        hidden = mesh.split(self.decode(x, positions))
-        masks, iou = self.segment(features, self.seg_states(hidden, batch["seg_index"]))
+        hidden = mesh.constrain_batch(self.decode(x, positions))
+        masks, iou = self.segment(features, self.seg_hidden(hidden, batch["seg_index"]))
         return {"hidden": hidden, "masks": masks, "iou": iou, "look": look}
 
 
@@ -194,6 +194,6 @@ def _abstract(model_json: str):
     return layer_scan.abstract(lambda rngs: Mimo(config, rngs))
 
 
-def initial(config: Config, key: jax.Array) -> dict:
+def init_params(config: Config, key: jax.Array) -> dict:
     """Nested dict of parameters drawn from `key`."""
-    return layer_scan.initial(lambda rngs: Mimo(config, rngs), key)
+    return layer_scan.init_params(lambda rngs: Mimo(config, rngs), key)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import SamConfig
-from mimo_jax.models.attention import attend
+from mimo_jax.models.attention import attention
 from mimo_jax.models.layers import Linear, gelu, layer_norm
-from mimo_jax.models.scan import Stack
+from mimo_jax.models.scan import ScannedLayers
 
 MASK_TOKENS = 4  # token 0 is the one mask of an unambiguous prompt, 1 .. 3 are the alternatives of an ambiguous one
 MASK_PROMPT_WIDTH = 16
@@ -81,7 +81,7 @@ class SamPromptEncoder(nnx.Module):
         g = self.cfg.image_size // self.cfg.patch_size
         centres = (jnp.arange(g) + 0.5) / g
         x, y = jnp.meshgrid(centres, centres)
-        return self.position_code(jnp.stack([x, y], axis=-1))
+        return self.positional_encoding(jnp.stack([x, y], axis=-1))
 
     def no_mask(self) -> jax.Array:
         """The dense prompt where there is no mask: [C], the same everywhere."""
@@ -90,14 +90,14 @@ class SamPromptEncoder(nnx.Module):
     def embed_points(self, xy: jax.Array, labels: jax.Array) -> jax.Array:
         """xy [..., n, 2], labels int [..., n]: 1 in, 0 out, -1 none, 2 and 3 a box's top left and bottom right -> [..., n, C]."""
         none = (labels == -1)[..., None]
-        code = jnp.where(none, 0.0, self.position_code(xy / self.cfg.image_size))
+        code = jnp.where(none, 0.0, self.positional_encoding(xy / self.cfg.image_size))
         kind = jnp.where(none, self.not_a_point_embedding[...], self.point_embedding[...][jnp.maximum(labels, 0)])
         return (code + kind).astype(self.dtype)
 
     def embed_boxes(self, boxes: jax.Array) -> jax.Array:
         """[x0, y0, x1, y1] [..., 4] -> [..., 2, C], a token for each corner."""
         corners = boxes.reshape(*boxes.shape[:-1], 2, 2)
-        return (self.position_code(corners / self.cfg.image_size) + self.point_embedding[2:]).astype(self.dtype)
+        return (self.positional_encoding(corners / self.cfg.image_size) + self.point_embedding[2:]).astype(self.dtype)
 
     def embed_masks(self, masks: jax.Array) -> jax.Array:
         """Mask logits [..., 4g, 4g] -> [..., g, g, C]."""
@@ -106,7 +106,7 @@ class SamPromptEncoder(nnx.Module):
         x = self.mask_out(gelu(self.mask_norm2(self.mask_down2(x))))
         return x.reshape(*masks.shape[:-2], *x.shape[1:])
 
-    def position_code(self, xy: jax.Array) -> jax.Array:
+    def positional_encoding(self, xy: jax.Array) -> jax.Array:
         """Random Fourier features of xy [..., 2] in 0 .. 1 -> float32 [..., C], every step rounded to `pe_dtype`."""
 
         def rounded(x: jax.Array) -> jax.Array:  # not by a cast and back, which XLA may leave out
@@ -119,7 +119,7 @@ class SamPromptEncoder(nnx.Module):
         return rounded(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1))
 
 
-class Attention(nnx.Module):
+class DecoderAttention(nnx.Module):
     """Multi-head attention of width `inner` within a residual stream of width `width`."""
 
     def __init__(self, width: int, inner: int, heads: int, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -141,7 +141,7 @@ class Attention(nnx.Module):
         # Queries do not see one another, so over shared keys (leading axis B, not B*S) those of all masks go together.
         q, k, v = (x.reshape(batch * k.shape[1], -1, self.heads, x.shape[-1] // self.heads) for x in (q, k, v))
         mask = None if seen is None else seen.reshape(q.shape[0], 1, 1, -1)
-        return self.o(attend(q, k, v, mask).reshape(batch, masks, length, -1))
+        return self.o(attention(q, k, v, mask).reshape(batch, masks, length, -1))
 
 
 class TwoWayBlock(nnx.Module):
@@ -153,14 +153,14 @@ class TwoWayBlock(nnx.Module):
         self.first = first
         c, heads = cfg.decoder_width, cfg.decoder_heads
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.self_attention = Attention(c, c, heads, **types)
+        self.self_attention = DecoderAttention(c, c, heads, **types)
         self.self_norm = layer_norm(c, 1e-5, **types)
-        self.token_to_image = Attention(c, c // 2, heads, **types)
+        self.token_to_image = DecoderAttention(c, c // 2, heads, **types)
         self.token_norm = layer_norm(c, 1e-5, **types)
         self.up = Linear(c, cfg.decoder_mlp_width, **types)
         self.down = Linear(cfg.decoder_mlp_width, c, **types)
         self.mlp_norm = layer_norm(c, 1e-5, **types)
-        self.image_to_token = Attention(c, c // 2, heads, **types)
+        self.image_to_token = DecoderAttention(c, c // 2, heads, **types)
         self.image_norm = layer_norm(c, 1e-5, **types)
 
     def __call__(self, carry: tuple[jax.Array, jax.Array], token_code: jax.Array, image_code: jax.Array, seen: jax.Array | None):
@@ -197,7 +197,7 @@ class Upscale(nnx.Module):
         return y.reshape(*lead, 2 * h, 2 * w, -1) + bias
 
 
-class HyperMlps(nnx.Module):
+class HypernetworkMlps(nnx.Module):
     """One MLP of three layers for each mask token, parameters stacked on a leading axis K."""
 
     def __init__(self, width: int, out: int, *, dtype, param_dtype, rngs: nnx.Rngs):
@@ -239,15 +239,15 @@ class MaskDecoder(nnx.Module):
         self.mask_tokens = nnx.Param(jax.random.normal(rngs.params(), (MASK_TOKENS, c), param_dtype))
         self.first = TwoWayBlock(cfg, first=True, rngs=rngs, **types)
         if cfg.decoder_layers > 1:
-            self.rest = Stack(lambda r: TwoWayBlock(cfg, first=False, rngs=r, **types), cfg.decoder_layers - 1, rngs=rngs)
+            self.rest = ScannedLayers(lambda r: TwoWayBlock(cfg, first=False, rngs=r, **types), cfg.decoder_layers - 1, rngs=rngs)
         else:
             self.rest = None
-        self.final_attention = Attention(c, c // 2, cfg.decoder_heads, rngs=rngs, **types)
+        self.final_attention = DecoderAttention(c, c // 2, cfg.decoder_heads, rngs=rngs, **types)
         self.final_norm = layer_norm(c, 1e-5, rngs=rngs, **types)
         self.upscale1 = Upscale(c, c // 4, rngs=rngs, **types)
         self.upscale_norm = layer_norm(c // 4, CONV_EPS, rngs=rngs, **types)
         self.upscale2 = Upscale(c // 4, c // 8, rngs=rngs, **types)
-        self.hyper = HyperMlps(c, c // 8, rngs=rngs, **types)
+        self.hyper = HypernetworkMlps(c, c // 8, rngs=rngs, **types)
         self.iou_head = IouHead(c, cfg.iou_head_width, rngs=rngs, **types)
 
     def __call__(

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import SamConfig
-from mimo_jax.models.attention import attend, fold_relative_position
+from mimo_jax.models.attention import attention, fold_relative_position
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding
-from mimo_jax.models.scan import SCAN, Scan, Stack, rematerialised
+from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers, rematerialised
 
 # Per channel, RGB, for pixels in 0 .. 255. SAM normalises first and pads with zeros afterwards.
 MEAN = (123.675, 116.28, 103.53)
@@ -77,17 +77,17 @@ class SamBlock(nnx.Module):
         n, w, _, d = x.shape
         q, k, v = (project(x).reshape(n, w * w, self.heads, -1) for project in (self.q, self.k, self.v))
         q, k = fold_relative_position(q, k, self.rel_pos_h[...], self.rel_pos_w[...], scale=(d // self.heads) ** -0.5)
-        return self.o(attend(q, k, v, scale=1.0).reshape(x.shape))
+        return self.o(attention(q, k, v, scale=1.0).reshape(x.shape))
 
 
 class SamStage(nnx.Module):
     """(global_every - 1) windowed blocks and a global one."""
 
-    def __init__(self, cfg: SamConfig, *, dtype, param_dtype, scan: Scan, rngs: nnx.Rngs):
+    def __init__(self, cfg: SamConfig, *, dtype, param_dtype, scan: ScanConfig, rngs: nnx.Rngs):
         self.scan = scan
         types = {"dtype": dtype, "param_dtype": param_dtype}
         if cfg.global_every > 1:
-            self.windowed = Stack(lambda r: SamBlock(cfg, cfg.window, rngs=r, **types), cfg.global_every - 1, rngs=rngs, scan=scan)
+            self.windowed = ScannedLayers(lambda r: SamBlock(cfg, cfg.window, rngs=r, **types), cfg.global_every - 1, rngs=rngs, scan=scan)
         else:
             self.windowed = None
         self.whole = SamBlock(cfg, 0, rngs=rngs, **types)
@@ -101,7 +101,7 @@ class SamStage(nnx.Module):
 class SamEncoder(nnx.Module):
     """ViT and neck."""
 
-    def __init__(self, cfg: SamConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: Scan = SCAN, rngs: nnx.Rngs):
+    def __init__(self, cfg: SamConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
         self.dtype = dtype
         types = {"dtype": dtype, "param_dtype": param_dtype}
         g = cfg.image_size // cfg.patch_size
@@ -109,8 +109,8 @@ class SamEncoder(nnx.Module):
         self.patch = patch_embedding(cfg.patch_size, cfg.width, use_bias=True, rngs=rngs, **types)
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (g, g, cfg.width), param_dtype) * 0.02)
         # Blocks are rematerialised one by one, inside the stage.
-        self.stages = Stack(
-            lambda r: SamStage(cfg, scan=scan, rngs=r, **types), cfg.layers // cfg.global_every, rngs=rngs, scan=Scan(unroll=scan.unroll)
+        self.stages = ScannedLayers(
+            lambda r: SamStage(cfg, scan=scan, rngs=r, **types), cfg.layers // cfg.global_every, rngs=rngs, scan=ScanConfig(unroll=scan.unroll)
         )
         self.neck_in = nnx.Conv(cfg.width, c, (1, 1), use_bias=False, rngs=rngs, **types)
         self.neck_in_norm = layer_norm(c, EPS, rngs=rngs, **types)

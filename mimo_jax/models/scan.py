@@ -23,7 +23,7 @@ _POLICIES = {
 }
 
 
-class Scan(NamedTuple):
+class ScanConfig(NamedTuple):
     """How a stack is run. remat: "none", "full" or "dots". unroll: write the layers out, one after the other, in the compiled
     program; a fifth faster for small models on a CPU, where loops bound the fusion of operations, and slower to compile."""
 
@@ -31,7 +31,7 @@ class Scan(NamedTuple):
     unroll: bool = False
 
 
-SCAN = Scan()
+SCAN = ScanConfig()
 
 
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, dict]:
@@ -41,7 +41,7 @@ def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, dict]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def initial(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> dict:
+def init_params(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> dict:
     """Nested dict of freshly drawn parameters; call it under `jax.jit` with out_shardings for big models."""
     return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key))))
 
@@ -58,14 +58,14 @@ def rematerialised(function: Callable, remat: str) -> Callable:
     return jax.checkpoint(function, policy=_POLICIES[remat], prevent_cse=False)
 
 
-class Stack(nnx.Module):
+class ScannedLayers(nnx.Module):
     """N equal blocks, parameters stacked on a leading axis N, applied by `lax.scan`, so that N layers compile as one.
 
     `make` builds one block from an Rngs. A block is called as `block(x, *shared, **per_layer) -> x` or, where the
     stack is called with `with_output=True`, `-> (x, y)`.
     """
 
-    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs, scan: Scan = SCAN):
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, rngs: nnx.Rngs, scan: ScanConfig = SCAN):
         keys = jax.random.split(rngs.params(), layers)
         graphdef, _ = abstract(make)
         self.layers = layers
@@ -80,7 +80,7 @@ class Stack(nnx.Module):
 
         def body(carry, layer):
             params, extra = layer
-            out = nnx.merge(graphdef, params)(mesh.split(carry), *shared, **(extra or {}))
+            out = nnx.merge(graphdef, params)(mesh.constrain_batch(carry), *shared, **(extra or {}))
             return out if with_output else (out, None)
 
         body = rematerialised(body, self.scan.remat)

@@ -25,7 +25,7 @@ class VisualPromptEncoder(nnx.Module):
         self.frequency = nnx.Param(jax.random.normal(rngs.params(), (2, cfg.width // 2)))
         self.kind = nnx.Param(jax.random.normal(rngs.params(), (KINDS, cfg.width)) * 0.5)
 
-    def position_code(self, xy: jax.Array) -> jax.Array:
+    def positional_encoding(self, xy: jax.Array) -> jax.Array:
         """xy fp32 [..., 2], pixels of the CLIP frame (integers are centres) -> [..., W], always computed in fp32."""
         unit = 2.0 * (xy.astype(jnp.float32) + 0.5) / self.image_size - 1.0
         angle = 2.0 * jnp.pi * (unit @ self.frequency[...])
@@ -38,9 +38,9 @@ class VisualPromptEncoder(nnx.Module):
         xy = jnp.stack(jnp.meshgrid(centre, centre, indexing="xy"), axis=-1).reshape(-1, 2)
         if self.class_token:
             xy = jnp.concatenate([jnp.full((1, 2), (self.image_size - 1) / 2), xy])
-        return self.position_code(xy)
+        return self.positional_encoding(xy)
 
     def __call__(self, xy: jax.Array, kind: jax.Array) -> jax.Array:
         """xy [B, R, P, 2], kind int [B, R, P] -> X_vis [B, R, P, W]. Kind 0 (no prompt here) yields its embedding alone."""
-        code = self.position_code(xy) * (kind > 0)[..., None].astype(self.dtype)
+        code = self.positional_encoding(xy) * (kind > 0)[..., None].astype(self.dtype)
         return code + jnp.take(self.kind[...], kind, axis=0).astype(self.dtype)

@@ -17,13 +17,13 @@ from mimo_jax import sharding
 def images_here(mesh: Mesh, images: int) -> list[int]:
     """Which of the N images of every batch the devices of this process need, ascending. Processes whose devices share samples (the
     tensor axis runs through both) need the same."""
-    shares = sharding.of_batch(mesh).addressable_devices_indices_map((images,)).values()
+    shares = sharding.batch_sharding(mesh).addressable_devices_indices_map((images,)).values()
     return sorted({image for (share,) in shares for image in range(*share.indices(images))})
 
 
 def place(mesh: Mesh, images: int, here: Sequence[int], batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The global batch, arrays [B or N, ...], of N images; batch: those of the images `here`."""
-    split = sharding.of_batch(mesh)
+    split = sharding.batch_sharding(mesh)
     at = {image: number for number, image in enumerate(here)}
 
     def globally(value: np.ndarray) -> jax.Array:

@@ -63,9 +63,9 @@ class Guard:
             )
 
     def _weigh(self, tick: Tick, loss: float) -> None:
-        if self.config.spike and len(self.losses) >= _LEAST:
+        if self.config.spike_threshold and len(self.losses) >= _LEAST:
             mean, deviation = float(np.mean(self.losses)), float(np.std(self.losses))
-            if loss > mean + self.config.spike * deviation and jax.process_index() == 0:
+            if loss > mean + self.config.spike_threshold * deviation and jax.process_index() == 0:
                 batch = tick.position()["batch"] - 1  # the position is that of the next one
                 row = {"step": tick.step, "loss": loss, "mean": mean, "deviation": deviation, "records": self.records(batch)}
                 with open(self.path, "a") as file:

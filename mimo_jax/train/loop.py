@@ -30,7 +30,7 @@ from mimo_jax.data.loading import encode_features
 from mimo_jax.data.loading.loader import Loader, make_loader
 from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
-from mimo_jax.distributed import Stop
+from mimo_jax.distributed import PreemptionGuard
 from mimo_jax.eval import calibrate, evaluate
 from mimo_jax.eval.calibrate import PLAIN, Calibration
 from mimo_jax.train import global_batch, writers
@@ -122,14 +122,14 @@ def _run(ready: Ready, goodput: Goodput, told: Reports) -> int:
         Save(ready.checkpoints, config.train.checkpoint_every, goodput),
         Every(config.train.eval_every, look),
     ]
-    stop = Stop()
+    stop = PreemptionGuard()
     tick = None
     try:
         for tick in steps(plan, ready.state, frozen, loader, stop, config.train.steps):
             for hook in hooks:
                 hook(tick)
     finally:
-        distributed.beat(0)
+        distributed.send_heartbeat(0)
         stop.restore()
         for hook in hooks:
             hook.close()
@@ -144,7 +144,7 @@ def _run(ready: Ready, goodput: Goodput, told: Reports) -> int:
     return EXIT_DONE
 
 
-def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Stop, total: int) -> Iterator[Tick]:
+def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: PreemptionGuard, total: int) -> Iterator[Tick]:
     """One Tick a step, until `total` are done, or a stop signal. A step takes one batch, whether it moves the state or is skipped."""
     config = plan.config
     step_fn = make_step(plan)
@@ -153,7 +153,7 @@ def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Stop, tot
     done = _steps_done(loader)
     batches, compiled = iter(loader), set()
     while done < total:
-        distributed.beat(config.train.step_timeout)
+        distributed.send_heartbeat(config.train.step_timeout)
         since = time.perf_counter()
         batch = next(batches)
         position = loader.state()
@@ -226,7 +226,7 @@ def _initial_params(plan: Plan) -> dict:
 
     source = pathtree.flatten(loading.load_params(config.init.path, place=place))
     absent = [path for path in wanted if path not in source or not fits(path, source[path])]
-    refused = [p for p in absent if not (config.init.fresh and re.search(config.init.fresh, p))]
+    refused = [p for p in absent if not (config.init.reinit and re.search(config.init.reinit, p))]
     if refused:
         raise CheckpointError(
             f"{config.init.path}: lacks, or has in another shape: {', '.join(refused)}; "
@@ -249,9 +249,9 @@ def _restore(plan: Plan, checkpoints: Checkpoints, loader: Loader):
 
 def _with_params(plan: Plan, state: dict, frozen: dict, work: Callable[[dict], None]) -> None:
     """`work` with all parameters: in process 0 alone, on its own devices, while the others wait."""
-    distributed.beat(0)
+    distributed.send_heartbeat(0)
     mesh = sharding.inference_mesh(plan.config.model.llm)
-    place = partial(sharding.of_params, mesh=mesh) if mesh else None
+    place = partial(sharding.param_shardings, mesh=mesh) if mesh else None
     params = arrays.on_first_process(pathtree.merge(state["params"], frozen), place)
     if params is not None:
         work(params)
@@ -274,7 +274,7 @@ def _evaluate(
 ) -> None:
     """Free-running evaluation of `eval_samples` validation samples, and overlays of the first few, under `eval/<step>/`."""
     out = workdir / "eval" / f"{step:08d}"
-    samples, overlays = config.train.eval_samples, config.train.overlays
+    samples, overlays = config.train.eval_samples, config.train.num_overlays
     report = evaluate.evaluate_params(
         config, params, tokenizer, split="val", limit=samples, overlays=out, overlay_count=overlays, calibration=fitted
     )

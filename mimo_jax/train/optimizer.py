@@ -42,7 +42,7 @@ def make_optimizer(cfg: TrainConfig, table: dict[str, float | None]) -> optax.Gr
 
     adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2)
     return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.clip_by_global_norm(cfg.max_grad_norm),
         adam if cfg.optimizer == "adam" else optax.partition({"muon": _muon(), "adam": adam}, _muon_or_adam),
         optax.add_decayed_weights(cfg.weight_decay, mask=matrices),
         optax.scale_by_learning_rate(schedule(cfg)),

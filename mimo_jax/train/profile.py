@@ -17,7 +17,7 @@ import jax
 from mimo_jax import distributed
 from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import SourceConfig
-from mimo_jax.distributed import Stop
+from mimo_jax.distributed import PreemptionGuard
 from mimo_jax.train import loop
 
 _TOP = 12
@@ -35,7 +35,7 @@ def profile(workdir: str | os.PathLike, steps: int = 3, after: int = 2, sources:
     config.data.sources = sources or config.data.sources
     ready = loop.prepare(config, run)
     out = run / "profile" / distributed.gather(time.strftime("%Y-%m-%d-%H%M%S"))[0]
-    stop = Stop()
+    stop = PreemptionGuard()
     try:
         ticks = loop.steps(ready.plan, ready.state, ready.frozen, ready.loader, stop, newest + after + steps)
         for tick in itertools.islice(ticks, after):
@@ -45,7 +45,7 @@ def profile(workdir: str | os.PathLike, steps: int = 3, after: int = 2, sources:
             traced = [jax.block_until_ready(tick.metrics) for tick in itertools.islice(ticks, steps)]
         seconds = (time.perf_counter() - began) / steps
     finally:
-        distributed.beat(0)
+        distributed.send_heartbeat(0)
         stop.restore()
         ready.loader.close()
     if len(traced) < steps:

@@ -38,7 +38,7 @@ class Plan:
         self.params = parameters.typed(config, shapes)
         self.train, self.frozen = pathtree.partition(self.params, self.trains)
         memory = hardware.memory_of(mesh.devices.flat[0])
-        placed = sharding.of_model(config.mesh, mesh, memory, self.train, self.frozen)
+        placed = sharding.model_shardings(config.mesh, mesh, memory, self.train, self.frozen)
         self.train_shardings, self.frozen_shardings, self.base_reason, self.whole = placed
         self.param_shardings = pathtree.merge(self.train_shardings, self.frozen_shardings)
         self.state = jax.eval_shape(self._state_of, self.train)
@@ -67,7 +67,7 @@ class Plan:
         """All parameters from `key`, in their dtypes and places."""
 
         def make(key):
-            return jax.tree.map(lambda x, s: x.astype(s.dtype), mimo.initial(self.config, key), self.params)
+            return jax.tree.map(lambda x, s: x.astype(s.dtype), mimo.init_params(self.config, key), self.params)
 
         return jax.jit(make, out_shardings=self.param_shardings)(key)
 
@@ -84,7 +84,7 @@ class Plan:
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:
-    images, shares, parts = config.data.batch_size // config.data.samples_per_image, sharding.sample_shares(mesh), config.train.accumulate
+    images, shares, parts = config.data.batch_size // config.data.samples_per_image, sharding.num_batch_shards(mesh), config.train.grad_accum_steps
     if images % (shares * parts):
         raise ConfigError(
             f"config.data.batch_size: its {images} images ({config.data.samples_per_image} samples each) are no multiple of the "

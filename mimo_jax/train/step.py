@@ -30,17 +30,17 @@ def make_step(plan: Plan) -> Callable:
 
     def loss_fn(params, frozen, batch, weights):
         model = scan.bind(plan.graphdef, pathtree.merge(params, frozen))
-        with mesh.on(plan.mesh):
+        with mesh.use_mesh(plan.mesh):
             sums = losses.batch_sums(model, batch, cfg.loss_chunk)
         return losses.total(sums, cfg.loss, weights), sums
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def accumulated(params, frozen, batch, weights):
-        if cfg.accumulate == 1:
+        if cfg.grad_accum_steps == 1:
             return gradient(params, frozen, batch, weights)
-        micro = micro_batches(batch, plan.config.data.batch_size // plan.config.data.samples_per_image, cfg.accumulate)
-        micro = jax.lax.with_sharding_constraint(micro, sharding.of_micro_batches(plan.mesh))
+        micro = micro_batches(batch, plan.config.data.batch_size // plan.config.data.samples_per_image, cfg.grad_accum_steps)
+        micro = jax.lax.with_sharding_constraint(micro, sharding.micro_batch_sharding(plan.mesh))
 
         def body(carry, part):
             return jax.tree.map(jnp.add, carry, gradient(params, frozen, part, weights)), None
@@ -75,7 +75,7 @@ def make_step(plan: Plan) -> Callable:
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(plan.state_shardings, plan.frozen_shardings, sharding.of_batch(plan.mesh)),
+        in_shardings=(plan.state_shardings, plan.frozen_shardings, sharding.batch_sharding(plan.mesh)),
         out_shardings=(plan.state_shardings, everywhere),
         compiler_options=COMPILER_OPTIONS.get(plan.mesh.devices.flat[0].platform),
     )

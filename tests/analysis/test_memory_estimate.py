@@ -80,7 +80,7 @@ def test_at_full_size(weights, total, language):
     config = read_config_file(find_config("configs/mimo_7b.py"))
     held = {}
     for path, leaf in pathtree.flatten(parameters.typed(config, mimo.abstract(config)[1])).items():
-        held |= quantize.as_held(path, leaf, weights)
+        held |= quantize.quantize_param(path, leaf, weights)
     parts = plans.parameters(held)
     assert set(parts) == set(plans.PARTS.values())
     assert sum(part["bytes"] for part in parts.values()) / plans.GB == pytest.approx(total, abs=0.02)

@@ -39,12 +39,12 @@ def test_matrices_of_the_language_model_are_read_into_integers(tmp_path, weights
     loaded = loading.load_for_inference(tmp_path, weights=weights)
     want = {}
     for path, leaf in pathtree.flatten(loading.load_params(tmp_path)).items():
-        want |= quantize.as_held(path, leaf, weights)
+        want |= quantize.quantize_param(path, leaf, weights)
     assert_same(loaded.params, pathtree.unflatten(want))
     assert loaded.params["clip"]["q"]["kernel"].dtype == jnp.bfloat16
     assert set(loaded.params["llm"]["layers"]["block"]["up"]) == {f"kernel_{weights}", "kernel_scale"}
-    assert loaded.config.model.llm.weights == weights and loaded.origin.endswith(f"language model in {weights}")
-    assert checkpoint.read_config(tmp_path).model.llm.weights == "", "what is on disk stays as it is"
+    assert loaded.config.model.llm.quantization == weights and loaded.origin.endswith(f"language model in {weights}")
+    assert checkpoint.read_config(tmp_path).model.llm.quantization == "", "what is on disk stays as it is"
 
 
 def test_other_weights_are_refused_before_anything_is_read(tmp_path):

@@ -147,7 +147,7 @@ def test_import_then_train_then_both_moved_then_ask(three, tmp_path, capsys):
     import_checkpoint(request(three, tmp_path / "runs" / "import"))
     build_phantoms(tmp_path / "data", 12, seed=0, workers=1)
     config = originals.mimo_config()
-    config.model.seg_max, config.data.buckets, config.model.llm.max_length = 4, "256", 256
+    config.model.max_segs, config.data.buckets, config.model.llm.max_length = 4, "256", 256
     config.train.steps = 2
     command = ["--config", originals.config_file(tmp_path / "config", config), "--data", str(tmp_path / "data")]
     runs = tmp_path / "runs"

@@ -49,7 +49,7 @@ def by_place(tokenizer, lisa_tokenizer):
 def lisa_config():
     """A tiny model with the vocabulary and the template of configs/lisa_7b.py."""
     lisa = read_config_file(find_config("configs/lisa_7b.py"))
-    config = tiny_config(turns_max=2, seg_place=lisa.model.seg_place)
+    config = tiny_config(turns_max=2, seg_place=lisa.model.seg_position)
     config.data.system_prompt, config.data.image_tokens, config.data.buckets = lisa.data.system_prompt, lisa.data.image_tokens, "256"
     return config
 

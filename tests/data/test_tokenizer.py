@@ -202,7 +202,7 @@ def test_add_grounding_takes_out_what_is_not_asked_for(tmp_path):
 
 
 def model(vocab_size=512, seg_place="inside"):
-    return ModelConfig(llm=LlamaConfig(vocab_size=vocab_size), seg_place=seg_place)
+    return ModelConfig(llm=LlamaConfig(vocab_size=vocab_size), seg_position=seg_place)
 
 
 def test_another_vocabulary_than_the_models(tmp_path):

@@ -40,7 +40,7 @@ def inputs(cfg: ModelConfig, seed: int = 0) -> dict:
 def build(kind):
     cfg = config(kind)
     graphdef, _ = scan.abstract(lambda rngs: Aligner(cfg, rngs=rngs))
-    params = scan.initial(lambda rngs: Aligner(cfg, rngs=rngs), jax.random.key(0))
+    params = scan.init_params(lambda rngs: Aligner(cfg, rngs=rngs), jax.random.key(0))
     return cfg, lambda given: np.asarray(scan.bind(graphdef, params)(**given)[0])
 
 
@@ -83,10 +83,10 @@ def test_no_prompt_differs_from_any_prompt():
 def test_image_only_kinds_project_every_patch():
     image = inputs(config("linear"))["image"]
     linear, mlp = (Aligner(config(kind), rngs=nnx.Rngs(0)) for kind in IMAGE_ONLY)
-    np.testing.assert_allclose(linear.of_image(image), image @ linear.project.kernel[...] + linear.project.bias[...], atol=1e-5)
+    np.testing.assert_allclose(linear.project_image(image), image @ linear.project.kernel[...] + linear.project.bias[...], atol=1e-5)
     hidden = torch.nn.functional.gelu(torch.tensor(np.asarray(mlp.project(image))))
-    np.testing.assert_allclose(mlp.of_image(image), mlp.project_out(jnp.asarray(hidden.numpy())), atol=1e-5)
-    assert linear.of_image(image).shape == mlp.of_image(image).shape == (2, config("linear").query_tokens(), 20)
+    np.testing.assert_allclose(mlp.project_image(image), mlp.project_out(jnp.asarray(hidden.numpy())), atol=1e-5)
+    assert linear.project_image(image).shape == mlp.project_image(image).shape == (2, config("linear").query_tokens(), 20)
 
 
 def test_word_order_reaches_the_queries():

@@ -11,7 +11,7 @@ from checkpoints_convert import rows
 from mimo_jax import pathtree
 from mimo_jax.config import ClipConfig, ConfigError, ModelConfig
 from mimo_jax.models import clip_vit, scan
-from mimo_jax.models.scan import Scan
+from mimo_jax.models.scan import ScanConfig
 from tests.models import oracles
 
 TINY = ClipConfig(image_size=32, patch_size=8, width=48, layers=3, heads=4, mlp_width=96, class_token=True)
@@ -66,7 +66,7 @@ def test_bfloat16_is_near_float32():
 
 def test_gradient_passes_the_layers_that_run_and_no_others():
     x = pixels(TINY)
-    graphdef, params = here(dataclasses.replace(TINY, feature_layer=-2), torch_model(TINY), scan=Scan(remat="full"))
+    graphdef, params = here(dataclasses.replace(TINY, feature_layer=-2), torch_model(TINY), scan=ScanConfig(remat="full"))
     weights = np.random.default_rng(1).standard_normal((2, 17, 48))
     grads = pathtree.flatten(jax.jit(jax.grad(lambda p: jnp.sum(weights * scan.bind(graphdef, p)(x))))(params))
     kernel = np.asarray(grads["layers/block/up/kernel"])

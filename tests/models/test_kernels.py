@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.models import kernels
-from mimo_jax.models.attention import attend, fold_relative_position
+from mimo_jax.models.attention import attention, fold_relative_position
 from mimo_jax.models.mesh import Target
 
 MESH = jax.sharding.AbstractMesh((1, 1, 16, 1), ("slice", "data", "fsdp", "tensor"))
@@ -55,7 +55,7 @@ def test_chunked_is_plain_with_its_gradients(monkeypatch, causal, chunk_logits):
     q, k, v, weight = draw(2, 40, 3, 8), draw(2, 40, 3, 8, seed=1), draw(2, 40, 3, 6, seed=2), draw(2, 40, 3, 6, seed=3)
 
     def plain(q, k, v):
-        return (attend(q, k, v, scale=0.4, causal=causal) * weight).sum()
+        return (attention(q, k, v, scale=0.4, causal=causal) * weight).sum()
 
     def chunked(q, k, v):
         return (kernels.run_chunked(q, k, v, 0.4, causal) * weight).sum()
@@ -68,10 +68,10 @@ def test_long_sequences_take_the_chunked_form(monkeypatch):
     monkeypatch.setattr(kernels, "_LONG", 100)
     monkeypatch.setattr(kernels, "_CHUNK_LOGITS", 64)
     q, k, v = draw(1, 16, 4, 8), draw(1, 16, 2, 8, seed=1), draw(1, 16, 2, 8, seed=2)
-    jaxpr = str(jax.make_jaxpr(lambda: attend(q, k, v, causal=True))())
+    jaxpr = str(jax.make_jaxpr(lambda: attention(q, k, v, causal=True))())
     assert "scan" in jaxpr
     wanted = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    np.testing.assert_allclose(attend(q, k, v, causal=True), wanted, atol=1e-6)
+    np.testing.assert_allclose(attention(q, k, v, causal=True), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(("causal", "groups"), [(False, 2), (True, 2), (True, 1)])
@@ -84,7 +84,7 @@ def test_splash_is_plain_with_its_gradients(causal, groups):
         return (kernels.run_splash(q, k, v, 0.3, causal, ONE_TPU, interpret=True) * weight).sum()
 
     def plain(q, k, v):
-        return (attend(q, k, v, scale=0.3, causal=causal) * weight).sum()
+        return (attention(q, k, v, scale=0.3, causal=causal) * weight).sum()
 
     for a, b in zip(*(jax.tree.leaves(jax.value_and_grad(f, (0, 1, 2))(q, k, v)) for f in (plain, splash)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
@@ -94,4 +94,4 @@ def test_sam_folded_through_splash_is_the_plain_form():
     q, k, v = (draw(1, 256, 2, 8, seed=seed) for seed in range(3))
     q, k = fold_relative_position(q, k, draw(31, 8, seed=3), draw(31, 8, seed=4), scale=8**-0.5)
     out = kernels.run_splash(q, k, v, 1.0, False, ONE_TPU, interpret=True)
-    np.testing.assert_allclose(out, attend(q, k, v, scale=1.0), atol=1e-4)
+    np.testing.assert_allclose(out, attention(q, k, v, scale=1.0), atol=1e-4)

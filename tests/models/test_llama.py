@@ -101,7 +101,7 @@ def test_lora_starts_at_the_base_and_reaches_only_its_targets():
     lora_graph, shapes = scan.abstract(lambda rngs: Language(TINY, LoraConfig(rank=2), ("q", "v"), rngs=rngs))
     adapted = {p for p in pathtree.flatten(shapes) if "lora" in p}
     assert adapted == {f"llm/layers/block/{t}/lora_{x}" for t in "qv" for x in "ab"}
-    params = scan.initial(lambda rngs: Language(TINY, LoraConfig(rank=2), ("q", "v"), rngs=rngs), jax.random.key(0))
+    params = scan.init_params(lambda rngs: Language(TINY, LoraConfig(rank=2), ("q", "v"), rngs=rngs), jax.random.key(0))
     base, _ = pathtree.partition(params, lambda p: "lora" not in p)
     ids, positions = jnp.arange(6)[None], jnp.arange(6)[None]
     np.testing.assert_array_equal(scan.bind(lora_graph, params)(ids, positions), scan.bind(base_graph, base)(ids, positions))
@@ -110,7 +110,7 @@ def test_lora_starts_at_the_base_and_reaches_only_its_targets():
 def test_grounding_rows_stand_apart_from_the_base():
     """Gradients reach the grounding rows without touching the base's, which are frozen under LoRA."""
     graphdef, _ = scan.abstract(lambda rngs: TokenEmbedding(TINY, rngs=rngs))
-    params = scan.initial(lambda rngs: TokenEmbedding(TINY, rngs=rngs), jax.random.key(0))
+    params = scan.init_params(lambda rngs: TokenEmbedding(TINY, rngs=rngs), jax.random.key(0))
     ids = jnp.asarray([[3, 50, 52]])
     out = scan.bind(graphdef, params)(ids)
     np.testing.assert_array_equal(out[0, 0], params["base"][3])

@@ -18,7 +18,7 @@ from tests.tiny_config import random_batch, random_params, tiny_config
 
 def build(config):
     graphdef, _ = mimo.abstract(config)
-    params = mimo.initial(config, jax.random.key(0))
+    params = mimo.init_params(config, jax.random.key(0))
     return params, lambda p, batch: scan.bind(graphdef, p)(batch)
 
 
@@ -29,7 +29,7 @@ def test_forward_and_backward_of_every_kind(kind, seg_state, seg_place):
     config = tiny_config(seg_state=seg_state, seg_place=seg_place)
     config.model.aligner = dataclasses.replace(config.model.aligner, kind=kind)
     graphdef, _ = mimo.abstract(config)
-    params = mimo.initial(config, jax.random.key(0))
+    params = mimo.init_params(config, jax.random.key(0))
     batch = random_batch(config, length=80)
 
     def loss(p):
@@ -50,7 +50,7 @@ def test_forward_and_backward_of_every_kind(kind, seg_state, seg_place):
 def test_turns_of_the_kinds_that_read_the_image_alone_differ_by_image_only(kind):
     config = tiny_config(turns_max=2)
     config.model.aligner.kind = kind
-    model = scan.bind(mimo.abstract(config)[0], mimo.initial(config, jax.random.key(0)))
+    model = scan.bind(mimo.abstract(config)[0], mimo.init_params(config, jax.random.key(0)))
     batch = random_batch(config, length=80)
     image = model.encode_clip(batch["clip_image"], batch["clip_size"])
     x_q, look = model.align_and_look(image, *(batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind")))
@@ -119,7 +119,7 @@ def test_what_lies_outside_the_content_is_not_seen(forward):
 def test_turns_have_their_own_x_q():
     """Two turns: changing the prompt of the second leaves the X_q of the first."""
     config = tiny_config(turns_max=2)
-    params = mimo.initial(config, jax.random.key(0))
+    params = mimo.init_params(config, jax.random.key(0))
     model = scan.bind(mimo.abstract(config)[0], params)
     batch = random_batch(config)
     image = model.encode_clip(batch["clip_image"], batch["clip_size"])
@@ -137,7 +137,7 @@ def test_seg_states_are_those_of_the_token_or_of_the_one_before():
     index = jnp.asarray([[2, 5], [1, 0]])
     for mode, shift in (("token", 0), ("predict", 1)):
         config = tiny_config(seg_state=mode)
-        model = scan.bind(mimo.abstract(config)[0], mimo.initial(config, jax.random.key(0)))
+        model = scan.bind(mimo.abstract(config)[0], mimo.init_params(config, jax.random.key(0)))
         got = model.seg_states(hidden, index)
         np.testing.assert_array_equal(got[0], hidden[0, np.asarray([2, 5]) - shift])
 

@@ -12,7 +12,7 @@ from mimo_jax.config import ModelConfig, SamConfig
 from mimo_jax.models import scan
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.sam_encoder import SamEncoder, from_windows, to_windows
-from mimo_jax.models.scan import Scan
+from mimo_jax.models.scan import ScanConfig
 from tests.models import oracles
 
 ROWS = tuple(row for row in rows.SAM if row.path.startswith("sam_encoder/"))
@@ -75,7 +75,7 @@ def test_gradients_are_segment_anythings(remat):
     weights = np.random.default_rng(1).standard_normal((2, 8, 8, 32)).astype(np.float32)
     (oracle(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1) * torch.from_numpy(weights)).sum().backward()
     _, wanted = here(cfg, oracle, grads=True)
-    graphdef, params = here(cfg, oracle, scan=Scan(remat))
+    graphdef, params = here(cfg, oracle, scan=ScanConfig(remat))
     found = jax.jit(jax.grad(lambda p: jnp.sum(weights * scan.bind(graphdef, p)(x))))(params)
     oracles.assert_same_gradients(found, wanted, 1e-4)
     for path, gradient in pathtree.flatten(found).items():

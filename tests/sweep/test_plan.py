@@ -75,8 +75,8 @@ def test_every_ablation_of_every_packaged_config_is_valid(base):
 
 def test_what_a_start_from_weights_may_lack_begins_from_the_seed():
     runs = {run.name.rpartition("-s0")[0]: run for run in plan(base="tiny_lora", shared=["--config.init.path=/import"]).runs}
-    assert runs["aligner-none"].config.init.fresh == "lora_[ab]$|^aligner/"
-    assert runs["base"].config.init.fresh == "lora_[ab]$"
+    assert runs["aligner-none"].config.init.reinit == "lora_[ab]$|^aligner/"
+    assert runs["base"].config.init.reinit == "lora_[ab]$"
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_every_ablation_has_a_loss_on_batches_made_for_it(data, tmp_path):
     }
     for run in (run for run in sweep.runs if run.name in names):
         config = run.config
-        file = tmp_path / f"{config.model.seg_place}.json"
+        file = tmp_path / f"{config.model.seg_position}.json"
         sources = open_sources(config, "train")
         if not file.exists():
             train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, file, config.model.grounding_tokens())

@@ -26,7 +26,7 @@ def test_one_process_makes_all_images_and_places_them_as_they_are(mesh):
     batch = {"sam_image": np.arange(6).reshape(3, 2), "input_ids": np.arange(12).reshape(6, 2)}
     placed = global_batch.place(mesh, 3, [0, 1, 2], batch)
     for name, value in batch.items():
-        assert placed[name].sharding == sharding.of_batch(mesh)
+        assert placed[name].sharding == sharding.batch_sharding(mesh)
         np.testing.assert_array_equal(placed[name], value)
 
 

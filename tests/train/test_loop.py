@@ -64,7 +64,7 @@ def test_resume_gives_the_same_third_step(phantoms, whole, tmp_path, monkeypatch
     config = config_for(phantoms, steps=3, checkpoint_every=1, keep_last=3)
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Stop, "after", lambda self, step: step == 2)
+        patched.setattr(loop.PreemptionGuard, "after", lambda self, step: step == 2)
         assert loop.train(config, stopped) == loop.EXIT_STOPPED
     assert checkpoint.Checkpoints(stopped).latest() == 2
     assert loop.train(config, stopped) == 0
@@ -100,7 +100,7 @@ def test_lora_from_a_trained_base_leaves_every_frozen_bit(phantoms, whole, tmp_p
     config = config_for(phantoms, steps=2, learning_rate=1e-2)
     config.model.lora = LoraConfig(rank=2, alpha=2.0, targets="q,v")
     config.trainables = dict(LORA_TABLE)
-    config.init.path, config.init.fresh, config.tokenizer = str(whole), r"lora_[ab]$", ""
+    config.init.path, config.init.reinit, config.tokenizer = str(whole), r"lora_[ab]$", ""
     run = tmp_path / "lora"
     assert loop.train(config, run) == 0
     base, tuned = params_at(whole, 3), params_at(run, 2)

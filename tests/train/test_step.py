@@ -129,7 +129,7 @@ def test_schedule_warms_up_and_decays_to_the_end():
 
 def test_multipliers_scale_the_update():
     params = {"a": {"w": jnp.ones((2, 2))}, "b": {"w": jnp.ones((2, 2))}}
-    optimizer = make_optimizer(TrainConfig(warmup_steps=0, learning_rate=0.1, clip_norm=100.0), {"a/w": 1.0, "b/w": 0.25})
+    optimizer = make_optimizer(TrainConfig(warmup_steps=0, learning_rate=0.1, max_grad_norm=100.0), {"a/w": 1.0, "b/w": 0.25})
     state = optimizer.init(params)
     for _ in range(2):
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)

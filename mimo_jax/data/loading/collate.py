@@ -106,7 +106,7 @@ def blank_arrays(config: Config) -> dict[str, np.ndarray]:
     """A sample of weight 0: what stands in for one that cannot be used. One position counts as real, so that attention has
     something to look at."""
     model, side = config.model, config.target_side()
-    turns, slots, tokens = model.turns_max, model.seg_max, model.prompt.max_tokens
+    turns, slots, tokens = model.max_turns, model.max_segs, model.prompt.max_tokens
     return {
         "input_ids": np.zeros(1, np.int32),
         "query_index": np.full(1, -1, np.int32),

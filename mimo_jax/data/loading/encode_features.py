@@ -82,7 +82,7 @@ def encode_checkpoint(
     """Write the features of this process's share of the pictures beside the records; what is there already stays. Of a checkpoint only
     the encoders are read. batch: pictures at a time on each device. Raises UserErrors before any work."""
     source = open_source(data, split)
-    leaves = loading.Leaves(path, base)
+    leaves = loading.LazyParams(path, base)
     params = {name: leaves[name] for name in leaves if name.startswith(ENCODERS)}
     folder = feature_folder(source, fingerprint(leaves.config, params))
     return write_features(leaves.config, params, source, folder, batch, process_index, process_count)

@@ -152,7 +152,7 @@ class GlobalOrder:
 
         Within a window of `data.sort_window` batches images are sorted by the bucket that they need (stably, so that they
         stay mixed), and the batches are put in random order: the same images, and few batches that pad to a long one."""
-        window = self.config.data.sort_window if len(self.config.buckets()) > 1 else 1
+        window = self.config.data.length_grouping if len(self.config.buckets()) > 1 else 1
         at, within = divmod(number, window)
         if at not in self._windows:
             made = self._window(at, window)
@@ -196,7 +196,7 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
     One endless dataset, shuffled anew each epoch, for each perspective of each source. Perspectives come in the shares of
     `data.weights`; of the sources that hold one, each gives its part of that share by its weight."""
     share = config.data.samples_per_image
-    kept = {name: _kept(source, config.data.share) for name, source in sources.items()}
+    kept = {name: _kept(source, config.data.fraction) for name, source in sources.items()}
     leaves, weights, total = [], [], 0
     for perspective, weight in config.data.weights.items():
         if weight < 0:
@@ -211,7 +211,7 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
                 held[name] = _groups(source, mine, number, share)
                 total += int(mine.sum())
         if not held:
-            portion = f" (config.data.share {config.data.share:g})" if config.data.share < 1 else ""
+            portion = f" (config.data.share {config.data.fraction:g})" if config.data.fraction < 1 else ""
             raise DataError(
                 f"config.data.weights.{perspective}: is {weight:g}, but no source ({', '.join(sources)}) holds a sample of "
                 f"{perspective} in split {config.data.split}{portion}; set it to 0 or add a source"
@@ -285,8 +285,8 @@ class _Pick(grain.transforms.RandomMap):
 def _overhead(config: Config, tokenizer: Tokenizer) -> int:
     """Tokens that any sample may have beside one for each byte of its texts."""
     # A question of one letter: behind an image token, the "▁" before the question is its own.
-    turns = [len(prompt_turn(tokenizer, config, "?", turn, turn == 0)[0]) for turn in range(config.model.turns_max)]
-    grounding = len(config.model.grounding_tokens()) * config.model.seg_max
+    turns = [len(prompt_turn(tokenizer, config, "?", turn, turn == 0)[0]) for turn in range(config.model.max_turns)]
+    grounding = len(config.model.grounding_tokens()) * config.model.max_segs
     return sum(turns) + 2 * len(turns) + grounding  # "▁" and </s> of each answer
 
 

@@ -97,7 +97,7 @@ def _fit(config: Config, params: dict) -> None:
 def _cache_sharding(config: Config, params: dict) -> NamedSharding | None:
     """Where a KV cache lives: split as the heads of parameters that several devices share, None for the one device."""
     place = jax.tree.leaves(params)[0].sharding
-    return sharding.of_cache(place.mesh, config.model.llm) if isinstance(place, NamedSharding) else None
+    return sharding.cache_sharding(place.mesh, config.model.llm) if isinstance(place, NamedSharding) else None
 
 
 def compiler_options(config: Config) -> dict[str, str] | None:

@@ -127,7 +127,7 @@ def test_target_and_prompt_of_a_known_record(tokenizer):
 
 def test_arrays_of_lisas_layout(folder, lisa_tokenizer):
     config = config_for(folder)
-    config.model.seg_place, config.data.image_tokens = "bare", "<im_start>,<im_end>"
+    config.model.seg_position, config.data.image_tokens = "bare", "<im_start>,<im_end>"
     for batch in take(loader_for(config, lisa_tokenizer), 2):
         rows = np.arange(len(batch["input_ids"]))[:, None]
         assert ((batch["input_ids"][rows, batch["seg_index"]] == 512) == batch["seg_mask"]).all()

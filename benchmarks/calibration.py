@@ -15,7 +15,7 @@ from mimo_jax.data.images.open_image import open_picture
 from mimo_jax.data.loading.sources import open_source
 from mimo_jax.eval.calibrate import calibrate
 from mimo_jax.eval.evaluate import answered, choose
-from mimo_jax.eval.report import GROUNDED
+from mimo_jax.eval.standard_metrics import GROUNDED, score_quality
 from mimo_jax.infer.answers.calibration import Calibration
 from mimo_jax.infer.predictor import Mimo, Request
 
@@ -39,16 +39,15 @@ def main() -> None:
     print(mimo.origin)
     calibration, fitted = calibrate(mimo, open_source(args.data, "val"), None, GROUNDED, "val")
     test = open_source(args.data, "test")
-    tally = answered(mimo, test, choose(test, None, GROUNDED))
+    results = answered(mimo, test, choose(test, None, GROUNDED))
 
-    print(f"\n{len(fitted.painted)} masks of val, {len(tally.painted)} of test")
+    print(f"\n{len(fitted.painted)} masks of val, {len(results.painted)} of test")
     print(f"{'':24}{'bin error':>12}{'Spearman':>12}{'AUROC':>12}{'below':>12}")
-    _row("not calibrated", tally.score(calibration)["plain"])
+    _row("not calibrated", score_quality(results.painted, calibration)["plain"])
     for name, used in PARTS.items():
         fit = Calibration.fit(_only(fitted.painted, used), {})
-        held_out = dataclasses.replace(tally, painted=_only(tally.painted, used))
-        _row(name, held_out.score(fit)["calibrated"])
-    score = tally.score(calibration)
+        _row(name, score_quality(_only(results.painted, used), fit)["calibrated"])
+    score = score_quality(results.painted, calibration)
     print("\nuncertain, for IoU < 0.5:")
     for kind in ("plain", "calibrated"):
         print(f"{kind:24} precision {score[kind]['uncertain']['precision']} recall {score[kind]['uncertain']['recall']}")
@@ -56,8 +55,10 @@ def main() -> None:
     absent = {n: [i for i, s in enumerate(test.samples(n)) if s.targets and all(t.absent for t in s.targets)] for n in range(len(test))}
     nothing = answered(mimo, test, {n: indices for n, indices in absent.items() if indices})
     scores = calibration.scores([evidence for evidence, _ in nothing.painted])
-    marked = sum(not silent for _, _, silent, _ in nothing.silent)
-    print(f"\nphantoms without what is asked for: {marked} of {len(nothing.silent)} answers paint something, {len(scores)} masks in all")
+    marked = sum(not a.abstained for a in nothing.abstentions)
+    print(
+        f"\nphantoms without what is asked for: {marked} of {len(nothing.abstentions)} answers paint something, {len(scores)} masks in all"
+    )
     print(f"of these below the bound ({calibration.uncertain_below:.2f}): {int((scores < calibration.uncertain_below).sum())}")
 
     mimo.calibration = calibration
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def _row(name: str, score: dict) -> None:
-    print(f"{name:24}" + "".join(f"{score[key]:12.3f}" for key in ("bin_error", "spearman", "auroc", "below")))
+    print(f"{name:24}" + "".join(f"{score[key]:12.3f}" for key in ("expected_calibration_error", "spearman", "auroc", "below")))
 
 
 def _only(painted: list, used: tuple[str, ...]) -> list:

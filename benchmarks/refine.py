@@ -9,7 +9,8 @@ import argparse
 
 from mimo_jax.data.loading.sources import open_source
 from mimo_jax.eval.evaluate import answered, choose
-from mimo_jax.eval.report import GROUNDED
+from mimo_jax.eval.report import make_report
+from mimo_jax.eval.standard_metrics import GROUNDED
 from mimo_jax.infer.predictor import Mimo
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     for refine in (False, True):
         for sam_prompts in (False, True):
             mimo.config.generate.refine, mimo.config.generate.sam_prompts = refine, sam_prompts
-            report = answered(mimo, records, chosen).report()
+            report = make_report(answered(mimo, records, chosen))
             name = " + ".join(["refine"] * refine + ["sam_prompts"] * sam_prompts) or "neither"
             print(
                 f"{name:24}" + "".join(f"{'-' if value is None else f'{value:.4f}':>10}" for value in report["miou"].values()), flush=True

@@ -12,15 +12,17 @@ from mimo_jax.data.records import DataError
 from mimo_jax.data.schema import Record
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
+from mimo_jax.eval.accumulator import Accumulator
 from mimo_jax.eval.evaluate import Joined, answered, choose, perspectives_of
-from mimo_jax.eval.report import GROUNDED, Tally, score_table
-from mimo_jax.infer.answers.calibration import MIN_ENTITIES, PLAIN, Calibration, CalibrationError
+from mimo_jax.eval.report import score_table
+from mimo_jax.eval.standard_metrics import GROUNDED, score_quality
+from mimo_jax.infer.answers.calibration import MIN_ENTITIES, UNCALIBRATED, Calibration, CalibrationError
 from mimo_jax.infer.predictor import Mimo
 
 
 def calibrate(
     mimo: Mimo, records: Sequence[Record], limit: int | None, perspectives: Sequence[str], split: str
-) -> tuple[Calibration, Tally]:
+) -> tuple[Calibration, Accumulator]:
     """Fitted on the answers to the samples of `records`, a source or a list (`limit` and `perspectives` as in `evaluate`), and those
     answers. CalibrationError, before anything is asked, where too little is marked in them; and where the model paints too little."""
     chosen = choose(records, limit, [p for p in perspectives if p in GROUNDED])
@@ -30,8 +32,8 @@ def calibrate(
         marked += sum(not target.absent for i in indices for target in samples[i].targets)
     if marked < MIN_ENTITIES:
         raise CalibrationError(f"calibration: split {split} has {marked} marked structures to fit on, {MIN_ENTITIES} are needed")
-    tally = answered(mimo, records, chosen)
-    return Calibration.fit(tally.painted, {"split": split, "samples": sum(map(len, chosen.values()))}), tally
+    results = answered(mimo, records, chosen)
+    return Calibration.fit(results.painted, {"split": split, "samples": sum(map(len, chosen.values()))}), results
 
 
 def calibrate_checkpoint(
@@ -49,9 +51,9 @@ def calibrate_checkpoint(
     path = mimo.calibration_path
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: may not be written; change its folder's permissions, or copy the checkpoint")
-    calibration, tally = calibrate(mimo, open_source(data, split), limit, perspectives_of(mimo.config), split)
+    calibration, results = calibrate(mimo, open_source(data, split), limit, perspectives_of(mimo.config), split)
     calibration.write(path)
-    print("\n".join(score_table(tally.score(calibration))))
+    print("\n".join(score_table(score_quality(results.painted, calibration))))
     print(f"\ncalibration: {path}")
     return calibration
 
@@ -66,4 +68,4 @@ def calibrate_params(config: Config, params: dict, tokenizer: Tokenizer) -> Cali
         return calibrate(mimo, Joined(sources.values()), config.train.calibrate_samples, perspectives, "val")[0]
     except (DataError, CalibrationError) as error:
         print(f"scores are not calibrated: {error}", file=sys.stderr)
-        return PLAIN
+        return UNCALIBRATED

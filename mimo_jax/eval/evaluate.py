@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mimo_jax.config import MODALITIES, PERSPECTIVES, PROMPTED, Config
-from mimo_jax.data.loading.collate import point_at, record_image
+from mimo_jax.data.loading.collate import record_image, sample_prompts
 from mimo_jax.data.loading.sources import Manifest, not_evaluable, open_source, open_sources
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.records import DataError
@@ -29,23 +29,25 @@ from mimo_jax.data.schema import Record, Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.eval import metrics
+from mimo_jax.eval.accumulator import (
+    AbstentionResult,
+    Accumulator,
+    ClosedEndedResult,
+    EntityResult,
+    GroundTruth,
+    NameCounts,
+    NamingResult,
+    ground_truths,
+)
 from mimo_jax.eval.baselines import fit_baselines
-from mimo_jax.eval.report import GROUNDED, Found, Tally, table, write_comparison
-from mimo_jax.infer.answers.answer import Answer, canonical_name
-from mimo_jax.infer.answers.calibration import PLAIN, Calibration
-from mimo_jax.infer.predictor import EncodedImage, Mimo, PastTurn, Request
+from mimo_jax.eval.report import make_report, table, write_comparison
+from mimo_jax.eval.standard_metrics import GROUNDED
+from mimo_jax.infer.answers.answer import Answer
+from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
+from mimo_jax.infer.predictor import EncodedImage, Mimo, Request, TurnHistory
 
 ABLATIONS = ("prompt", "image")  # take the prompts away; blacken the image
 _BATCHES_AHEAD = 8  # batches of questions that are asked together, so that equal ones share a batch
-
-
-@dataclass
-class Truth:
-    """What one span of a true answer stands for. name: the entity; written: the words of the span, also accepted."""
-
-    name: str
-    written: str
-    mask: np.ndarray  # bool [H, W]
 
 
 @dataclass
@@ -58,7 +60,7 @@ class _Asked:
     image: EncodedImage  # as the model sees it
     ablate: str | None
     answers: list[Answer] = field(default_factory=list)
-    past: list[PastTurn] = field(default_factory=list)
+    past: list[TurnHistory] = field(default_factory=list)
 
 
 def evaluate(
@@ -71,7 +73,7 @@ def evaluate(
     overlays: str | os.PathLike | None = None,
     overlay_count: int = 24,
 ) -> dict:
-    """Report on the samples of `records`, a source or a list (see report.CONVENTIONS for each figure).
+    """Report on the samples of `records`, a source or a list (`conventions` in it says how each figure is counted).
 
     limit: at most so many samples, the same ones every time, spread over `perspectives` and images. ablate: "prompt" or "image"
     asks everything without it; without `ablate`, II is asked again without prompts and closed VQA over a black image, for
@@ -82,7 +84,7 @@ def evaluate(
         raise ValueError(f"ablate: {ablate!r}; use one of {', '.join(ABLATIONS)}")
     runs = [ablate] if ablate else [None, *ABLATIONS]
     chosen = choose(records, limit, perspectives)
-    return answered(mimo, records, chosen, runs, baselines, _Pictures(overlays, overlay_count)).report(mimo.calibration)
+    return make_report(answered(mimo, records, chosen, runs, baselines, _Pictures(overlays, overlay_count)))
 
 
 def answered(
@@ -92,19 +94,19 @@ def answered(
     runs: Sequence[str | None] = (None,),
     baselines: dict | None = None,
     pictures: _Pictures | None = None,
-) -> Tally:
+) -> Accumulator:
     """The chosen samples (see `choose`) asked and scored. runs: the first is that of all samples, the others of the figures that need
     them; baselines: as in `evaluate`."""
-    tally = Tally()
+    results = Accumulator(mimo.calibration)
     blanks: dict[tuple[int, ...], EncodedImage] = {}  # black images by shape
     with tqdm(total=sum(map(len, chosen.values())), desc="evaluate", unit="sample", disable=None) as bar:
         for window in _windows(chosen, _BATCHES_AHEAD * mimo.config.generate.batch_size):
-            asked = _ask_all(mimo, _prepare(mimo, records, window, runs, blanks, tally), tally)
+            asked = _ask_all(mimo, _prepare(mimo, records, window, runs, blanks, results), results)
             painted: dict[tuple[str, str], dict[str, np.ndarray]] = {}
             for item in asked:
-                _score(item, runs[0], baselines or {}, painted, tally, pictures or _Pictures(None, 0))
+                _score(item, runs[0], baselines or {}, painted, results, pictures or _Pictures(None, 0))
             bar.update(sum(map(len, window.values())))
-    return tally
+    return results
 
 
 def evaluate_checkpoint(
@@ -116,7 +118,7 @@ def evaluate_checkpoint(
     overlays: str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
     allow_untrained: bool = False,
-    weights: str = "",
+    quantization: str = "",
 ) -> dict:
     """`mimo eval`: write report.json to `out`, whole or not at all, print a table, and put overlays into the folder `overlays`.
 
@@ -124,7 +126,7 @@ def evaluate_checkpoint(
     out = Path(out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"{out}: cannot be written; give the path of a file in a folder that is there")
-    mimo = Mimo.load(checkpoint, base, allow_untrained, weights)
+    mimo = Mimo.load(checkpoint, base, allow_untrained, quantization)
     print(mimo.origin)
     records = open_source(data, split)
     train = open_source(data, "train")
@@ -148,7 +150,7 @@ def evaluate_params(
     limit: int | None = None,
     overlays: str | os.PathLike | None = None,
     overlay_count: int = 24,
-    calibration: Calibration = PLAIN,
+    calibration: Calibration = UNCALIBRATED,
 ) -> dict | None:
     """Report on the run's own sources and perspectives during training, without baselines; None where a source has no such
     split."""
@@ -223,7 +225,7 @@ def _windows(chosen: dict[int, list[int]], samples: int) -> Iterator[dict[int, l
 
 
 def _prepare(
-    mimo: Mimo, records: Sequence[Record], window: dict[int, list[int]], runs: Sequence[str | None], blanks: dict, tally: Tally
+    mimo: Mimo, records: Sequence[Record], window: dict[int, list[int]], runs: Sequence[str | None], blanks: dict, results: Accumulator
 ) -> list[_Asked]:
     """Samples of a window with their encoded images, likes beside likes; what cannot be read is tallied as unusable."""
     readable: list[tuple[Record, np.ndarray, list[Sample]]] = []
@@ -232,7 +234,7 @@ def _prepare(
         try:
             readable.append((record, record_image(record), [record.samples[i] for i in indices]))
         except ValueError as error:
-            tally.unusable += [{"sample": record.samples[i].sample_id, "reason": str(error)} for i in indices]
+            results.unusable += [{"sample": record.samples[i].sample_id, "reason": str(error)} for i in indices]
     sizes = {pixels.shape for _, pixels, _ in readable} - blanks.keys()
     encoded = mimo.encode([*(pixels for _, pixels, _ in readable), *(np.zeros(size, np.uint8) for size in sizes)]) if readable else []
     blanks |= dict(zip(sizes, encoded[len(readable) :], strict=True))
@@ -245,7 +247,7 @@ def _prepare(
     return sorted(asked, key=lambda item: PERSPECTIVES.index(item.sample.perspective))
 
 
-def _ask_all(mimo: Mimo, asked: list[_Asked], tally: Tally) -> list[_Asked]:
+def _ask_all(mimo: Mimo, asked: list[_Asked], results: Accumulator) -> list[_Asked]:
     """Run every sample through its user turns, each after the model's own earlier answers; the unusable are left out."""
     done, bad = [], set()
     turn = 0
@@ -258,7 +260,7 @@ def _ask_all(mimo: Mimo, asked: list[_Asked], tally: Tally) -> list[_Asked]:
                 mimo.check(request)
             except ValueError as error:
                 if item.sample.sample_id not in bad:
-                    tally.unusable.append({"sample": item.sample.sample_id, "reason": str(error)})
+                    results.unusable.append({"sample": item.sample.sample_id, "reason": str(error)})
                 bad.add(item.sample.sample_id)
                 continue
             requests.append(request)
@@ -279,7 +281,7 @@ def _request(mimo: Mimo, item: _Asked, turn: int) -> Request:
     if user.prompted and item.ablate != "prompt":
         rng = np.random.default_rng([zlib.crc32(item.sample.sample_id.encode()), turn])
         masks = [item.record.mask(mask_id).decode() for mask_id in user.prompted]
-        prompts = point_at(masks, rng, mimo.config.model.prompt, f"sample {item.sample.sample_id}")
+        prompts = sample_prompts(masks, rng, mimo.config.model.prompt, f"sample {item.sample.sample_id}")
     return Request(item.image, user.text, prompts, past=tuple(item.past))
 
 
@@ -287,68 +289,49 @@ def _is_closed(sample: Sample) -> bool:
     return sample.perspective == "vqa" and sample.answer_type == "closed"
 
 
-def truths_of(record: Record, sample: Sample, turn: int) -> list[Truth]:
-    """What assistant turn `turn` (index into sample.turns) marks: one for each span, the masks of its targets united."""
-    spans: dict[tuple[int, ...] | None, list] = defaultdict(list)
-    for number, target in enumerate(sample.targets):
-        if target.turn == turn and not target.absent:
-            spans[tuple(target.span) if target.span else (-1, number)].append(target)
-    made = []
-    for span, targets in spans.items():
-        names = list(dict.fromkeys(canonical_name(t.entity) for t in targets))
-        written = canonical_name(sample.turns[turn].text[span[0] : span[1]]) if span[0] >= 0 else names[0]
-        mask = np.logical_or.reduce([record.mask(mask_id).decode() for t in targets for mask_id in t.mask_ids])
-        made.append(Truth(names[0] if len(names) == 1 else written, written, mask))
-    return made
-
-
-def _score(item: _Asked, ablate: str | None, baselines: dict, painted: dict, tally: Tally, pictures: _Pictures) -> None:
-    """Enter one answered sample into the tally; the extra runs of an ablation enter their own figure alone."""
+def _score(item: _Asked, ablate: str | None, baselines: dict, painted: dict, results: Accumulator, pictures: _Pictures) -> None:
+    """Enter one answered sample into the results; the extra runs of an ablation enter their own figure alone."""
     record, sample = item.record, item.sample
     extra = item.ablate != ablate
     if sample.perspective == "vqa":
         if _is_closed(sample):
-            right = metrics.closed_correct(item.answers[-1].text, sample.references, sample.choices)
-            if extra:
-                tally.closed_blank.append((record.group, right))
-                return
-            tally.closed.append((record.group, sample.kind, right))
-            tally.closed_true.append((sample.kind, metrics.closed_answer(sample.references[0])))
-        tally.samples["vqa"] += 1
+            correct = metrics.closed_correct(item.answers[-1].text, sample.references, sample.choices)
+            row = ClosedEndedResult(record.group, sample.kind, metrics.closed_answer(sample.references[0]), correct)
+            (results.closed_ended_image_blanked if extra else results.closed_ended).append(row)
+        if not extra:
+            results.samples["vqa"] += 1
         return
 
     marked = there = False
     painted_px = 0
     for number, answer in enumerate(item.answers):
         turn = 2 * number + 1
-        truths = truths_of(record, sample, turn)
+        truths = ground_truths(record, sample, turn)
         same = {t.written: t.name for t in truths}
         names = [same.get(e.entity, e.entity) for e in answer.entities]
         if sample.perspective == "II" and truths:
-            right = bool(names) and names[0] == truths[0].name
-            (tally.naming_blind if extra else tally.naming).append((record.group, right))
+            row = NamingResult(record.group, truths[0].name, bool(names) and names[0] == truths[0].name)
+            (results.naming_no_prompt if extra else results.naming).append(row)
         if extra:
             continue
-        if sample.perspective == "II" and truths:
-            tally.naming_true.append(truths[0].name)
         pairs = metrics.match(
             [t.name for t in truths], [t.mask for t in truths], names, [e.mask for e in answer.entities], by_name=sample.perspective != "II"
         )
         met = dict(pairs)
-        tally.painted += [(entity.evidence, met.get(k, 0.0)) for k, entity in enumerate(answer.entities)]
+        results.painted += [(entity.evidence, met.get(k, 0.0)) for k, entity in enumerate(answer.entities)]
         for truth, (k, value) in zip(truths, pairs, strict=True):
             guess = np.zeros_like(truth.mask) if k is None else answer.entities[k].mask
             trivial = {kind: metrics.iou(_guess(b, kind, truth.name, item, painted), truth.mask) for kind, b in baselines.items()}
             overlap = metrics.overlap(truth.mask, guess)
-            tally.found.append(Found(sample.perspective, record.modality, truth.name, record.group, value, *overlap, trivial))
-        tally.names.append((sample.perspective, record.group, *metrics.name_counts([t.name for t in truths], names)))
+            results.entities.append(EntityResult(sample.perspective, record.modality, truth.name, record.group, value, *overlap, trivial))
+        results.names.append(NameCounts(sample.perspective, record.group, *metrics.name_counts([t.name for t in truths], names)))
         there, marked = there or bool(truths), marked or bool(names)
         painted_px += int(np.logical_or.reduce([e.mask for e in answer.entities]).sum()) if answer.entities else 0
         pictures.offer(item, number, truths)
     if not extra:
-        tally.samples[sample.perspective] += 1
+        results.samples[sample.perspective] += 1
         if sample.targets:
-            tally.silent.append((record.group, not there, not marked, painted_px))
+            results.abstentions.append(AbstentionResult(record.group, not there, not marked, painted_px))
 
 
 def _guess(baseline, kind: str, entity: str, item: _Asked, painted: dict) -> np.ndarray:
@@ -369,7 +352,7 @@ class _Pictures:
         self.most = -(-count // len(GROUNDED))  # of one perspective
         self.drawn: Counter = Counter()  # by perspective, and by (perspective, modality)
 
-    def offer(self, item: _Asked, number: int, truths: Sequence[Truth]) -> None:
+    def offer(self, item: _Asked, number: int, truths: Sequence[GroundTruth]) -> None:
         """The number-th answer of a sample, from 0."""
         kind = (item.sample.perspective, item.record.modality)
         if not self.left or self.drawn[kind[0]] >= self.most or self.drawn[kind] >= max(1, self.most // len(MODALITIES)):

@@ -4,7 +4,7 @@ Axis letters: H, W height and width of the original image in pixels; T true enti
 turn; C clusters of a bootstrap.
 
 Nearly every headline is a ratio of two sums (a mean is sum / count, micro-F1 is 2 tp / (2 tp + fp + fn), cIoU is
-sum of intersections / sum of unions), so one `ratio` and one bootstrap, `interval`, serve them all.
+sum of intersections / sum of unions), so one `ratio` and one bootstrap, `bootstrap_ci`, serve them all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import rankdata
+from scipy.stats import rankdata, spearmanr
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -124,7 +124,7 @@ def closed_correct(text: str, references: Sequence[str], choices: Sequence[str] 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def bin_error(scores: Sequence[float], values: Sequence[float], bins: int = 10) -> float:
+def expected_calibration_error(scores: Sequence[float], values: Sequence[float], bins: int = 10) -> float:
     """Mean over `bins` bins of equal count, by score, of |mean score - mean value|; nan for fewer items than bins. What has the
     same score enters with the mean of its values, so that no order among equals counts."""
     if len(scores) < bins:
@@ -140,7 +140,7 @@ def spearman(scores: Sequence[float], values: Sequence[float]) -> float:
     """Correlation of ranks, equals sharing their mean rank; nan where either is constant."""
     if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(values) == 0:
         return float("nan")
-    return float(np.corrcoef(rankdata(scores), rankdata(values))[0, 1])
+    return float(spearmanr(scores, values).statistic)
 
 
 def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
@@ -161,7 +161,7 @@ def ratio(numerator: float | Sequence[float], denominator: float | Sequence[floa
     return float(np.sum(numerator)) / below if below else float("nan")
 
 
-def interval(
+def bootstrap_ci(
     numerator: Sequence[float],
     denominator: Sequence[float],
     clusters: Sequence[str],

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from mimo_jax.data.schema import Record, Sample, Target, Turn, encode_mask
-from mimo_jax.eval.baselines import BestThreshold, MeanMask, brightness, entity_masks, fit_baselines, score_baselines, score_guessing
+from mimo_jax.eval.baselines import BestThreshold, MeanMask, brightness, entity_masks, fit_baselines
 from mimo_jax.eval.metrics import iou
+from tests.eval.guessing import score_baselines, score_guessing
 
 
 def record(name, masks, image, samples=()) -> Record:

@@ -11,7 +11,7 @@ from mimo_jax.data.records import write_records
 from mimo_jax.errors import UserError
 from mimo_jax.eval import calibrate as cal
 from mimo_jax.eval.evaluate import evaluate_checkpoint
-from mimo_jax.infer.answers.calibration import PLAIN, Calibration, CalibrationError
+from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, CalibrationError
 from mimo_jax.infer.predictor import Mimo
 from tests.data import handmade
 from tests.tiny_config import painting_params, tiny_config
@@ -97,7 +97,7 @@ def test_at_the_end_of_training_it_reads_the_runs_own_sources(folder, capsys):
     made = cal.calibrate_params(config, mimo.engine.params, mimo.tokenizer)
     assert made and made.fitted["samples"] == 100
     config.train.calibrate_samples = 10
-    assert cal.calibrate_params(config, mimo.engine.params, mimo.tokenizer) is PLAIN
+    assert cal.calibrate_params(config, mimo.engine.params, mimo.tokenizer) is UNCALIBRATED
     assert "not calibrated" in capsys.readouterr().err
 
 

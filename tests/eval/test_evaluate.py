@@ -12,10 +12,12 @@ from mimo_jax.config import Config, SourceConfig
 from mimo_jax.data.records import write_records
 from mimo_jax.data.schema import Sample, Target, Turn
 from mimo_jax.eval import evaluate as ev
+from mimo_jax.eval.accumulator import ground_truths
+from mimo_jax.eval.registry import METRICS, Ratio, register_metric
 from mimo_jax.eval.report import table
 from mimo_jax.infer.answers.answer import Answer, Entity
-from mimo_jax.infer.answers.calibration import PLAIN, Calibration, Evidence
-from mimo_jax.infer.predictor import Mimo, PastTurn
+from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, ConfidenceFeatures
+from mimo_jax.infer.predictor import Mimo, TurnHistory
 from tests.data import handmade
 from tests.tiny_config import random_params, tiny_config
 
@@ -45,21 +47,21 @@ def record(number=0, split="test"):
 
 @pytest.fixture(scope="module")
 def mimo(tmp_path_factory):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     return Mimo(config, random_params(config), handmade.tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-SURE = Evidence(0.9, 0.9, 0.9, 0.9)
+SURE = ConfidenceFeatures(0.9, 0.9, 0.9, 0.9)
 
 
 class Oracle:
     """Answers as `say(record, sample, turn, request)` wants: (text, [(phrase, mask)])."""
 
     def __init__(self, records, say):
-        self.config = tiny_config(turns_max=2)
+        self.config = tiny_config(max_turns=2)
         self.by_question = {(r.id, t.text): (r, s, n) for r in records for s in r.samples for n, t in enumerate(s.turns)}
         self.by_pixels = {ev.record_image(r).tobytes(): r.id for r in records}
-        self.say, self.requests, self.calibration = say, [], PLAIN
+        self.say, self.requests, self.calibration = say, [], UNCALIBRATED
 
     def encode(self, images):
         return list(images)
@@ -77,12 +79,12 @@ class Oracle:
             text, named = self.say(known, sample, turn + 1, request)
             entities = [Entity.of(i, phrase, mask, SURE) for i, (phrase, mask) in enumerate(named)]
             answer = Answer(text, [{"text": text}], entities, False, request.question, request.image, request.prompts)
-            made.append((answer, PastTurn([], [], None)))
+            made.append((answer, TurnHistory([], [], None)))
         return made
 
 
 def truth(known, sample, turn, request):
-    return sample.turns[turn].text, [(t.written, t.mask) for t in ev.truths_of(known, sample, turn)]
+    return sample.turns[turn].text, [(t.written, t.mask) for t in ground_truths(known, sample, turn)]
 
 
 def test_the_truth_scores_one_everywhere():
@@ -93,7 +95,7 @@ def test_the_truth_scores_one_everywhere():
     for name in ("dice", "ciou", "giou", "naming_accuracy", "vqa_closed_accuracy", "vqa_closed_accuracy_image_blanked"):
         assert report[name] == 1, name
     assert report["no_target_fpr"] == 0 and report["abstention"] == {"precision": 1, "recall": 1}
-    assert report["commonest_class_share"] == 0.5 and report["vqa_majority"] == 0.5 and report["vqa_majority_by_kind"] == 1
+    assert report["majority_class_share"] == 0.5 and report["vqa_majority"] == 0.5 and report["vqa_majority_by_kind"] == 1
     assert report["n"]["samples"] == {"vqa": 6, "I": 9, "II": 6, "III": 6, "IV": 3}
     assert report["n"]["entities"] == {"I": 6, "II": 6, "III": 12, "IV": 3}
     assert report["n"]["no_target"] == 3 and report["n"]["vqa_closed"] == 6 and report["n"]["groups"] == 3
@@ -190,12 +192,12 @@ def test_scores_are_held_against_the_iou_of_what_was_painted():
     oracle = Oracle(records, say)
     score = ev.evaluate(oracle, records)["score"]
     assert score["n"] == 15 and score["calibrated"] is None  # 3 of I in an image, one of them of nothing: 2 right, 3 wrong
-    assert score["plain"]["bin_error"] == pytest.approx(0.81 - 6 / 15, abs=1e-4)
+    assert score["plain"]["expected_calibration_error"] == pytest.approx(0.81 - 6 / 15, abs=1e-4)
     assert score["plain"]["spearman"] is None and score["plain"]["auroc"] == 0.5  # all scores are the same
     assert score["plain"]["uncertain"] == {"precision": None, "recall": 0}
     oracle.calibration = Calibration((0.0, 0.0, 0.0, 1.0), (-3.0, 3.0), (0.4, 0.4), uncertain_below=0.5)
     report = ev.evaluate(oracle, records)
-    assert report["score"]["calibrated"]["bin_error"] == pytest.approx(0, abs=1e-4)
+    assert report["score"]["calibrated"]["expected_calibration_error"] == pytest.approx(0, abs=1e-4)
     assert report["score"]["calibrated"]["uncertain"] == {"precision": 0.6, "recall": 1}
     assert "calibrated" in table(report)
 
@@ -204,13 +206,13 @@ def test_spans_unite_their_targets_and_their_words_count_as_the_name():
     made = record()
     sample = Sample("u", "III", [Turn("user", "Show all. (9)"), Turn("assistant", "Both organs are outlined.")],
                     [Target(1, "liver", [0, 11], ["l"]), Target(1, "spleen", [0, 11], ["s"])])  # fmt: skip
-    (one,) = ev.truths_of(made, sample, 1)
+    (one,) = ground_truths(made, sample, 1)
     assert one.name == one.written == "both organs"
     assert (one.mask == (made.mask("l").decode() | made.mask("s").decode())).all()
     sample.targets[1].span = [6, 12]
     sample.turns[1].text = "Liver organs"
     sample.targets[0].span = [0, 5]
-    assert [(t.name, t.written) for t in ev.truths_of(made, sample, 1)] == [("liver", "liver"), ("spleen", "organs")]
+    assert [(t.name, t.written) for t in ground_truths(made, sample, 1)] == [("liver", "liver"), ("spleen", "organs")]
     made.samples = [sample]
     report = ev.evaluate(Oracle([made], truth), [made])  # says "organs", which is written so: counts as the spleen
     assert report["entity_f1"]["III"] == report["miou"]["III"] == 1
@@ -280,3 +282,26 @@ def test_every_turn_has_a_picture_of_its_own(tmp_path):
     ev.evaluate(Oracle([asked], truth), [asked], overlays=tmp_path, overlay_count=400)
     first, second = sorted(path.stem for path in tmp_path.glob("*.png"))
     assert first.startswith("III_") and second == f"{first}_2"
+
+
+@pytest.fixture
+def toy_metric():
+    """A metric of a project that uses this package: pixels painted where nothing is."""
+    register_metric("pixels_of_nothing", lambda results: sum(a.painted_px for a in results.abstentions if a.no_target), "toy: in pixels")
+    register_metric("entities_hit", lambda results: Ratio([e.group for e in results.entities], [e.iou > 0.5 for e in results.entities]))
+    yield
+    del METRICS["pixels_of_nothing"], METRICS["entities_hit"]
+
+
+def test_a_metric_from_outside_stands_in_report_table_and_conventions(toy_metric):
+    records = [record(i) for i in range(3)]
+    report = ev.evaluate(Oracle(records, truth), records)
+    assert report["pixels_of_nothing"] == 0 and report["conventions"]["pixels_of_nothing"] == "toy: in pixels"
+    assert report["entities_hit"] == 1 and report["intervals"]["entities_hit"] == [1, 1]
+    printed = table(report).splitlines()
+    assert "pixels_of_nothing: toy: in pixels" in printed
+    assert [line.split() for line in printed if line.startswith("entities_hit")] == [["entities_hit", "1.000", "±0.000"]]
+    with pytest.raises(ValueError, match="^metric entities_hit: is registered already"):
+        register_metric("entities_hit", len)
+    with pytest.raises(ValueError, match="^metric new: format is 'row'; use one of perspectives"):
+        register_metric("new", len, format="row")

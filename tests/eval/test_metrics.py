@@ -118,7 +118,7 @@ items = st.lists(st.tuples(st.floats(0, 1), st.sampled_from("abcd")), min_size=1
 @given(items)
 def test_interval_lies_within_the_values(data):
     values, clusters = [v for v, _ in data], [c for _, c in data]
-    low, high = metrics.interval(values, [1] * len(values), clusters, draws=100)
+    low, high = metrics.bootstrap_ci(values, [1] * len(values), clusters, draws=100)
     assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
     if len(set(clusters)) == 1:
         assert low == pytest.approx(metrics.ratio(values, [1] * len(values))) == high
@@ -129,7 +129,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     hits = 0
     for trial in range(200):
         values = rng.normal(0.5, 0.1, size=60)
-        low, high = metrics.interval(values, np.ones(60), np.arange(60), draws=300, seed=trial)
+        low, high = metrics.bootstrap_ci(values, np.ones(60), np.arange(60), draws=300, seed=trial)
         hits += low <= 0.5 <= high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -138,13 +138,13 @@ def test_interval_widens_when_items_hang_together():
     rng = np.random.default_rng(1)
     values = np.repeat(rng.normal(size=20), 10)
     ones = np.ones(200)
-    alone = metrics.interval(values, ones, np.arange(200))
-    together = metrics.interval(values, ones, np.repeat(np.arange(20), 10))
+    alone = metrics.bootstrap_ci(values, ones, np.arange(200))
+    together = metrics.bootstrap_ci(values, ones, np.repeat(np.arange(20), 10))
     assert together[1] - together[0] > 2 * (alone[1] - alone[0])
 
 
 def test_nothing_to_measure_is_nan():
-    assert math.isnan(metrics.ratio([], [])) and all(map(math.isnan, metrics.interval([], [], [])))
+    assert math.isnan(metrics.ratio([], [])) and all(map(math.isnan, metrics.bootstrap_ci([], [], [])))
 
 
 few = st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.4, 0.9]), st.sampled_from([0.0, 0.3, 0.8])), min_size=2, max_size=12)
@@ -168,12 +168,12 @@ def test_auroc_is_the_share_of_pairs_in_order(pairs):
     assert metrics.auroc(scores, positive) == pytest.approx(np.mean(ordered) if ordered else math.nan, nan_ok=True)
 
 
-def test_bin_error_is_the_gap_of_each_bin_whatever_the_order_of_equals():
+def test_expected_calibration_error_is_the_gap_of_each_bin_whatever_the_order_of_equals():
     scores, values = np.repeat([0.2, 0.8], 10), np.array([0.0, 1.0] * 10)
-    assert metrics.bin_error(scores, values, bins=2) == pytest.approx(0.3)
-    assert metrics.bin_error(scores, values) == pytest.approx(0.3)
-    assert metrics.bin_error(scores, np.sort(values)) == pytest.approx(0.2)
+    assert metrics.expected_calibration_error(scores, values, bins=2) == pytest.approx(0.3)
+    assert metrics.expected_calibration_error(scores, values) == pytest.approx(0.3)
+    assert metrics.expected_calibration_error(scores, np.sort(values)) == pytest.approx(0.2)
     rng = np.random.default_rng(0)
     order = rng.permutation(20)
-    assert metrics.bin_error(scores[order], values[order]) == pytest.approx(0.3)
-    assert math.isnan(metrics.bin_error(scores[:9], values[:9]))
+    assert metrics.expected_calibration_error(scores[order], values[order]) == pytest.approx(0.3)
+    assert math.isnan(metrics.expected_calibration_error(scores[:9], values[:9]))

@@ -9,8 +9,9 @@ from PIL import Image
 from mimo_jax.data.builder import phantom_scenes
 from mimo_jax.data.builder.phantom import MODALITY_SHARES, make_phantom
 from mimo_jax.data.builder.phantom_shapes import MIN_RADIUS, Shape, smooth_field
-from mimo_jax.eval.baselines import fit_baselines, score_baselines
+from mimo_jax.eval.baselines import fit_baselines
 from mimo_jax.eval.metrics import iou
+from tests.eval.guessing import score_baselines
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import pytest
 
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.builder.knowledge import KNOWLEDGE
-from mimo_jax.data.builder.label_stats import PRESENCE_PER_IMAGE, Census
+from mimo_jax.data.builder.label_stats import PRESENCE_PER_IMAGE, LabelStats
 from mimo_jax.data.builder.phantom import PHANTOM_CENSUS, make_phantom
 from mimo_jax.data.builder.questions import ask
 from mimo_jax.data.builder.relations import LARGER
 from mimo_jax.data.builder.templates import NUMBERS, UNMARKED, with_article
 from mimo_jax.data.schema import encode_mask
-from mimo_jax.eval.baselines import score_guessing
 from tests.data.builder.bodies import plain_record
+from tests.eval.guessing import score_guessing
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_the_vocabulary_is_small(records):
 def test_unknown_entities_get_what_needs_no_knowledge():
     record = plain_record(["gizzard", "left whatsit", "gizzard"])
     other = plain_record(["left whatsit"], name="s")
-    census = Census.of([record, other, plain_record(["keel"], modality="MR", name="t")])
+    census = LabelStats.of([record, other, plain_record(["keel"], modality="MR", name="t")])
     found = [sample for seed in range(40) for sample in ask(record, np.random.default_rng(seed), census)]
     assert {sample.perspective for sample in found} == {"I", "II", "vqa"}
     assert {sample.kind for sample in found} == {"one", "two", "name", "unmarked", "yes_no", "modality", "list"}
@@ -205,7 +205,7 @@ def test_where_labels_are_not_complete_only_known_absence_counts():
     """A missing mask says nothing; yes and no are balanced over what is known, and nothing else is asked or said."""
     records = [plain_record(["liver", "spleen"] if i % 2 else ["spleen"], name=f"r{i}") for i in range(40)]
     absent = {record.id: ["liver"] if i % 4 == 0 else [] for i, record in enumerate(records)}
-    census = Census.of(records, absent=absent)
+    census = LabelStats.of(records, absent=absent)
     assert census.asking_rates["spleen"] == (0.0, 0.0, 0.0)
     yes, lacks, _ = census.asking_rates["liver"]
     assert yes * 0.5 == pytest.approx(lacks * 0.25) and lacks > 0
@@ -225,7 +225,7 @@ def test_a_host_is_found_by_overlap_where_no_parent_is_recorded():
     pixels = np.zeros((record.height, record.width), bool)
     pixels[3:6, 3:6] = True
     record.masks.append(encode_mask(pixels, "c", "liver cyst"))
-    found = [s for seed in range(20) for s in ask(record, np.random.default_rng(seed), Census.of([record]))]
+    found = [s for seed in range(20) for s in ask(record, np.random.default_rng(seed), LabelStats.of([record]))]
     assert any(s.kind == "contains" and [t.entity for t in s.targets] == ["liver cyst", "liver"] for s in found)
 
 

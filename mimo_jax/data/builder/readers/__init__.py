@@ -14,17 +14,27 @@ from mimo_jax.data.builder.readers.manifest import Manifest
 from mimo_jax.data.builder.readers.mecovqa import MeCoVqa
 from mimo_jax.data.builder.readers.nifti import Nifti
 from mimo_jax.data.builder.readers.pathvqa import PathVqa
-from mimo_jax.data.builder.readers.reader import Source
+from mimo_jax.data.builder.readers.reader import DatasetReader
 from mimo_jax.data.builder.readers.sa_med2d import SaMed2d
 from mimo_jax.data.builder.readers.slake import Slake
 from mimo_jax.data.builder.readers.vqa_rad import VqaRad
 from mimo_jax.data.records import DataError
 
-_ALL = (SaMed2d, BiomedParse, Manifest, Folders, MeCoVqa, LlavaMed, VqaRad, Slake, PathVqa, Gcg, DicomSeg, Nifti)
-KINDS: dict[str, type[Source]] = {reader.name: reader for reader in _ALL}
+KINDS: dict[str, type[DatasetReader]] = {}  # value of --source -> reader
 
 
-def open_reader(kind: str, path: str | os.PathLike, **options) -> Source:
+def register_reader(kind: str, reader: type[DatasetReader]) -> None:
+    """Add a kind of source, as `mimo data build --source KIND` names it. Raises ValueError for a kind that is taken."""
+    if kind in KINDS:
+        raise ValueError(f"source {kind}: is registered already, as {KINDS[kind].__name__}; choose another name")
+    KINDS[kind] = reader
+
+
+for _reader in (SaMed2d, BiomedParse, Manifest, Folders, MeCoVqa, LlavaMed, VqaRad, Slake, PathVqa, Gcg, DicomSeg, Nifti):
+    register_reader(_reader.name, _reader)
+
+
+def open_reader(kind: str, path: str | os.PathLike, **options) -> DatasetReader:
     """The reader of a source of this kind. Options: dataset, modality, licence, and those of the kind's `options`; None is as if
     it were not given. DataError for an unknown kind or option, for a path that is not laid out like that, and, here or while
     `items` runs, for an index that is damaged."""

@@ -1,5 +1,6 @@
 # make demo   sets everything up, trains the tiny model, evaluates it, writes overlays
 # make test   sets everything up, runs the tests
+# make test-all   the same, and the slow tests, which run the commands of README.md
 PYTHON ?= python3.11
 VENV ?= .venv
 TORCH ?= 2.13.0
@@ -7,13 +8,16 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.mimo-core
 DEV := $(VENV)/.mimo-dev
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(CORE)
 	$(BIN)/python launch/demo.py
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(DEV)
+	$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

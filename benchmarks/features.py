@@ -31,9 +31,9 @@ from mimo_jax.data.loading.encode_features import encode_checkpoint, fingerprint
 from mimo_jax.data.loading.loader import make_loader  # noqa: E402
 from mimo_jax.data.loading.sources import open_sources  # noqa: E402
 from mimo_jax.data.records import open_records, write_records  # noqa: E402
-from mimo_jax.data.tokenizer import Tokenizer  # noqa: E402
+from mimo_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from mimo_jax.train.loop import _initial_params  # noqa: E402
-from mimo_jax.train.state import Plan  # noqa: E402
+from mimo_jax.train.state import TrainSetup  # noqa: E402
 from mimo_jax.train.step import make_step  # noqa: E402
 
 
@@ -50,10 +50,10 @@ class Way:
     """Training with pictures or with features, batches in hand. `loading`: samples per second of the loader."""
 
     def __init__(self, config: Config, steps: int):
-        self.plan = Plan(config, sharding.make_mesh(config.mesh))
+        self.plan = TrainSetup(config, sharding.make_mesh(config.mesh))
         self.state, self.frozen = self.plan.start(_initial_params(self.plan))
         self.step = make_step(self.plan)
-        tokenizer = Tokenizer(checkpoint.tokenizer_path(config.init.path), config.model)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_path(config.init.path), config.model)
         loader = make_loader(config, tokenizer, open_sources(config, "train"))
         if config.data.features:
             loader.use_features(fingerprint(config, pathtree.flatten(self.frozen)))

@@ -20,9 +20,9 @@ import jax.numpy as jnp  # noqa: E402
 
 from mimo_jax import pathtree, quantize  # noqa: E402
 from mimo_jax.checkpoints import loading
-from mimo_jax.config import WEIGHTS  # noqa: E402
+from mimo_jax.config import QUANTIZATIONS  # noqa: E402
 from mimo_jax.data.loading.sources import open_source  # noqa: E402
-from mimo_jax.data.tokenizer import Tokenizer  # noqa: E402
+from mimo_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from mimo_jax.eval.evaluate import evaluate  # noqa: E402
 from mimo_jax.infer.predictor import Mimo  # noqa: E402
 from mimo_jax.parameters import ALWAYS_FP32  # noqa: E402
@@ -41,14 +41,14 @@ class Recorded(Mimo):
 
 def held(loaded: loading.Loaded, dtype: str, weights: str) -> Recorded:
     """The model with activations and parameters in `dtype`, its language model's matrices as `weights` holds the checkpoint's own."""
-    config = loaded.config.with_weights(weights)
+    config = loaded.config.with_quantization(weights)
     config.model.dtype = config.model.frozen_dtype = dtype
     params = {}
     for path, leaf in pathtree.flatten(loaded.params).items():
         for name, part in quantize.quantize_param(path, leaf, weights).items():
             wide = not jnp.issubdtype(part.dtype, jnp.floating) or name.endswith("kernel_scale") or re.search(ALWAYS_FP32, name)
             params[name] = part if wide else part.astype(dtype)
-    mimo = Recorded(config, pathtree.unflatten(params), Tokenizer(loaded.tokenizer, config.model))
+    mimo = Recorded(config, pathtree.unflatten(params), load_tokenizer(loaded.tokenizer, config.model))
     mimo.texts = []
     return mimo
 
@@ -70,7 +70,7 @@ def main() -> None:
     print("| activations | weights | LLM matrices, MB | mIoU | loss | closed VQA | texts equal | answers | s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for dtype in ("float32", "bfloat16"):
-        for weights in ("", *WEIGHTS):
+        for weights in ("", *QUANTIZATIONS):
             mimo, started = held(loaded, dtype, weights), time.monotonic()
             report = evaluate(mimo, records, args.limit)
             flat = pathtree.flatten(mimo.engine.params)

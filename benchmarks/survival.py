@@ -42,8 +42,8 @@ from mimo_jax.config import MeshConfig  # noqa: E402
 from mimo_jax.data.builder.phantom_set import build_phantoms  # noqa: E402
 from mimo_jax.data.loading.loader import make_loader  # noqa: E402
 from mimo_jax.data.loading.sources import open_sources  # noqa: E402
-from mimo_jax.data.tokenizer import Tokenizer  # noqa: E402
-from mimo_jax.train.state import Plan  # noqa: E402
+from mimo_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from mimo_jax.train.state import TrainSetup  # noqa: E402
 
 SMALL = """
 from tests.tiny_config import tiny_config
@@ -165,7 +165,7 @@ def preempt(runs: Runs, rng: random.Random) -> Iterator[str]:
 def same_samples(run: Path, step: int) -> bool:
     """Whether loaders that go on from a step, alone or two that share, give what one gives that was never stopped."""
     config = checkpoint.read_config(run)
-    tokenizer, sources = Tokenizer(run / "tokenizer.json", config.model), open_sources(config, config.data.split)
+    tokenizer, sources = load_tokenizer(run / "tokenizer.json", config.model), open_sources(config, config.data.split)
     position = json.loads((run / "steps" / str(step) / "extra.json").read_text())
     half = config.images() // 2
     whole = make_loader(config, tokenizer, sources)
@@ -187,7 +187,7 @@ def same_samples(run: Path, step: int) -> bool:
 def flip(runs: Runs, rng: random.Random) -> Iterator[str]:
     run, copy = runs.folder / "flipped", runs.folder / "copy"
     runs.finish(run, train__steps=4, train__checkpoint_every=2)
-    plan = Plan(checkpoint.read_config(run), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    plan = TrainSetup(checkpoint.read_config(run), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     shutil.copytree(run, copy)
     fell_back = 0
     for _ in range(50):

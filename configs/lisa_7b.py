@@ -35,10 +35,7 @@ def get_config() -> Config:
         seg_position="bare",
     )
     config.model.sam.pe_dtype = "bfloat16"  # its fork of SAM computes the position code in the dtype of the weights
-    config.data.system_prompt = (
-        "A chat between a curious human and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the human's questions."
-    )
+    config.data.chat_template = "llava"
     config.data.image_tokens = "<im_start>,<im_end>"
     config.data.buckets = "384,512,768"
     config.data.weights = {"vqa": 1.0, "I": 1.0, "II": 0.0, "III": 2.0, "IV": 0.0}  # no prompts

@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
+from mimo_jax.data.chat_templates import CHAT_TEMPLATES, unknown_template
 from mimo_jax.errors import UserError
 
 PERSPECTIVES = ("vqa", "I", "II", "III", "IV")
@@ -20,7 +21,7 @@ ALIGNER_KINDS = ("cross_attention", "none", "linear", "mlp")
 REMAT_POLICIES = ("none", "full", "dots")
 PROMPT_KINDS = ("point", "box", "scribble")
 BASE_PLACES = ("auto", "replicated", "sharded")
-WEIGHTS = ("int8", "int4")  # how the language model's matrices may be held for inference; see `quantize`
+QUANTIZATIONS = ("int8", "int4")  # how the language model's matrices may be held for inference; see `quantize`
 
 
 class ConfigError(UserError):
@@ -171,10 +172,8 @@ class DataConfig:
     batch_size: int = 8  # samples in the global batch
     samples_per_image: int = 1  # consecutive samples of one perspective that share one image (and its encoding)
     buckets: str = "256,512,768"  # sequence lengths, tokens
-    system_prompt: str = (
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    )
+    chat_template: str = "vicuna"  # what stands around the turns: a row of data/chat_templates.py
+    system_prompt: str = "template"  # words before the first turn; "template": those of the chat template; empty: none
     image_tokens: str = ""  # two added tokens of the base vocabulary around X_q, e.g. "<im_start>,<im_end>" (LLaVA, LISA, GLaMM)
     augment: bool = False  # random shift, scale and intensity; never a flip
     features: bool = False  # take what the frozen image encoders give from where `mimo data encode` wrote it, beside the records
@@ -291,7 +290,7 @@ class Config:
 
         need(m.aligner.kind in ALIGNER_KINDS, "model.aligner.kind", f"is {m.aligner.kind!r}; use one of {', '.join(ALIGNER_KINDS)}")
         need(m.seg_state in ("token", "predict"), "model.seg_state", f"is {m.seg_state!r}; use token or predict")
-        need(m.seg_position in ("inside", "after", "bare"), "model.seg_place", f"is {m.seg_position!r}; use inside, after or bare")
+        need(m.seg_position in ("inside", "after", "bare"), "model.seg_position", f"is {m.seg_position!r}; use inside, after or bare")
         need(m.remat in REMAT_POLICIES, "model.remat", f"is {m.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
         need(m.clip.image_size % m.clip.patch_size == 0, "model.clip.patch_size", "must divide model.clip.image_size")
         need(m.clip.width % m.clip.heads == 0, "model.clip.heads", "must divide model.clip.width")
@@ -306,8 +305,8 @@ class Config:
         need(m.llm.width % m.llm.heads == 0, "model.llm.heads", "must divide model.llm.width")
         need(
             m.llm.quantization == "",
-            "model.llm.weights",
-            'is for inference alone; leave it empty here, and give --weights int8 (in Python: Mimo.load(…, weights="int8"))',
+            "model.llm.quantization",
+            'is for inference alone; leave it empty here, and give --quantize int8 (in Python: Mimo.load(…, quantization="int8"))',
         )
         need(m.llm.heads % m.llm.kv_heads == 0, "model.llm.kv_heads", "must divide model.llm.heads")
         need(m.aligner.width % m.aligner.heads == 0, "model.aligner.heads", "must divide model.aligner.width")
@@ -317,14 +316,15 @@ class Config:
         need(bool(self.trainables), "trainables", "is empty; say which parameters train")
         need(set(d.weights) <= set(PERSPECTIVES), "data.weights", f"name only {', '.join(PERSPECTIVES)}")
         need(d.samples_per_image >= 1 and d.batch_size % d.samples_per_image == 0, "data.samples_per_image", "must divide data.batch_size")
-        need(d.batch_size % self.train.grad_accum_steps == 0, "train.accumulate", "must divide data.batch_size")
+        need(d.batch_size % self.train.grad_accum_steps == 0, "train.grad_accum_steps", "must divide data.batch_size")
         need(all(b <= m.llm.max_length for b in self.buckets()), "data.buckets", "must not exceed model.llm.max_length")
         need(not (d.features and d.augment), "data.features", "are of pictures as they are; set data.augment=False, or data.features=False")
-        need(0 < d.fraction <= 1, "data.share", f"is {d.fraction:g}; must be above 0, and 1 at most")
+        need(0 < d.fraction <= 1, "data.fraction", f"is {d.fraction:g}; must be above 0, and 1 at most")
         strange = set(self.prompt_kinds()) - set(PROMPT_KINDS)
         some = bool(self.prompt_kinds()) and not strange
         need(some, "data.prompt_kinds", f"is {d.prompt_kinds!r}; name some of {', '.join(PROMPT_KINDS)}")
-        need(d.length_grouping >= 1, "data.sort_window", "must be at least 1")
+        need(d.length_grouping >= 1, "data.length_grouping", "must be at least 1")
+        need(d.chat_template in CHAT_TEMPLATES, "data.chat_template", unknown_template(d.chat_template))
         around = self.image_tokens()
         need(
             not around or (len(around) == 2 and all(around)),
@@ -341,18 +341,18 @@ class Config:
         need(self.train.keep_every >= 0, "train.keep_every", "must be 0 or more")
         need(self.train.max_skipped >= 0, "train.max_skipped", "must be 0 or more")
         need(self.train.heartbeat_timeout >= 1, "train.heartbeat_timeout", "must be at least 1")
-        need(self.mesh.frozen_sharding in BASE_PLACES, "mesh.base", f"is {self.mesh.frozen_sharding!r}; use one of {', '.join(BASE_PLACES)}")
+        need(self.mesh.frozen_sharding in BASE_PLACES, "mesh.frozen_sharding", f"is {self.mesh.frozen_sharding!r}; use one of {', '.join(BASE_PLACES)}")
         need(self.train.loss_chunk >= 1, "train.loss_chunk", "must be at least 1")
 
-    def with_weights(self, weights: str) -> "Config":
-        """The same config with the language model's matrices held as `weights`: "" as the checkpoint has them, "int8" or "int4".
+    def with_quantization(self, quantization: str) -> "Config":
+        """The same config with the language model's matrices held as `quantization`: "" as the checkpoint has them, "int8" or "int4".
         ConfigError for another name, or for a matrix that cannot be held so."""
-        if weights not in ("", *WEIGHTS):
-            raise ConfigError(f"weights: is {weights!r}; use one of {', '.join(WEIGHTS)}, or none for those of the checkpoint")
+        if quantization not in ("", *QUANTIZATIONS):
+            raise ConfigError(f"quantization: is {quantization!r}; use one of {', '.join(QUANTIZATIONS)}, or none for those of the checkpoint")
         llm = self.model.llm
-        if weights == "int4" and (llm.width % 2 or llm.mlp_width % 2):
-            raise ConfigError(f"weights: int4 needs an even width and mlp_width, and they are {llm.width} and {llm.mlp_width}; use int8")
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, llm=dataclasses.replace(llm, weights=weights)))
+        if quantization == "int4" and (llm.width % 2 or llm.mlp_width % 2):
+            raise ConfigError(f"quantization: int4 needs an even width and mlp_width, and they are {llm.width} and {llm.mlp_width}; use int8")
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, llm=dataclasses.replace(llm, quantization=quantization)))
 
     def images(self) -> int:
         """N, images in the global batch."""
@@ -364,6 +364,11 @@ class Config:
             return tuple(sorted(int(b) for b in self.data.buckets.split(",")))
         except ValueError:
             raise ConfigError(f"config.data.buckets: {self.data.buckets!r} is not a list of lengths such as 256,512") from None
+
+    def system_prompt(self) -> str:
+        """The words before the first turn; empty where there are none."""
+        told = self.data.system_prompt
+        return CHAT_TEMPLATES[self.data.chat_template].system if told == "template" else told
 
     def image_tokens(self) -> tuple[str, ...]:
         """Names of the tokens before and after X_q; empty where there are none."""

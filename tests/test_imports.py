@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "typing": set(),
     "pathtree": set(),
-    "config": {"errors"},
+    "config": {"data.chat_templates", "errors"},
     "geometry": {"errors"},
     "hardware": set(),
     "sharding": {"config", "errors", "hardware", "pathtree"},

@@ -1,4 +1,4 @@
-"""`mimo ask --plan`: what memory a checkpoint will take on this machine, told before any weight is read.
+"""`mimo ask --estimate-memory`: what memory a checkpoint will take on this machine, told before any weight is read.
 
 Parameters come from the checkpoint's manifests, all else from the functions of the model themselves, compiled for the device at
 hand without their arrays.
@@ -17,11 +17,11 @@ import numpy as np
 from mimo_jax import pathtree, quantize, sharding
 from mimo_jax.checkpoints import checkpoint as checkpoints
 from mimo_jax.checkpoints import loading
-from mimo_jax.config import WEIGHTS, Config
+from mimo_jax.config import QUANTIZATIONS, Config
 from mimo_jax.data import conversation
-from mimo_jax.data.tokenizer import Tokenizer
+from mimo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mimo_jax.infer.engine.compiled import functions
-from mimo_jax.infer.engine.decode_batch import bucket, capacity
+from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket
 
 GB, MB = 10**9, 10**6
 # What the table calls each group of parameters: the first row that matches.
@@ -36,34 +36,34 @@ PARTS = {
 }
 
 
-def plan_checkpoint(path: str | os.PathLike, weights: str = "") -> dict:
+def estimate_checkpoint_memory(path: str | os.PathLike, quantization: str = "") -> dict:
     """`plan` of a checkpoint; UserError for what is none."""
     config, shapes = loading.read_shapes(path)
-    return plan(config, shapes, Tokenizer(checkpoints.tokenizer_path(path), config.model), weights)
+    return estimate_memory(config, shapes, load_tokenizer(checkpoints.tokenizer_path(path), config.model), quantization)
 
 
-def plan(config: Config, shapes: dict[str, jax.ShapeDtypeStruct], tokenizer: Tokenizer, weights: str = "") -> dict:
+def estimate_memory(config: Config, shapes: dict[str, jax.ShapeDtypeStruct], tokenizer: Tokenizer, quantization: str = "") -> dict:
     """Bytes that one conversation about one image takes on each device, with the whole context in use.
 
-    config, shapes: of the checkpoint, {path: shape and dtype of every parameter}; weights: as of `Mimo.load`. Returns
+    config, shapes: of the checkpoint, {path: shape and dtype of every parameter}; quantization: as of `Mimo.load`. Returns
 
-        weights, devices (their number), device (what they are), whole {path: why it is not split over the devices}
+        quantization, devices (their number), device (what they are), whole {path: why it is not split over the devices}
         parameters {part: {bytes, dtypes}}, loading (beside these, while they are read; 0 where they stay as they are)
         cache, slots (its tokens), features (of one image), temporaries {function: bytes, what it returns included}
-        total (at the worst moment), available, fits, other {weights: total of those}"""
-    made = {"weights": weights, "devices": jax.local_device_count(), "device": jax.local_devices()[0].device_kind, "whole": {}}
-    held = _placed(config, _held(shapes, config, weights), made["whole"])
+        total (at the worst moment), available, fits, other {quantization: total of those}"""
+    made = {"quantization": quantization, "devices": jax.local_device_count(), "device": jax.local_devices()[0].device_kind, "whole": {}}
+    held = _placed(config, _held(shapes, config, quantization), made["whole"])
     made["parameters"] = parameters(held)
-    made |= _conversation(config.with_weights(weights), pathtree.unflatten(held), tokenizer)
+    made |= _conversation(config.with_quantization(quantization), pathtree.unflatten(held), tokenizer)
     asking = made["cache"] + made["features"] + max(made["temporaries"].values())
     # Each matrix is read as it is, and made into integers then; a CPU holds what it read twice for a moment.
     wide = [_on_device(leaf) for path, leaf in _placed(config, shapes, {}).items() if re.search(quantize.QUANTIZED, path)]
     loading = max(wide) * (2 if jax.default_backend() == "cpu" else 1)
-    made["loading"] = loading if weights else 0
+    made["loading"] = loading if quantization else 0
     made["total"] = sum(part["bytes"] for part in made["parameters"].values()) + max(asking, made["loading"])
     made["available"] = _available()
     made["fits"] = made["total"] <= made["available"]
-    others = {w: _placed(config, _held(shapes, config, w), {}).values() for w in WEIGHTS if w != weights}
+    others = {w: _placed(config, _held(shapes, config, w), {}).values() for w in QUANTIZATIONS if w != quantization}
     made["other"] = {w: sum(map(_on_device, leaves)) + max(asking, loading) for w, leaves in others.items()}
     return made
 
@@ -87,8 +87,8 @@ def table(made: dict) -> str:
         ("features of one image", made["features"], ""),
         *((f"working memory: {name}", size, "") for name, size in made["temporaries"].items()),
     ]
-    if made["weights"]:
-        rows.append((f"while loading into {made['weights']}", made["loading"], "beside the parameters"))
+    if made["quantization"]:
+        rows.append((f"while loading into {made['quantization']}", made["loading"], "beside the parameters"))
     rows.append(("needed at once", made["total"], f"of {_size(made['available'])}"))
     wide = max(len(name) for name, *_ in rows)
     devices = f"on each of {made['devices']} devices" if made["devices"] > 1 else "on one device"
@@ -96,7 +96,7 @@ def table(made: dict) -> str:
     lines += [f"not split over the devices: {reason}" for reason in made["whole"].values()]
     if made["fits"]:
         return "\n".join([*lines, "it fits"])
-    smaller = [f"--weights {w} takes {_size(size)}" for w, size in made["other"].items() if size <= made["available"]]
+    smaller = [f"--quantize {w} takes {_size(size)}" for w, size in made["other"].items() if size <= made["available"]]
     remedy = "; ".join(smaller) if smaller else "take a device with more memory, or several"
     return "\n".join([*lines, f"it does not fit: {remedy}"])
 
@@ -105,12 +105,12 @@ def _size(count: float) -> str:
     return f"{count / GB:.2f} GB" if count >= GB / 10 else f"{count / MB:.2f} MB"
 
 
-def _held(shapes: dict, config: Config, weights: str) -> dict:
+def _held(shapes: dict, config: Config, quantization: str) -> dict:
     """{path: shape} of the parameters as they will be held."""
-    config.with_weights(weights)
+    config.with_quantization(quantization)
     held = {}
     for path, leaf in shapes.items():
-        held |= quantize.quantize_param(path, leaf, weights)
+        held |= quantize.quantize_param(path, leaf, quantization)
     return held
 
 
@@ -135,9 +135,9 @@ def _conversation(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
     m = config.model
     mesh = sharding.inference_mesh(m.llm)
     cache_sharding = sharding.cache_sharding(mesh, m.llm) if mesh else None
-    call = functions(config.model_json(), tokenizer.eos)
-    slots = capacity(m.llm.max_length)
-    turn = bucket(min(len(conversation.prompt_turn(tokenizer, config, "?", 0, True)[0]) + m.aligner.max_text, m.llm.max_length))
+    call = functions(config.model_json(), conversation.stop_id(tokenizer, config))
+    slots = cache_bucket(m.llm.max_length)
+    turn = bucket(min(len(conversation.encode_user_turn(tokenizer, config, "?", 0, True)[0]) + m.aligner.max_text, m.llm.max_length))
 
     def array(kind, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind)

@@ -1,4 +1,4 @@
-"""Questions and answers as token ids, and generated ids as text: the one place that knows the template.
+"""Questions and answers as token ids, and generated ids as text, in the chat template of the config; vicuna's is
 
     {system} USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: <image>\\n{question} ASSISTANT: {answer}</s>
 
@@ -13,7 +13,7 @@ the slow Llama tokenizer of transformers 4.31, with which LISA was trained:
 
 Grounding tokens go in between the tokens of the clean answer, the space before a phrase inside the phrase:
 "The liver is" -> ▁The <p> ▁liver <SEG> </p> ▁is. (With the space outside, Llama makes it a token of its own. GLaMM's
-tokenizer, transformers 4.28 with its stripping of spaces around added tokens, gave the same ids.) `model.seg_place` says where
+tokenizer, transformers 4.28 with its stripping of spaces around added tokens, gave the same ids.) `model.seg_position` says where
 <SEG> stands; with "bare" it stands alone: ▁The ▁liver <SEG> ▁is.
 """
 
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mimo_jax.config import GROUNDING_TOKENS, Config
+from mimo_jax.data.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from mimo_jax.data.schema import Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
@@ -45,7 +46,7 @@ class Rendered:
 
     input_ids: np.ndarray  # int32; 0 where X_q goes
     query_index: np.ndarray  # int32; turn * Q + q where X_q goes, else -1
-    loss_mask: np.ndarray  # float32; 1 on the assistant's tokens and each </s>
+    loss_mask: np.ndarray  # float32; 1 on the assistant's tokens and what ends each answer
     instructions: list[list[int]]  # per user turn, at most `aligner.max_text` ids
     prompted: list[list[str]]  # per user turn, ids of the masks that the user points at
     seg_positions: list[int]  # position of each <SEG>
@@ -57,7 +58,7 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
     """Ids, loss mask and `<SEG>` positions of a sample, the latter read off the spliced sequence.
 
     Targets that share a span share one `<SEG>`. Raises SampleError for turns that do not alternate, more than
-    `model.turns_max` of them, more than `model.seg_max` spans, overlapping spans, or more tokens than the largest bucket.
+    `model.max_turns` of them, more than `model.max_segs` spans, overlapping spans, or more tokens than the largest bucket.
     """
     model = config.model
     name = f"sample {sample.sample_id}"
@@ -65,21 +66,21 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise SampleError(f"{name}: its turns are {', '.join(roles) or 'none'}; user and assistant must take turns, user first")
     if len(roles) // 2 > model.max_turns:
-        raise SampleError(f"{name}: has {len(roles) // 2} user turns; raise config.model.turns_max ({model.max_turns}) or split it")
+        raise SampleError(f"{name}: has {len(roles) // 2} user turns; raise config.model.max_turns ({model.max_turns}) or split it")
     ids: list[int] = []
     query_index: list[int] = []
     loss: list[float] = []
     seg_targets: list[list[str]] = []
     for number, (user, assistant) in enumerate(zip(sample.turns[::2], sample.turns[1::2], strict=True)):
-        prompt, queries = prompt_turn(tokenizer, config, user.text, number, number == 0)
+        prompt, queries = encode_user_turn(tokenizer, config, user.text, number, number == 0)
         spans = _spans(sample, 2 * number + 1)
-        answer = answer_ids(tokenizer, config, assistant.text, list(spans))
+        answer = encode_answer(tokenizer, config, assistant.text, list(spans))
         ids += prompt + answer
         query_index += queries + [-1] * len(answer)
         loss += [0.0] * len(prompt) + [1.0] * len(answer)
         seg_targets += spans.values()
     if len(seg_targets) > model.max_segs:
-        raise SampleError(f"{name}: has {len(seg_targets)} grounded spans; raise config.model.seg_max ({model.max_segs}) or split it")
+        raise SampleError(f"{name}: has {len(seg_targets)} grounded spans; raise config.model.max_segs ({model.max_segs}) or split it")
     if len(ids) > config.buckets()[-1]:
         raise SampleError(f"{name}: has {len(ids)} tokens; raise the largest of config.data.buckets ({config.data.buckets}) or shorten it")
     input_ids = np.array(ids, np.int32)
@@ -104,22 +105,57 @@ def _looked(sample: Sample, turn: int) -> list[str] | None:
 
 def template_text(config: Config, turns: Sequence[str]) -> str:
     """The words of a conversation in its template, for learning a tokenizer: users' and assistants' texts by turns."""
-    names = ("USER:", "ASSISTANT:")
-    return " ".join([config.data.system_prompt, *(f"{names[i % 2]} {text}" for i, text in enumerate(turns))])
+    template = CHAT_TEMPLATES[config.data.chat_template]
+    names = [re.sub(_any_of(template.tokens), "", name).strip() for name in (template.user, template.assistant)]
+    return " ".join([config.system_prompt(), *(f"{names[i % 2]} {text}" for i, text in enumerate(turns))])
 
 
-def prompt_turn(tokenizer: Tokenizer, config: Config, question: str, turn_index: int, first: bool) -> tuple[list[int], list[int]]:
-    """(ids, query_index) of one user turn up to and including "ASSISTANT:". `first`: it opens the conversation, with <s> and
-    the system prompt. `turn_index` is the turn's row in X_q."""
+def encode_user_turn(tokenizer: Tokenizer, config: Config, question: str, turn_index: int, first: bool) -> tuple[list[int], list[int]]:
+    """(ids, query_index) of one user turn up to where the answer begins. `first`: it opens the conversation, with <s> and the
+    system prompt. `turn_index` is the turn's row in X_q. TokenizerError for a control token that the tokenizer lacks."""
     queries = config.model.query_tokens()
-    system = f"{config.data.system_prompt} " if first and config.data.system_prompt else ""
-    before, after = f"{system}USER: ", f"\n{question} ASSISTANT:"
+    template = CHAT_TEMPLATES[config.data.chat_template]
+    system = config.system_prompt() if first else ""
+    opening = template.separator if not first else template.system_turn if system else ""
+    before = _pieces(template, opening + template.user, system=system)
+    after = _pieces(template, template.image_separator + "{question}" + template.assistant.removesuffix(" "), question=question)
     if around := [tokenizer.id_of(name) for name in config.image_tokens()]:
-        before, after = before.rstrip(), after.lstrip()
-    before = [tokenizer.bos] * first + tokenizer.encode(before) + around[:1]
-    after = around[1:] + tokenizer.encode(after)
+        before[-1], after[0] = before[-1].rstrip(), after[0].lstrip()
+    bos = [tokenizer.bos] if first and tokenizer.bos is not None else []
+    before = bos + _encode_pieces(tokenizer, template, before) + around[:1]
+    after = around[1:] + _encode_pieces(tokenizer, template, after)
     spliced = range(turn_index * queries, (turn_index + 1) * queries)
     return before + [0] * queries + after, [-1] * len(before) + [*spliced] + [-1] * len(after)
+
+
+def _pieces(template: ChatTemplate, text: str, **fields: str) -> list[str]:
+    """A text of the template cut at its control tokens, which stand at odd places, and then filled in: what a user writes is never
+    taken for one of them."""
+    pieces = re.split(f"({_any_of(template.tokens)})", text)
+    for name, value in fields.items():
+        pieces = [piece.replace(f"{{{name}}}", value) for piece in pieces]
+    return pieces
+
+
+def _any_of(tokens: Sequence[str]) -> str:
+    """A regex of any of these tokens; one that matches nothing where there are none."""
+    return "|".join(map(re.escape, tokens)) or r"(?!)"
+
+
+def _encode_pieces(tokenizer: Tokenizer, template: ChatTemplate, pieces: Sequence[str]) -> list[int]:
+    ids: list[int] = []
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            ids.append(tokenizer.id_of(piece, "data.chat_template"))
+        elif piece or len(pieces) == 1:
+            ids += tokenizer.encode(piece, continued=number > 0 or not tokenizer.dummy_prefix)
+    return ids
+
+
+def stop_id(tokenizer: Tokenizer, config: Config) -> int:
+    """The token that ends an answer."""
+    stop = CHAT_TEMPLATES[config.data.chat_template].stop
+    return tokenizer.id_of(stop, "data.chat_template") if stop else tokenizer.eos
 
 
 def instruction_ids(tokenizer: Tokenizer, config: Config, question: str) -> list[int]:
@@ -127,13 +163,13 @@ def instruction_ids(tokenizer: Tokenizer, config: Config, question: str) -> list
     return tokenizer.encode(question)[: config.model.aligner.max_text]
 
 
-def answer_ids(tokenizer: Tokenizer, config: Config, text: str, spans: Iterable[Sequence[int]] = ()) -> list[int]:
-    """Ids of an answer in clean text, one `<SEG>` for each [start, end) of `spans`, and </s>. Spans must not overlap."""
+def encode_answer(tokenizer: Tokenizer, config: Config, text: str, spans: Iterable[Sequence[int]] = ()) -> list[int]:
+    """Ids of an answer in clean text, one `<SEG>` for each [start, end) of `spans`, and what ends it. Spans must not overlap."""
     place, seg, p_close = config.model.seg_position, tokenizer.seg, tokenizer.p_close
     closing = {"inside": [seg, p_close], "after": [p_close, seg], "bare": [seg]}[place]
     ids: list[int] = []
     at = 0
-    started = False
+    started = not CHAT_TEMPLATES[config.data.chat_template].assistant.endswith(" ")
 
     def say(part: str) -> None:
         nonlocal started
@@ -151,7 +187,7 @@ def answer_ids(tokenizer: Tokenizer, config: Config, text: str, spans: Iterable[
         ids.extend(closing)
         at = end
     say(text[at:])
-    return [*ids, tokenizer.eos]
+    return [*ids, stop_id(tokenizer, config)]
 
 
 def _spans(sample: Sample, turn: int) -> dict[tuple[int, int], list[str]]:
@@ -173,7 +209,7 @@ def _spans(sample: Sample, turn: int) -> dict[tuple[int, int], list[str]]:
 
 def show(tokenizer: Tokenizer, ids: Sequence[int], query_index: Sequence[int]) -> str:
     """A sequence as the model gets it, `<image>` for each X_q block, special tokens written out; for logs and goldens."""
-    names = {i: name for name, i in tokenizer.control.items() if i != tokenizer.pad}
+    names = {i: name for name, i in tokenizer.control.items() if i != tokenizer.pad or i == tokenizer.eos}
     shown, run, previous = [], [], -1
     for token, query in zip(ids, query_index, strict=True):
         if query < 0 and token not in names:

@@ -23,20 +23,20 @@ from tqdm import tqdm
 from mimo_jax.checkpoints import loading
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
-from mimo_jax.data.images.image import Picture, Volume, Window
+from mimo_jax.data.images.image import MedicalImage, Volume, Window
 from mimo_jax.data.images.volume import open_scan
 from mimo_jax.data.prompt_files import Source, join_prompts, read_prompts
 from mimo_jax.data.prompts import Prompts
-from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.data.transforms import views
+from mimo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mimo_jax.data.transforms import preprocess
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, clip_frame, sam_frame
 from mimo_jax.infer.answers.answer import Answer, Entity
-from mimo_jax.infer.answers.calibration import PLAIN, Calibration
+from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
 from mimo_jax.infer.engine.compiled import Engine
-from mimo_jax.infer.engine.decode_batch import Run, bucket, capacity, stacked
-from mimo_jax.infer.engine.device_cache import Store
-from mimo_jax.infer.engine.requests import EncodedImage, KeptCache, PastTurn, Request, Sampling, Turn, prepare
+from mimo_jax.infer.engine.decode_batch import DecodeBatch, bucket, cache_bucket, stacked
+from mimo_jax.infer.engine.device_cache import DeviceCache
+from mimo_jax.infer.engine.requests import EncodedImage, Request, Sampling, Turn, TurnCache, TurnHistory, prepare
 
 _IMAGES = 4  # an image in the towers weighs about as much as so many answers
 _FIRST, _NEXT = 1, 4  # tokens between two looks at a streamed answer
@@ -64,14 +64,14 @@ class Mimo:
         params: dict,
         tokenizer: Tokenizer,
         origin: str = "",
-        calibration: Calibration = PLAIN,
+        calibration: Calibration = UNCALIBRATED,
         calibration_path: Path | None = None,
     ):
         """origin: where the parameters come from, in one line; calibration_path: where the calibration of their step lies, or would."""
         self.config, self.tokenizer, self.origin = config, tokenizer, origin
         self.calibration, self.calibration_path = calibration, calibration_path
-        self.engine = Engine(config, params, tokenizer.eos)
-        self.store = Store(config.generate.cache_mb * 2**20)
+        self.engine = Engine(config, params, conversation.stop_id(tokenizer, config))
+        self.store = DeviceCache(config.generate.cache_mb * 2**20)
 
     @classmethod
     def load(
@@ -79,22 +79,22 @@ class Mimo:
         checkpoint: str | os.PathLike,
         base: str | os.PathLike | None = None,
         allow_untrained: bool = False,
-        weights: str = "",
+        quantization: str = "",
         warm_up: bool = False,
     ) -> Mimo:
         """From a run directory (its newest whole step), one step, or an import. `base`: where the frozen weights lie, if
         neither the recorded path nor one beside the checkpoint holds them. Raises UserError for what cannot be loaded, and,
-        unless `allow_untrained`, for an import some of whose parameters no one has trained yet. weights: "int8" or "int4" to hold
+        unless `allow_untrained`, for an import some of whose parameters no one has trained yet. quantization: "int8" or "int4" to hold
         the language model's matrices in integers, a half or a quarter of bf16. warm_up: see there. Several devices share the model."""
-        config, params, tokenizer_path, _, origin, path = loading.load_for_inference(checkpoint, base, allow_untrained, weights)
-        mimo = cls(config, params, Tokenizer(tokenizer_path, config.model), origin, Calibration.read(path), path)
+        config, params, tokenizer_path, _, origin, path = loading.load_for_inference(checkpoint, base, allow_untrained, quantization)
+        mimo = cls(config, params, load_tokenizer(tokenizer_path, config.model), origin, Calibration.read(path), path)
         if warm_up:
             mimo.warm_up()
         return mimo
 
     def open(
         self,
-        image: str | os.PathLike | np.ndarray | Picture,
+        image: str | os.PathLike | np.ndarray | MedicalImage,
         frame: int | None = None,
         slice: str | None = None,
         series: int | None = None,
@@ -106,9 +106,9 @@ class Mimo:
         (encoded,) = self.encode([read_image(image, frame=frame, slice=slice, series=series, window=window)])
         return Chat(self, encoded)
 
-    def encode(self, images: Sequence[Picture | np.ndarray]) -> list[EncodedImage]:
+    def encode(self, images: Sequence[MedicalImage | np.ndarray]) -> list[EncodedImage]:
         """Both towers over pictures or uint8 images [H, W, 3], in batches."""
-        pictures = [image if isinstance(image, Picture) else Picture(image) for image in images]
+        pictures = [image if isinstance(image, MedicalImage) else MedicalImage(image) for image in images]
         encoded = [EncodedImage(picture, *self._frames(picture.pixels)) for picture in pictures]
         self._encode(encoded)
         self.store.keep(*encoded)
@@ -118,7 +118,7 @@ class Mimo:
         size = 1 if len(images) == 1 else max(1, self.config.generate.batch_size // _IMAGES)
         for at in range(0, len(images), size):
             chunk = images[at : at + size]
-            seen = [views(image.pixels, self.config.model) for image in chunk]
+            seen = [preprocess(image.pixels, self.config.model) for image in chunk]
             arrays = (stacked([v[name] for v in seen], size) for name in ("clip_image", "clip_size", "sam_image", "sam_size"))
             x_img, features = self.engine.encode(*arrays, len(chunk))
             for i, image in enumerate(chunk):
@@ -133,36 +133,36 @@ class Mimo:
         """Raises UserError for a request that cannot be asked."""
         self._prepare(request)
 
-    def converse(self, requests: Sequence[Request]) -> list[tuple[Answer, PastTurn]]:
+    def converse(self, requests: Sequence[Request]) -> list[tuple[Answer, TurnHistory]]:
         """`predict`, with what each request's chat needs for its next turn."""
         turns = [self._prepare(request) for request in requests]
         raw = {id(r.image): r.image for r in requests if not isinstance(r.image, EncodedImage)}
         encoded = dict(zip(raw, self.encode(list(raw.values())), strict=True))
         images = [encoded.get(id(r.image), r.image) for r in requests]
-        results: list[tuple[Answer, PastTurn] | None] = [None] * len(requests)
+        results: list[tuple[Answer, TurnHistory] | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].past), len(turns[i].ids)))
         size = self._rows(len(requests))
         for at in range(0, len(order), size):
             rows = order[at : at + size]
             run = self._run([requests[i] for i in rows], [images[i] for i in rows], [turns[i] for i in rows])
-            run.advance()
+            run.decode()
             for i, result in zip(rows, self.finish(run), strict=True):
                 results[i] = result
         return results
 
-    def start(self, request: Request) -> Run:
+    def start(self, request: Request) -> DecodeBatch:
         """A request on its way, for one who wants to see the answer come; hand it to `finish` when it is done."""
         image = request.image if isinstance(request.image, EncodedImage) else self.encode([request.image])[0]
         return self._run([request], [image], [self._prepare(request)])
 
-    def _run(self, requests: Sequence[Request], images: Sequence[EncodedImage], turns: Sequence[Turn]) -> Run:
+    def _run(self, requests: Sequence[Request], images: Sequence[EncodedImage], turns: Sequence[Turn]) -> DecodeBatch:
         """A batch that has been prefilled, its images encoded again where the store let their features go."""
         self.started = time.perf_counter()
         self._encode([image for image in dict.fromkeys(images) if image.features is None])
         self.store.keep(*images)
-        return Run(self.engine, self.config, self.tokenizer, self.calibration, requests, images, turns, self._rows(len(requests)))
+        return DecodeBatch(self.engine, self.config, self.tokenizer, self.calibration, requests, images, turns, self._rows(len(requests)))
 
-    def finish(self, run: Run) -> list[tuple[Answer, PastTurn]]:
+    def finish(self, run: DecodeBatch) -> list[tuple[Answer, TurnHistory]]:
         """Answers of a run that is done, and what their chats need for the next turn."""
         results = run.finish()
         self.store.keep(*run.images, *(request.cache for request in run.requests if request.cache))
@@ -185,7 +185,7 @@ class Mimo:
     def _prepare(self, request: Request) -> Turn:
         image = request.image
         if not isinstance(image, EncodedImage):
-            pixels = image.pixels if isinstance(image, Picture) else image
+            pixels = image.pixels if isinstance(image, MedicalImage) else image
             return prepare(request, self._frames(pixels)[0], self.tokenizer, self.config)
         return prepare(request, image.clip_frame, self.tokenizer, self.config)
 
@@ -194,27 +194,27 @@ class Mimo:
         a turn whose question the aligner reads in full, and answers of the usual length with up to 4 structures."""
         (image,) = self.encode([np.zeros((8, 8, 3), np.uint8)])
         queries, usual, most = self.config.model.query_tokens(), self.config.generate.max_new_tokens, self.config.model.llm.max_length
-        shortest = len(conversation.prompt_turn(self.tokenizer, self.config, "?", 1, False)[0])
-        longest = len(conversation.prompt_turn(self.tokenizer, self.config, "?", 0, True)[0]) + self.config.model.aligner.max_text
+        shortest = len(conversation.encode_user_turn(self.tokenizer, self.config, "?", 1, False)[0])
+        longest = len(conversation.encode_user_turn(self.tokenizer, self.config, "?", 0, True)[0]) + self.config.model.aligner.max_text
         lengths = sorted({bucket(n) for n in range(shortest, longest + 1)})
-        sizes = sorted({capacity(min(n + usual, most)) for n in range(shortest, most)})
+        sizes = sorted({cache_bucket(min(n + usual, most)) for n in range(shortest, most)})
         pairs = [(length, size) for size in sizes for length in lengths if length <= size]
         for length, size in tqdm(pairs, desc="compile", unit="shape", disable=None if progress else True):
             kept = max(0, size - length - usual)
             request = Request(
-                image, "?", past=[PastTurn([], [], None)] if kept else (), cache=KeptCache(self.engine.new_cache(1, size), kept)
+                image, "?", past=[TurnHistory([], [], None)] if kept else (), cache=TurnCache(self.engine.new_cache(1, size), kept)
             )
             first = queries if kept else 0
             turn = self._prepare(Request(image, "?"))
             turn.start, turn.limit = kept, 1
-            turn.ids = [self.tokenizer.bos] * (kept + length)
+            turn.ids = [self.tokenizer.pad] * (kept + length)
             turn.query_index = [-1] * kept + [*range(first, first + queries), *[-1] * (length - queries)]
             run = self._run([request], [image], [turn])
-            run.advance()
+            run.decode()
             self.finish(run)
         for count in _PAINTED:
             run.said, run.entities = [[self.tokenizer.seg] * count], [[]]
-            run.paint()
+            run.decode_masks()
         for i, size in enumerate(sizes):
             for larger in sizes[i + 1 :]:
                 self.engine.extend(self.engine.new_cache(1, size), larger)
@@ -226,8 +226,8 @@ class Chat:
     def __init__(self, mimo: Mimo, image: EncodedImage):
         self.mimo, self.image = mimo, image
         self.answers: list[Answer] = []
-        self._past: list[PastTurn] = []
-        self._cache = KeptCache()
+        self._past: list[TurnHistory] = []
+        self._cache = TurnCache()
 
     def ask(self, question: str, **asked: Any) -> Answer:
         """The next turn; see `request` for what may stand beside the question. UserError for what cannot be asked; the chat then
@@ -241,12 +241,12 @@ class Chat:
         run = self.mimo.start(self.request(question, **asked))
         told, painted = 0, 0
         while not run.done:
-            run.advance(_NEXT if told else _FIRST)
+            run.decode(_NEXT if told else _FIRST)
             text = run.text(0)
             if len(text) > told:
                 yield Event(text=text[told:])
                 told = len(text)
-            for entity in run.paint()[0][painted:]:
+            for entity in run.decode_masks()[0][painted:]:
                 yield Event(entity=entity)
                 painted += 1
         ((answer, past),) = self.mimo.finish(run)
@@ -276,15 +276,15 @@ class Chat:
         sampling = Sampling(temperature, top_p, seed, (stop,) if isinstance(stop, str) else tuple(stop))
         return Request(self.image, question, marked, max_new_tokens, self._past, sampling, self._cache)
 
-    def _said(self, answer: Answer, past: PastTurn) -> None:
+    def _said(self, answer: Answer, past: TurnHistory) -> None:
         self.answers.append(answer)
         self._past.append(past)
 
 
-def read_image(image: str | os.PathLike | np.ndarray | Picture, **chosen: Any) -> Picture:
+def read_image(image: str | os.PathLike | np.ndarray | MedicalImage, **chosen: Any) -> MedicalImage:
     """A file, or uint8 pixels [H, W] or [H, W, 3], as a Picture; one that is there already stays. chosen: frame, slice, series,
     window of a file, see `open_scan`. UserError for what is none of these, for a whole scan, and for `chosen` without a file."""
-    if not isinstance(image, np.ndarray | Picture):
+    if not isinstance(image, np.ndarray | MedicalImage):
         scan = open_scan(image, **chosen)
         if isinstance(scan, Volume):
             raise UserError(f"{image}: is a scan of {len(scan)} slices; choose one, such as slice {len(scan) // 2}, or see `ask_volume`")
@@ -292,10 +292,10 @@ def read_image(image: str | os.PathLike | np.ndarray | Picture, **chosen: Any) -
     for name, value in chosen.items():
         if value is not None:
             raise UserError(f"{name} {value}: is for a file; these are pixels already, leave it away")
-    if isinstance(image, Picture):
+    if isinstance(image, MedicalImage):
         return image
     if image.ndim == 2:
         image = np.repeat(image[:, :, None], 3, axis=2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise UserError(f"image: an array {image.dtype}{list(image.shape)}; give uint8 [height, width, 3] or [height, width]")
-    return Picture(image)
+    return MedicalImage(image)

@@ -29,18 +29,18 @@ from mimo_jax.data import conversation
 from mimo_jax.data.loading import encode_features
 from mimo_jax.data.loading.loader import Loader, make_loader
 from mimo_jax.data.loading.sources import open_sources
-from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mimo_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mimo_jax.distributed import PreemptionGuard
 from mimo_jax.eval import calibrate, evaluate
-from mimo_jax.eval.calibrate import PLAIN, Calibration
+from mimo_jax.eval.calibrate import UNCALIBRATED, Calibration
 from mimo_jax.train import global_batch, writers
 from mimo_jax.train.goodput import Goodput
-from mimo_jax.train.guard import Guard
-from mimo_jax.train.hooks import Every, Save, Tick
+from mimo_jax.train.guard import NonFiniteGuard
+from mimo_jax.train.hooks import Periodic, Save, StepInfo
 from mimo_jax.train.metrics import Metrics
-from mimo_jax.train.state import Plan
+from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.step import make_step
-from mimo_jax.train.writers import Reports
+from mimo_jax.train.writers import MetricWriters
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
 
@@ -54,16 +54,16 @@ def train(config: Config, workdir: str | Path) -> int:
     ready = prepare(config, workdir)
     run_summary.show(ready.plan, ready.sources, ready.checkpoints.workdir, ready.first)
     workdir, first, total = ready.checkpoints.workdir, ready.first, config.train.steps
-    with Goodput(workdir, began, first, total, ready.restored) as goodput, Reports(config, workdir, first) as told:
+    with Goodput(workdir, began, first, total, ready.restored) as goodput, MetricWriters(config, workdir, first) as told:
         code = _run(ready, goodput, told)
     print(goodput.summary())
     return code
 
 
-class Ready(NamedTuple):
+class ResumedTraining(NamedTuple):
     """A run that the next step can be taken of. first: steps done; restored: seconds that it took to get back there, 0 for a new run."""
 
-    plan: Plan
+    plan: TrainSetup
     state: dict
     frozen: dict
     loader: Loader
@@ -74,7 +74,7 @@ class Ready(NamedTuple):
     restored: float
 
 
-def prepare(config: Config, workdir: str | Path) -> Ready:
+def prepare(config: Config, workdir: str | Path) -> ResumedTraining:
     """Open the run in `workdir`, or begin it. UserErrors as in `train`."""
     config.validate()
     writers.check(config)
@@ -83,7 +83,7 @@ def prepare(config: Config, workdir: str | Path) -> Ready:
         raise ConfigError("config.data.sources: is empty; name a dataset with --data DIR")
     resumed = distributed.gather(checkpoint.open_run(workdir, config))[0]
     mesh = sharding.make_mesh(config.mesh)
-    plan = Plan(config, mesh)
+    plan = TrainSetup(config, mesh)
     if config.data.features:
         encode_features.check_frozen(plan)
     sources = open_sources(config, config.data.split)
@@ -101,10 +101,10 @@ def prepare(config: Config, workdir: str | Path) -> Ready:
         loader.use_features(encode_features.fingerprint(config, pathtree.flatten(frozen)))
     if not begun:
         checkpoint.start_run(workdir, config, frozen)
-    return Ready(plan, state, frozen, loader, tokenizer, sources, checkpoints, _steps_done(loader), restored)
+    return ResumedTraining(plan, state, frozen, loader, tokenizer, sources, checkpoints, _steps_done(loader), restored)
 
 
-def _run(ready: Ready, goodput: Goodput, told: Reports) -> int:
+def _run(ready: ResumedTraining, goodput: Goodput, told: MetricWriters) -> int:
     """Every step that is left, and what follows the last; returns the exit code."""
     plan, frozen, loader, workdir = ready.plan, ready.frozen, ready.loader, ready.checkpoints.workdir
     config = plan.config
@@ -113,14 +113,14 @@ def _run(ready: Ready, goodput: Goodput, told: Reports) -> int:
         with goodput.during("evaluate"):
             _with_params(plan, state, frozen, work)
 
-    def look(tick: Tick) -> None:
+    def look(tick: StepInfo) -> None:
         judge(tick.state, lambda params: _evaluate(config, params, ready.tokenizer, workdir, tick.step, told))
 
     hooks = [
-        Guard(config.train, ready.checkpoints, loader.records),
+        NonFiniteGuard(config.train, ready.checkpoints, loader.records),
         Metrics(config, goodput, told),
         Save(ready.checkpoints, config.train.checkpoint_every, goodput),
-        Every(config.train.eval_every, look),
+        Periodic(config.train.eval_every, look),
     ]
     stop = PreemptionGuard()
     tick = None
@@ -144,7 +144,7 @@ def _run(ready: Ready, goodput: Goodput, told: Reports) -> int:
     return EXIT_DONE
 
 
-def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: PreemptionGuard, total: int) -> Iterator[Tick]:
+def steps(plan: TrainSetup, state: dict, frozen: dict, loader: Loader, stop: PreemptionGuard, total: int) -> Iterator[StepInfo]:
     """One Tick a step, until `total` are done, or a stop signal. A step takes one batch, whether it moves the state or is skipped."""
     config = plan.config
     step_fn = make_step(plan)
@@ -171,7 +171,7 @@ def steps(plan: Plan, state: dict, frozen: dict, loader: Loader, stop: Preemptio
         dispatch = time.perf_counter() - handed
         done += 1
         last = done == total or stop.after(done)
-        yield Tick(done, state, metrics, config.data.batch_size, last, lambda position=position: position, length, wait, dispatch)
+        yield StepInfo(done, state, metrics, config.data.batch_size, last, lambda position=position: position, length, wait, dispatch)
         if last:
             return
 
@@ -197,7 +197,7 @@ def _tokenizer(config: Config, workdir: Path, sources: dict) -> Tokenizer:
             raise ConfigError('config.tokenizer: is empty; give a tokenizer.json, or "train" to learn one from the data')
         os.replace(beside, path)
     distributed.gather(None)
-    return Tokenizer(path, config.model)
+    return load_tokenizer(path, config.model)
 
 
 def _corpus(config: Config, sources: dict) -> Iterator[str]:
@@ -208,8 +208,8 @@ def _corpus(config: Config, sources: dict) -> Iterator[str]:
                 yield conversation.template_text(config, [turn.text for turn in sample.turns])
 
 
-def _initial_params(plan: Plan) -> dict:
-    """From `init.path` where it is set, else from the seed. Parameters that the source lacks must be matched by `init.fresh`."""
+def _initial_params(plan: TrainSetup) -> dict:
+    """From `init.path` where it is set, else from the seed. Parameters that the source lacks must be matched by `init.reinit`."""
     config = plan.config
     key = jax.random.key(config.train.seed)
     if not config.init.path:
@@ -230,13 +230,13 @@ def _initial_params(plan: Plan) -> dict:
     if refused:
         raise CheckpointError(
             f"{config.init.path}: lacks, or has in another shape: {', '.join(refused)}; "
-            "use its model config, or let config.init.fresh match them"
+            "use its model config, or let config.init.reinit match them"
         )
     made = pathtree.flatten(plan.initial_params(key)) if absent else {}
     return pathtree.unflatten({p: made[p] if p in absent else source.pop(p).astype(leaf.dtype) for p, leaf in wanted.items()})
 
 
-def _restore(plan: Plan, checkpoints: Checkpoints, loader: Loader):
+def _restore(plan: TrainSetup, checkpoints: Checkpoints, loader: Loader):
     """(state, frozen) of the newest whole step, with the loader set to its position; (None, None) if there is none."""
     step = checkpoints.latest()
     if step is None:
@@ -247,7 +247,7 @@ def _restore(plan: Plan, checkpoints: Checkpoints, loader: Loader):
     return state, frozen
 
 
-def _with_params(plan: Plan, state: dict, frozen: dict, work: Callable[[dict], None]) -> None:
+def _with_params(plan: TrainSetup, state: dict, frozen: dict, work: Callable[[dict], None]) -> None:
     """`work` with all parameters: in process 0 alone, on its own devices, while the others wait."""
     distributed.send_heartbeat(0)
     mesh = sharding.inference_mesh(plan.config.model.llm)
@@ -258,9 +258,9 @@ def _with_params(plan: Plan, state: dict, frozen: dict, work: Callable[[dict], N
     distributed.gather(None)
 
 
-def _finish(config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, told: Reports) -> None:
+def _finish(config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, told: MetricWriters) -> None:
     """Scores fitted on validation samples and kept with the last step, then an evaluation with them."""
-    fitted = PLAIN
+    fitted = UNCALIBRATED
     if config.train.calibrate_samples:
         fitted = calibrate.calibrate_params(config, params, tokenizer)
         if fitted:
@@ -270,7 +270,7 @@ def _finish(config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, s
 
 
 def _evaluate(
-    config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, told: Reports, fitted: Calibration = PLAIN
+    config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, told: MetricWriters, fitted: Calibration = UNCALIBRATED
 ) -> None:
     """Free-running evaluation of `eval_samples` validation samples, and overlays of the first few, under `eval/<step>/`."""
     out = workdir / "eval" / f"{step:08d}"

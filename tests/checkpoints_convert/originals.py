@@ -104,7 +104,7 @@ def mimo_config(**model) -> Config:
 def lisa_config(**model) -> Config:
     """A tiny model of LISA's layout."""
     like = lisa_7b.get_config()
-    fields = {name: getattr(like.model, name) for name in ("seg_state", "seg_place")}
+    fields = {name: getattr(like.model, name) for name in ("seg_state", "seg_position")}
     config = mimo_config(**(fields | model))
     config.trainables = dict(lisa_7b.TRAINABLES)
     config.model.aligner = like.model.aligner
@@ -112,5 +112,6 @@ def lisa_config(**model) -> Config:
     for name in ("activation", "feature_layer", "image_fit", "resample"):
         setattr(config.model.clip, name, getattr(like.model.clip, name))
     config.data.system_prompt, config.data.image_tokens = like.data.system_prompt, like.data.image_tokens
+    config.data.chat_template = like.data.chat_template
     config.data.buckets = "192"
     return config

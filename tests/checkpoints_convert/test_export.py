@@ -19,7 +19,7 @@ from mimo_jax import pathtree
 from mimo_jax.checkpoints import checkpoint, frozen_params, loading, provenance
 from mimo_jax.cli import main
 from mimo_jax.config import LoraConfig
-from mimo_jax.data.tokenizer import Tokenizer
+from mimo_jax.data.tokenizer import load_tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.infer.predictor import Mimo
 from mimo_jax.models import mimo, scan
@@ -85,7 +85,7 @@ def test_transformers_loads_clip_and_the_language_model(run, model, tmp_path, ca
 def test_transformers_reads_the_same_text_into_the_same_ids(run, tmp_path):
     export_checkpoint(run, "hf", tmp_path / "hf")
     there = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf" / "llm")
-    here = Tokenizer(run / "tokenizer.json")
+    here = load_tokenizer(run / "tokenizer.json")
     for text in ("Where is the liver?", "  two  spaces, 3.5 mg/kg", "łódź 肝臓"):
         assert there(text).input_ids == [1, *here.encode(text)]
     assert there.convert_tokens_to_ids(["<p>", "</p>", "<SEG>"]) == [420, 421, 422]
@@ -174,7 +174,7 @@ def test_a_lisa_goes_back_to_the_rows_and_names_that_it_had(tmp_path):
 
 
 def test_glamms_region_encoder_comes_back(tmp_path):
-    config = originals.lisa_config(lora=LoraConfig(rank=0), seg_place="after")
+    config = originals.lisa_config(lora=LoraConfig(rank=0), seg_position="after")
     config.model.aligner.kind = "mlp"
     config.model.llm.vocab_size, config.data.image_tokens = originals.PIECES, ""
     oracle = LisaOracle(config, originals.PIECES + 3, glamm=True)

@@ -4,6 +4,7 @@ import io
 import json
 
 import numpy as np
+import tokenizers
 from PIL import Image
 
 from mimo_jax.data.schema import Record, Sample, Target, Turn, encode_mask
@@ -28,6 +29,22 @@ def lisa_tokenizer(folder, vocab_size: int = 512) -> Tokenizer:
     values["added_tokens"] += [{**kind, "id": vocab_size - 2 + i, "content": name} for i, name in enumerate(("<im_start>", "<im_end>"))]
     (folder / "base.json").write_text(json.dumps(values))
     return add_grounding(folder / "base.json", folder / "tokenizer.json", vocab_size, ("<SEG>",))
+
+
+def byte_level_tokenizer(folder, vocab_size: int = 512) -> Tokenizer:
+    """As SmolLM's: byte-level BPE with ChatML's tokens."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.save(str(folder / "base.json"))
+    return add_grounding(folder / "base.json", folder / "tokenizer.json", vocab_size)
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -13,11 +13,11 @@ from mimo_jax.config import DataConfig
 from mimo_jax.config_flags import find_config, read_config_file
 from mimo_jax.data.conversation import (
     SampleError,
-    answer_ids,
+    encode_answer,
     instruction_ids,
     parse_answer,
     parse_ids,
-    prompt_turn,
+    encode_user_turn,
     render,
     show,
 )
@@ -49,8 +49,9 @@ def by_place(tokenizer, lisa_tokenizer):
 def lisa_config():
     """A tiny model with the vocabulary and the template of configs/lisa_7b.py."""
     lisa = read_config_file(find_config("configs/lisa_7b.py"))
-    config = tiny_config(turns_max=2, seg_place=lisa.model.seg_position)
-    config.data.system_prompt, config.data.image_tokens, config.data.buckets = lisa.data.system_prompt, lisa.data.image_tokens, "256"
+    config = tiny_config(max_turns=2, seg_position=lisa.model.seg_position)
+    config.data.system_prompt, config.data.chat_template = lisa.data.system_prompt, lisa.data.chat_template
+    config.data.image_tokens, config.data.buckets = lisa.data.image_tokens, "256"
     return config
 
 
@@ -82,11 +83,11 @@ def variants():
     """(title, config, sample) in the templates of MIMO."""
     for place in ("inside", "after"):
         for system in ("", DataConfig().system_prompt):
-            config = tiny_config(seg_place=place, turns_max=2)
+            config = tiny_config(seg_position=place, max_turns=2)
             config.data.system_prompt = system
             config.data.buckets = "256"
             for name, sample in samples().items():
-                yield f"{name}, seg_place={place}, {'system prompt' if system else 'no system prompt'}", config, sample
+                yield f"{name}, seg_position={place}, {'system prompt' if system else 'no system prompt'}", config, sample
 
 
 def as_shown(tokenizer, variants) -> str:
@@ -121,7 +122,7 @@ def test_ids_of_lisas_turn_are_as_committed(lisa_tokenizer):
 
 
 @settings(max_examples=200)
-@given(question=st.text(), system=st.sampled_from(["", lisa_config().data.system_prompt]))
+@given(question=st.text(), system=st.sampled_from(["", lisa_config().system_prompt()]))
 def test_lisas_turn_has_the_ids_of_the_slow_llama_tokenizer(lisa_tokenizer, question, system):
     """transformers 4.31: text is cut at added tokens, stripped next to them, and each piece encoded with a space of its own."""
     t, config = lisa_tokenizer, lisa_config()
@@ -130,14 +131,14 @@ def test_lisas_turn_has_the_ids_of_the_slow_llama_tokenizer(lisa_tokenizer, ques
     pieces = re.split("(<im_start>)<image>(<im_end>)", raw)
     pieces = [pieces[0].rstrip(), pieces[1], pieces[2], pieces[3].lstrip()]
     ids = [t.bos, *(i for piece in pieces for i in ([t.id_of(piece)] if piece in t.control else t.encode(piece)))]
-    got, queries = prompt_turn(t, config, question, 0, True)
+    got, queries = encode_user_turn(t, config, question, 0, True)
     assert [i for i, query in zip(got, queries, strict=True) if query < 0] == ids
     assert [query for query in queries if query >= 0] == list(range(config.model.query_tokens()))
 
 
 def test_image_tokens_that_the_tokenizer_lacks_are_named(tokenizer):
     with pytest.raises(TokenizerError, match="^config.data.image_tokens: <im_start> is no control token"):
-        prompt_turn(tokenizer, lisa_config(), "Segment the liver.", 0, True)
+        encode_user_turn(tokenizer, lisa_config(), "Segment the liver.", 0, True)
 
 
 @pytest.mark.parametrize("place, head, tail", [
@@ -145,21 +146,21 @@ def test_image_tokens_that_the_tokenizer_lacks_are_named(tokenizer):
 ])  # fmt: skip
 def test_a_grounded_answer_has_the_tokens_of_the_plain_one(by_place, place, head, tail):
     t = by_place[place]
-    ids = answer_ids(t, tiny_config(seg_place=place), "The liver is outlined.", [(4, 9)])
+    ids = encode_answer(t, tiny_config(seg_position=place), "The liver is outlined.", [(4, 9)])
     the, liver, *rest = t.encode("The liver is outlined.")
     assert ids == [the, *(getattr(t, name) for name in head), liver, *(getattr(t, name) for name in tail), *rest, t.eos]
 
 
 def test_training_tokens_are_those_of_generation(tokenizer):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.data.buckets = "256"
     rendered = render(two_turns(), tokenizer, config)
     ids, queries = [], []
     for turn, (question, said, spans) in enumerate([
         ("Which organs are seen?", "Liver and spleen (kidneys not).", [(0, 5), (10, 16)]), ("And this?", "This is the spleen.", [(12, 18)]),
     ]):  # fmt: skip
-        prompt, query_index = prompt_turn(tokenizer, config, question, turn, turn == 0)
-        answer = answer_ids(tokenizer, config, said, spans)
+        prompt, query_index = encode_user_turn(tokenizer, config, question, turn, turn == 0)
+        answer = encode_answer(tokenizer, config, said, spans)
         ids += prompt + answer
         queries += query_index + [-1] * len(answer)
     assert rendered.input_ids.tolist() == ids
@@ -170,7 +171,7 @@ def test_training_tokens_are_those_of_generation(tokenizer):
 @given(questions=st.lists(st.text(max_size=30), min_size=1, max_size=2), place=st.sampled_from(PLACES))
 def test_positions_masks_and_queries_of_any_sample(by_place, questions, place):
     tokenizer = by_place[place]
-    config = tiny_config(turns_max=2, seg_place=place)
+    config = tiny_config(max_turns=2, seg_position=place)
     config.data.buckets = "512"
     turns, targets = [], []
     for question in questions:
@@ -189,13 +190,13 @@ def test_positions_masks_and_queries_of_any_sample(by_place, questions, place):
 
 
 def test_targets_of_one_span_share_a_seg_and_masks_are_united(tokenizer):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.data.buckets = "256"
     assert render(two_turns(), tokenizer, config).seg_targets == [["l1", "l2"], ["s"], ["s"]]
 
 
 def test_what_an_answer_is_about(tokenizer):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.data.buckets = "256"
     assert render(two_turns(), tokenizer, config).looked == [None, None]
     config.train.loss.look = 1.0
@@ -229,8 +230,8 @@ def refused(sample, tokenizer, said, **fields):
 
 def test_samples_that_the_model_cannot_take(tokenizer):
     sample = handmade.record().samples[0]
-    refused(two_turns(), tokenizer, r"2 user turns; raise config.model.turns_max \(1\)")
-    refused(handmade.record().samples[6], tokenizer, r"2 grounded spans; raise config.model.seg_max \(1\)", seg_max=1)
+    refused(two_turns(), tokenizer, r"2 user turns; raise config.model.max_turns \(1\)")
+    refused(handmade.record().samples[6], tokenizer, r"2 grounded spans; raise config.model.max_segs \(1\)", max_segs=1)
     refused(dataclasses.replace(sample, turns=sample.turns[:1], targets=[]), tokenizer, "its turns are user; ")
     refused(dataclasses.replace(sample, turns=sample.turns[::-1], targets=[]), tokenizer, "assistant, user; ")
     refused(dataclasses.replace(sample, turns=[], targets=[]), tokenizer, "its turns are none")
@@ -318,6 +319,6 @@ def test_what_is_rendered_is_parsed_again(by_place, words, cuts, place):
     cuts = sorted(cut for cut in cuts if cut <= len(text))
     spans = list(zip(cuts[::2], cuts[1::2], strict=False))
     assume(all(text[a:b].strip() == text[a:b] for a, b in spans))
-    clean, _, phrases = parse_ids(tokenizer, answer_ids(tokenizer, tiny_config(seg_place=place), text, spans))
+    clean, _, phrases = parse_ids(tokenizer, encode_answer(tokenizer, tiny_config(seg_position=place), text, spans))
     assert clean == text
     assert phrases == [("", b, b) if place == "bare" else (text[a:b], a, b) for a, b in spans]

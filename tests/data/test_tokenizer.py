@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers
 
 from mimo_jax.config import LlamaConfig, ModelConfig
-from mimo_jax.data.tokenizer import Tokenizer, TokenizerError, add_grounding, train_tokenizer
+from mimo_jax.data.tokenizer import TokenizerError, add_grounding, load_tokenizer, train_tokenizer
 from tests.data import handmade
 
 TAGS = ("<p>", "</p>", "<SEG>")
@@ -175,7 +175,7 @@ def test_missing_grounding_tokens(tmp_path):
     with pytest.raises(
         TokenizerError, match=rf"<SEG> have the ids \[None, None, None\], not \[{size}, .* or \[None, None, {size}\], .*add_grounding"
     ):
-        Tokenizer(tmp_path / "t.json")
+        load_tokenizer(tmp_path / "t.json")
 
 
 def test_grounding_tokens_in_another_order(tmp_path):
@@ -183,7 +183,7 @@ def test_grounding_tokens_in_another_order(tmp_path):
         values["added_tokens"][-1]["content"], values["added_tokens"][-2]["content"] = "</p>", "<SEG>"
 
     with pytest.raises(TokenizerError, match=r"\[512, 514, 513\], not \[512, 513, 514\]"):
-        Tokenizer(damage(tmp_path, swap))
+        load_tokenizer(damage(tmp_path, swap))
 
 
 def test_add_grounding_moves_tokens_that_stand_elsewhere(tmp_path):
@@ -201,8 +201,8 @@ def test_add_grounding_takes_out_what_is_not_asked_for(tmp_path):
     assert add_grounding(tmp_path / "bare.json", tmp_path / "again.json", 512).grounding == TAGS
 
 
-def model(vocab_size=512, seg_place="inside"):
-    return ModelConfig(llm=LlamaConfig(vocab_size=vocab_size), seg_position=seg_place)
+def model(vocab_size=512, seg_position="inside"):
+    return ModelConfig(llm=LlamaConfig(vocab_size=vocab_size), seg_position=seg_position)
 
 
 def test_another_vocabulary_than_the_models(tmp_path):
@@ -210,14 +210,14 @@ def test_another_vocabulary_than_the_models(tmp_path):
     handmade.tokenizer(tmp_path)
     handmade.lisa_tokenizer(tmp_path / "bare")
     three, bare = tmp_path / "tokenizer.json", tmp_path / "bare" / "tokenizer.json"
-    assert Tokenizer(three, model(seg_place="after")).grounding == model().grounding_tokens() == TAGS
-    assert Tokenizer(bare, model(seg_place="bare")).grounding == model(seg_place="bare").grounding_tokens() == ("<SEG>",)
+    assert load_tokenizer(three, model(seg_position="after")).grounding == model().grounding_tokens() == TAGS
+    assert load_tokenizer(bare, model(seg_position="bare")).grounding == model(seg_position="bare").grounding_tokens() == ("<SEG>",)
     with pytest.raises(TokenizerError, match="has 512 base ids, config.model.llm.vocab_size is 600"):
-        Tokenizer(three, model(600))
-    with pytest.raises(TokenizerError, match="are <SEG>, those of .*=after are <p>, </p>, <SEG>; set config.model.seg_place=bare$"):
-        Tokenizer(bare, model(seg_place="after"))
-    with pytest.raises(TokenizerError, match="are <p>, </p>, <SEG>, those of .*=bare are <SEG>; set .*.seg_place=inside or after"):
-        Tokenizer(three, model(seg_place="bare"))
+        load_tokenizer(three, model(600))
+    with pytest.raises(TokenizerError, match="are <SEG>, those of .*=after are <p>, </p>, <SEG>; set config.model.seg_position=bare$"):
+        load_tokenizer(bare, model(seg_position="after"))
+    with pytest.raises(TokenizerError, match="are <p>, </p>, <SEG>, those of .*=bare are <SEG>; set .*.seg_position=inside or after"):
+        load_tokenizer(three, model(seg_position="bare"))
 
 
 def test_add_grounding_refuses_a_base_that_is_too_large(tmp_path):
@@ -235,7 +235,7 @@ def test_files_that_are_no_such_tokenizer(tmp_path, content, said):
     if content is not None:
         path.write_text(content)
     with pytest.raises(TokenizerError, match=said) as error:
-        Tokenizer(path)
+        load_tokenizer(path)
     assert str(path) in str(error.value)
 
 
@@ -244,4 +244,4 @@ def test_a_line_feed_that_merges_is_refused(tmp_path):
         values["model"]["vocab"]["\n"] = values["model"]["vocab"].pop("<unused_511>")
 
     with pytest.raises(TokenizerError, match="line feed"):
-        Tokenizer(damage(tmp_path, merge))
+        load_tokenizer(damage(tmp_path, merge))

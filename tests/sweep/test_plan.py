@@ -14,7 +14,7 @@ from mimo_jax.config import Config, ConfigError, SourceConfig
 from mimo_jax.data.builder.phantom_set import build_phantoms
 from mimo_jax.data.loading.loader import make_loader
 from mimo_jax.data.loading.sources import open_sources
-from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mimo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mimo_jax.models import mimo, scan
 from mimo_jax.parameters import multipliers
 from mimo_jax.sweep.plan import Common, SweepError, base_of, check_folders, make_sweep
@@ -46,7 +46,7 @@ def test_the_base_runs_once_for_all_groups_and_first():
 def test_names_are_readable_and_depend_on_the_overrides_alone():
     first = plan(only=["aligner"]).runs
     assert [run.name.rpartition("-")[0] for run in first] == ["base-s0", "aligner-cross-attention-no-look-s0", "aligner-none-s0"]
-    again = plan(only=["seg_place", "aligner"], shared=["--config.train.steps=7"]).runs
+    again = plan(only=["seg_position", "aligner"], shared=["--config.train.steps=7"]).runs
     assert {run.name for run in first} <= {run.name for run in again}
     assert len({run.name[-8:] for run in again}) == len(again)
 
@@ -99,7 +99,7 @@ def test_every_ablation_has_a_loss_on_batches_made_for_it(data, tmp_path):
         sources = open_sources(config, "train")
         if not file.exists():
             train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, file, config.model.grounding_tokens())
-        loader = make_loader(config, Tokenizer(file, config.model), sources)
+        loader = make_loader(config, load_tokenizer(file, config.model), sources)
         batch = next(loader)
         loader.close()
         assert batch["sample_weight"].all(), run.name

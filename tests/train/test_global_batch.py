@@ -9,9 +9,9 @@ from mimo_jax.config import MeshConfig, SourceConfig
 from mimo_jax.data.builder.phantom_set import build_phantoms
 from mimo_jax.data.loading.loader import make_loader
 from mimo_jax.data.loading.sources import open_sources
-from mimo_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mimo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mimo_jax.train import global_batch
-from mimo_jax.train.state import Plan
+from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.step import make_step
 from tests.tiny_config import quick_config
 
@@ -38,8 +38,8 @@ def test_the_step_is_compiled_once_for_each_bucket(mesh, tmp_path):
     sources = open_sources(config, "train")
     texts = [turn.text for i in range(len(sources["phantom"])) for s in sources["phantom"].samples(i) for turn in s.turns]
     train_tokenizer(texts, config.model.llm.vocab_size, tmp_path / "tokenizer.json", config.model.grounding_tokens())
-    loader = make_loader(config, Tokenizer(tmp_path / "tokenizer.json", config.model), sources)
-    plan = Plan(config, mesh)
+    loader = make_loader(config, load_tokenizer(tmp_path / "tokenizer.json", config.model), sources)
+    plan = TrainSetup(config, mesh)
     state, frozen = plan.start(plan.initial_params(jax.random.key(0)))
     step, lengths = make_step(plan), []
     for _ in range(200):

@@ -19,9 +19,9 @@ from mimo_jax.data.prompts import sam_points
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import mask_from_logits
 from mimo_jax.infer.answers.answer import Answer, Entity
-from mimo_jax.infer.answers.calibration import Calibration, Evidence
+from mimo_jax.infer.answers.calibration import Calibration, ConfidenceFeatures
 from mimo_jax.infer.engine.compiled import Engine
-from mimo_jax.infer.engine.requests import EncodedImage, PastTurn, Request, Turn
+from mimo_jax.infer.engine.requests import EncodedImage, TurnHistory, Request, Turn
 
 _LENGTH_STEP = 32  # prompt buckets: 32, 64, 96, 128, then 192, 256, 384, 512, 768, …
 # The end of a text that the next token may turn into something else: a cut character, a spelt-out tag (which is dropped), a space.
@@ -30,7 +30,7 @@ _UNFINISHED = re.compile(rf"\s*({_BEGUN}|\ufffd*)\s*$")
 _STOP_STEP = 8  # tokens between looks for a stop string
 
 
-class Run:
+class DecodeBatch:
     """A batch of at most `rows` requests; rows that only fill it up generate nothing.
 
     `advance` until `done`, then `finish`; in between, `text` and `paint` tell what there is already."""
@@ -67,7 +67,7 @@ class Run:
         cache, start = (kept.arrays, kept.length) if kept and kept.length else (None, 0)
         if kept:
             kept.release()  # the arrays are used up below; should anything fail, the next turn starts without
-        slots = capacity(min(max(len(turn.ids) for turn in self.turns) + self.new_tokens, self.config.model.llm.max_length))
+        slots = cache_bucket(min(max(len(turn.ids) for turn in self.turns) + self.new_tokens, self.config.model.llm.max_length))
         if cache is None:
             cache = self.engine.new_cache(self.rows, slots)
         elif cache["k"].shape[3] < slots:
@@ -109,21 +109,21 @@ class Run:
             made.append(jnp.stack([*earlier, new[b], *[nothing] * (turns - 1 - len(earlier))]))
         return jnp.stack(made)
 
-    def advance(self, tokens: int | None = None) -> None:
+    def decode(self, tokens: int | None = None) -> None:
         """So many tokens further, or to the end."""
         step = min(tokens or self.new_tokens, _STOP_STEP if self._stops() else self.new_tokens)
         goal = self.new_tokens if tokens is None else min(self.new_tokens, int(self.state.step) + tokens)
         while not self.done and (at := int(self.state.step)) < goal:
             self.state = self.engine.decode(self.state, min(goal, at + step))
-            self._look()
+            self._sync()
 
     def _stops(self) -> bool:
         return any(request.sampling.stop for request in self.requests)
 
-    def _look(self) -> None:
+    def _sync(self) -> None:
         """Fetch what was said; end the rows in which a stop string came."""
         ids, taken, live, self.ended, self.probs = jax.device_get(
-            (self.state.ids, self.state.taken, self.state.live, self.state.ended, self.state.probs)
+            (self.state.ids, self.state.num_generated, self.state.active, self.state.ended, self.state.probs)
         )
         self.said = [ids[b, : taken[b]].tolist() for b in range(len(self.turns))]
         if self._stops():
@@ -161,7 +161,7 @@ class Run:
         rest = self._parsed(self.said[b])[0][len(text) : characters]  # of the token in which the stop string begins
         return text + rest, pieces + [{"text": rest, "seg": None}] * bool(rest), phrases
 
-    def paint(self) -> list[list[Entity]]:
+    def decode_masks(self) -> list[list[Entity]]:
         """Every row's entities so far; one call of the decoder paints all new ones."""
         phrases = [self._text(b)[2] for b in range(len(self.turns))]
         counts = [len(self.said[b]) if self.stopped[b] is None else self.stopped[b][0] for b in range(len(self.turns))]
@@ -182,7 +182,7 @@ class Run:
                     k = len(self.entities[b])
                     mask = mask_from_logits(logits[b, s], image.sam_frame, *image.pixels.shape[:2])
                     since = places[b][k - 1] + 1 if k else 0
-                    evidence = Evidence.of(logits[b, s], image.sam_frame, iou[b, s], self.probs[b, since : place + 1])
+                    evidence = ConfidenceFeatures.of(logits[b, s], image.sam_frame, iou[b, s], self.probs[b, since : place + 1])
                     spacing = image.picture.spacing_mm
                     self.entities[b].append(Entity.of(k, phrases[b][k][0], mask, evidence, self.calibration, spacing))
         return self.entities
@@ -196,9 +196,9 @@ class Run:
         xy, labels = zip(*made, strict=True)
         return stacked(xy, self.rows), stacked(labels, self.rows)
 
-    def finish(self) -> list[tuple[Answer, PastTurn]]:
+    def finish(self) -> list[tuple[Answer, TurnHistory]]:
         """The answers, and what each request's chat needs for its next turn; a kept cache holds what was said."""
-        self.paint()
+        self.decode_masks()
         results = []
         for b, (request, image, turn) in enumerate(zip(self.requests, self.images, self.turns, strict=True)):
             text, pieces, _ = self._text(b)
@@ -216,12 +216,12 @@ class Run:
     def _kept_ids(self, b: int) -> list[int]:
         return self.said[b] if self.stopped[b] is None else self.said[b][: self.stopped[b][0]]
 
-    def _past(self, b: int) -> PastTurn:
+    def _past(self, b: int) -> TurnHistory:
         """The new turn as later ones see it; an answer that was cut off is closed."""
         turn = self.turns[b]
-        ids = [*turn.ids[turn.start :], *self._kept_ids(b), self.tokenizer.eos]
+        ids = [*turn.ids[turn.start :], *self._kept_ids(b), conversation.stop_id(self.tokenizer, self.config)]
         query_index = turn.query_index[turn.start :]
-        return PastTurn(ids, query_index + [-1] * (len(ids) - len(query_index)), self.x_q[b, 0])
+        return TurnHistory(ids, query_index + [-1] * (len(ids) - len(query_index)), self.x_q[b, 0])
 
 
 def bucket(length: int) -> int:
@@ -232,7 +232,7 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
-def capacity(length: int) -> int:
+def cache_bucket(length: int) -> int:
     """Slots of a cache that holds `length` tokens: 128, 192, 256, 384, …; fewer than buckets, so that a growing chat compiles seldom."""
     return max(4 * _LENGTH_STEP, bucket(length))
 

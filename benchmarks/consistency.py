@@ -15,8 +15,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mimo_jax.data.conversation import prompt_turn  # noqa: E402
-from mimo_jax.data.loading.collate import point_at, record_image  # noqa: E402
+from mimo_jax.data.conversation import encode_user_turn  # noqa: E402
+from mimo_jax.data.loading.collate import sample_prompts, record_image  # noqa: E402
 from mimo_jax.data.loading.sources import open_source  # noqa: E402
 from mimo_jax.data.prompts import Prompts  # noqa: E402
 from mimo_jax.eval.metrics import iou  # noqa: E402
@@ -37,7 +37,7 @@ def requests_of(mimo: Mimo, data: str, count: int) -> list[list[Request]]:
         for sample in record.samples:
             turn = sample.turns[0]
             masks = [record.mask(name).decode() for name in turn.prompted]
-            prompts = point_at(masks, rng, mimo.config.model.prompt, sample.sample_id) if masks else Prompts()
+            prompts = sample_prompts(masks, rng, mimo.config.model.prompt, sample.sample_id) if masks else Prompts()
             asked.append(Request(image, turn.text, prompts))
         made.append(asked)
     return made
@@ -79,7 +79,7 @@ def main() -> None:
             request = asked[rng.integers(len(asked))]
             before = mimo.engine.counts["prefilled"]
             answer = chat.ask(request.question, prompts=request.prompts)
-            own = len(prompt_turn(mimo.tokenizer, mimo.config, request.question, number, number == 0)[0])
+            own = len(encode_user_turn(mimo.tokenizer, mimo.config, request.question, number, number == 0)[0])
             extra += mimo.engine.counts["prefilled"] - before - own
             ((whole, turn),) = mimo.converse([Request(chat.image, request.question, request.prompts, past=past)])
             past.append(turn)

@@ -41,7 +41,7 @@ def main() -> int:
         if args.checkpoint:
             mimo = Mimo.load(args.checkpoint)
         else:
-            config = tiny_config(turns_max=2)
+            config = tiny_config(max_turns=2)
             mimo = Mimo(config, random_params(config), tokenizer(folder))
         fuzz = Fuzz(mimo, folder, args.seed)
         for number in range(1, args.requests + 1):

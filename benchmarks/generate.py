@@ -27,7 +27,7 @@ from configs import tiny  # noqa: E402
 from mimo_jax import pathtree  # noqa: E402
 from mimo_jax.config import LlamaConfig  # noqa: E402
 from mimo_jax.infer.engine.compiled import Engine  # noqa: E402
-from mimo_jax.infer.engine.decode_batch import bucket, capacity  # noqa: E402
+from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket  # noqa: E402
 from mimo_jax.models import mimo, scan  # noqa: E402
 from tests.tiny_config import random_params, tiny_config  # noqa: E402
 
@@ -69,7 +69,7 @@ def ours(engine: Engine, config, prompts: list[np.ndarray], new: int) -> np.ndar
         ids[row, : len(prompt)] = prompt
     x_q = np.zeros((b, 1, config.model.query_tokens(), config.model.llm.width), np.float32)
     greedy = np.zeros(b, np.float32), np.ones(b, np.float32), np.zeros(b, np.uint32)
-    cache = engine.new_cache(b, capacity(longest + new))
+    cache = engine.new_cache(b, cache_bucket(longest + new))
     nothing, limits = np.zeros(b, np.int32), np.full(b, new, np.int32)
     state = engine.prefill(cache, x_q, ids, np.full_like(ids, -1), nothing, lengths, limits, *greedy, new)
     return np.asarray(engine.decode(state, new).ids)

@@ -26,7 +26,7 @@ from mimo_jax import pathtree, quantize  # noqa: E402
 from mimo_jax.config import Config  # noqa: E402
 from mimo_jax.config_flags import load_config  # noqa: E402
 from mimo_jax.infer.engine.compiled import Engine  # noqa: E402
-from mimo_jax.infer.engine.decode_batch import bucket, capacity  # noqa: E402
+from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
 from mimo_jax.parameters import typed  # noqa: E402
 
@@ -39,7 +39,7 @@ def random_engine(config: Config, weights: str) -> Engine:
     for number, (path, leaf) in enumerate(pathtree.flatten(typed(config, mimo.abstract(config)[1])).items()):
         draw = jax.jit(lambda key, leaf=leaf: (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype))
         leaves |= quantize.quantize_param(path, draw(jax.random.key(number)), weights)
-    return Engine(config.with_weights(weights), pathtree.unflatten(leaves), eos_id=-1)
+    return Engine(config.with_quantization(weights), pathtree.unflatten(leaves), eos_id=-1)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -68,7 +68,7 @@ class Answers:
         self.engine, self.config, self.batch, self.new = engine, config, batch, new
         self.ids = np.zeros((batch, bucket(context)), np.int32)
         self.ids[:, :context] = rng.integers(3, config.model.llm.vocab_size, (batch, context))
-        self.lengths, self.slots = np.full(batch, context, np.int32), capacity(context + new)
+        self.lengths, self.slots = np.full(batch, context, np.int32), cache_bucket(context + new)
         self.x_q = jnp.zeros((batch, 1, config.model.query_tokens(), config.model.llm.width), config.model.dtype)
 
     def __call__(self, new: int | None = None):

@@ -37,7 +37,7 @@ from mimo_jax.config import Config, MeshConfig  # noqa: E402
 from mimo_jax.config_flags import load_config  # noqa: E402
 from mimo_jax.data.loading.features import feature_shapes  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
-from mimo_jax.train.state import Plan  # noqa: E402
+from mimo_jax.train.state import TrainSetup  # noqa: E402
 from mimo_jax.train.step import make_step  # noqa: E402
 from tests.tiny_config import random_batch  # noqa: E402
 
@@ -84,7 +84,7 @@ def median_seconds(step: Callable[[], float], repeats: int) -> float:
 
 def ours(config: Config, repeats: int) -> Row:
     device = jax.devices()[0]
-    plan = Plan(config, sharding.make_mesh(MeshConfig(), [device]))
+    plan = TrainSetup(config, sharding.make_mesh(MeshConfig(), [device]))
     state, frozen = plan.start(plan.initial_params(jax.random.key(0)))
     step, batch = make_step(plan), jax.device_put(random_arrays(config), sharding.batch_sharding(plan.mesh))
 

@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 
 from mimo_jax import pathtree  # noqa: E402
 from mimo_jax.checkpoints import checkpoint, frozen_params, loading, storage
-from mimo_jax.config import WEIGHTS, LlamaConfig  # noqa: E402
+from mimo_jax.config import QUANTIZATIONS, LlamaConfig  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
 from tests.tiny_config import tiny_config  # noqa: E402
 
@@ -49,7 +49,7 @@ def load(run: Path, weights: str) -> dict[str, float]:
 
     jax.devices()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    params = loading.load_for_inference(run, weights=weights).params
+    params = loading.load_for_inference(run, quantization=weights).params
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return {"before": before / MB, "parameters": held / MB, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--load", nargs=2, metavar=("RUN", "WEIGHTS"), help=argparse.SUPPRESS)
+    parser.add_argument("--load", nargs=2, metavar=("RUN", "QUANTIZATIONS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
         print(json.dumps(load(Path(args.load[0]), args.load[1])))
@@ -68,7 +68,7 @@ def main() -> None:
         largest = max(leaf.size for leaf in loading.LazyParams(folder).shapes.values()) * 2 / MB
         print(f"the largest parameter takes {largest:.0f} MB on disk\n")
         print("| weights | parameters, MB | peak above the empty process, MB |\n|---|---|---|")
-        for weights in ("", *WEIGHTS):
+        for weights in ("", *QUANTIZATIONS):
             done = subprocess.run([sys.executable, __file__, "--load", folder, weights], check=True, capture_output=True, text=True)
             seen = json.loads(done.stdout)
             print(f"| {weights or 'bf16'} | {seen['parameters']:.0f} | {seen['peak'] - seen['before']:.0f} |", flush=True)

@@ -31,7 +31,7 @@ from benchmarks.torch_mimo import TorchMimo, Training, on_device  # noqa: E402
 from mimo_jax import sharding  # noqa: E402
 from mimo_jax.config import Config  # noqa: E402
 from mimo_jax.config_flags import load_config  # noqa: E402
-from mimo_jax.train.state import Plan  # noqa: E402
+from mimo_jax.train.state import TrainSetup  # noqa: E402
 from mimo_jax.train.step import make_step  # noqa: E402
 from tests.tiny_config import random_batch  # noqa: E402
 
@@ -41,7 +41,7 @@ STEPS, TOLERANCE = 5, 1e-4  # steps of one side in a round; relative difference 
 class Ours:
     """The step on one batch, from a copy of `params` on."""
 
-    def __init__(self, plan: Plan, params: dict, batch: dict[str, np.ndarray]):
+    def __init__(self, plan: TrainSetup, params: dict, batch: dict[str, np.ndarray]):
         self.state, self.frozen = plan.start(jax.tree.map(np.asarray, params))
         self.step, self.batch = make_step(plan), jax.device_put(batch, sharding.batch_sharding(plan.mesh))
 
@@ -51,9 +51,9 @@ class Ours:
         return float(metrics["loss"]), float(metrics["grad_norm"])
 
 
-def plan_for(config: Config, optimizer: str) -> Plan:
+def plan_for(config: Config, optimizer: str) -> TrainSetup:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, optimizer=optimizer))
-    return Plan(config, sharding.make_mesh(config.mesh))
+    return TrainSetup(config, sharding.make_mesh(config.mesh))
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -63,7 +63,7 @@ def read_vocabulary(source: Path, rows: int, tokens: Sequence[str]) -> Vocabular
         place = "bare" if len(has) == 1 else "inside or after"
         raise VocabularyError(
             f"{source}: has the grounding tokens {', '.join(has)}, the configuration {', '.join(tokens)}; "
-            f"set --config.model.seg_place={place}"
+            f"set --config.model.seg_position={place}"
         )
     beyond = sorted((i, token) for token, i in ids.items() if i >= rows)
     if beyond:

@@ -26,14 +26,14 @@ def get_ablations(base: Config) -> dict[str, dict[str, dict[str, Any]]]:
             **({"cross_attention_no_look": no_look} if base.train.loss.look else {}),
             "none": no_look | _aligner(base, kind="none"),
         },
-        "data": {"100": {"data.share": 1.0}} | {str(percent): {"data.share": percent / 100} for percent in (75, 50, 25)},
+        "data": {"100": {"data.fraction": 1.0}} | {str(percent): {"data.fraction": percent / 100} for percent in (75, 50, 25)},
         "perspective": {f"without_{p}": {f"data.weights.{p}": 0.0} for p in PERSPECTIVES if base.data.weights.get(p)},
         # Ours.
         "queries": {str(n): _aligner(base, queries=n) for n in (max(1, q // 4), max(1, q // 2), q, 2 * q)},
         "lora_rank": {str(r): _lora(base, r, base.model.lora.targets) for r in (rank // 2, rank, 2 * rank, 8 * rank)},
         "lora_targets": {t.replace(",", ""): _lora(base, rank, t) for t in ("q,v", "q,k,v,o", "q,k,v,o,gate,up,down")},
         "seg_state": {state: {"model.seg_state": state} for state in ("token", "predict")},
-        "seg_place": {place: {"model.seg_place": place, **_fresh(base, r"/grounding$")} for place in ("inside", "after", "bare")},
+        "seg_position": {place: {"model.seg_position": place, **_fresh(base, r"/grounding$")} for place in ("inside", "after", "bare")},
         "prompts": {k.replace(",", "_"): {"data.prompt_kinds": k} for k in ("point,box,scribble", "point,box", "point", "box", "scribble")},
         "mask_side": {str(n): {"train.loss.mask_side": n} for n in (side // 2, side, 2 * side)},
         "clip_fit": {
@@ -67,4 +67,4 @@ def _fresh(base: Config, group: str) -> dict[str, Any]:
     """Parameters that a base run's `--init` may hold in another shape start from the seed."""
     if not base.init.path or group in base.init.reinit.split("|"):
         return {}
-    return {"init.fresh": "|".join(filter(None, [base.init.reinit, group]))}
+    return {"init.reinit": "|".join(filter(None, [base.init.reinit, group]))}

@@ -20,24 +20,24 @@ QUANTIZED = r"^llm/.*/(q|k|v|o|gate|up|down)/kernel$"
 _GROUP = 64  # inputs that share a scale in int4
 
 
-def quantize(kernel: jax.Array, weights: str) -> dict[str, jax.Array]:
-    """[..., I, O] as what is held in its place. weights "": {"kernel"} as it is; "int8": {"kernel_int8" int8 [..., I, O],
+def quantize(kernel: jax.Array, quantization: str) -> dict[str, jax.Array]:
+    """[..., I, O] as what is held in its place. quantization "": {"kernel"} as it is; "int8": {"kernel_int8" int8 [..., I, O],
     "kernel_scale" fp32 [..., 1, O]}; "int4": {"kernel_int4" uint8 [..., I/2, O], "kernel_scale" fp32 [..., G, O]}."""
-    if not weights:
+    if not quantization:
         return {"kernel": kernel}
     layers = kernel.reshape(-1, *kernel.shape[-2:])
     # One after the other, so that one layer is held in fp32 at a time.
-    held = jax.lax.map(partial(_quantize_layer, weights=weights), layers)
+    held = jax.lax.map(partial(_quantize_layer, quantization=quantization), layers)
     return {name: leaf.reshape(*kernel.shape[:-2], *leaf.shape[1:]) for name, leaf in held.items()}
 
 
-def _quantize_layer(kernel: jax.Array, weights: str) -> dict[str, jax.Array]:
+def _quantize_layer(kernel: jax.Array, quantization: str) -> dict[str, jax.Array]:
     inputs, outputs = kernel.shape
-    groups, most = (1, 127) if weights == "int8" else (inputs // group_size(inputs), 7)
+    groups, most = (1, 127) if quantization == "int8" else (inputs // group_size(inputs), 7)
     w = kernel.astype(jnp.float32).reshape(groups, inputs // groups, outputs)
     scale = jnp.max(jnp.abs(w), axis=1) / most  # [G, O]
     q = jnp.round(w / jnp.where(scale > 0, scale, 1.0)[:, None]).astype(jnp.int8).reshape(inputs, outputs)
-    return {"kernel_int8": q, "kernel_scale": scale} if weights == "int8" else {"kernel_int4": pack(q), "kernel_scale": scale}
+    return {"kernel_int8": q, "kernel_scale": scale} if quantization == "int8" else {"kernel_int4": pack(q), "kernel_scale": scale}
 
 
 def group_size(inputs: int) -> int:
@@ -74,12 +74,12 @@ def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
     return (q.reshape(scale.shape[0], -1, q.shape[-1]) * scale[:, None]).reshape(q.shape)
 
 
-def quantize_param(path: str, leaf: jax.Array | jax.ShapeDtypeStruct, weights: str) -> dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]:
+def quantize_param(path: str, leaf: jax.Array | jax.ShapeDtypeStruct, quantization: str) -> dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]:
     """One parameter of a model, or its shape, as {path: array} of the same model that holds the language model's matrices as
-    `weights`."""
-    if not weights or not re.search(QUANTIZED, path):
+    `quantization`."""
+    if not quantization or not re.search(QUANTIZED, path):
         return {path: leaf}
-    made = _jitted()(leaf, weights) if isinstance(leaf, jax.Array) else _jitted().eval_shape(leaf, weights)
+    made = _jitted()(leaf, quantization) if isinstance(leaf, jax.Array) else _jitted().eval_shape(leaf, quantization)
     return {path.removesuffix("kernel") + name: held for name, held in made.items()}
 
 

@@ -18,7 +18,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mimo_jax import pathtree
-from mimo_jax.analysis import hardware
 from mimo_jax.config import ConfigError, LlamaConfig, MeshConfig
 
 AXES = ("slice", "data", "fsdp", "tensor")
@@ -131,11 +130,11 @@ def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) ->
     if fsdp == 1:
         return replicated, "base replicated: the mesh has no fsdp axis to split it over"
     if cfg.frozen_sharding != "auto":
-        return (AXES if cfg.frozen_sharding == "sharded" else replicated), f"base {cfg.frozen_sharding}: config.mesh.base says so"
+        return (AXES if cfg.frozen_sharding == "sharded" else replicated), f"base {cfg.frozen_sharding}: config.mesh.frozen_sharding says so"
     held = bytes_per_device(frozen, param_shardings(frozen, mesh, axes=replicated))
     if memory is None:
         return AXES, f"base sharded over {fsdp}: how much memory a device has is not known"
-    room = f"{held / hardware.GIB:.1f} GiB a device, of {memory / hardware.GIB:.1f}"
+    room = f"{held / 2**30:.1f} GiB a device, of {memory / 2**30:.1f}"
     if held <= _BASE_SHARE * memory:
         return replicated, f"base replicated: it takes {room}"
     return AXES, f"base sharded over {fsdp}: replicated it would take {room}, more than {_BASE_SHARE:.0%}"

@@ -274,8 +274,14 @@ SMALL = {
     "mimo chat": "mimo chat --max-new-tokens 8",
     "mimo batch": "mimo batch --max-new-tokens 8",
 }
-# Part of a Python example -> what is run instead: a PNG has no grid for .dcm and .nii.gz.
-SMALL_PYTHON = {"chest.dcm": "image.png", ', "seg.dcm", "masks.nii.gz"': "", '"a.png"': '"image.png"', '"b.png"': '"image.png"'}
+# Part of a Python example -> what is run instead: a phantom is smaller than a film, and a PNG has no grid for .dcm and .nii.gz.
+SMALL_PYTHON = {
+    "chest.dcm": "image.png",
+    "[10, 12, 200, 220]": "[10, 12, 60, 70]",
+    ', "seg.dcm", "masks.nii.gz"': "",
+    '"a.png"': '"image.png"',
+    '"b.png"': '"image.png"',
+}
 # Commands of docs/data.md that run on the phantoms of the quick start, with these paths.
 SMALL_DATA = {"data/sa ": "data/phantom ", "data/sa\n": "data/phantom\n", "0-24": "0-3"}
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_jax import pathtree, quantize
-from mimo_jax.config import WEIGHTS, ConfigError, LlamaConfig, LoraConfig
+from mimo_jax.config import QUANTIZATIONS, ConfigError, LlamaConfig, LoraConfig
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.infer.engine.compiled import compiler_options
 from mimo_jax.infer.engine.requests import Request
@@ -55,7 +55,7 @@ def widened(params: dict) -> dict:
 
 
 @settings(max_examples=25)
-@given(st.sampled_from([(16, 3), (96, 5), (128, 1)]), st.sampled_from(WEIGHTS), st.integers(-20, 20), st.integers(0, 2**31))
+@given(st.sampled_from([(16, 3), (96, 5), (128, 1)]), st.sampled_from(QUANTIZATIONS), st.integers(-20, 20), st.integers(0, 2**31))
 def test_no_weight_is_further_off_than_half_a_step(shape, weights, magnitude, seed):
     rng = np.random.default_rng(seed)
     kernel = rng.standard_t(3, shape).astype(np.float32) * np.float32(2.0**magnitude)
@@ -79,7 +79,7 @@ def test_four_bits_pack_and_unpack_and_take_half_a_byte():
     np.testing.assert_array_equal(odd, q[1::2])
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", QUANTIZATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stacked_layers_are_made_one_by_one(weights, dtype):
     """Equal to each alone, and without a wide copy of all of them."""
@@ -93,7 +93,7 @@ def test_stacked_layers_are_made_one_by_one(weights, dtype):
     assert memory.temp_size_in_bytes < 3 * 256 * 64 * 4
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", QUANTIZATIONS)
 def test_the_product_is_that_with_the_widened_matrix(weights):
     rng = np.random.default_rng(1)
     kernel, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((128, 24), (5, 128)))
@@ -107,11 +107,11 @@ def test_the_product_is_that_with_the_widened_matrix(weights):
 # --- the model
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", QUANTIZATIONS)
 def test_what_is_held_is_what_the_model_of_that_config_expects(weights):
     config = tiny_config(lora=LoraConfig(rank=2))
     held = held_as(random_params(config), weights)
-    expected = mimo.abstract(config.with_weights(weights))[1]
+    expected = mimo.abstract(config.with_quantization(weights))[1]
     assert {p: (x.shape, x.dtype) for p, x in pathtree.flatten(held).items()} == {
         p: (x.shape, x.dtype) for p, x in pathtree.flatten(expected).items()
     }
@@ -119,12 +119,12 @@ def test_what_is_held_is_what_the_model_of_that_config_expects(weights):
     assert names == {"q", "k", "v", "o", "gate", "up", "down"}
 
 
-def test_answers_are_those_of_the_widened_model(tmp_path, weights="int4"):
+def test_answers_are_those_of_the_widened_model(tmp_path, quantization="int4"):
     config = tiny_config(lora=LoraConfig(rank=2))
     words, image = tokenizer(tmp_path), np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)
     requests = [Request(image, "Segment the liver."), Request(image, "What is this?", Prompts(boxes=np.array([[2.0, 3, 20, 14]])))]
     held = held_as(random_params(config), weights)
-    got = Mimo(config.with_weights(weights), held, words).predict(requests)
+    got = Mimo(config.with_quantization(weights), held, words).predict(requests)
     wide = Mimo(config, widened(held), words).predict(requests)
     for a, b in zip(got, wide, strict=True):
         assert a.text == b.text and len(a.entities) == len(b.entities)
@@ -135,7 +135,7 @@ def test_answers_are_those_of_the_widened_model(tmp_path, weights="int4"):
 @pytest.mark.parametrize(("weights", "dtype"), [("int8", "bfloat16"), ("int4", "float32")])
 def test_one_layer_is_widened_at_a_time(weights, dtype):
     llm = LlamaConfig(vocab_size=64, width=256, layers=12, heads=4, kv_heads=4, mlp_width=512, max_length=64)
-    config = tiny_config(llm=llm, dtype=dtype, frozen_dtype=dtype).with_weights(weights)
+    config = tiny_config(llm=llm, dtype=dtype, frozen_dtype=dtype).with_quantization(weights)
     graphdef, params = mimo.abstract(config)
     x, positions = jax.ShapeDtypeStruct((1, 8, llm.width), jnp.dtype(dtype)), jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
@@ -149,11 +149,11 @@ def test_one_layer_is_widened_at_a_time(weights, dtype):
 
 def test_weights_are_named_and_must_be_possible():
     with pytest.raises(ConfigError, match="weights: is 'int3'; use one of int8, int4"):
-        tiny_config().with_weights("int3")
+        tiny_config().with_quantization("int3")
     odd = tiny_config()
     odd.model.llm.mlp_width = 33
-    assert odd.with_weights("int8").model.llm.quantization == "int8"
+    assert odd.with_quantization("int8").model.llm.quantization == "int8"
     with pytest.raises(ConfigError, match="int4 needs an even width.*use int8"):
-        odd.with_weights("int4")
-    with pytest.raises(ConfigError, match="config.model.llm.weights: is for inference alone.*--weights int8"):
-        tiny_config().with_weights("int8").validate()
+        odd.with_quantization("int4")
+    with pytest.raises(ConfigError, match="config.model.llm.quantization: is for inference alone.*--quantize int8"):
+        tiny_config().with_quantization("int8").validate()

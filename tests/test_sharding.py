@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mimo_jax import parameters, pathtree, sharding
 from mimo_jax.analysis import hardware
 from mimo_jax.checkpoints import checkpoint
-from mimo_jax.config import WEIGHTS, ConfigError, LlamaConfig, MeshConfig
+from mimo_jax.config import QUANTIZATIONS, ConfigError, LlamaConfig, MeshConfig
 from mimo_jax.config_flags import find_config, read_config_file
 from mimo_jax.eval.metrics import iou
 from mimo_jax.models import mimo
@@ -136,8 +136,8 @@ def test_the_full_model_lies_where_the_golden_file_says(machine):
         ("auto", 4, 2**30, "base replicated: it takes 0.2 GiB a device, of 1.0"),
         ("auto", 4, 2**28, "base sharded over 4: replicated it would take 0.2 GiB a device, of 0.2, more than 50%"),
         ("auto", 1, 2**28, "base replicated: the mesh has no fsdp axis to split it over"),
-        ("replicated", 4, 2**28, "base replicated: config.mesh.base says so"),
-        ("sharded", 4, 2**30, "base sharded: config.mesh.base says so"),
+        ("replicated", 4, 2**28, "base replicated: config.mesh.frozen_sharding says so"),
+        ("sharded", 4, 2**30, "base sharded: config.mesh.frozen_sharding says so"),
     ],
 )
 def test_the_base_is_replicated_where_it_fits(base, fsdp, memory, reason):
@@ -148,10 +148,10 @@ def test_the_base_is_replicated_where_it_fits(base, fsdp, memory, reason):
     assert placed.frozen["embedding"]["base"].spec == P("tensor", "fsdp" if "sharded" in reason.split(":")[0] else None)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", QUANTIZATIONS)
 def test_integers_are_sharded_as_the_matrices_that_they_stand_for(weights):
     config = read_config_file(find_config("configs/mimo_7b.py"))
-    wide, held = (pathtree.flatten(mimo.abstract(c)[1]) for c in (config, config.with_weights(weights)))
+    wide, held = (pathtree.flatten(mimo.abstract(c)[1]) for c in (config, config.with_quantization(weights)))
     for path, leaf in held.items():
         assert len(sharding.spec(path, leaf.shape)) <= len(leaf.shape)
         if path.endswith(f"kernel_{weights}"):
@@ -161,7 +161,7 @@ def test_integers_are_sharded_as_the_matrices_that_they_stand_for(weights):
             assert sharding.spec(f"{kernel}_scale", held[f"{kernel}_scale"].shape)[-1] == partition[-1], "with the outputs"
     mesh = jax.sharding.AbstractMesh((1, 1, 1, 8), sharding.AXES)
     whole = {}
-    sharding.param_shardings(mimo.abstract(config.with_weights(weights))[1], mesh, whole)
+    sharding.param_shardings(mimo.abstract(config.with_quantization(weights))[1], mesh, whole)
     assert not whole, "all divide"
 
 
@@ -170,7 +170,7 @@ import json, sys
 import jax, numpy as np
 from mimo_jax import pathtree, sharding
 from mimo_jax.infer.predictor import Mimo
-mimo = Mimo.load(sys.argv[1], weights=sys.argv[2])
+mimo = Mimo.load(sys.argv[1], quantization=sys.argv[2])
 image = np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)
 chat = mimo.open(image)
 answers = [chat.ask(question) for question in ("Segment the liver.", "What is this?")]

@@ -14,7 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,18 +26,31 @@ from mimo_jax.analysis.hardware import GIB, Hardware
 from mimo_jax.analysis.hlo_cost import Cost, program_cost
 from mimo_jax.analysis.topology import Topology
 from mimo_jax.config import Config, ConfigError
-from mimo_jax.data.loading.collate import blank_arrays, blank_views, stack_batch
+from mimo_jax.data.loading.collate import padding_sample, padding_image, stack_batch
 from mimo_jax.data.loading.features import feature_shapes
-from mimo_jax.train.state import Plan
-from mimo_jax.train.step import make_step
 
 FITS = 0.9  # of a chip's memory that a step may take
 _COMPILATIONS = 5  # at most, to find the largest batch
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compile_step(config: Config, topology: Topology, batch_per_chip: int, length: int | None = None, largest: bool = False) -> dict:
-    """The report on a step of batch_per_chip samples for each chip, of `length` tokens (the largest bucket unless given):
+class LoweredStep(NamedTuple):
+    """A training step lowered for a mesh, the shapes of the trained state that it returns, and where the frozen base lives and why."""
+
+    lowered: jax.stages.Lowered
+    state: Any
+    base_reason: str
+
+
+# (config, mesh, batch: shapes as of `abstract_batch`) -> the step. `train.step.lower_step` is one.
+LowerStep = Callable[[Config, Mesh, dict[str, jax.ShapeDtypeStruct]], LoweredStep]
+
+
+def compile_step(
+    config: Config, topology: Topology, lower: LowerStep, batch_per_chip: int, length: int | None = None, largest: bool = False
+) -> dict:
+    """The report on the step that `lower` makes, of batch_per_chip samples for each chip, of `length` tokens (the largest bucket unless
+    given):
 
         config, topology, chips, chip (its name), mesh {axis: size}, base_reason, length, batch_per_chip, versions, compile_seconds
         peak_hbm_bytes, argument_bytes, output_bytes, temp_bytes, alias_bytes, hbm_bytes (what a chip has), fits (in 90 % of that)
@@ -61,12 +74,12 @@ def compile_step(config: Config, topology: Topology, batch_per_chip: int, length
     if batch_per_chip % unit:
         raise ConfigError(
             f"--batch-per-chip {batch_per_chip}: must be a multiple of {unit}, with config.data.samples_per_image "
-            f"{config.data.samples_per_image}, config.train.accumulate {config.train.grad_accum_steps} and this mesh"
+            f"{config.data.samples_per_image}, config.train.grad_accum_steps {config.train.grad_accum_steps} and this mesh"
         )
-    report = _report(config, topology, mesh, batch_per_chip, length)
+    report = _report(config, topology, lower, mesh, batch_per_chip, length)
     report["largest_batch"] = None
     if largest and report["hbm_bytes"]:
-        report["largest_batch"] = _largest(report, unit, lambda batch: _report(config, topology, mesh, batch, length))
+        report["largest_batch"] = _largest(report, unit, lambda batch: _report(config, topology, lower, mesh, batch, length))
     return report
 
 
@@ -78,17 +91,17 @@ def _unit(config: Config, mesh: Mesh) -> int:
 
 def abstract_batch(config: Config, mesh: Mesh, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and places of a global batch of `data.batch_size` samples, as the loader makes it."""
-    views = blank_views(config.model)
+    views = padding_image(config.model)
     if config.data.features:
         views = {key: np.zeros(shape, np.uint16) for key, shape in feature_shapes(config.model).items()}
-    one = stack_batch([{**views, "samples": [blank_arrays(config)] * config.data.samples_per_image}], length)
+    one = stack_batch([{**views, "samples": [padding_sample(config)] * config.data.samples_per_image}], length)
     images, place = config.data.batch_size // config.data.samples_per_image, sharding.batch_sharding(mesh)
     return {key: jax.ShapeDtypeStruct((images * x.shape[0], *x.shape[1:]), x.dtype, sharding=place) for key, x in one.items()}
 
 
-def _report(config: Config, topology: Topology, mesh: Mesh, batch_per_chip: int, length: int) -> dict:
+def _report(config: Config, topology: Topology, lower: LowerStep, mesh: Mesh, batch_per_chip: int, length: int) -> dict:
     config.data.batch_size = batch_per_chip * topology.chips
-    plan = Plan(config, mesh)
+    step = lower(config, mesh, abstract_batch(config, mesh, length))
     row = hardware.of_kind(mesh.devices.flat[0].device_kind)
     needed = sum(flops.step(config, length).values())
     report = {
@@ -97,18 +110,17 @@ def _report(config: Config, topology: Topology, mesh: Mesh, batch_per_chip: int,
         "chips": topology.chips,
         "chip": row.name if row else mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
-        "base_reason": plan.base_reason,
+        "base_reason": step.base_reason,
         "length": length,
         "batch_per_chip": batch_per_chip,
         "versions": _versions(topology),
         "hbm_bytes": row.memory if row else None,
         "flops_per_sample": needed,
     }
-    lowered = make_step(plan).lower(plan.state, plan.frozen, abstract_batch(config, mesh, length))
-    report["frozen_outputs"] = frozen_outputs(plan.state, lowered.out_info)
+    report["frozen_outputs"] = frozen_outputs(step.state, step.lowered.out_info)
     since = time.perf_counter()
     try:
-        compiled, failure = lowered.compile(), None
+        compiled, failure = step.lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -161,14 +173,14 @@ def _remedies(config: Config, mesh: Mesh, batch_per_chip: int) -> list[str]:
     """What takes less memory than this, the cheapest first."""
     made = []
     if config.mesh.frozen_sharding != "sharded":
-        made.append("--config.mesh.base=sharded")
+        made.append("--config.mesh.frozen_sharding=sharded")
     if mesh.shape["data"] > 1:
         made.append(f"--config.mesh.data=1 --config.mesh.fsdp={mesh.shape['data'] * mesh.shape['fsdp']}")
     if config.model.remat != "full":
         made.append("--config.model.remat=full")
     if batch_per_chip > 1:
         parts = 2 * config.train.grad_accum_steps
-        made += [f"--config.train.accumulate={parts}"] if batch_per_chip % parts == 0 else []
+        made += [f"--config.train.grad_accum_steps={parts}"] if batch_per_chip % parts == 0 else []
         made.append(f"--batch-per-chip {batch_per_chip // 2}")
     return [*made, "more chips"]
 

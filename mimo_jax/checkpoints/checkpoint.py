@@ -34,7 +34,7 @@ from mimo_jax.checkpoints.arrays import CheckpointError, some
 from mimo_jax.config import Config, ConfigError
 
 # Model settings that change neither a parameter nor what it means: a run may go on with others.
-_FREE = {"dtype", "remat", "unroll", "turns_max", "seg_max"}
+_FREE = {"dtype", "remat", "unroll", "max_turns", "max_segs"}
 _TRAIN = "train"  # the orbax item beside `arrays.STATE`
 
 

@@ -41,13 +41,13 @@ def load_for_inference(
     path: str | os.PathLike,
     base_at: str | os.PathLike | None = None,
     allow_untrained: bool = False,
-    weights: str = "",
+    quantization: str = "",
 ) -> Loaded:
     """A checkpoint without its optimizer. CheckpointError for one whose parameters are in part as a seed drew them, which
-    answers with noise, unless `allow_untrained`. weights: "int8" or "int4", see `Leaves.load`; the config then says so. Where
+    answers with noise, unless `allow_untrained`. quantization: "int8" or "int4", see `Leaves.load`; the config then says so. Where
     this process has several devices, the parameters are split over them (`sharding.inference_mesh`)."""
     run = checkpoint.run_of(path)
-    config, tokenizer, record = checkpoint.read_config(run).with_weights(weights), checkpoint.tokenizer_path(run), provenance.read(run)
+    config, tokenizer, record = checkpoint.read_config(run).with_quantization(quantization), checkpoint.tokenizer_path(run), provenance.read(run)
     raw = provenance.untrained(record)
     if raw and not allow_untrained:
         raise CheckpointError(
@@ -56,9 +56,9 @@ def load_for_inference(
         )
     mesh = sharding.inference_mesh(config.model.llm)
     leaves = LazyParams(path, base_at, partial(sharding.param_shardings, mesh=mesh, whole={}) if mesh else None)
-    params = leaves.load(weights)
+    params = leaves.load(quantization)
     extra = storage.read_json(run / "steps" / str(leaves.step) / "extra.json")
-    origin = f"{run} step {leaves.step}, {checkpoint.origin(run)}{f', language model in {weights}' if weights else ''}"
+    origin = f"{run} step {leaves.step}, {checkpoint.origin(run)}{f', language model in {quantization}' if quantization else ''}"
     return Loaded(config, params, tokenizer, extra, origin, checkpoint.calibration_path(run, leaves.step))
 
 
@@ -95,17 +95,17 @@ class LazyParams(Mapping[str, np.ndarray]):
             self._places |= dict.fromkeys(frozen, (folder, there))
         self._kept: dict[str, Any] = {}
 
-    def load(self, weights: str = "") -> dict:
-        """All of them on the device, as one nested dict in the dtypes they were saved in. weights: "int8" or "int4" to hold the language
+    def load(self, quantization: str = "") -> dict:
+        """All of them on the device, as one nested dict in the dtypes they were saved in. quantization: "int8" or "int4" to hold the language
         model's matrices so, each made as it is read: the device holds the result and the largest of them (all layers of one name), a
         CPU that twice."""
         held = {}
         for path, leaf in self.shapes.items():
-            held |= quantize.quantize_param(path, leaf, weights)
+            held |= quantize.quantize_param(path, leaf, quantization)
         read, kept = self._placed(self.shapes), self._placed(held)
 
         def then(path: str, leaf: jax.Array) -> dict[str, jax.Array]:
-            made = quantize.quantize_param(path, leaf, weights)
+            made = quantize.quantize_param(path, leaf, quantization)
             return jax.block_until_ready({name: jax.device_put(part, kept[name].sharding) for name, part in made.items()})
 
         loaded = {}

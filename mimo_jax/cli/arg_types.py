@@ -46,11 +46,13 @@ def box(text: str) -> list[float]:
 
 
 def window(text: str) -> str | tuple[float, float]:
-    """A name as it is, of which `open_picture` knows; two numbers otherwise."""
-    if text.isalpha():
-        return text
-    low, high = numbers(text, (2,), "LOW,HIGH such as -160,240, or a name such as lung")
-    return low, high
+    """`data.images.image.parse_window`, with argparse's error."""
+    from mimo_jax.data.images.image import parse_window  # loads NumPy, which other flags do without
+
+    try:
+        return parse_window(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def scribble(text: str) -> list[list[float]]:

@@ -288,7 +288,7 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _view(args: argparse.Namespace) -> int:
-    from mimo_jax.data.loading.view import draw_record, draw_sheet
+    from mimo_jax.data.loading.view import draw_record, contact_sheet
     from mimo_jax.data.records import open_records
 
     if not args.out.lower().endswith(".png"):
@@ -298,7 +298,7 @@ def _view(args: argparse.Namespace) -> int:
     if last >= len(records):
         raise UserError(f"--index {last}: split {args.split} of {args.folder} holds {len(records)} records, counted from 0")
     chosen = [records[i] for i in range(first, last + 1)]
-    picture = draw_record(chosen[0]) if len(chosen) == 1 else draw_sheet(chosen)
+    picture = draw_record(chosen[0]) if len(chosen) == 1 else contact_sheet(chosen)
     picture.save(args.out)
     print(f"written to {args.out}", file=sys.stderr)
     return 0

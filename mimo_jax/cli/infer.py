@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mimo_jax.cli.arg_types import box, endings, index, index_or_all, point, positive, scribble, window
-from mimo_jax.config import WEIGHTS
+from mimo_jax.config import QUANTIZATIONS
 from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def checkpoint_flags(command: argparse.ArgumentParser) -> None:
 def _model_flags(command: argparse.ArgumentParser) -> None:
     """How the model is held, and how it paints."""
     weights_help = "hold the language model in integers: a half (int8) or a quarter (int4) of the memory of bf16"
-    command.add_argument("--weights", choices=WEIGHTS, default="", help=weights_help)
+    command.add_argument("--quantize", choices=QUANTIZATIONS, default="", help=weights_help)
     command.add_argument("--refine", action="store_true", help="paint twice: SAM's decoder sees its own mask again")
     command.add_argument("--sam-prompts", action="store_true", help="give points, boxes and scribbles to SAM's prompt encoder too")
 
@@ -38,7 +38,7 @@ def _model_flags(command: argparse.ArgumentParser) -> None:
 def _load(args: argparse.Namespace) -> Mimo:
     from mimo_jax.infer.predictor import Mimo
 
-    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.weights)
+    mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.quantize)
     for name in ("refine", "sam_prompts"):
         if getattr(args, name):
             setattr(mimo.config.generate, name, True)
@@ -68,7 +68,7 @@ mark one slice: choose it.""",
   mimo ask --checkpoint runs/a ct.nii.gz "Segment the liver." --slice axial:all --window soft --out liver.nii.gz --out sheet.png
   mimo ask --checkpoint runs/a series "Segment the liver." --out liver.dcm
   mimo ask --checkpoint runs/a series "What is this?" --series 2 --slice 30 --box 10,12,40,44
-  mimo ask --checkpoint runs/a --plan --weights int8""",
+  mimo ask --checkpoint runs/a --estimate-memory --quantize int8""",
     )
     checkpoint_flags(ask)
     _model_flags(ask)
@@ -85,7 +85,7 @@ mark one slice: choose it.""",
     out_help = "write the overlay (.png), the answer (.json), the masks (.npy), or on the input's own grid .nii, .nii.gz, .dcm; repeatable"
     ask.add_argument("--out", action="append", default=[], metavar="FILE", help=out_help)
     ask.add_argument("--json", action="store_true", help="print the answer as JSON, masks as COCO RLE")
-    ask.add_argument("--plan", action="store_true", help="ask nothing; say what memory the model takes, and whether it fits here")
+    ask.add_argument("--estimate-memory", action="store_true", help="ask nothing; say what memory the model takes, and whether it fits here")
     ask.set_defaults(run=_ask)
 
 
@@ -104,10 +104,10 @@ def _picture_flags(command: argparse.ArgumentParser, scans: bool = False) -> Non
 
 
 def _ask(args: argparse.Namespace) -> int:
-    if args.plan:
-        from mimo_jax.analysis.memory_estimate import plan_checkpoint, table
+    if args.estimate_memory:
+        from mimo_jax.analysis.memory_estimate import estimate_checkpoint_memory, table
 
-        print(table(plan_checkpoint(args.checkpoint, args.weights)))
+        print(table(estimate_checkpoint_memory(args.checkpoint, args.quantize)))
         return 0
     if args.question is None:
         raise UserError("IMAGE and QUESTION are needed, such as: image.png 'Segment the liver.' (see mimo ask --help)")

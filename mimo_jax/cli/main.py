@@ -21,7 +21,7 @@ from mimo_jax.cli.data import add_data
 from mimo_jax.cli.infer import add_ask, add_batch, add_chat, checkpoint_flags
 from mimo_jax.cli.sweep import add_sweep
 from mimo_jax.cli.train import add_compile, add_profile, add_train
-from mimo_jax.config import WEIGHTS
+from mimo_jax.config import QUANTIZATIONS
 from mimo_jax.errors import UserError
 
 EXIT_DONE, EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -70,7 +70,7 @@ def parser() -> Parser:
     evaluate.add_argument("--split", choices=("train", "val", "test"), help="default: test; with --calibrate: val")
     evaluate.add_argument("--out", metavar="FILE", help="where the report goes, as JSON")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N samples")
-    evaluate.add_argument("--weights", choices=WEIGHTS, default="", help="hold the language model in integers")
+    evaluate.add_argument("--quantize", choices=QUANTIZATIONS, default="", help="hold the language model in integers")
     evaluate.add_argument("--overlays", metavar="DIR", help="write pictures of answers there")
     calibrate_help = "instead of a report: fit the scores to the IoU found, and keep that with the checkpoint"
     evaluate.add_argument("--calibrate", action="store_true", help=calibrate_help)
@@ -166,7 +166,7 @@ def _negatives_joined(argv: Sequence[str]) -> list[str]:
 def _eval(args: argparse.Namespace) -> int:
     options = {"limit": args.limit, "base": args.base, "allow_untrained": args.allow_untrained}
     if args.calibrate:
-        for flag in ("out", "overlays", "weights"):
+        for flag in ("out", "overlays", "quantize"):
             if getattr(args, flag):
                 raise UserError(f"--{flag}: --calibrate writes no report; leave it away, and run mimo eval again without --calibrate")
         from mimo_jax.eval.calibrate import calibrate_checkpoint
@@ -177,7 +177,7 @@ def _eval(args: argparse.Namespace) -> int:
         raise UserError("--out: is missing; say where the report goes, as --out report.json")
     from mimo_jax.eval.evaluate import evaluate_checkpoint
 
-    options |= {"overlays": args.overlays, "weights": args.weights}
+    options |= {"overlays": args.overlays, "quantization": args.quantize}
     evaluate_checkpoint(args.checkpoint, args.data, args.split or "test", args.out, **options)
     return EXIT_DONE
 

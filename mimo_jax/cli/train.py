@@ -136,8 +136,9 @@ def _compile(args: argparse.Namespace) -> int:
     with asked.environment():
         from mimo_jax.analysis import aot
         from mimo_jax.checkpoints import storage
+        from mimo_jax.train.step import lower_step
 
-        report = aot.compile_step(config, asked, args.batch_per_chip, args.length, args.largest)
+        report = aot.compile_step(config, asked, lower_step, args.batch_per_chip, args.length, args.largest)
     print(aot.table(report))
     if args.out:
         storage.write_json(Path(args.out), report)

@@ -143,7 +143,7 @@ def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
-def views(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
+def preprocess(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
     """uint8 RGB [H, W, 3] -> what both towers see: `clip_image` uint8 [Hc, Hc, 3], `sam_image` uint8 [Hs, Hs, 3], and
     `clip_size`, `sam_size` int32 [2], the (height, width) of the content of each; the rest is 0."""
     height, width = image.shape[:2]

@@ -56,7 +56,7 @@ class LlamaLayer(nnx.Module):
 
         def linear(name: str, inputs: int, outputs: int) -> LoraLinear:
             rank = lora.rank if name in targets else 0
-            how = {"rank": rank, "alpha": lora.alpha, "weights": cfg.quantization}
+            how = {"rank": rank, "alpha": lora.alpha, "quantization": cfg.quantization}
             return LoraLinear(inputs, outputs, **how, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.attention_norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)

@@ -30,13 +30,13 @@ class LoraLinear(nnx.Module):
         *,
         rank: int = 0,
         alpha: float = 1.0,
-        weights: str = "",
+        quantization: str = "",
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """weights: "" for W as it is, or "int8", "int4"."""
-        held = quantize.quantize(jax.random.normal(rngs.params(), (inputs, outputs), param_dtype) * inputs**-0.5, weights)
+        """quantization: "" for W as it is, or "int8", "int4"."""
+        held = quantize.quantize(jax.random.normal(rngs.params(), (inputs, outputs), param_dtype) * inputs**-0.5, quantization)
         for name, leaf in held.items():
             setattr(self, name, nnx.Param(leaf))
         self.held = tuple(held)

@@ -14,7 +14,7 @@ import numpy as np
 from mimo_jax.checkpoints.checkpoint import Checkpoints
 from mimo_jax.config import TrainConfig
 from mimo_jax.errors import UserError
-from mimo_jax.train.hooks import Tick
+from mimo_jax.train.hooks import StepInfo
 
 _BEHIND = 2  # steps by which it looks back, so that the device never waits to be read
 _WINDOW, _LEAST = 200, 30  # losses that the running mean and deviation are of, at most and at least
@@ -24,28 +24,28 @@ class NotFinite(UserError):
     """The loss or its gradient stopped being a number."""
 
 
-class Guard:
+class NonFiniteGuard:
     """Counts steps that were not finite: the state stayed as it was, but the batch is gone. Up to `train.max_skipped` in a row are told
     and passed over; one more raises NotFinite, with the newest checkpoint's name.
 
-    A loss `train.spike` standard deviations above the mean of the last 200 goes to RUN/spikes.jsonl: step, loss, mean, deviation, and
+    A loss `train.spike_threshold` standard deviations above the mean of the last 200 goes to RUN/spikes.jsonl: step, loss, mean, deviation, and
     the ids of the batch's records. records: from the number of a batch to these."""
 
     def __init__(self, config: TrainConfig, checkpoints: Checkpoints, records: Callable[[int], list[str]]):
         self.config, self.checkpoints, self.records = config, checkpoints, records
         self.path: Path = checkpoints.workdir / "spikes.jsonl"
-        self.ticks: deque[Tick] = deque()
+        self.ticks: deque[StepInfo] = deque()
         self.losses: deque[float] = deque(maxlen=_WINDOW)
         self.skipped = 0  # in a row
 
-    def __call__(self, tick: Tick) -> None:
+    def __call__(self, tick: StepInfo) -> None:
         for name in ("loss", "finite"):
             tick.metrics[name].copy_to_host_async()
         self.ticks.append(tick)
         while self.ticks and (tick.last or len(self.ticks) > _BEHIND):
             self._look(self.ticks.popleft())
 
-    def _look(self, tick: Tick) -> None:
+    def _look(self, tick: StepInfo) -> None:
         loss, finite = float(tick.metrics["loss"]), float(tick.metrics["finite"]) == 1.0
         self.skipped = 0 if finite else self.skipped + 1
         if finite:
@@ -62,7 +62,7 @@ class Guard:
                 f"{where if good is not None else 'no checkpoint was written yet'}; lower config.train.learning_rate and run again"
             )
 
-    def _weigh(self, tick: Tick, loss: float) -> None:
+    def _weigh(self, tick: StepInfo, loss: float) -> None:
         if self.config.spike_threshold and len(self.losses) >= _LEAST:
             mean, deviation = float(np.mean(self.losses)), float(np.std(self.losses))
             if loss > mean + self.config.spike_threshold * deviation and jax.process_index() == 0:

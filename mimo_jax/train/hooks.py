@@ -13,7 +13,7 @@ from mimo_jax.train.goodput import Goodput
 
 
 @dataclass
-class Tick:
+class StepInfo:
     """After one step. `state` lives until the next step donates it."""
 
     step: int  # steps done
@@ -35,7 +35,7 @@ class Save:
     every: int
     goodput: Goodput
 
-    def __call__(self, tick: Tick) -> None:
+    def __call__(self, tick: StepInfo) -> None:
         if tick.step % self.every == 0 or tick.last:
             with self.goodput.during("save"):
                 self.checkpoints.save(tick.step, tick.state, tick.position())
@@ -46,13 +46,13 @@ class Save:
 
 
 @dataclass
-class Every:
+class Periodic:
     """Calls `run(tick)` every `every` steps (0: never)."""
 
     every: int
-    run: Callable[[Tick], None]
+    run: Callable[[StepInfo], None]
 
-    def __call__(self, tick: Tick) -> None:
+    def __call__(self, tick: StepInfo) -> None:
         if self.every and tick.step % self.every == 0 and not tick.last:
             self.run(tick)
 

@@ -93,7 +93,7 @@ def batch_sums(model, batch: dict[str, jax.Array], chunk: int) -> dict[str, jax.
     return {**sums, "look": look, "ce": ce, "tokens": tokens, "right": right, "segs": seg_weight.sum()}
 
 
-def weights_of(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def normalizers(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The weight of all tokens, of all masks and of all looks of a batch, from its arrays alone."""
     weight = batch["sample_weight"]
     tokens = (batch["loss_mask"][:, 1:] * weight[:, None]).sum()
@@ -102,7 +102,7 @@ def weights_of(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {"tokens": jnp.maximum(tokens, 1.0), "segs": jnp.maximum(segs, 1.0), "looks": jnp.maximum(looks, 1.0)}
 
 
-def total(sums: dict[str, jax.Array], cfg: LossConfig, weights: dict[str, jax.Array]) -> jax.Array:
+def combine(sums: dict[str, jax.Array], cfg: LossConfig, weights: dict[str, jax.Array]) -> jax.Array:
     """The loss of a micro-batch as its share of the whole batch, whose weights `weights_of` gives."""
     masks = cfg.bce * sums["bce"] + cfg.dice * sums["dice"] + cfg.iou * sums["iou"]
     return cfg.ce * sums["ce"] / weights["tokens"] + masks / weights["segs"] + cfg.look * sums["look"] / weights["looks"]

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from mimo_jax.analysis import flops, hardware
 from mimo_jax.config import Config
 from mimo_jax.train.goodput import Goodput, duration
-from mimo_jax.train.hooks import Tick
-from mimo_jax.train.writers import Reports
+from mimo_jax.train.hooks import StepInfo
+from mimo_jax.train.writers import MetricWriters
 
 _SHOWN = {"loss": "loss {:.3f}", "samples_per_second": "{:.1f} samples/s", "mfu": "MFU {:.1%}", "data_wait": "data wait {:.1%}"}
 
@@ -33,7 +33,7 @@ _SHOWN = {"loss": "loss {:.3f}", "samples_per_second": "{:.1f} samples/s", "mfu"
 class Metrics:
     """The hook that reports. Steps are fetched from the device only every `log_every` steps, so that it never waits for the host."""
 
-    def __init__(self, config: Config, goodput: Goodput, reports: Reports):
+    def __init__(self, config: Config, goodput: Goodput, reports: MetricWriters):
         self.config, self.goodput, self.reports = config, goodput, reports
         self.every, self.total = config.train.log_every, config.train.steps
         self.devices, self.hardware = jax.device_count(), hardware.of_kind(jax.devices()[0].device_kind)
@@ -41,7 +41,7 @@ class Metrics:
         self.flops, self.flops_of = 0.0, {}  # since the last row; of one sample, by its length
         self.bar = tqdm(total=self.total, initial=goodput.step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05, disable=None)
 
-    def __call__(self, tick: Tick) -> None:
+    def __call__(self, tick: StepInfo) -> None:
         self.goodput.tick(tick.step, tick.length, tick.wait, tick.dispatch)
         self.pending.append(tick.metrics)
         if tick.length not in self.flops_of:

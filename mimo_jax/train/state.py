@@ -23,7 +23,7 @@ from mimo_jax.models import mimo
 from mimo_jax.train.optimizer import make_optimizer
 
 
-class Plan:
+class TrainSetup:
     """Everything that is known before an array exists: graph, shapes, dtypes, shardings, optimizer.
 
     base_reason: one line that says where the frozen base lives, and why; whole: {path: why} of parameters that the mesh does not
@@ -88,6 +88,6 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
     if images % (shares * parts):
         raise ConfigError(
             f"config.data.batch_size: its {images} images ({config.data.samples_per_image} samples each) are no multiple of the "
-            f"{shares} parts into which the mesh splits a batch{f' x config.train.accumulate {parts}' if parts > 1 else ''}; "
+            f"{shares} parts into which the mesh splits a batch{f' x config.train.grad_accum_steps {parts}' if parts > 1 else ''}; "
             f"the next that fits is {-(-images // (shares * parts)) * shares * parts * config.data.samples_per_image}"
         )

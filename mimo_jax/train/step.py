@@ -7,23 +7,26 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from mimo_jax import pathtree, sharding
+from mimo_jax.analysis.aot import LoweredStep
+from mimo_jax.config import Config
 from mimo_jax.models import mesh, scan
 from mimo_jax.train import losses
 from mimo_jax.train.optimizer import schedule
-from mimo_jax.train.state import Plan
+from mimo_jax.train.state import TrainSetup
 
 # XLA's options by platform. TPU: a layer's weights are gathered whole, ahead of their use; XLA would multiply by one device's slice of
 # them at a time, of 80 columns for SAM on 16 devices, and add up the partial products in memory.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
-def make_step(plan: Plan) -> Callable:
+def make_step(plan: TrainSetup) -> Callable:
     """(state donated, frozen, batch) -> (state, metrics: scalars fp32).
 
     A step whose loss or gradient is not finite leaves the state as it was and reports `finite` = 0.
-    With `train.accumulate` micro-batches, the loss is the same as without: sums are divided once by the weight of the whole batch.
+    With `train.grad_accum_steps` micro-batches, the loss is the same as without: sums are divided once by the weight of the whole batch.
     """
     cfg = plan.config.train
     rate = schedule(cfg)
@@ -32,7 +35,7 @@ def make_step(plan: Plan) -> Callable:
         model = scan.bind(plan.graphdef, pathtree.merge(params, frozen))
         with mesh.use_mesh(plan.mesh):
             sums = losses.batch_sums(model, batch, cfg.loss_chunk)
-        return losses.total(sums, cfg.loss, weights), sums
+        return losses.combine(sums, cfg.loss, weights), sums
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -50,7 +53,7 @@ def make_step(plan: Plan) -> Callable:
         return jax.lax.scan(body, zeros, micro)[0]
 
     def step(state, frozen, batch):
-        weights = losses.weights_of(batch)
+        weights = losses.normalizers(batch)
         (loss, sums), grads = accumulated(state["params"], frozen, batch, weights)
         norm = optax.global_norm(grads)
         updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
@@ -79,6 +82,12 @@ def make_step(plan: Plan) -> Callable:
         out_shardings=(plan.state_shardings, everywhere),
         compiler_options=COMPILER_OPTIONS.get(plan.mesh.devices.flat[0].platform),
     )
+
+
+def lower_step(config: Config, mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]) -> LoweredStep:
+    """The step of a config on a mesh, which may be of devices that are only described, for `analysis.aot.compile_step`."""
+    setup = TrainSetup(config, mesh)
+    return LoweredStep(make_step(setup).lower(setup.state, setup.frozen, batch), setup.state, setup.base_reason)
 
 
 def micro_batches(batch: dict[str, jax.Array], images: int, parts: int) -> dict[str, jax.Array]:

@@ -28,14 +28,14 @@ def check(config: Config) -> None:
         raise ConfigError("config.train.wandb: W&B is not installed; pip install 'mimo_jax[wandb]', or leave it empty")
 
 
-class Reports:
+class MetricWriters:
     """All that a run reports to, while it holds."""
 
     def __init__(self, config: Config, workdir: Path, first: int):
         """first: the step at which the run goes on; rows beyond it are of steps that will be done again, and go."""
         self.places: list[Any] = []
         if jax.process_index() == 0:
-            self.places = [_Lines(workdir, first), _Board(workdir, first)]
+            self.places = [JsonlWriter(workdir, first), TensorBoardWriter(workdir, first)]
             if config.train.wandb:
                 self.places.append(_Wandb(config, workdir))
 
@@ -51,7 +51,7 @@ class Reports:
             for place in self.places:
                 place.picture(step, path.stem, pixels)
 
-    def __enter__(self) -> Reports:
+    def __enter__(self) -> MetricWriters:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_) -> None:
@@ -59,7 +59,7 @@ class Reports:
             place.close(failed is not None)
 
 
-class _Lines:
+class JsonlWriter:
     """metrics.jsonl."""
 
     def __init__(self, workdir: Path, first: int):
@@ -88,7 +88,7 @@ def cut_rows(path: Path, step: int) -> None:
         os.replace(beside, path)
 
 
-class _Board:
+class TensorBoardWriter:
     """TensorBoard, by tensorboardX. That imports torch wherever torch is installed, seconds and hundreds of megabytes for a tensor type
     that we never hand it; so torch is hidden from it."""
 

@@ -17,27 +17,28 @@ from mimo_jax.analysis.hardware import of_kind
 from mimo_jax.analysis.topology import Topology
 from mimo_jax.config import ConfigError
 from mimo_jax.data.loading.features import FeatureFolder
-from mimo_jax.train.state import Plan
+from mimo_jax.train.state import TrainSetup
+from mimo_jax.train.step import lower_step
 from tests.tiny_config import random_batch, tiny_config
 
 # `mimo compile`, and in the same process what its arguments take: the state, the base and the batch of one device.
 RUN = """
 import json, sys
 import jax, numpy as np
-from mimo_jax import cli
-code = cli.main(sys.argv[1:])
+from mimo_jax.cli.main import main
+code = main(sys.argv[1:])
 from mimo_jax import sharding
 from mimo_jax.config_flags import find_config, read_config_file
-from mimo_jax.train import aot
-from mimo_jax.train.state import Plan
+from mimo_jax.analysis import aot
+from mimo_jax.train.state import TrainSetup
 
 def size(shapes, places):
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
     return sum(int(np.prod(place.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf, place in leaves)
 
 config = read_config_file(find_config(sys.argv[sys.argv.index("--config") + 1]))
-config.mesh.data, config.mesh.base, config.data.batch_size = 2, "sharded", 8
-plan = Plan(config, sharding.make_mesh(config.mesh))
+config.mesh.data, config.mesh.frozen_sharding, config.data.batch_size = 2, "sharded", 8
+plan = TrainSetup(config, sharding.make_mesh(config.mesh))
 batch = aot.abstract_batch(config, plan.mesh, 96)
 sizes = {"state": size(plan.state, plan.state_shardings), "frozen": size(plan.frozen, plan.frozen_shardings)}
 print(json.dumps(sizes | {"batch": size(batch, {key: leaf.sharding for key, leaf in batch.items()})}), file=sys.stderr)
@@ -60,7 +61,7 @@ def compiled(tmp_path, *flags: str, run: list[str]) -> tuple[dict, subprocess.Co
 
 def test_virtual_devices(tmp_path):
     """Nothing but the state comes out of a step, in its place."""
-    flags = "--config.mesh.data=2 --config.mesh.base=sharded --topology cpu:4 --batch-per-chip 2 --length 96"
+    flags = "--config.mesh.data=2 --config.mesh.frozen_sharding=sharded --topology cpu:4 --batch-per-chip 2 --length 96"
     report, done = compiled(tmp_path, *flags.split(), run=["-c", RUN])
     assert report["mesh"] == {"slice": 1, "data": 2, "fsdp": 2, "tensor": 1} and report["chips"] == 4
     assert report["fits"] is report["estimate"] is report["hbm_bytes"] is report["largest_batch"] is None
@@ -77,7 +78,7 @@ def test_virtual_devices(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='libtpu is missing; pip install "mimo_jax[tpu]"')
 def test_a_tpu_topology(tmp_path):
     """Without the image encoders: compiling for TPU is slow."""
-    flags = "--topology v5e:2x2 --batch-per-chip 2 --length 96 --config.mesh.base=sharded --config.data.features=True"
+    flags = "--topology v5e:2x2 --batch-per-chip 2 --length 96 --config.mesh.frozen_sharding=sharded --config.data.features=True"
     report, done = compiled(tmp_path, *flags.split(), run=["-m", "mimo_jax.cli"])
     assert report["chip"] == "TPU v5e" and report["mesh"]["fsdp"] == 4 and report["hbm_bytes"] == int(15.75 * 2**30)
     assert report["fits"] and report["frozen_outputs"] == report["uncounted_loops"] == []
@@ -103,7 +104,7 @@ def test_the_batch_is_what_the_loader_makes():
 def test_a_frozen_output_is_named():
     config = tiny_config()
     config.trainables = {r"^(llm|sam_encoder)/": None, r".": 1.0}
-    plan = Plan(config, sharding.make_mesh(config.mesh))
+    plan = TrainSetup(config, sharding.make_mesh(config.mesh))
     loss = jax.ShapeDtypeStruct((), "float32")
     assert aot.frozen_outputs(plan.state, (plan.state, {"loss": loss})) == []
     path, leaf = next((path, leaf) for path, leaf in pathtree.flatten(plan.frozen).items() if path.endswith("gate/kernel"))
@@ -159,8 +160,8 @@ def test_what_does_not_fit_comes_with_remedies(monkeypatch):
     config = tiny_config()
     mesh = jax.sharding.AbstractMesh((1, 4, 2, 1), sharding.AXES)
     made = aot._remedies(config, mesh, 4)
-    flags = ["--config.mesh.base=sharded", "--config.mesh.data=1 --config.mesh.fsdp=8", "--config.model.remat=full"]
-    assert made == [*flags, "--config.train.accumulate=2", "--batch-per-chip 2", "more chips"]
+    flags = ["--config.mesh.frozen_sharding=sharded", "--config.mesh.data=1 --config.mesh.fsdp=8", "--config.model.remat=full"]
+    assert made == [*flags, "--config.train.grad_accum_steps=2", "--batch-per-chip 2", "more chips"]
     report = {
         **{"config": "tiny", "topology": "v5e:2x4", "chips": 8, "chip": "TPU v5e", "mesh": dict(mesh.shape), "base_reason": "base …"},
         **{"batch_per_chip": 4, "length": 96, "compile_seconds": 1.0, "collectives": None, "estimate": None, "frozen_outputs": []},
@@ -168,7 +169,7 @@ def test_what_does_not_fit_comes_with_remedies(monkeypatch):
         **{"hbm_bytes": 15.75 * 2**30, "fits": False, "remedies": made, "largest_batch": 3, "out_of_memory": None},
     }
     printed = aot.table(report).splitlines()
-    assert printed[-1].startswith("it does not fit: 102% of a chip's memory; try --config.mesh.base=sharded, or ")
+    assert printed[-1].startswith("it does not fit: 102% of a chip's memory; try --config.mesh.frozen_sharding=sharded, or ")
     assert "largest batch that fits: 3 samples a chip" in printed
 
 
@@ -176,7 +177,7 @@ def test_mistakes_are_told_before_anything_is_compiled():
     config = tiny_config()
     here = Topology("cpu", (1,))
     with pytest.raises(ConfigError, match=r"--length 512: is more than config.model.llm.max_length \(256\)"):
-        aot.compile_step(config, here, 2, 512)
+        aot.compile_step(config, here, lower_step, 2, 512)
     with pytest.raises(ConfigError, match="--batch-per-chip 3: must be a multiple of 2, with config.data.samples_per_image 2"):
-        aot.compile_step(config, here, 3)
+        aot.compile_step(config, here, lower_step, 3)
     assert config.data.batch_size == 4, "the caller's config is as it was"

@@ -33,11 +33,11 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(run):
-    return plans.plan_checkpoint(run, "int8")
+    return plans.estimate_checkpoint_memory(run, "int8")
 
 
 def test_the_plan_is_what_a_loaded_model_takes(run, made):
-    config, params, *_ = loading.load_for_inference(run, weights="int8")
+    config, params, *_ = loading.load_for_inference(run, quantization="int8")
     assert sum(part["bytes"] for part in made["parameters"].values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert made["parameters"]["language model"]["dtypes"] == ["float32", "int8"]
     lora = [leaf.nbytes for path, leaf in pathtree.flatten(params).items() if "lora" in path]
@@ -55,13 +55,13 @@ def test_the_plan_is_what_a_loaded_model_takes(run, made):
 
 def test_no_weight_is_read(run, made, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=lambda folder, names: {"arrays"} & set(names))
-    assert plans.plan_checkpoint(tmp_path / "run", "int8")["parameters"] == made["parameters"]
+    assert plans.estimate_checkpoint_memory(tmp_path / "run", "int8")["parameters"] == made["parameters"]
 
 
 def test_the_table_says_whether_it_fits_and_what_would(made):
     assert plans.table(made | {"fits": True}).endswith("it fits")
     less = {"other": {"int4": 5 * 10**9}, "available": 6 * 10**9, "fits": False}
-    assert "it does not fit: --weights int4 takes 5.00 GB" in plans.table(made | less)
+    assert "it does not fit: --quantize int4 takes 5.00 GB" in plans.table(made | less)
     assert "take a device with more memory, or several" in plans.table(made | less | {"available": 10**9})
     reason = "4 does not divide axis of 511 of parameter embedding/base"
     assert f"not split over the devices: {reason}" in plans.table(made | {"whole": {"embedding/base": reason}})
@@ -70,9 +70,9 @@ def test_the_table_says_whether_it_fits_and_what_would(made):
 
 def test_what_is_no_checkpoint_or_no_kind_of_weights_is_named(run, tmp_path):
     with pytest.raises(UserError, match="there is no such checkpoint"):
-        plans.plan_checkpoint(tmp_path / "gone")
+        plans.estimate_checkpoint_memory(tmp_path / "gone")
     with pytest.raises(ConfigError, match="weights: is 'int3'"):
-        plans.plan_checkpoint(run, "int3")
+        plans.estimate_checkpoint_memory(run, "int3")
 
 
 @pytest.mark.parametrize(("weights", "total", "language"), [("", 16.45, 12.95), ("int8", 9.97, 6.48), ("int4", 7.13, 3.64)])

@@ -9,14 +9,14 @@ import pytest
 from mimo_jax import pathtree, sharding
 from mimo_jax.analysis import flops, hardware, run_summary
 from mimo_jax.checkpoints import frozen_params, storage
-from mimo_jax.train.state import Plan
+from mimo_jax.train.state import TrainSetup
 from tests.tiny_config import tiny_config
 
 
 @pytest.fixture(scope="module")
 def plan():
     config = tiny_config()
-    return Plan(config, sharding.make_mesh(config.mesh))
+    return TrainSetup(config, sharding.make_mesh(config.mesh))
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_matrices_of_the_language_model_are_read_into_integers(tmp_path, weights
     checkpoints = begin(tmp_path, frozen=frozen)
     checkpoints.save(1, {"params": {"llm": {"layers": {"block": {"up": {"kernel": kernel.astype(jnp.float32)}}}}}}, {})
     checkpoints.wait()
-    loaded = loading.load_for_inference(tmp_path, weights=weights)
+    loaded = loading.load_for_inference(tmp_path, quantization=weights)
     want = {}
     for path, leaf in pathtree.flatten(loading.load_params(tmp_path)).items():
         want |= quantize.quantize_param(path, leaf, weights)
@@ -51,4 +51,4 @@ def test_other_weights_are_refused_before_anything_is_read(tmp_path):
     begin(tmp_path, steps=(1,))
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ConfigError, match="weights: is 'fp4'; use one of int8, int4"):
-        loading.load_for_inference(tmp_path, weights="fp4")
+        loading.load_for_inference(tmp_path, quantization="fp4")

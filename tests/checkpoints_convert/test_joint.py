@@ -12,7 +12,7 @@ from mimo_jax.cli import main
 from mimo_jax.config import LoraConfig
 from mimo_jax.data import conversation
 from mimo_jax.data.prompts import Prompts, encode_prompts
-from mimo_jax.data.transforms import logits_to_image, views
+from mimo_jax.data.transforms import logits_to_image, preprocess
 from mimo_jax.geometry import clip_frame, sam_frame
 from mimo_jax.infer.predictor import Mimo
 from mimo_jax.models import mimo, scan
@@ -44,11 +44,11 @@ def ours(model: Mimo, image: np.ndarray, question: str, answer: list[int], promp
     """(logits [T, V], float masks [n, H, W], ids of the prompt) of our model, teacher-forced on an answer."""
     config, m = model.config, model.config.model
     height, width = image.shape[:2]
-    ids, query_index = conversation.prompt_turn(model.tokenizer, config, question, 0, True)
+    ids, query_index = conversation.encode_user_turn(model.tokenizer, config, question, 0, True)
     said = np.array(ids + answer, np.int32)
     instruction = conversation.instruction_ids(model.tokenizer, config, question)
     xy, kind = encode_prompts(prompts, clip_frame(height, width, m.clip.image_size, m.clip.image_fit), m.prompt)
-    seen = {name: value[None] for name, value in views(image, m).items()}
+    seen = {name: value[None] for name, value in preprocess(image, m).items()}
     seg = [len(ids) + i for i, token in enumerate(answer) if token == model.tokenizer.seg]
     batch = {
         **seen,
@@ -120,7 +120,7 @@ def test_lisa(tmp_path, tower):
     model = Mimo.load(convert(tmp_path / "made", config, "--joint", folder, *clip))
 
     order = lisa_order(rows_there, originals.PIECES)
-    ids, query_index = conversation.prompt_turn(model.tokenizer, model.config, QUESTION, 0, True)
+    ids, query_index = conversation.encode_user_turn(model.tokenizer, model.config, QUESTION, 0, True)
     at = [i for i, query in enumerate(query_index) if query >= 0]
     before, after = order[ids[: at[0]]].tolist(), order[ids[at[-1] + 1 :]].tolist()
     assert before[-1] == LISA_ADDED["<im_start>"] and after[0] == LISA_ADDED["<im_end>"]
@@ -128,7 +128,7 @@ def test_lisa(tmp_path, tower):
 
 
 def test_glamm_with_its_region_encoder(tmp_path):
-    config = originals.lisa_config(lora=LoraConfig(rank=0), seg_place="after")
+    config = originals.lisa_config(lora=LoraConfig(rank=0), seg_position="after")
     config.model.aligner.kind = "mlp"
     added = {"[SEG]": 420, "<im_start>": 421, "<p>": 422, "</p>": 423, "<bbox>": 424, "<im_end>": 425}
     config.model.llm.vocab_size = originals.PIECES + 3
@@ -139,7 +139,7 @@ def test_glamm_with_its_region_encoder(tmp_path):
     assert (out / "kept.safetensors").is_file()
     model = Mimo.load(out)
     order = np.array([*range(420), 421, 424, 425, 422, 423, 420])
-    ids, query_index = conversation.prompt_turn(model.tokenizer, model.config, QUESTION, 0, True)
+    ids, query_index = conversation.encode_user_turn(model.tokenizer, model.config, QUESTION, 0, True)
     at = [i for i, query in enumerate(query_index) if query >= 0]
     assert_same(oracle, model, picture(40, 90), (order[ids[: at[0]]].tolist(), order[ids[at[-1] + 1 :]].tolist()), order)
 
@@ -173,6 +173,6 @@ def test_mimo_with_lora_and_prompts(tmp_path, names):
     prompts = Prompts(boxes=np.array(boxes, float))
     frame = clip_frame(*image.shape[:2], config.model.clip.image_size, config.model.clip.image_fit)
     xy, kind = encode_prompts(prompts, frame, config.model.prompt)
-    ids, query_index = conversation.prompt_turn(model.tokenizer, model.config, QUESTION, 0, True)
+    ids, query_index = conversation.encode_user_turn(model.tokenizer, model.config, QUESTION, 0, True)
     instruction = conversation.instruction_ids(model.tokenizer, model.config, QUESTION)
     assert_same(oracle, model, image, (instruction, xy, kind, ids, query_index), np.arange(423), prompts, boxes)

@@ -191,7 +191,7 @@ def test_ids_beyond_the_rows(tmp_path):
 ])  # fmt: skip
 def test_grounding_tokens_of_another_place(tmp_path, added, tokens, has, place):
     originals.put_tokenizer(tmp_path, added)
-    said = f"has the grounding tokens {has}, the configuration {', '.join(tokens)}; set --config.model.seg_place={place}"
+    said = f"has the grounding tokens {has}, the configuration {', '.join(tokens)}; set --config.model.seg_position={place}"
     with pytest.raises(VocabularyError, match=f"^{tmp_path}: {said}$"):
         read_vocabulary(tmp_path, ROWS + 6, tokens)
 

@@ -213,18 +213,18 @@ class VisualPrompt(nn.Module):
         centres += [[left + (step - 1) / 2, top + (step - 1) / 2] for top in range(0, side, step) for left in range(0, side, step)]
         self.register_buffer("centres", torch.tensor(centres), persistent=False)
 
-    def position_code(self, xy: Tensor) -> Tensor:
+    def positional_encoding(self, xy: Tensor) -> Tensor:
         """Pixels of the CLIP frame, integers being centres, [..., 2] -> [..., Wp]."""
         angle = 2 * math.pi * (2 * (xy + 0.5) / self.clip.image_size - 1) @ self.frequency
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
     def image_code(self) -> Tensor:
         """[I, Wp]: of each patch's centre, row by row; of the image's for the class token."""
-        return self.position_code(self.centres)
+        return self.positional_encoding(self.centres)
 
     def forward(self, xy: Tensor, kind: Tensor) -> Tensor:
         """xy [P, 2], kind [P], none of them 0 -> X_vis [P, Wp]."""
-        return self.position_code(xy) + self.kind[kind]
+        return self.positional_encoding(xy) + self.kind[kind]
 
 
 class Attention(nn.Module):

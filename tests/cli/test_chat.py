@@ -15,7 +15,7 @@ from tests.tiny_config import random_params, tiny_config
 
 @pytest.fixture(scope="module")
 def mimo(tmp_path_factory):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.generate.max_new_tokens = 12
     return Mimo(config, random_params(config), make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 

@@ -14,11 +14,11 @@ from PIL import Image
 from mimo_jax import __version__
 from mimo_jax.cli import arg_types, main
 from mimo_jax.data.images import volume
-from mimo_jax.data.images.image import Picture
+from mimo_jax.data.images.image import MedicalImage
 from mimo_jax.data.images.volume import open_scan
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer, Entity
-from mimo_jax.infer.answers.calibration import PLAIN, Evidence
+from mimo_jax.infer.answers.calibration import UNCALIBRATED, ConfidenceFeatures
 from tests.data.medical_files import dicom, saved, series
 
 COMMANDS = [
@@ -58,7 +58,7 @@ def called(monkeypatch):
     return record
 
 
-SURE = Evidence(0.8, 1.0, 1.0, 1.0)
+SURE = ConfidenceFeatures(0.8, 1.0, 1.0, 1.0)
 
 
 class FakeAnswer:
@@ -84,12 +84,12 @@ def asked(monkeypatch):
 
     def opened(image, **chosen):
         record.update(image=image, **chosen)
-        return Picture(np.zeros((8, 9, 3), np.uint8))
+        return MedicalImage(np.zeros((8, 9, 3), np.uint8))
 
     class FakeMimo:
         @classmethod
-        def load(cls, checkpoint, base=None, allow_untrained=False, weights=""):
-            record.update(checkpoint=checkpoint, base=base, allow_untrained=allow_untrained, weights=weights)
+        def load(cls, checkpoint, base=None, allow_untrained=False, quantization=""):
+            record.update(checkpoint=checkpoint, base=base, allow_untrained=allow_untrained, quantization=quantization)
             made = cls()
             made.origin = "base 1234"
             return made
@@ -98,7 +98,7 @@ def asked(monkeypatch):
 
         def open(self, image):
             record.update(vars(self.config.generate))
-            assert isinstance(image, Picture)
+            assert isinstance(image, MedicalImage)
             return self
 
         def ask(self, question, **prompts):
@@ -164,7 +164,7 @@ def test_help_loads_no_jax():
         ("eval --checkpoint c --data d", "--out: is missing"),
         ("eval --checkpoint c --data d --out o --calibrate", "--out: --calibrate writes no report"),
         ("ask --checkpoint c i.png", "IMAGE and QUESTION are needed"),
-        ("ask --checkpoint c i.png q --weights int3", "invalid choice: 'int3'"),
+        ("ask --checkpoint c i.png q --quantize int3", "invalid choice: 'int3'"),
         ("ask --checkpoint c i.png q more", "'more': is one argument too many"),
         ("ask --checkpoint c i.png q --box 1,2,3", "'1,2,3' is not X0,Y0,X1,Y1 such as 10,12,40,44"),
         ("ask --checkpoint c i.png q --point 1", "'1' is not X,Y,LABEL such as 31,40,1"),
@@ -215,7 +215,7 @@ def test_a_mounted_bucket_goes_by_its_own_name(called, tmp_path, monkeypatch):
 
 
 def test_eval_and_phantom_hand_over_their_flags(called, capsys):
-    assert main.main("eval --checkpoint c --data d --split val --out o --limit 3 --overlays v --weights int4".split()) == 0
+    assert main.main("eval --checkpoint c --data d --split val --out o --limit 3 --overlays v --quantize int4".split()) == 0
     assert main.main("eval --checkpoint c --data d --calibrate --base b".split()) == 0
     assert main.main("data phantom --out d --images 8 --seed 2 --workers 1".split()) == 0
     assert called.calls == [
@@ -232,7 +232,7 @@ def test_eval_and_phantom_hand_over_their_flags(called, capsys):
 
 def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypatch):
     out, other = tmp_path / "overlay.png", tmp_path / "answer.json"
-    argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--allow-untrained", "--weights", "int8", "--refine"]
+    argv = ["ask", "--checkpoint", "c", "i.png", "Which?", "--base", "b", "--allow-untrained", "--quantize", "int8", "--refine"]
     Image.fromarray(np.eye(8, 9, dtype=bool)).save(tmp_path / "mask.png")
     (tmp_path / "more.json").write_text('{"points": [[5, 6]], "boxes": [[1, 1, 2, 2]]}')
     argv += ["--point", "-0.5,2.5,0", "--point", "3,4", "--max-new-tokens", "9"]
@@ -334,7 +334,7 @@ def scanned(asked, monkeypatch):
     monkeypatch.setattr(volume, "open_scan", open_scan)
     made = sys.modules["mimo_jax.infer.predictor"].Mimo
     made.config = types.SimpleNamespace(generate=types.SimpleNamespace(batch_size=2))
-    made.calibration = PLAIN
+    made.calibration = UNCALIBRATED
     made.check = lambda self, request: None
 
     def predict(self, requests):

@@ -99,7 +99,7 @@ def test_a_sweep_is_stopped_goes_on_and_outlives_a_run_that_fails(tmp_path):
     assert steps == list(range(1, 13))  # none twice
     (rare,) = runs.glob("mine-rare-s0-*")
     assert err.splitlines() == [f"mimo: {rare.name}: failed: mimo train ended with exit code 2; see {rare / 'train.log'}"]
-    assert "(config.data.share 1e-06)" in (rare / "train.log").read_text()
+    assert "(config.data.fraction 1e-06)" in (rare / "train.log").read_text()
     found = json.loads((runs / "summary.json").read_text())["groups"]["mine"]
     assert {variant: row["missing"] for variant, row in found.items()} == {"plain": [], "rare": [rare.name]}
     assert (runs / "summary.png").is_file() and "| plain | 1 |" in (runs / "summary.md").read_text()

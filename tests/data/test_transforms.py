@@ -25,7 +25,7 @@ from mimo_jax.data.transforms import (
     logits_to_image,
     mask_from_logits,
     mask_to_frame,
-    views,
+    preprocess,
 )
 from mimo_jax.geometry import clip_frame, sam_frame
 
@@ -211,7 +211,7 @@ def test_views(height, width, fit, resample):
     cfg = ModelConfig()
     cfg.clip.image_fit, cfg.clip.resample = fit, resample
     image = picture(height, width)
-    out = views(image, cfg)
+    out = preprocess(image, cfg)
     assert {k: (v.shape, v.dtype) for k, v in out.items()} == {
         "clip_image": ((224, 224, 3), np.uint8), "clip_size": ((2,), np.int32),
         "sam_image": ((1024, 1024, 3), np.uint8), "sam_size": ((2,), np.int32),
@@ -238,11 +238,11 @@ def test_views_of_grey_are_those_of_its_channels(resample):
     cfg.clip.resample = resample
     for height, width in ((700, 411), (333, 501), (9, 500), (1024, 1024)):
         image = np.repeat(picture(height, width)[:, :, :1], 3, axis=2)
-        out = views(image, cfg)
+        out = preprocess(image, cfg)
         np.testing.assert_array_equal(out["sam_image"], image_to_frame(image, sam_frame(height, width, 1024)))
         np.testing.assert_array_equal(out["clip_image"], image_to_frame(image, clip_frame(height, width, 224, "pad"), resample))
         image[height // 2, width // 2, 2] ^= 255  # one pixel in colour
-        seen = views(image, cfg)["sam_image"]
+        seen = preprocess(image, cfg)["sam_image"]
         assert (seen[..., 0] != seen[..., 2]).any() and np.array_equal(seen[..., :2], out["sam_image"][..., :2])
 
 
@@ -254,7 +254,7 @@ def test_the_crop_is_that_of_clips_stock_processor(height, width):
     cfg.clip.image_fit, cfg.clip.resample = "crop", "bicubic"
     image = picture(height, width)
     theirs = CLIPImageProcessorPil(do_rescale=False, do_normalize=False)(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
-    np.testing.assert_array_equal(views(image, cfg)["clip_image"], theirs.transpose(1, 2, 0))
+    np.testing.assert_array_equal(preprocess(image, cfg)["clip_image"], theirs.transpose(1, 2, 0))
 
 
 def brute_mask_to_frame(mask, frame, side):

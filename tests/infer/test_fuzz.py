@@ -7,7 +7,7 @@ from tests.tiny_config import random_params, tiny_config
 
 
 def test_every_request_ends_in_an_answer_or_one_line(tmp_path):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.generate.max_new_tokens = 12
     fuzz = Fuzz(Mimo(config, random_params(config), make_tokenizer(tmp_path)), tmp_path, seed=0)
     for _ in range(150):

@@ -15,12 +15,12 @@ from pycocotools import mask as coco
 
 from mimo_jax import pathtree
 from mimo_jax.checkpoints import checkpoint
-from mimo_jax.data.conversation import prompt_turn
-from mimo_jax.data.images.open_image import Picture, open_picture
+from mimo_jax.data.conversation import encode_user_turn
+from mimo_jax.data.images.open_image import MedicalImage, open_picture
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers import answer as answers
-from mimo_jax.infer.engine.decode_batch import bucket, capacity
+from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket
 from mimo_jax.infer.engine.requests import Request, Sampling
 from mimo_jax.infer.predictor import Mimo
 from tests.data.handmade import lisa_tokenizer
@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mimo(tokenizer):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.generate.max_new_tokens = 24
     return Mimo(config, random_params(config), tokenizer)
 
@@ -161,7 +161,7 @@ def test_entities_follow_from_mask_iou_and_probability(mimo, tokenizer):
 
 
 def test_more_segs_than_training_slots_are_all_painted(mimo, tokenizer):
-    assert mimo.config.model.seg_max == 3
+    assert mimo.config.model.max_segs == 3
     with Said(mimo, [tokenizer.seg] * 7):
         answer = mimo.open(picture()).ask("Segment all.")
     assert len(answer.entities) == 7 and all(e.phrase == "" for e in answer.entities)
@@ -189,7 +189,7 @@ def test_an_answer_without_seg_says_so_and_paints_nothing(mimo, tokenizer, monke
 def test_limits_cut_and_say_so(mimo):
     chat = mimo.open(picture())
     made = [mimo.converse([Request(chat.image, "What is this?", max_new_tokens=n)])[0] for n in (2, None, 60)]
-    prompt = len(prompt_turn(mimo.tokenizer, mimo.config, "What is this?", 0, True)[0])
+    prompt = len(encode_user_turn(mimo.tokenizer, mimo.config, "What is this?", 0, True)[0])
     ids = [past.ids[prompt:-1] for _, past in made]
     assert [len(row) for row in ids] == [2, 24, 60]  # 24: the config's own limit
     assert ids[1][:2] == ids[0] and ids[2][:24] == ids[1]
@@ -213,8 +213,8 @@ def test_later_turns_stand_behind_earlier_ones_as_they_were(mimo, tokenizer):
     same(answer, again)
 
     q = mimo.config.model.query_tokens()
-    ids1, index1 = prompt_turn(tokenizer, mimo.config, "Segment both.", 0, True)
-    ids2, index2 = prompt_turn(tokenizer, mimo.config, "What is this?", 1, False)
+    ids1, index1 = encode_user_turn(tokenizer, mimo.config, "Segment both.", 0, True)
+    ids2, index2 = encode_user_turn(tokenizer, mimo.config, "What is this?", 1, False)
     ids = [*ids1, *first_answer, tokenizer.eos, *ids2]
     (x_q1, input1, _, start1, length1), (x_q2, input2, query2, start2, length2) = first.calls[0], second.calls[0]
     assert input1[0, : length1[0]].tolist() == ids1 and start1[0] == 0
@@ -244,7 +244,7 @@ def test_three_turns_with_a_cache_equal_the_whole_conversation_without(mimo, lim
         same(answer, whole)
         past = [*past, turn]
         cut_before = number > 0 and chat.answers[number - 1].truncated
-        assert prefilled[-1] == len(prompt_turn(mimo.tokenizer, mimo.config, question, number, number == 0)[0]) + cut_before
+        assert prefilled[-1] == len(encode_user_turn(mimo.tokenizer, mimo.config, question, number, number == 0)[0]) + cut_before
     assert len({a.text for a in chat.answers}) == 3
 
 
@@ -314,7 +314,7 @@ def test_stop_strings_end_the_answer_before_them(mimo, tokenizer):
 
 
 def test_a_warm_model_compiles_nothing_in_a_request(tokenizer):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.generate.max_new_tokens = 12
     model = Mimo(config, random_params(config, 5), tokenizer)
     model.warm_up()
@@ -389,7 +389,7 @@ def test_every_kind_of_aligner_answers_and_the_text_only_ones_refuse_prompts(tok
 
 
 def test_lisas_layout_answers_and_paints_bare_segs(tmp_path):
-    config = tiny_config(seg_state="predict", seg_place="bare")
+    config = tiny_config(seg_state="predict", seg_position="bare")
     config.model.aligner.kind, config.data.image_tokens = "linear", "<im_start>,<im_end>"
     config.generate.max_new_tokens = 24
     t = lisa_tokenizer(tmp_path)
@@ -453,7 +453,7 @@ def test_medical_files_are_opened_asked_about_and_answered_on_their_grid(mimo, t
 
 @pytest.mark.parametrize("error, chosen", [("frame 0: is for a file", {"frame": 0}), ("slice k:1: is for", {"slice": "k:1"})])
 def test_frame_and_slice_are_refused_with_pixels(mimo, error, chosen):
-    for image in (picture(), Picture(picture())):
+    for image in (picture(), MedicalImage(picture())):
         with pytest.raises(UserError, match=error):
             mimo.open(image, **chosen)
 
@@ -482,4 +482,4 @@ def test_buckets_hold_their_lengths_and_are_few():
     made = [bucket(n) for n in range(1, 2049)]
     assert all(b >= n and (n <= 32 or b < 2 * n) for n, b in enumerate(made, 1))
     assert len(set(made)) <= 12
-    assert len({capacity(n) for n in range(1, 2049)}) <= 9 and all(capacity(n) >= n for n in range(1, 2049))
+    assert len({cache_bucket(n) for n in range(1, 2049)}) <= 9 and all(cache_bucket(n) >= n for n in range(1, 2049))

@@ -19,7 +19,7 @@ QUESTION = "Where is the tumour of Jörg?"
 
 @pytest.fixture(scope="module")
 def mimo(tmp_path_factory):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.generate.max_new_tokens = 6
     return Mimo(config, random_params(config), make_tokenizer(tmp_path_factory.mktemp("tokenizer")), origin="base 0")
 

@@ -20,7 +20,7 @@ from mimo_jax.data.images.volume import open_volume
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer, Entity, check_outputs
-from mimo_jax.infer.answers.calibration import PLAIN, Evidence
+from mimo_jax.infer.answers.calibration import UNCALIBRATED, ConfidenceFeatures
 from mimo_jax.infer.engine.requests import Request
 from mimo_jax.infer.predictor import Mimo
 from mimo_jax.infer.volume import ask_volume
@@ -37,7 +37,7 @@ class Painter:
     """Answers as a model does, but paints what `rule` sees: {phrase: (mask [H, W], score)} of a grey picture [H, W]."""
 
     def __init__(self, rule, batch_size=4):
-        self.rule, self.batches, self.calibration = rule, [], PLAIN
+        self.rule, self.batches, self.calibration = rule, [], UNCALIBRATED
         self.config = types.SimpleNamespace(generate=types.SimpleNamespace(batch_size=batch_size))
 
     def check(self, request):
@@ -52,7 +52,7 @@ class Painter:
         picture = request.image
         seen = self.rule(picture.pixels[..., 0]).items()
         entities = [
-            Entity.of(n, phrase, mask, Evidence(score, 1.0, 1.0, 1.0), spacing_mm=picture.spacing_mm)
+            Entity.of(n, phrase, mask, ConfidenceFeatures(score, 1.0, 1.0, 1.0), spacing_mm=picture.spacing_mm)
             for n, (phrase, (mask, score)) in enumerate(seen)
         ]
         return Answer("Here.", [], entities, False, request.question, picture.pixels, Prompts(), picture.grid)
@@ -262,7 +262,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 
 def test_a_model_is_asked_of_every_slice(tmp_path):
     """A small model with random weights: a volume's answer is that of its slices one by one, whatever it says."""
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.generate.max_new_tokens = 24
     mimo = Mimo(config, random_params(config), make_tokenizer(tmp_path))
     values = np.random.default_rng(0).integers(0, 255, (30, 24, 5)).astype(np.int16)

@@ -22,18 +22,18 @@ def build(config):
     return params, lambda p, batch: scan.bind(graphdef, p)(batch)
 
 
-@pytest.mark.parametrize(("kind", "seg_state", "seg_place"), [
+@pytest.mark.parametrize(("kind", "seg_state", "seg_position"), [
     ("cross_attention", "token", "inside"), ("none", "token", "inside"), ("linear", "predict", "bare"), ("mlp", "token", "after"),
 ])  # fmt: skip
-def test_forward_and_backward_of_every_kind(kind, seg_state, seg_place):
-    config = tiny_config(seg_state=seg_state, seg_place=seg_place)
+def test_forward_and_backward_of_every_kind(kind, seg_state, seg_position):
+    config = tiny_config(seg_state=seg_state, seg_position=seg_position)
     config.model.aligner = dataclasses.replace(config.model.aligner, kind=kind)
     graphdef, _ = mimo.abstract(config)
     params = mimo.init_params(config, jax.random.key(0))
     batch = random_batch(config, length=80)
 
     def loss(p):
-        return losses.total(losses.batch_sums(scan.bind(graphdef, p), batch, 256), config.train.loss, losses.weights_of(batch))
+        return losses.combine(losses.batch_sums(scan.bind(graphdef, p), batch, 256), config.train.loss, losses.normalizers(batch))
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)
@@ -42,18 +42,18 @@ def test_forward_and_backward_of_every_kind(kind, seg_state, seg_place):
     roots = {p.split("/")[0] for p, g in pathtree.flatten(grads).items() if np.abs(g).max() > 0}
     wanted = {"clip", "aligner", "embedding", "llm", "lm_head", "seg_projection", "sam_encoder", "sam_decoder"}
     assert wanted <= roots and ("prompt" in params) == ("prompt" in roots) == (kind in ("cross_attention", "none"))
-    rows = {"inside": 3, "after": 3, "bare": 1}[seg_place]
+    rows = {"inside": 3, "after": 3, "bare": 1}[seg_position]
     assert params["embedding"]["grounding"].shape == (rows, 16) and params["lm_head"]["grounding"].shape == (16, rows)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_turns_of_the_kinds_that_read_the_image_alone_differ_by_image_only(kind):
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.model.aligner.kind = kind
     model = scan.bind(mimo.abstract(config)[0], mimo.init_params(config, jax.random.key(0)))
     batch = random_batch(config, length=80)
     image = model.encode_clip(batch["clip_image"], batch["clip_size"])
-    x_q, look = model.align_and_look(image, *(batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind")))
+    x_q, look = model.align_with_attention(image, *(batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind")))
     assert look is None and x_q.shape == (4, 2, config.model.query_tokens(), 16)
     for b in range(4):  # two samples of two turns to an image
         np.testing.assert_array_equal(x_q[b, 0], x_q[b, 1])
@@ -118,7 +118,7 @@ def test_what_lies_outside_the_content_is_not_seen(forward):
 
 def test_turns_have_their_own_x_q():
     """Two turns: changing the prompt of the second leaves the X_q of the first."""
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     params = mimo.init_params(config, jax.random.key(0))
     model = scan.bind(mimo.abstract(config)[0], params)
     batch = random_batch(config)
@@ -138,7 +138,7 @@ def test_seg_states_are_those_of_the_token_or_of_the_one_before():
     for mode, shift in (("token", 0), ("predict", 1)):
         config = tiny_config(seg_state=mode)
         model = scan.bind(mimo.abstract(config)[0], mimo.init_params(config, jax.random.key(0)))
-        got = model.seg_states(hidden, index)
+        got = model.seg_hidden(hidden, index)
         np.testing.assert_array_equal(got[0], hidden[0, np.asarray([2, 5]) - shift])
 
 

@@ -10,4 +10,4 @@ def get_config():
 
 
 def get_ablations(base):
-    return {"mine": {"plain": {}, "rare": {"data.share": 1e-6}}}
+    return {"mine": {"plain": {}, "rare": {"data.fraction": 1e-6}}}

@@ -59,7 +59,7 @@ def test_every_run_is_submitted_once_and_waited_for(cluster, tmp_path, monkeypat
     assert len(submitted) == 2  # both at a time
     assert all("--nodes 2 --gpus-per-node h100:8" in line for line in submitted)
     assert all(f"mimo train --config {ABLATIONS} --workdir {runs}/" in line for line in submitted)
-    assert sum(line.endswith("--config.data.share=1e-06 --config.data.seed=5 --config.train.seed=5") for line in submitted) == 1
+    assert sum(line.endswith("--config.data.fraction=1e-06 --config.data.seed=5 --config.train.seed=5") for line in submitted) == 1
     assert "| rare | 1 | 0.500 (+0.000) |" in capsys.readouterr().out
     assert not list((tmp_path / "runs").glob("*/job.json"))
 

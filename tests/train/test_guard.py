@@ -7,16 +7,16 @@ import pytest
 
 from mimo_jax.checkpoints.checkpoint import Checkpoints
 from mimo_jax.config import TrainConfig
-from mimo_jax.train.guard import Guard, NotFinite
-from mimo_jax.train.hooks import Tick
+from mimo_jax.train.guard import NonFiniteGuard, NotFinite
+from mimo_jax.train.hooks import StepInfo
 
 
-def run(folder, losses, **settings) -> Guard:
+def run(folder, losses, **settings) -> NonFiniteGuard:
     """The guard after steps with these losses."""
-    guard = Guard(TrainConfig(**settings), Checkpoints(folder), lambda batch: [f"record {batch}"])
+    guard = NonFiniteGuard(TrainConfig(**settings), Checkpoints(folder), lambda batch: [f"record {batch}"])
     for number, loss in enumerate(losses, 1):
         metrics = {"loss": jnp.float32(loss), "finite": jnp.float32(jnp.isfinite(loss))}
-        guard(Tick(number, {}, metrics, 4, number == len(losses), lambda number=number: {"batch": number}))
+        guard(StepInfo(number, {}, metrics, 4, number == len(losses), lambda number=number: {"batch": number}))
     return guard
 
 

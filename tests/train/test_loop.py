@@ -127,7 +127,7 @@ def test_a_run_directory_of_another_config_is_refused(phantoms, whole):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(phantoms, tmp_path):
-    config = config_for(phantoms, quick_config(), steps=30, learning_rate=1e38, warmup_steps=2, checkpoint_every=1, clip_norm=1e30)
+    config = config_for(phantoms, quick_config(), steps=30, learning_rate=1e38, warmup_steps=2, checkpoint_every=1, max_grad_norm=1e30)
     with pytest.raises(NotFinite, match=r"last good checkpoint is step \d+"):
         loop.train(config, tmp_path / "run")
     good = checkpoint.Checkpoints(tmp_path / "run").latest()
@@ -155,7 +155,7 @@ def test_what_cannot_run_is_said_before_any_work(phantoms, tmp_path, change, mes
 
 
 def test_a_run_writes_metrics_overlays_and_a_report(phantoms, tmp_path, capsys):
-    config = config_for(phantoms, quick_config(), steps=2, eval_samples=6, overlays=2, calibrate_samples=6)
+    config = config_for(phantoms, quick_config(), steps=2, eval_samples=6, num_overlays=2, calibrate_samples=6)
     assert loop.train(config, tmp_path / "run") == 0
     assert "scores are not calibrated" in capsys.readouterr().err  # one image of val has too few structures
     out = tmp_path / "run" / "eval" / "00000002"

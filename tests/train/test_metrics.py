@@ -18,18 +18,18 @@ from mimo_jax.analysis import flops, hardware
 from mimo_jax.config import ConfigError
 from mimo_jax.train import metrics, writers
 from mimo_jax.train.goodput import Goodput
-from mimo_jax.train.hooks import Tick
+from mimo_jax.train.hooks import StepInfo
 from mimo_jax.train.metrics import Metrics
-from mimo_jax.train.writers import Reports
+from mimo_jax.train.writers import MetricWriters
 from tests.tiny_config import tiny_config
 
 LENGTH, SAMPLES = 96, 4
 
 
-def tick(step: int, finite: float = 1.0, last: bool = False) -> Tick:
+def tick(step: int, finite: float = 1.0, last: bool = False) -> StepInfo:
     values = {"loss": 2.0 * step if finite else math.nan, "ce": 1.0, "learning_rate": step / 10, "input_tokens": 300.0, "finite": finite}
     on_device = {name: jnp.float32(value) for name, value in values.items()}
-    return Tick(step, {}, on_device, SAMPLES, last, dict, LENGTH, wait=0.01, dispatch=0.0)
+    return StepInfo(step, {}, on_device, SAMPLES, last, dict, LENGTH, wait=0.01, dispatch=0.0)
 
 
 def run(tmp_path, ticks, first: int = 0, **train) -> list[dict]:
@@ -38,7 +38,7 @@ def run(tmp_path, ticks, first: int = 0, **train) -> list[dict]:
     config.train.log_every, config.train.steps = 2, 8
     for name, value in train.items():
         setattr(config.train, name, value)
-    with Goodput(tmp_path, time.time(), first, 8) as goodput, Reports(config, tmp_path, first) as told:
+    with Goodput(tmp_path, time.time(), first, 8) as goodput, MetricWriters(config, tmp_path, first) as told:
         hook = Metrics(config, goodput, told)
         for one in ticks:
             time.sleep(0.05)
@@ -101,7 +101,7 @@ def test_tensorboard_gets_rows_and_pictures(tmp_path):
     folder = tmp_path / "eval"
     folder.mkdir()
     Image.fromarray(np.full((5, 7, 3), 9, np.uint8)).save(folder / "I_CT_a.png")
-    with Reports(tiny_config(), tmp_path, 0) as told:
+    with MetricWriters(tiny_config(), tmp_path, 0) as told:
         told.row(3, {"loss": 1.5, "iou": None})
         told.pictures(3, folder)
     values = [(event.step, value) for event in events(tmp_path / "tensorboard") for value in event.summary.value]

@@ -11,7 +11,7 @@ from mimo_jax import pathtree, sharding
 from mimo_jax.config import ConfigError, LoraConfig, MeshConfig, TrainConfig
 from mimo_jax.parameters import multipliers
 from mimo_jax.train.optimizer import make_optimizer, schedule
-from mimo_jax.train.state import Plan
+from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.step import make_step
 from tests.tiny_config import random_batch, random_params, tiny_config
 
@@ -24,8 +24,8 @@ LORA_TABLE = {
 }
 
 
-def plan_for(config) -> Plan:
-    return Plan(config, sharding.make_mesh(MeshConfig()))
+def plan_for(config) -> TrainSetup:
+    return TrainSetup(config, sharding.make_mesh(MeshConfig()))
 
 
 def lora_config():
@@ -85,7 +85,7 @@ def test_accumulated_micro_batches_equal_one_batch():
     config.train.loss.look = 1.0
     results = {}
     for micro in (1, 2):
-        config.train = dataclasses.replace(config.train, accumulate=micro)
+        config.train = dataclasses.replace(config.train, grad_accum_steps=micro)
         plan = plan_for(config)
         state, frozen = plan.start(random_params(config))
         state, metrics = make_step(plan)(state, frozen, batch)

@@ -12,11 +12,11 @@ import numpy as np
 
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.builder.entities import canonical
-from mimo_jax.data.builder.item_batches import ItemNames, Known
-from mimo_jax.data.builder.label_stats import Census, Tally
+from mimo_jax.data.builder.item_batches import ItemNames, BuildIndex
+from mimo_jax.data.builder.label_stats import LabelStats, LabelCounts
 from mimo_jax.data.builder.llm_client import ChatClient
-from mimo_jax.data.builder.question_generation import Asking
-from mimo_jax.data.builder.splits import SHARES, Alike, check_shares, split_groups
+from mimo_jax.data.builder.question_generation import QuestionGeneration
+from mimo_jax.data.builder.splits import SHARES, NearDuplicates, check_shares, split_groups
 from mimo_jax.data.records import SHARD_BYTES, DataError
 
 BUILDER_VERSION = "1.0"  # raised whenever the same items would give other records
@@ -85,13 +85,13 @@ class ShardJob:
 class Plan:
     """records: in all jobs, which come one by one. told: what dataset_info.json says of it."""
 
-    asking: Asking
+    asking: QuestionGeneration
     records: int
     jobs: Iterator[ShardJob]
     told: dict
 
 
-def make_plan(work: Path, known: Known, options: Options) -> Plan:
+def make_plan(work: Path, known: BuildIndex, options: Options) -> Plan:
     """Adds to the notes in `work`. Raises as `decide_splits` does."""
     ids, names = known.ids(), ItemNames(work / "parts", known)
     decided = decide_splits(known, ids, options, names, work / ALIKE)
@@ -102,7 +102,7 @@ def make_plan(work: Path, known: Known, options: Options) -> Plan:
         write_lines(file, ({"id": names[n], "note": note} | beside for (n, note, _), beside in zip(decided.notes, others, strict=True)))
     census, counted = _census(known, ~dropped)
     model, counts = options.model(), np.diff(known.first).tolist()
-    asking = Asking(census, options.seed, tuple(options.perspectives), counts, model, options.llm_cache, options.llm_requests)
+    asking = QuestionGeneration(census, options.seed, tuple(options.perspectives), counts, model, options.llm_cache, options.llm_requests)
     basis = (BUILDER_VERSION, options.seed, options.perspectives, model, counted)
     numbers = {split: np.flatnonzero((at == label) & ~dropped).tolist() for label, split in enumerate(SPLITS)}
     unknown = sorted({entity for kind in known.kinds for entity in kind[2] if not canonical(entity, *kind[:2]).known})
@@ -110,7 +110,7 @@ def make_plan(work: Path, known: Known, options: Options) -> Plan:
     return Plan(asking, int((~dropped).sum()), _jobs(known, ids, numbers, basis, options.shard_bytes), told)
 
 
-def _jobs(known: Known, ids: Sequence[str], numbers: Mapping[str, list[int]], basis: tuple, shard_bytes: int) -> Iterator[ShardJob]:
+def _jobs(known: BuildIndex, ids: Sequence[str], numbers: Mapping[str, list[int]], basis: tuple, shard_bytes: int) -> Iterator[ShardJob]:
     """numbers: of each split its records. basis: what all contents depend on."""
     for split in sorted(numbers):
         for number, shard in enumerate(_filled(numbers[split], known.sizes, shard_bytes)):
@@ -120,14 +120,14 @@ def _jobs(known: Known, ids: Sequence[str], numbers: Mapping[str, list[int]], ba
             yield ShardJob(f"{split}-{number:05d}.part", fingerprint, split, places)
 
 
-def _census(known: Known, kept: np.ndarray) -> tuple[Census, list[tuple[tuple, int]]]:
+def _census(known: BuildIndex, kept: np.ndarray) -> tuple[LabelStats, list[tuple[tuple, int]]]:
     """(the census; what it is made of)."""
     images = np.bincount(np.array(known.kind, np.int64)[kept], minlength=len(known.kinds))
     counted = [(kind, n) for kind, n in zip(known.kinds, images.tolist(), strict=True)]
-    tally = Tally()
+    tally = LabelCounts()
     for (dataset, modality, entities, complete, absent), n in counted:
         tally.add(dataset, modality, entities, absent, complete, times=n)
-    return Census.of_tally(tally), counted
+    return LabelStats.of_tally(tally), counted
 
 
 def _filled(numbers: Iterable[int], sizes: Sequence[int], shard_bytes: int) -> Iterator[list[int]]:
@@ -153,7 +153,7 @@ class Splits:
     notes: list[tuple[int, str, int | None]]
 
 
-def decide_splits(known: Known, ids: Sequence[str], options: Options, names: Sequence[str], listing: Path) -> Splits:
+def decide_splits(known: BuildIndex, ids: Sequence[str], options: Options, names: Sequence[str], listing: Path) -> Splits:
     """names: of each record, as an error shows it. listing: the file for the pairs that leak, where there are many. Raises DataError
     for a group in two splits, LeakError as `Options` says."""
     for group, said in known.given.items():
@@ -161,7 +161,7 @@ def decide_splits(known: Known, ids: Sequence[str], options: Options, names: Seq
             raise DataError(f"group {group}: its source puts it into {' and '.join(sorted(said))}; use one of {', '.join(SPLITS)}")
     given = {group: said for group, (said,) in known.given.items()}
     group_names, groups = list(known.groups), np.array(known.group, np.int64)
-    alike = Alike.of(np.array(known.alike, np.uint64).reshape(-1, 5))
+    alike = NearDuplicates.of(np.array(known.alike, np.uint64).reshape(-1, 5))
     united = alike.together(groups) if options.duplicates == "together" else groups
     fixed: dict[str, str] = {}
     for group, root in zip(groups.tolist(), united.tolist(), strict=True):

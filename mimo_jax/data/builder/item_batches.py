@@ -31,7 +31,7 @@ _WRITER = "group_size:1,uncompressed"  # images are compressed already
 
 
 @dataclass(frozen=True)
-class Part:
+class ItemBatch:
     """fingerprint: of its items and of how they are made. rows: of each record (item, …), as `Known.add` takes them."""
 
     number: int
@@ -46,7 +46,7 @@ def in_parts(items: Iterable[Item]) -> Iterator[tuple[int, list[Item]]]:
     return enumerate(iter(lambda: list(itertools.islice(items, PART)), []))
 
 
-def make_part(folder: Path, version: str, job: tuple[int, list[Item]]) -> Part:
+def make_part(folder: Path, version: str, job: tuple[int, list[Item]]) -> ItemBatch:
     """The part of these items, made unless it is there. `folder` is written by no other process than the workers of one build."""
     number, items = job
     fingerprint = hashlib.sha256(f"{version} {items!r}".encode()).hexdigest()
@@ -55,7 +55,7 @@ def make_part(folder: Path, version: str, job: tuple[int, list[Item]]) -> Part:
         return known
     path = records_file(folder, number)
     known_file(folder, number).unlink(missing_ok=True)
-    part = Part(number, fingerprint, [], [], [])
+    part = ItemBatch(number, fingerprint, [], [], [])
     with writing(path):
         writer = array_record_module.ArrayRecordWriter(f"{path}.new", _WRITER)
     for item in items:
@@ -85,10 +85,10 @@ def known_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.known"
 
 
-def _read(folder: Path, number: int) -> Part | None:
+def _read(folder: Path, number: int) -> ItemBatch | None:
     try:
         content = msgpack.unpackb(known_file(folder, number).read_bytes())
-        return Part(**content) if records_file(folder, number).is_file() else None
+        return ItemBatch(**content) if records_file(folder, number).is_file() else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -116,7 +116,7 @@ def _number(name: str) -> int:
 
 
 @dataclass
-class Known:
+class BuildIndex:
     """Of n records, in the order of the items: columns of n numbers, and the tables that `group` and `kind` count in."""
 
     pixels: array = field(default_factory=lambda: array("Q"))  # hash of the pixels
@@ -136,7 +136,7 @@ class Known:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: ItemBatch) -> None:
         for _, pixels, alike, size, group, split, (dataset, modality, entities, complete, absent) in part.rows:
             self.pixels.append(pixels)
             self.alike.frombytes(alike)
@@ -180,7 +180,7 @@ class Known:
 class ItemNames(Sequence[str]):
     """Of a record's number the id of its item, read back from the parts."""
 
-    def __init__(self, folder: Path, known: Known):
+    def __init__(self, folder: Path, known: BuildIndex):
         self._known = known
         self._rows = lru_cache(maxsize=64)(lambda part: [row[0] for row in _read(folder, part).rows])
 

@@ -13,7 +13,7 @@ from mimo_jax.data.builder import templates
 from mimo_jax.data.builder.knowledge import KNOWLEDGE, TABLE, Fact
 from mimo_jax.data.builder.label_stats import overlapping
 from mimo_jax.data.builder.scene import Scene, grounded
-from mimo_jax.data.builder.templates import blanks, listed, with_article
+from mimo_jax.data.builder.templates import placeholders, listed, with_article
 from mimo_jax.data.schema import Mask, Sample
 
 RELATION_SHARE = 0.5  # of IV, where there is a relation to ask for
@@ -58,7 +58,7 @@ def _function(scene: Scene, entities: list[str]) -> Sample:
 
 def _told(scene: Scene, kind: str, question: str, answer: str, entities: list[str]) -> Sample:
     return scene.sample(
-        "III", kind, question, scene.told(blanks(answer, len(entities)), scene.spans(sorted(entities))), kb=_source(scene, entities[0])
+        "III", kind, question, scene.told(placeholders(answer, len(entities)), scene.spans(sorted(entities))), kb=_source(scene, entities[0])
     )
 
 
@@ -69,7 +69,7 @@ def _source(scene: Scene, entity: str) -> dict[str, str]:
 
 def _contains(scene: Scene, lesion: str) -> Sample:
     hosts = scene.hosts(lesion)
-    answer = grounded(f"The {{}} lies in {blanks('{the}', len(hosts))}.", scene.spans([lesion, *hosts]))
+    answer = grounded(f"The {{}} lies in {placeholders('{the}', len(hosts))}.", scene.spans([lesion, *hosts]))
     return scene.sample("III", "contains", scene.pick(scene.style.contains).format(lesion), answer)
 
 
@@ -124,7 +124,7 @@ def _hidden(scene: Scene, entity: str) -> bool:
 def _beside(scene: Scene, other: str, entities: list[str]) -> Sample:
     verb = "lies" if len(entities) == 1 else "lie"
     spans = scene.spans(sorted(entities))
-    answer = blanks("{The} usually " + verb + " next to the ", len(entities))
+    answer = placeholders("{The} usually " + verb + " next to the ", len(entities))
     if other in scene.masks:
         answer, spans = answer + "{}.", spans + scene.spans([other])
     else:

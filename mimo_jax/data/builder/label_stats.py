@@ -31,7 +31,7 @@ def is_lesion(entity: str) -> bool:
 
 
 @dataclass
-class Tally:
+class LabelCounts:
     """Counts of images, to make a Census of. Tallies of parts of a data set add up to that of the whole."""
 
     images: Counter[Key] = field(default_factory=Counter)
@@ -56,7 +56,7 @@ class Tally:
             self.labelled.update({(key, entity): times for entity in shown})
             self.known.update({(key, entity): times for entity in _covered(shown) | lacked})
 
-    def __iadd__(self, other: Tally) -> Tally:
+    def __iadd__(self, other: LabelCounts) -> LabelCounts:
         for name, counts in vars(other).items():
             getattr(self, name).update(counts)
         return self
@@ -74,7 +74,7 @@ def _kin(entity: str) -> tuple[str, ...]:
 
 
 @dataclass
-class Census:
+class LabelStats:
     """Shares of images by key. `absence` and `vouched` are by default those of complete labels."""
 
     share: dict[Key, float] = field(default_factory=dict)  # of all images
@@ -90,17 +90,17 @@ class Census:
             self.vouched = {key: frozenset(seen) for key, seen in self.presence.items()}
 
     @staticmethod
-    def of(records: Iterable[Record], elsewhere: bool = False, absent: Mapping[str, Iterable[str]] | None = None) -> Census:
+    def of(records: Iterable[Record], elsewhere: bool = False, absent: Mapping[str, Iterable[str]] | None = None) -> LabelStats:
         """Count the masks of `records`. absent: record id → entities known not to be in it, where labels are not complete;
         without it, they are."""
-        tally = Tally()
+        tally = LabelCounts()
         for record in records:
             said = () if absent is None else absent.get(record.id, ())
             tally.add(record.dataset, record.modality, {mask.entity for mask in record.masks}, said, complete=absent is None)
-        return Census.of_tally(tally, elsewhere)
+        return LabelStats.of_tally(tally, elsewhere)
 
     @staticmethod
-    def of_tally(tally: Tally, elsewhere: bool = False) -> Census:
+    def of_tally(tally: LabelCounts, elsewhere: bool = False) -> LabelStats:
         total = sum(tally.images.values())
         presence: dict[Key, dict[str, float]] = {key: {} for key in tally.images}
         absence: dict[Key, dict[str, float]] = {key: {} for key in tally.images}
@@ -108,7 +108,7 @@ class Census:
             presence[key][entity] = tally.shown[key, entity] / tally.images[key]
             silent = tally.complete[key] - tally.known[key, entity] if tally.labelled[key, entity] else 0
             absence[key][entity] = (silent + tally.lacked[key, entity]) / tally.images[key]
-        return Census(
+        return LabelStats(
             share={key: n / total for key, n in tally.images.items()},
             presence=presence,
             elsewhere=elsewhere,

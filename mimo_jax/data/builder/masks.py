@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from mimo_jax.data.builder.items import MaskRef
 from mimo_jax.data.images.dicom import reading
-from mimo_jax.data.images.image import DicomGrid, NiftiGrid, Picture, kind_of, library
+from mimo_jax.data.images.image import DicomGrid, NiftiGrid, MedicalImage, kind_of, library
 from mimo_jax.data.prompt_files import decode_segmentation
 from mimo_jax.data.transforms import decode_labels, decode_mask
 from mimo_jax.errors import UserError
@@ -22,7 +22,7 @@ from mimo_jax.errors import UserError
 _AFFINE_MM = 0.1  # by which the corners of two grids that are the same may lie apart
 
 
-def read_mask(ref: MaskRef, picture: Picture) -> np.ndarray:
+def read_mask(ref: MaskRef, picture: MedicalImage) -> np.ndarray:
     """bool [H, W], what `ref` marks on `picture`. Raises UserError for what cannot be read or has another size."""
     height, width = picture.pixels.shape[:2]
     if ref.rle is not None or ref.polygon is not None:
@@ -34,7 +34,7 @@ def read_mask(ref: MaskRef, picture: Picture) -> np.ndarray:
     return ~mask if ref.inverted else mask
 
 
-def _of_file(path: Path, value: int | None, picture: Picture) -> np.ndarray:
+def _of_file(path: Path, value: int | None, picture: MedicalImage) -> np.ndarray:
     kind = kind_of(path)
     if kind == "DICOM":
         return _of_seg(path, value, picture.grid)

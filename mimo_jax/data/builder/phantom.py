@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from mimo_jax.data.builder.label_stats import Census
+from mimo_jax.data.builder.label_stats import LabelStats
 from mimo_jax.data.builder.phantom_scenes import ANATOMY, PAINTERS
 from mimo_jax.data.builder.phantom_shapes import NoRoom, Scene, smooth_field
 from mimo_jax.data.builder.questions import ask
@@ -21,7 +21,7 @@ from mimo_jax.errors import UserError
 DATASET = "phantoms"
 ASPECT = 0.78  # the shorter side is at least this share of the longer one
 MODALITY_SHARES = {modality: anatomy.share for modality, anatomy in ANATOMY.items()}
-PHANTOM_CENSUS = Census(
+PHANTOM_CENSUS = LabelStats(
     share={(DATASET, modality): anatomy.share for modality, anatomy in ANATOMY.items()},
     presence={(DATASET, modality): anatomy.presence() for modality, anatomy in ANATOMY.items()},
     elsewhere=True,

@@ -22,9 +22,9 @@ import msgpack
 from tqdm import tqdm
 
 from mimo_jax.data.builder.build_plan import BUILDER_VERSION, NOTES, Options, Plan, ShardJob, make_plan, write_lines
-from mimo_jax.data.builder.item_batches import Known, in_parts, known_file, make_part, read_records
+from mimo_jax.data.builder.item_batches import BuildIndex, in_parts, known_file, make_part, read_records
 from mimo_jax.data.builder.items import Reader
-from mimo_jax.data.builder.question_generation import Asking
+from mimo_jax.data.builder.question_generation import QuestionGeneration
 from mimo_jax.data.builder.workers import Workers
 from mimo_jax.data.records import SAMPLES, DataError, IndexBuilder, Shard, ShardWriter, join_shards, sha256
 from mimo_jax.data.schema import Record
@@ -82,8 +82,8 @@ def _claimed(out: Path) -> Iterator[Path]:
 # --- the first pass
 
 
-def _first_pass(reader: Reader, work: Path, options: Options, pool: Workers, bar: Callable) -> Known:
-    known, troubled = Known(), []
+def _first_pass(reader: Reader, work: Path, options: Options, pool: Workers, bar: Callable) -> BuildIndex:
+    known, troubled = BuildIndex(), []
     make = functools.partial(make_part, work / "parts", BUILDER_VERSION)
     with bar(desc="records") as progress, open(work / REJECTS, "w") as rejects, open(work / NOTES, "w") as notes:
         for part in pool.map(make, in_parts(reader.items())):
@@ -125,7 +125,7 @@ def _second_pass(work: Path, plan: Plan, pool: Workers, bar: Callable) -> tuple[
     return shards, left_out
 
 
-def write_shard(work: Path, asking: Asking, job: ShardJob) -> tuple[str, Shard, dict[str, int]]:
+def write_shard(work: Path, asking: QuestionGeneration, job: ShardJob) -> tuple[str, Shard, dict[str, int]]:
     """Records with their questions to the shard of a job, unless it is there: (split, shard, what was left out)."""
     path = work / "shards" / job.name
     said = path.with_suffix(".said")
@@ -144,7 +144,7 @@ def write_shard(work: Path, asking: Asking, job: ShardJob) -> tuple[str, Shard, 
     return job.split, shard, left_out
 
 
-def _named(work: Path, asking: Asking, job: ShardJob) -> Iterator[tuple[Record, bool, list[str]]]:
+def _named(work: Path, asking: QuestionGeneration, job: ShardJob) -> Iterator[tuple[Record, bool, list[str]]]:
     """(record, complete, absent) of a job, with the id and split that are decided."""
     records = read_records(work / "parts", job.places, asking.counts)
     for (_, _, record_id), (record, complete, absent) in zip(job.places, records, strict=True):

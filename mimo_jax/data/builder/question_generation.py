@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mimo_jax.data.builder.label_stats import Census
+from mimo_jax.data.builder.label_stats import LabelStats
 from mimo_jax.data.builder.llm_client import ChatClient
 from mimo_jax.data.builder.llm_questions import describe, llm_samples
 from mimo_jax.data.builder.questions import ask, record_rng
@@ -21,11 +21,11 @@ _BLOCK = 64  # records whose questions are awaited together
 
 
 @dataclass(frozen=True)
-class Asking:
+class QuestionGeneration:
     """What questions depend on beside the record. counts: records of each part. model: of the endpoint that writes III and IV, ""
     for templates alone; its replies are kept in llm_cache, and of a process, it is asked llm_requests times at most."""
 
-    census: Census
+    census: LabelStats
     seed: int
     perspectives: tuple[str, ...]
     counts: list[int]

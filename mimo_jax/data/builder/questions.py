@@ -17,9 +17,9 @@ import numpy as np
 
 from mimo_jax.data.builder import knowledge_questions, relation_questions, vqa_questions
 from mimo_jax.data.builder.knowledge import KNOWLEDGE
-from mimo_jax.data.builder.label_stats import Census
+from mimo_jax.data.builder.label_stats import LabelStats
 from mimo_jax.data.builder.scene import Scene, grounded
-from mimo_jax.data.builder.templates import CORE, SHOWN, UNMARKED, Style, blanks, said
+from mimo_jax.data.builder.templates import CORE, SHOWN, UNMARKED, TemplateSet, placeholders, render
 from mimo_jax.data.schema import Record, Sample
 
 PAIR_SHARE = 0.15  # of I
@@ -32,7 +32,7 @@ def record_rng(seed: int, record_id: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(record_id.encode())])
 
 
-def ask(record: Record, rng: np.random.Generator, census: Census, absent: Iterable[str] | None = None, style: Style = CORE) -> list[Sample]:
+def ask(record: Record, rng: np.random.Generator, census: LabelStats, absent: Iterable[str] | None = None, style: TemplateSet = CORE) -> list[Sample]:
     """About 4 samples of I, 4 of II, 3 of III, 3 of IV and 6 of vqa, as far as the record's entities allow; of the style
     phrases.FULL some more, with relations.
 
@@ -63,17 +63,17 @@ def segmentations(scene: Scene, number: int) -> list[Sample]:
         question, answer = scene.pick(scene.style.segment)
         absent = scene.absent_entity(known=False) if scene.rng.random() < scene.style.absent_share or not queue else None
         if absent:
-            made = scene.sample("I", "absent", said(question, [absent]), scene.no_such(absent))
+            made = scene.sample("I", "absent", render(question, [absent]), scene.no_such(absent))
         elif not queue:
             break
         elif len(scene.masks) > 1 and scene.rng.random() < PAIR_SHARE:
             pair = scene.shuffled(scene.masks)[:2]
             if not scene.separate(*pair):
                 continue
-            made = scene.sample("I", "two", said(question, pair), grounded(blanks(answer, 2), scene.spans(pair)))
+            made = scene.sample("I", "two", render(question, pair), grounded(placeholders(answer, 2), scene.spans(pair)))
         else:
             entity = queue.pop(0)
-            made = scene.sample("I", "one", said(question, [entity]), grounded(blanks(answer, 1), scene.spans([entity])))
+            made = scene.sample("I", "one", render(question, [entity]), grounded(placeholders(answer, 1), scene.spans([entity])))
         if made.turns[0].text not in asked:
             asked.add(made.turns[0].text)
             samples.append(made)

@@ -22,7 +22,7 @@ from mimo_jax.config import MODALITIES, PERSPECTIVES
 from mimo_jax.data.builder.entities import canonical
 from mimo_jax.data.builder.items import Item
 from mimo_jax.data.builder.masks import read_mask
-from mimo_jax.data.images.image import DicomGrid, NiftiGrid, Picture, Volume, Window, kind_of, limits_of
+from mimo_jax.data.images.image import DicomGrid, NiftiGrid, MedicalImage, Volume, Window, kind_of, limits_of
 from mimo_jax.data.images.open_image import open_picture
 from mimo_jax.data.images.volume import open_volume
 from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn, encode_mask
@@ -109,7 +109,7 @@ def _made(item: Item) -> Made:
 class _Image:
     """data: what is stored, in `format`. bits: of a value in the source."""
 
-    picture: Picture
+    picture: MedicalImage
     data: bytes
     format: str
     channels: int
@@ -124,7 +124,7 @@ def _read(item: Item) -> _Image:
         return _repaired(picture, _bits(picture))
     data = path.read_bytes()
     limits = limits_of(item.window)
-    picture = Picture(decode_image(data, window=limits, name=item.image))
+    picture = MedicalImage(decode_image(data, window=limits, name=item.image))
     format, mode = kept_format(data)
     if format:
         return _Image(picture, data, format, 1 if mode == "L" else 3, 8)
@@ -144,7 +144,7 @@ def kept_format(data: bytes) -> tuple[str, str]:
         return (image.format.lower() if plain else "", "I;16" if deep else mode)
 
 
-def _repaired(picture: Picture, bits: int) -> _Image:
+def _repaired(picture: MedicalImage, bits: int) -> _Image:
     """The picture as PNG, of one channel where it is grey."""
     pixels = picture.pixels
     grey = (pixels == pixels[..., :1]).all()
@@ -153,7 +153,7 @@ def _repaired(picture: Picture, bits: int) -> _Image:
     return _Image(picture, stream.getvalue(), "png", 1 if grey else 3, bits)
 
 
-def _bits(picture: Picture) -> int:
+def _bits(picture: MedicalImage) -> int:
     if isinstance(picture.grid, DicomGrid):
         return int(picture.grid.dataset.BitsStored)
     if isinstance(picture.grid, NiftiGrid):
@@ -161,7 +161,7 @@ def _bits(picture: Picture) -> int:
     return 8
 
 
-def _slice(path: Path, slice: str, window: Window) -> Picture:
+def _slice(path: Path, slice: str, window: Window) -> MedicalImage:
     """One slice, shown as its neighbours are; a packed volume is unpacked once for all that follow each other."""
     axis, _, index = slice.partition(":")
     if not index.isdecimal():
@@ -200,7 +200,7 @@ def perceptual_hash(pixels: np.ndarray) -> tuple[str, bytes]:
 # --- masks and samples
 
 
-def _masks(item: Item, picture: Picture, notes: list[str]) -> list[Mask | None]:
+def _masks(item: Item, picture: MedicalImage, notes: list[str]) -> list[Mask | None]:
     """Of each MaskRef its mask: that of an earlier one where both are the same, None where it is empty."""
     found: list[Mask | None] = []
     count: dict[str, int] = defaultdict(int)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mimo_jax.data.builder.build_plan import SPLITS, Options, Splits, decide_splits
-from mimo_jax.data.builder.item_batches import Known, Part, row_of
+from mimo_jax.data.builder.item_batches import BuildIndex, ItemBatch, row_of
 from mimo_jax.data.builder.record import perceptual_hash
 from mimo_jax.data.records import DataError, RecordFolder, read_info, write_records
 from mimo_jax.data.schema import Record
@@ -57,12 +57,12 @@ def _rewrite(folders: Sequence[Path], out: Path, info: dict, options: Options, k
     options.check()
     bar = {"unit": "image", "disable": not progress}
     total = sum(split["records"] for folder in folders for split in read_info(folder)["splits"].values())
-    known, names = Known(), []
+    known, names = BuildIndex(), []
     for record in tqdm(_records(folders), desc="read", total=total, **bar):
         looks = perceptual_hash(decode_image(record.image, name=f"record {record.id}"))[1] if record.phash64 else bytes(32)
         row = row_of(record.id, record, looks)
         row[4:6] = kept(record)
-        known.add(Part(0, "", [row], [], []))
+        known.add(ItemBatch(0, "", [row], [], []))
         names.append(record.id)
     ids = [*_unique(names)]
     decided = decide_splits(known, ids, options, names, out.absolute().parent / f"{out.name.lstrip('.')}.alike.jsonl")

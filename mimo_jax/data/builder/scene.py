@@ -11,9 +11,9 @@ import numpy as np
 
 from mimo_jax.data.builder.entities import ancestors
 from mimo_jax.data.builder.knowledge import KNOWLEDGE
-from mimo_jax.data.builder.label_stats import Census, is_lesion, overlapping
+from mimo_jax.data.builder.label_stats import LabelStats, is_lesion, overlapping
 from mimo_jax.data.builder.relations import Layout
-from mimo_jax.data.builder.templates import Style
+from mimo_jax.data.builder.templates import TemplateSet
 from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn
 
 NEARER = 1.2  # places nearer than this to equally far are not told
@@ -40,7 +40,7 @@ def names_pattern(names: tuple[str, ...]) -> re.Pattern:
 
 
 class Scene:
-    def __init__(self, record: Record, rng: np.random.Generator, census: Census, absent: Iterable[str] | None, style: Style):
+    def __init__(self, record: Record, rng: np.random.Generator, census: LabelStats, absent: Iterable[str] | None, style: TemplateSet):
         self.record, self.rng, self.census, self.style = record, rng, census, style
         self.masks: dict[str, list[Mask]] = {}
         for mask in record.masks:

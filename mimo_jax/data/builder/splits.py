@@ -93,14 +93,14 @@ def split_groups(
 
 
 @dataclass(frozen=True)
-class Alike:
+class NearDuplicates:
     """Of n records: which of the different looks each has, and the pairs of these that are alike."""
 
     kind: np.ndarray  # int64 [n]
     near: np.ndarray  # int64 [p, 2], of kinds, the first the smaller
 
     @staticmethod
-    def of(hashes: np.ndarray) -> Alike:
+    def of(hashes: np.ndarray) -> NearDuplicates:
         """hashes: uint64 [n, 5], the 64 bits, then the 256."""
         unique, kind = np.unique(hashes, axis=0, return_inverse=True)
         pairs = [np.zeros((0, 2), np.int64)]
@@ -109,7 +109,7 @@ class Alike:
             order = np.argsort(part, kind="stable")
             edges = np.flatnonzero(np.diff(part[order], prepend=-1, append=-1))
             pairs += [_near(unique, order[start:end]) for start, end in zip(edges[:-1], edges[1:], strict=True) if end - start > 1]
-        return Alike(kind.reshape(-1), np.unique(np.concatenate(pairs), axis=0))
+        return NearDuplicates(kind.reshape(-1), np.unique(np.concatenate(pairs), axis=0))
 
     def together(self, groups: np.ndarray) -> np.ndarray:
         """int64 [n]: groups, int64 [n], united where they share a picture that looks alike; named by their smallest."""

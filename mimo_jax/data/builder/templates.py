@@ -15,7 +15,7 @@ METHODS = {"fundus": "fundus photography", "pathology": "microscopy"}  # modalit
 
 
 @dataclass(frozen=True)
-class Style:
+class TemplateSet:
     """A set of wordings, and how many samples of an image are made of them. {} is a name, {a} one with its article."""
 
     numbers: tuple[int, int, int, int]  # of I, II, III, IV
@@ -38,7 +38,7 @@ class Style:
     inventory: tuple[str, ...]
 
 
-CORE = Style(
+CORE = TemplateSet(
     numbers=(4, 4, 3, 3),
     absent_share=0.35,
     even=False,
@@ -147,12 +147,12 @@ SIDE_OF_THIS = (
 INSIDE_THIS = ("What lies inside the marked structure?", "What does the marked region enclose?")
 
 
-def said(phrase: str, entities: list[str]) -> str:
+def render(phrase: str, entities: list[str]) -> str:
     """A phrase with the entities named in it: "Where {is} {the}?" → "Where are the liver and the spleen?"."""
     return phrase.format(**_words(f"the {entity}" for entity in entities))
 
 
-def blanks(phrase: str, number: int) -> str:
+def placeholders(phrase: str, number: int) -> str:
     """A phrase with a blank `{}` for each of `number` entities: "Here {is} {the}." → "Here are the {} and the {}."."""
     return phrase.format(**_words(["the {}"] * number))
 

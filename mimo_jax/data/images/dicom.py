@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.data.images.image import PERCENTILES, DicomGrid, Picture, Window, library, limits_of
+from mimo_jax.data.images.image import PERCENTILES, DicomGrid, MedicalImage, Window, library, limits_of
 from mimo_jax.data.transforms import MAX_PIXELS, windowed
 from mimo_jax.errors import UserError
 
@@ -33,7 +33,7 @@ class DamagedError(UserError):
     """A file that is no DICOM picture, or not a whole one."""
 
 
-def open_frame(path: Path, frame: int | None, window: Window) -> Picture:
+def open_frame(path: Path, frame: int | None, window: Window) -> MedicalImage:
     """One frame of a DICOM file as a Picture; `open_picture` says the rest."""
     file = DicomFile(path)
     if frame is None and file.frames > 1:
@@ -66,7 +66,7 @@ class DicomFile:
             self.header = pydicom.Dataset()
             self.header.update({tag: element for tag, element in self._whole.items() if tag not in map(pydicom.tag.Tag, _PIXELS)})
 
-    def picture(self, frame: int, window: Window) -> Picture:
+    def picture(self, frame: int, window: Window) -> MedicalImage:
         with reading(self.path):
             values = self._pixels.pixel_array(self._whole, index=frame)
             view = _at_frame(self.header, frame)
@@ -76,7 +76,7 @@ class DicomFile:
                 raise UserError(f"{self.path}: a colour image takes no window; leave the window away")
             else:
                 rgb = _colour(self._pixels, self.header, values)
-            return Picture(rgb, _spacing(view), self.grid(frame))
+            return MedicalImage(rgb, _spacing(view), self.grid(frame))
 
     def grid(self, frame: int) -> DicomGrid:
         with reading(self.path):

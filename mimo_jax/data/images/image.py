@@ -69,7 +69,7 @@ Grid = NiftiGrid | DicomGrid
 
 
 @dataclass(frozen=True)
-class Picture:
+class MedicalImage:
     """pixels: uint8 RGB [H, W, 3]. spacing_mm: distance of neighbouring rows and of neighbouring columns, None if unknown.
     grid: where the picture lies in a medical file, None for any other."""
 
@@ -79,7 +79,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Volume(Sequence[Picture]):
+class Volume(Sequence[MedicalImage]):
     """Slices of one scan, all of one size: `len(volume)`, `volume[k]`, which makes that slice's Picture anew, iteration.
 
     size: (H, W). grids: where each slice lies. spacing_mm: distance of neighbouring slices, rows and columns; voxel_mm3: what
@@ -89,7 +89,7 @@ class Volume(Sequence[Picture]):
 
     size: tuple[int, int]
     grids: Sequence[Grid]
-    show: Callable[[int], Picture] = field(repr=False)
+    show: Callable[[int], MedicalImage] = field(repr=False)
     spacing_mm: tuple[float, float, float] | None
     voxel_mm3: float | None
     files: Sequence[Path] = field(repr=False)
@@ -98,8 +98,19 @@ class Volume(Sequence[Picture]):
     def __len__(self) -> int:
         return len(self.grids)
 
-    def __getitem__(self, k: int) -> Picture:
+    def __getitem__(self, k: int) -> MedicalImage:
         return self.show(range(len(self))[k])
+
+
+def parse_window(text: str) -> str | tuple[float, float]:
+    """A name as it is, which `check_window` judges; otherwise "LOW,HIGH" as two numbers. UserError for other text."""
+    if text.isalpha():
+        return text
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"{text!r} is not LOW,HIGH such as -160,240, or a name such as lung") from None
+    return low, high
 
 
 def check_window(window: Window) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.data.images.image import PERCENTILES, PLANES, NiftiGrid, Picture, Volume, Window, check_size, library, limits_of, opened
+from mimo_jax.data.images.image import PERCENTILES, PLANES, NiftiGrid, MedicalImage, Volume, Window, check_size, library, limits_of, opened
 from mimo_jax.data.transforms import MAX_PIXELS, windowed
 from mimo_jax.errors import UserError
 
@@ -22,7 +22,7 @@ _AXES = "ijk"
 _MM = {"meter": 1000.0, "micron": 0.001}  # a NIfTI file's unit of length; others are taken for mm
 
 
-def open_slice(path: Path, slice: str | None, window: Window) -> Picture:
+def open_slice(path: Path, slice: str | None, window: Window) -> MedicalImage:
     """One slice of a NIfTI file as a Picture; `open_picture` says the rest."""
     with _reading(path) as image:
         axis, index = _chosen(path, slice, *_axes(image))
@@ -49,7 +49,7 @@ def open_slices(path: Path, axis: str | None, window: Window) -> Volume:
         scaled = library("nibabel.volumeutils").apply_read_scaling
         limits = limits_of(window) or _limits(path, stored, lambda values: scaled(values, *scaling))
 
-    def show(k: int) -> Picture:
+    def show(k: int) -> MedicalImage:
         values = np.asarray(scaled(stored[k], *scaling), np.float64)
         if not np.isfinite(values).any():  # outside the field of view of a scan that was put onto a larger grid
             values = np.full_like(values, limits[0])
@@ -89,10 +89,10 @@ def _limits(path: Path, stored: np.ndarray, scaled: Any) -> tuple[float, float]:
     return low, max(high, np.nextafter(low, np.inf))
 
 
-def _picture(path: Path, grid: NiftiGrid, plane: np.ndarray, steps: np.ndarray, limits: tuple[float, float] | None) -> Picture:
+def _picture(path: Path, grid: NiftiGrid, plane: np.ndarray, steps: np.ndarray, limits: tuple[float, float] | None) -> MedicalImage:
     """A plane of the file, float64 and scaled, as it is seen."""
     grey = windowed(grid.turned(plane), limits, PERCENTILES, str(path))
-    return Picture(np.repeat(grey[:, :, None], 3, axis=2), _spacing(grid, steps), grid)
+    return MedicalImage(np.repeat(grey[:, :, None], 3, axis=2), _spacing(grid, steps), grid)
 
 
 def _steps(image: Any) -> np.ndarray:

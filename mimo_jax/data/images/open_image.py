@@ -11,13 +11,13 @@ import os
 from pathlib import Path
 
 from mimo_jax.data.images.dicom import open_frame
-from mimo_jax.data.images.image import Picture, Window, check_window, kind_of
+from mimo_jax.data.images.image import MedicalImage, Window, check_window, kind_of
 from mimo_jax.data.images.nifti import open_slice
 from mimo_jax.data.transforms import decode_image
 from mimo_jax.errors import UserError
 
 
-def open_picture(path: str | os.PathLike, *, frame: int | None = None, slice: str | None = None, window: Window = None) -> Picture:
+def open_picture(path: str | os.PathLike, *, frame: int | None = None, slice: str | None = None, window: Window = None) -> MedicalImage:
     """One picture out of a file; DICOM and NIfTI are known by their content, all else is read by `decode_image`.
 
     frame: of a DICOM of several, from 0. slice: of a NIfTI volume, "AXIS:INDEX" with i, j or k (axes of the file) or axial,
@@ -39,4 +39,4 @@ def open_picture(path: str | os.PathLike, *, frame: int | None = None, slice: st
         return open_slice(path, slice, window)
     if isinstance(window, str):
         raise UserError(f"{path}: window {window} is one of Hounsfield units, which only DICOM and NIfTI hold; give LOW,HIGH")
-    return Picture(decode_image(path, window=window))
+    return MedicalImage(decode_image(path, window=window))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mimo_jax.data.images.dicom import EVEN, DamagedError, DicomFile, place_of, reading, stack_affine, value_of
-from mimo_jax.data.images.image import DicomGrid, Picture, Volume, Window, check_size, kind_of, library
+from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, check_size, kind_of, library
 from mimo_jax.errors import UserError
 
 _TAGS = (
@@ -169,7 +169,7 @@ def _volume(files: list[Path], grids: list[DicomGrid], window: Window, file: Dic
     known = affine is not None and len(grids) > 1
     between, rows, columns = (float(np.linalg.norm(affine[:3, n])) for n in (2, 1, 0)) if known else (0, 0, 0)
 
-    def show(k: int) -> Picture:
+    def show(k: int) -> MedicalImage:
         return (file or DicomFile(files[k])).picture(grids[k].frame, window)
 
     return Volume(

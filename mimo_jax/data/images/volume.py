@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mimo_jax.data.images.image import PLANES, Picture, Volume, Window, check_window, kind_of
+from mimo_jax.data.images.image import PLANES, MedicalImage, Volume, Window, check_window, kind_of
 from mimo_jax.data.images.nifti import open_slices
 from mimo_jax.data.images.open_image import open_picture
 from mimo_jax.data.images.series import open_frames, open_series
@@ -46,7 +46,7 @@ def open_volume(path: str | os.PathLike, *, axis: str | None = None, series: int
 
 def open_scan(
     path: str | os.PathLike, *, frame: int | str | None = None, slice: str | None = None, series: int | None = None, window: Window = None
-) -> Picture | Volume:
+) -> MedicalImage | Volume:
     """What a command line chooses of a path: a Volume for a folder, frame "all" or slice "AXIS:all", else one Picture.
 
     Of a folder, slice "INDEX" or "PLANE:INDEX" chooses one, counted from 0 in the order of `open_volume`; PLANE can only be the

@@ -15,7 +15,7 @@ from mimo_jax.data.conversation import Rendered, SampleError, render
 from mimo_jax.data.prompts import Prompts, draw_prompts, encode_prompts
 from mimo_jax.data.schema import Record, RecordError, Sample
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.data.transforms import decode_image, mask_to_frame, views
+from mimo_jax.data.transforms import decode_image, mask_to_frame, preprocess
 from mimo_jax.geometry import Frame, clip_frame, sam_frame
 
 _POINTS_MOST = 4  # tokens that a drawn point prompt takes at most: three inside, one outside
@@ -29,8 +29,8 @@ def make_example(record: Record, sample: Sample, tokenizer: Tokenizer, config: C
     """
     image = record_image(record)
     rendered = render(sample, tokenizer, config)
-    masks = {mask_id: record.mask(mask_id).decode() for mask_id in wanted_masks(rendered)}
-    return {**views(image, config.model), "samples": [sample_arrays(sample.sample_id, rendered, masks, image.shape[:2], config, rng)]}
+    masks = {mask_id: record.mask(mask_id).decode() for mask_id in required_mask_ids(rendered)}
+    return {**preprocess(image, config.model), "samples": [sample_arrays(sample.sample_id, rendered, masks, image.shape[:2], config, rng)]}
 
 
 def record_image(record: Record) -> np.ndarray:
@@ -46,7 +46,7 @@ def record_image(record: Record) -> np.ndarray:
     return image
 
 
-def wanted_masks(rendered: Rendered) -> list[str]:
+def required_mask_ids(rendered: Rendered) -> list[str]:
     """Ids of the masks that a sample paints or points at, each once."""
     looked = [ids for ids in rendered.looked if ids]
     return list(dict.fromkeys(mask_id for ids in [*rendered.seg_targets, *rendered.prompted, *looked] for mask_id in ids))
@@ -64,7 +64,7 @@ def sample_arrays(
     """The arrays of one sample, without batch axis. `masks`: bool [H, W] by id; `size`: (H, W). `frames` keeps targets in
     their frames, by the ids of their masks, for the next call on the same image."""
     model = config.model
-    arrays = blank_arrays(config)
+    arrays = padding_sample(config)
     count = len(rendered.seg_positions)
     for turn, ids in enumerate(rendered.instructions):
         arrays["instruction_ids"][turn, : len(ids)] = ids
@@ -72,7 +72,7 @@ def sample_arrays(
     frame = clip_frame(*size, model.clip.image_size, model.clip.image_fit)
     for turn, mask_ids in enumerate(rendered.prompted):
         if mask_ids:
-            prompts = point_at([masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name, config.prompt_kinds())
+            prompts = sample_prompts([masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name, config.prompt_kinds())
             arrays["prompt_xy"][turn], arrays["prompt_kind"][turn] = encode_prompts(prompts, frame, model.prompt)
     frames = {} if frames is None else frames
 
@@ -102,7 +102,7 @@ def sample_arrays(
     }
 
 
-def blank_arrays(config: Config) -> dict[str, np.ndarray]:
+def padding_sample(config: Config) -> dict[str, np.ndarray]:
     """A sample of weight 0: what stands in for one that cannot be used. One position counts as real, so that attention has
     something to look at."""
     model, side = config.model, config.target_side()
@@ -124,16 +124,16 @@ def blank_arrays(config: Config) -> dict[str, np.ndarray]:
     }
 
 
-def blank_views(model: ModelConfig) -> dict[str, np.ndarray]:
+def padding_image(model: ModelConfig) -> dict[str, np.ndarray]:
     """The views of a black image, for one that cannot be read."""
     clip, sam = model.clip.image_size, model.sam.image_size
-    return views(np.zeros((1, 1, 3), np.uint8), model) | {
+    return preprocess(np.zeros((1, 1, 3), np.uint8), model) | {
         "clip_image": np.zeros((clip, clip, 3), np.uint8),
         "sam_image": np.zeros((sam, sam, 3), np.uint8),
     }
 
 
-def point_at(
+def sample_prompts(
     masks: Sequence[np.ndarray],
     rng: np.random.Generator,
     cfg: PromptConfig,

@@ -30,7 +30,7 @@ from mimo_jax.data.loading.features import FeatureFolder, FeatureWriter, feature
 from mimo_jax.data.loading.sources import Manifest, open_source
 from mimo_jax.data.records import RecordFolder
 from mimo_jax.data.schema import Record
-from mimo_jax.data.transforms import views
+from mimo_jax.data.transforms import preprocess
 from mimo_jax.models import mimo, scan
 from mimo_jax.preemption import StopSignal
 from mimo_jax.train.state import Plan
@@ -158,7 +158,7 @@ def _read(
     def read(number: int):
         try:
             record = source[number]
-            return record, views(record_image(record), config.model)
+            return record, preprocess(record_image(record), config.model)
         except ValueError as error:
             return source.index.ids[number].decode(), str(error)
 

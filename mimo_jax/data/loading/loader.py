@@ -24,20 +24,20 @@ import numpy as np
 from absl import flags
 
 from mimo_jax.config import PERSPECTIVES, Config
-from mimo_jax.data.conversation import Rendered, prompt_turn, render
-from mimo_jax.data.loading.collate import blank_arrays, blank_views, record_image, sample_arrays, smallest_bucket, stack_batch, wanted_masks
+from mimo_jax.data.conversation import Rendered, encode_user_turn, render
+from mimo_jax.data.loading.collate import padding_sample, padding_image, record_image, sample_arrays, smallest_bucket, stack_batch, required_mask_ids
 from mimo_jax.data.loading.features import FeatureFolder, open_features
 from mimo_jax.data.loading.sources import Manifest
 from mimo_jax.data.records import DataError, RecordFolder
 from mimo_jax.data.schema import Record
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.data.transforms import augment, views
+from mimo_jax.data.transforms import augment, preprocess
 
 _REPORT = "unusable"  # key under which a batch carries its unusable samples from the process that made it
 _IMAGES_AHEAD = 64  # that may wait ready-made, in all
 
 
-class Drawn(NamedTuple):
+class SampledImage(NamedTuple):
     """One image of the global sequence."""
 
     source: int
@@ -54,7 +54,7 @@ def make_loader(
 
     Raises DataError for a perspective with a weight that no source holds."""
     order = GlobalOrder(config, tokenizer, sources)
-    return Loader(_Batches(order, _Maker(config, tokenizer, list(sources.values())), range(order.images) if mine is None else mine))
+    return Loader(_Batches(order, _ExampleBuilder(config, tokenizer, list(sources.values())), range(order.images) if mine is None else mine))
 
 
 class Loader:
@@ -145,12 +145,12 @@ class GlobalOrder:
         self.drawn, self.total = _mixture(config, sources)
         self._lengths = [np.zeros(len(source.index.perspective), np.int32) for source in self.sources]  # 0: not known yet
         self._overhead = _overhead(config, tokenizer)
-        self._windows: dict[int, list[tuple[int, list[Drawn]]]] = {}
+        self._windows: dict[int, list[tuple[int, list[SampledImage]]]] = {}
 
-    def batch(self, number: int) -> tuple[int, list[Drawn]]:
+    def batch(self, number: int) -> tuple[int, list[SampledImage]]:
         """(bucket, N images) of a global batch.
 
-        Within a window of `data.sort_window` batches images are sorted by the bucket that they need (stably, so that they
+        Within a window of `data.length_grouping` batches images are sorted by the bucket that they need (stably, so that they
         stay mixed), and the batches are put in random order: the same images, and few batches that pad to a long one."""
         window = self.config.data.length_grouping if len(self.config.buckets()) > 1 else 1
         at, within = divmod(number, window)
@@ -160,7 +160,7 @@ class GlobalOrder:
             return made[within]
         return self._windows[at][within]
 
-    def _window(self, at: int, window: int) -> list[tuple[int, list[Drawn]]]:
+    def _window(self, at: int, window: int) -> list[tuple[int, list[SampledImage]]]:
         size = window * self.images
         drawn = [self.drawn[i] for i in range(at * size, (at + 1) * size)]
         needs = np.array([self._bucket(image) for image in drawn])
@@ -168,7 +168,7 @@ class GlobalOrder:
         rows = rows[np.random.default_rng([self.config.data.seed, at]).permutation(window)]
         return [(int(needs[row].max()), [drawn[i] for i in row]) for row in rows]
 
-    def _bucket(self, image: Drawn) -> int:
+    def _bucket(self, image: SampledImage) -> int:
         """The smallest bucket for its samples. Without tokenising where even one token a byte would fit in the first."""
         buckets = self.config.buckets()
         if len(buckets) == 1:
@@ -211,7 +211,7 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
                 held[name] = _groups(source, mine, number, share)
                 total += int(mine.sum())
         if not held:
-            portion = f" (config.data.share {config.data.fraction:g})" if config.data.fraction < 1 else ""
+            portion = f" (config.data.fraction {config.data.fraction:g})" if config.data.fraction < 1 else ""
             raise DataError(
                 f"config.data.weights.{perspective}: is {weight:g}, but no source ({', '.join(sources)}) holds a sample of "
                 f"{perspective} in split {config.data.split}{portion}; set it to 0 or add a source"
@@ -219,7 +219,7 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
         shares = sum(config.data.sources[name].weight for name in held)
         for name, rows in held.items():
             seed = zlib.crc32(f"{config.data.seed}/{perspective}/{name}".encode())
-            pick = _Pick(sources[name], PERSPECTIVES.index(perspective), share)
+            pick = _SampleGroup(sources[name], PERSPECTIVES.index(perspective), share)
             leaves.append(grain.MapDataset.source(_Epochs(rows, seed)).seed(seed).random_map(pick))
             weights.append(weight * config.data.sources[name].weight / shares)
     if not leaves:
@@ -228,7 +228,7 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
 
 
 def _kept(source: RecordFolder | Manifest, share: float) -> np.ndarray:
-    """bool [m]: the samples of those patients or cases that `data.share` leaves. A group is in or out by its name alone, so a larger
+    """bool [m]: the samples of those patients or cases that `data.fraction` leaves. A group is in or out by its name alone, so a larger
     share holds all of a smaller one."""
     index = source.index
     names, of = np.unique(index.groups, return_inverse=True)
@@ -268,24 +268,24 @@ class _Epochs:
         return {**self.__dict__, "_orders": {}}
 
 
-class _Pick(grain.transforms.RandomMap):
+class _SampleGroup(grain.transforms.RandomMap):
     """(source, record, group) -> Drawn; a last group with fewer than K samples is filled from the record's first."""
 
     def __init__(self, source: RecordFolder | Manifest, perspective: int, share: int):
         self.first, self.perspectives = source.index.first, source.index.perspective
         self.perspective, self.share = perspective, share
 
-    def random_map(self, element: np.ndarray, rng: np.random.Generator) -> Drawn:
+    def random_map(self, element: np.ndarray, rng: np.random.Generator) -> SampledImage:
         source, record, group = (int(v) for v in element)
         held = np.flatnonzero(self.perspectives[self.first[record] : self.first[record + 1]] == self.perspective)
         picked = held[(group * self.share + np.arange(self.share)) % len(held)]
-        return Drawn(source, record, tuple(picked.tolist()), int(rng.integers(2**62)))
+        return SampledImage(source, record, tuple(picked.tolist()), int(rng.integers(2**62)))
 
 
 def _overhead(config: Config, tokenizer: Tokenizer) -> int:
     """Tokens that any sample may have beside one for each byte of its texts."""
     # A question of one letter: behind an image token, the "▁" before the question is its own.
-    turns = [len(prompt_turn(tokenizer, config, "?", turn, turn == 0)[0]) for turn in range(config.model.max_turns)]
+    turns = [len(encode_user_turn(tokenizer, config, "?", turn, turn == 0)[0]) for turn in range(config.model.max_turns)]
     grounding = len(config.model.grounding_tokens()) * config.model.max_segs
     return sum(turns) + 2 * len(turns) + grounding  # "▁" and </s> of each answer
 
@@ -293,7 +293,7 @@ def _overhead(config: Config, tokenizer: Tokenizer) -> int:
 class _Batches:
     """Random access to this process's part of every global batch; Grain reads it from threads or worker processes."""
 
-    def __init__(self, order: GlobalOrder, maker: _Maker, mine: Sequence[int]):
+    def __init__(self, order: GlobalOrder, maker: _ExampleBuilder, mine: Sequence[int]):
         self.order, self.maker, self.mine = order, maker, mine
 
     def __len__(self) -> int:
@@ -309,7 +309,7 @@ class _Batches:
 
 
 @dataclasses.dataclass
-class _Ready:
+class _CachedRecord:
     """What is kept of a record between its visits."""
 
     record: Record  # without image bytes
@@ -319,20 +319,20 @@ class _Ready:
     frames: dict[tuple, np.ndarray]  # targets at mask resolution, by mask ids and side
 
 
-class _Maker:
+class _ExampleBuilder:
     """Draws to examples: decodes, resizes, renders, draws prompts. Keeps what fits in `data.cache_mb`, first come, first kept:
     with a set that does not fit, throwing out the oldest would never find anything again."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: list[RecordFolder | Manifest]):
         self.config, self.tokenizer, self.sources = config, tokenizer, sources
         self.features: list[FeatureFolder] = []  # of the sources, where they stand in for pictures
-        self._kept: dict[tuple[int, int], _Ready] = {}
+        self._kept: dict[tuple[int, int], _CachedRecord] = {}
         self._free = (config.data.cache_mb << 20) // max(1, config.data.workers)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": {}}
 
-    def example(self, drawn: Drawn, report: list[dict]) -> dict:
+    def example(self, drawn: SampledImage, report: list[dict]) -> dict:
         """One image with its K samples, as `collate.stack_batch` takes them. What cannot be used is replaced by blanks of
         weight 0 and told in `report`."""
         source, model = self.sources[drawn.source], self.config.model
@@ -342,8 +342,8 @@ class _Maker:
             image, masks = self._variant(ready, drawn)
         except ValueError as error:
             report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(drawn.samples))]
-            blank = self.features[drawn.source].blank() if self.features else blank_views(model)
-            return {**blank, "samples": [blank_arrays(self.config)] * len(drawn.samples)}
+            blank = self.features[drawn.source].blank() if self.features else padding_image(model)
+            return {**blank, "samples": [padding_sample(self.config)] * len(drawn.samples)}
         samples = []
         for place, number in enumerate(drawn.samples):
             sample = ready.record.samples[number]
@@ -355,19 +355,19 @@ class _Maker:
                 samples.append(sample_arrays(sample.sample_id, rendered, masks, size, self.config, rng, frames))
             except ValueError as error:
                 report.append({"record": record_id, "sample": f"{record_id}#{number}", "reason": str(error)})
-                samples.append(blank_arrays(self.config))
+                samples.append(padding_sample(self.config))
         return {**image, "samples": samples}
 
-    def _ready(self, source: int, number: int) -> _Ready:
+    def _ready(self, source: int, number: int) -> _CachedRecord:
         if (source, number) in self._kept:
             return self._kept[source, number]
         record = self.sources[source][number]
         augmented = self.config.data.augment
         image = None if self.features else record_image(record)
-        ready = _Ready(
+        ready = _CachedRecord(
             record=dataclasses.replace(record, image=b""),
             image=image if augmented else None,
-            views=None if augmented else views(image, self.config.model) if image is not None else self.features[source].read(record),
+            views=None if augmented else preprocess(image, self.config.model) if image is not None else self.features[source].read(record),
             rendered={},
             frames={},
         )
@@ -379,12 +379,12 @@ class _Maker:
             self._kept[source, number] = ready
         return ready
 
-    def _rendered(self, ready: _Ready, number: int) -> Rendered:
+    def _rendered(self, ready: _CachedRecord, number: int) -> Rendered:
         if number not in ready.rendered:
             ready.rendered[number] = render(ready.record.samples[number], self.tokenizer, self.config)
         return ready.rendered[number]
 
-    def _variant(self, ready: _Ready, drawn: Drawn) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _variant(self, ready: _CachedRecord, drawn: SampledImage) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(views, masks by id) of this visit."""
         masks = _Masks(ready.record)
         if ready.image is None:
@@ -392,11 +392,11 @@ class _Maker:
         wanted: dict[str, np.ndarray] = {}
         for number in drawn.samples:
             try:
-                wanted |= {mask_id: masks[mask_id] for mask_id in wanted_masks(self._rendered(ready, number))}
+                wanted |= {mask_id: masks[mask_id] for mask_id in required_mask_ids(self._rendered(ready, number))}
             except ValueError:  # told where the sample is made
                 continue
         image, moved = augment(ready.image, list(wanted.values()), np.random.default_rng([drawn.seed, len(drawn.samples)]))
-        return views(image, self.config.model), dict(zip(wanted, moved, strict=True))
+        return preprocess(image, self.config.model), dict(zip(wanted, moved, strict=True))
 
 
 class _Masks(dict):

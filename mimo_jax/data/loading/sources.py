@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mimo_jax.config import Config
-from mimo_jax.data.builder.label_stats import Census
+from mimo_jax.data.builder.label_stats import LabelStats
 from mimo_jax.data.builder.questions import ask
 from mimo_jax.data.builder.readers.manifest import MANIFEST, manifest_lines
 from mimo_jax.data.builder.splits import split_groups
@@ -82,7 +82,7 @@ class Manifest:
 
         # Labels of a manifest are seldom complete: only what a line says to be absent is known to be.
         absent = {outline.id: line.get("absent_entities", []) for line, outline in zip(lines, outlines, strict=True)}
-        census = Census.of(outlines, absent=absent)
+        census = LabelStats.of(outlines, absent=absent)
         self.bad: dict[str, str] = {}
         self._records: list[Record] = []
         with ThreadPoolExecutor() as pool:

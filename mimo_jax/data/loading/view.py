@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mimo_jax.config import PromptConfig
-from mimo_jax.data.loading.collate import point_at
+from mimo_jax.data.loading.collate import sample_prompts
 from mimo_jax.data.overlay import draw_overlay
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.schema import Record, Sample
@@ -38,7 +38,7 @@ def draw_record(record: Record, most: int | None = None) -> Image.Image:
     return draw_overlay(decode_image(record.image, name=f"record {record.id}"), list(masks.items()), prompts, "\n".join(lines))
 
 
-def draw_sheet(records: Sequence[Record]) -> Image.Image:
+def contact_sheet(records: Sequence[Record]) -> Image.Image:
     """Tiles of records in rows from left to right."""
     tiles = []
     for record in records:
@@ -62,4 +62,4 @@ def _varied(samples: Sequence[Sample], most: int) -> list[Sample]:
 def _prompts(record: Record, sample: Sample) -> Prompts:
     masks = [record.mask(mask_id).decode() for mask_id in sample.turns[0].prompted]
     rng = np.random.default_rng([zlib.crc32(sample.sample_id.encode()), 0])  # as evaluation draws them
-    return point_at(masks, rng, PromptConfig(), f"sample {sample.sample_id}")
+    return sample_prompts(masks, rng, PromptConfig(), f"sample {sample.sample_id}")

@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 from mimo_jax.data.images.image import Grid
 from mimo_jax.data.overlay import draw_overlay
 from mimo_jax.data.prompts import Prompts
-from mimo_jax.infer.answers.calibration import PLAIN, Calibration, Evidence
+from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, ConfidenceFeatures
 from mimo_jax.infer.answers.outputs import check_outputs, write_all, write_json
 from mimo_jax.infer.answers.write_masks import write_nifti, write_seg
 
@@ -53,15 +53,15 @@ class Entity:
     iou: float
     score: float
     uncertain: bool
-    evidence: Evidence = field(repr=False)
+    evidence: ConfidenceFeatures = field(repr=False)
 
     @staticmethod
     def of(
         id: int,
         phrase: str,
         mask: np.ndarray,
-        evidence: Evidence,
-        calibration: Calibration = PLAIN,
+        evidence: ConfidenceFeatures,
+        calibration: Calibration = UNCALIBRATED,
         spacing_mm: tuple[float, float] | None = None,
     ) -> Entity:
         """Entity with name, box, areas and score worked out. spacing_mm: of rows, of columns."""

@@ -37,7 +37,7 @@ class CalibrationError(UserError):
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ConfidenceFeatures:
     """What speaks for a painted mask, each part from 0 to 1. iou: the mask decoder's estimate of its IoU. seg_prob: probability of the
     `<SEG>` token. word_prob: least probability of a token since the `<SEG>` before. pixel_iou: the IoU to expect if every pixel were as
     likely as its logit says."""
@@ -48,14 +48,14 @@ class Evidence:
     pixel_iou: float
 
     @staticmethod
-    def of(logits: np.ndarray, frame: Frame, iou: float, probs: np.ndarray) -> Evidence:
+    def of(logits: np.ndarray, frame: Frame, iou: float, probs: np.ndarray) -> ConfidenceFeatures:
         """logits float [M, M] over the SAM frame of the image; iou: as the decoder gives it, clipped here; probs [n]: of the tokens
         after the `<SEG>` before, up to the mask's own."""
         rows, cols = (math.ceil(logits.shape[0] * side / frame.side) for side in frame.size)
         content = np.asarray(logits[:rows, :cols], np.float64)  # the rest is padding
         inside, p = content > 0, expit(content)
         union = inside.sum() + p[~inside].sum()
-        return Evidence(float(np.clip(iou, 0.0, 1.0)), float(probs[-1]), float(np.min(probs)), float(p[inside].sum() / union))
+        return ConfidenceFeatures(float(np.clip(iou, 0.0, 1.0)), float(probs[-1]), float(np.min(probs)), float(p[inside].sum() / union))
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Calibration:
     def __bool__(self) -> bool:
         return bool(self.weights)
 
-    def scores(self, evidence: Sequence[Evidence]) -> np.ndarray:
+    def scores(self, evidence: Sequence[ConfidenceFeatures]) -> np.ndarray:
         """float64 [E], 0 … 1."""
         if not self:
             return np.array([e.iou * e.seg_prob for e in evidence])
         return np.interp(_log_odds(evidence) @ self.weights, self.places, self.expected)
 
     @staticmethod
-    def fit(painted: Sequence[tuple[Evidence, float]], about: dict) -> Calibration:
+    def fit(painted: Sequence[tuple[ConfidenceFeatures, float]], about: dict) -> Calibration:
         """The map for which scores are expected IoUs. painted [E]: each painted entity's evidence, and its IoU with the truth, 0
         where there is none; about: what to remember of the data. The bound of `uncertain` is the one that best tells IoU < 0.5 apart
         (Youden's J). CalibrationError for fewer than MIN_ENTITIES."""
@@ -128,7 +128,7 @@ class Calibration:
     def read(path: Path) -> Calibration:
         """That of a step; without a file, the one that is not fitted. CalibrationError for a damaged file."""
         if not path.exists():
-            return PLAIN
+            return UNCALIBRATED
         try:
             return Calibration.from_json(json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -136,11 +136,11 @@ class Calibration:
             raise CalibrationError(f"{path}: {reason}; fit it anew with mimo eval --calibrate, or remove it") from None
 
 
-PLAIN = Calibration()  # of a model that was never calibrated
-_PARTS = tuple(part.name for part in dataclasses.fields(Evidence))
+UNCALIBRATED = Calibration()  # of a model that was never calibrated
+_PARTS = tuple(part.name for part in dataclasses.fields(ConfidenceFeatures))
 
 
-def _log_odds(evidence: Sequence[Evidence]) -> np.ndarray:
+def _log_odds(evidence: Sequence[ConfidenceFeatures]) -> np.ndarray:
     """float64 [E, F]."""
     parts = np.array([dataclasses.astuple(e) for e in evidence], np.float64).reshape(-1, len(_PARTS))
     return logit(np.clip(parts, _EDGE, 1 - _EDGE))
@@ -166,7 +166,7 @@ def _bound(scores: np.ndarray, bad: np.ndarray) -> tuple[float, float | None]:
     """(the score below which most of what is `bad` and least of the rest lies, J there); the usual 0.5 where all or none is bad."""
     places = np.unique(scores)
     if bad.all() or not bad.any() or len(places) < 2:
-        return PLAIN.uncertain_below, None
+        return UNCALIBRATED.uncertain_below, None
     cuts = (places[1:] + places[:-1]) / 2
     below = [np.searchsorted(np.sort(part), cuts) / len(part) for part in (scores[bad], scores[~bad])]
     best = int(np.argmax(below[0] - below[1]))

@@ -5,7 +5,6 @@ Nothing here opens a picture. A line that is wrong is a request with a `fault`; 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import difflib
 import hashlib
@@ -18,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mimo_jax.cli.arg_types import window as parse_window
-from mimo_jax.data.images.image import Window, kind_of
+from mimo_jax.data.images.image import Window, kind_of, parse_window
 from mimo_jax.errors import UserError
 from mimo_jax.infer.engine.requests import MAX_TURNS
 
@@ -307,7 +305,8 @@ def _window(value: Any) -> Window:
         if len(value) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in value):
             raise UserError("window: give [low, high] or a name")
         return float(value[0]), float(value[1])
+    text = _text(value, "window", "LOW,HIGH or a name")
     try:
-        return None if value is None else parse_window(_text(value, "window", "LOW,HIGH or a name"))
-    except argparse.ArgumentTypeError as error:
+        return None if text is None else parse_window(text)
+    except UserError as error:
         raise UserError(f"window: {error}") from None

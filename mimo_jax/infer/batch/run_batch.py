@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from mimo_jax.data.images.image import DicomGrid, Picture, Volume, Window, check_window, library
+from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, check_window, library
 from mimo_jax.data.images.volume import open_scan
 from mimo_jax.data.prompt_files import join_prompts, read_prompts
 from mimo_jax.data.prompts import Prompts
@@ -26,7 +26,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer
 from mimo_jax.infer.batch.job import Job, cannot_write, write_summary
 from mimo_jax.infer.batch.request_files import BatchRequest, BatchRequests
-from mimo_jax.infer.engine.requests import EncodedImage, PastTurn, Request
+from mimo_jax.infer.engine.requests import EncodedImage, TurnHistory, Request
 from mimo_jax.infer.predictor import Mimo
 from mimo_jax.infer.volume import VolumeAnswer, ask_volume
 from mimo_jax.preemption import StopSignal
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
 class Opened(NamedTuple):
     """A picture or scan, and the prompts of each request on it, in order; or why it cannot be had (a str), each."""
 
-    picture: Picture | Volume | str
+    picture: MedicalImage | Volume | str
     prompts: list[Prompts | str]
 
 
@@ -195,7 +195,7 @@ def _ask(
     questions run together, then all second ones, each after the answers before; scans one after the other."""
     faults: dict[int, str] = {}
     answers: list[list[Answer | VolumeAnswer]] = [[] for _ in items]
-    images: dict[int, Picture | EncodedImage] = {}
+    images: dict[int, MedicalImage | EncodedImage] = {}
     prompts: dict[int, Prompts] = {}
     for i, (item, found) in enumerate(zip(items, opened, strict=True)):
         if found is None:
@@ -212,7 +212,7 @@ def _ask(
         else:
             images[i], prompts[i] = picture, marked
 
-    past: dict[int, list[PastTurn]] = {i: [] for i in images}
+    past: dict[int, list[TurnHistory]] = {i: [] for i in images}
     for turn in range(max((len(item.questions) for item in items), default=0)):
         requests: dict[int, Request] = {}
         for i, image in images.items():

@@ -6,7 +6,7 @@ import weakref
 from typing import Protocol
 
 
-class Kept(Protocol):
+class Evictable(Protocol):
     """Something whose arrays can be let go, and made again when they are needed."""
 
     @property
@@ -15,7 +15,7 @@ class Kept(Protocol):
     def release(self) -> None: ...
 
 
-class Store:
+class DeviceCache:
     """Keeps what was used last. Over the budget, what was used longest ago is released, but never what was used last: one that is
     larger than the budget still is kept. What nobody else holds any more is forgotten."""
 
@@ -24,7 +24,7 @@ class Store:
         self.budget = budget
         self._kept: dict[int, weakref.ref] = {}  # least recently used first
 
-    def keep(self, *items: Kept) -> None:
+    def keep(self, *items: Evictable) -> None:
         """`items` were used just now, together: all of them stay."""
         for item in items:
             self._kept.pop(id(item), None)

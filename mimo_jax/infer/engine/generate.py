@@ -23,12 +23,12 @@ class Decoding(NamedTuple):
     mask decoder reads should token m be a `<SEG>`. temperature, top_p fp32 [B], seed uint32 [B]: see `choose`."""
 
     cache: dict[str, jax.Array]
-    filled: jax.Array
+    prompt_len: jax.Array
     last: jax.Array
     step: jax.Array
-    live: jax.Array
+    active: jax.Array
     ended: jax.Array
-    taken: jax.Array
+    num_generated: jax.Array
     limits: jax.Array
     ids: jax.Array
     probs: jax.Array
@@ -50,12 +50,12 @@ def prefill(
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     return Decoding(
         cache=cache,
-        filled=start + lengths,
+        prompt_len=start + lengths,
         last=last,
         step=jnp.int32(0),
-        live=limits > 0,
+        active=limits > 0,
         ended=jnp.zeros(b, bool),
-        taken=jnp.zeros(b, jnp.int32),
+        num_generated=jnp.zeros(b, jnp.int32),
         limits=limits,
         ids=jnp.zeros((b, new_tokens), jnp.int32),
         probs=jnp.zeros((b, new_tokens), jnp.float32),
@@ -74,11 +74,11 @@ def decode(model, state: Decoding, until: jax.Array, *, eos_id: int, seg_state: 
 
     def emit(s: Decoding) -> Decoding:
         logits = model.logits(s.last)[:, 0]
-        token = choose(logits, s.temperature, s.top_p, s.seed, s.step)
+        token = sample_token(logits, s.temperature, s.top_p, s.seed, s.step)
         prob = jnp.exp(jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1))
-        ended = s.ended | (s.live & (token == eos_id))
-        live = s.live & ~ended  # rows that take this token
-        after, cache = model.decode(model.embedding(token[:, None]), (s.filled + s.step)[:, None], s.cache)
+        ended = s.ended | (s.active & (token == eos_id))
+        live = s.active & ~ended  # rows that take this token
+        after, cache = model.decode(model.embedding(token[:, None]), (s.prompt_len + s.step)[:, None], s.cache)
         kept = after if seg_state == "token" else s.last
         return s._replace(
             cache=cache,
@@ -86,16 +86,16 @@ def decode(model, state: Decoding, until: jax.Array, *, eos_id: int, seg_state: 
             step=s.step + 1,
             live=live & (s.step + 1 < s.limits),
             ended=ended,
-            taken=s.taken + live,
+            taken=s.num_generated + live,
             ids=s.ids.at[:, s.step].set(jnp.where(live, token, 0)),
             probs=s.probs.at[:, s.step].set(jnp.where(live, prob, 0.0)),
             states=s.states.at[:, s.step].set(jnp.where(live[:, None], kept[:, 0], 0)),
         )
 
-    return jax.lax.while_loop(lambda s: (s.step < until) & s.live.any(), emit, state)
+    return jax.lax.while_loop(lambda s: (s.step < until) & s.active.any(), emit, state)
 
 
-def choose(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, seed: jax.Array, step: jax.Array) -> jax.Array:
+def sample_token(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, seed: jax.Array, step: jax.Array) -> jax.Array:
     """The next token int32 [B] of logits fp32 [B, V]: the likeliest where temperature is 0; else drawn from softmax(logits /
     temperature), of the fewest likeliest tokens whose probabilities reach top_p. A row's draws depend on its own seed and on
     `step` alone, not on what else is in the batch."""

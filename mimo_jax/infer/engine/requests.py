@@ -15,7 +15,7 @@ import numpy as np
 
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
-from mimo_jax.data.images.image import Picture
+from mimo_jax.data.images.image import MedicalImage
 from mimo_jax.data.prompts import PromptError, Prompts, encode_prompts
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
@@ -32,7 +32,7 @@ class EncodedImage:
     """A picture after both towers. x_img [I, Dc] and features [g, g, C] are None while they are not kept: the store may let them
     go, and they are made again from the picture when they are asked for."""
 
-    picture: Picture
+    picture: MedicalImage
     clip_frame: Frame
     sam_frame: Frame
     x_img: jax.Array | None = None
@@ -52,7 +52,7 @@ class EncodedImage:
 
 
 @dataclass
-class PastTurn:
+class TurnHistory:
     """What a finished turn leaves to the later ones. ids, query_index: its tokens from "USER:" to </s>; x_q [Q, D]."""
 
     ids: list[int]
@@ -61,7 +61,7 @@ class PastTurn:
 
 
 @dataclass(eq=False)
-class KeptCache:
+class TurnCache:
     """The KV cache of a chat, one row. length: how many tokens of the conversation, from its first on, it holds; 0 while there is
     none, or after the store has let it go: the next turn then prefills all."""
 
@@ -103,13 +103,13 @@ class Request:
     """One question. image: encoded, a picture, or uint8 pixels [H, W, 3]; prompts in pixels of it; past: earlier turns of the chat;
     cache: what is kept of them, of a request that runs alone."""
 
-    image: EncodedImage | Picture | np.ndarray
+    image: EncodedImage | MedicalImage | np.ndarray
     question: str
     prompts: Prompts = field(default_factory=Prompts)
     max_new_tokens: int | None = None
-    past: Sequence[PastTurn] = ()
+    past: Sequence[TurnHistory] = ()
     sampling: Sampling = Sampling()
-    cache: KeptCache | None = None
+    cache: TurnCache | None = None
 
 
 @dataclass
@@ -152,7 +152,7 @@ def prepare(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config
     number, start = len(request.past), len(ids)
     if len(request.question) > _CHARACTERS * m.llm.max_length:  # no need to tokenise it to know
         raise UserError(f"question: has {len(request.question)} characters; the context is {m.llm.max_length} tokens, shorten it")
-    new_ids, new_index = conversation.prompt_turn(tokenizer, config, request.question, number, number == 0)
+    new_ids, new_index = conversation.encode_user_turn(tokenizer, config, request.question, number, number == 0)
     ids, query_index = ids + new_ids, query_index + new_index
     room = m.llm.max_length - len(ids)
     if room < 1:

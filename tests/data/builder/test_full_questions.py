@@ -12,7 +12,7 @@ import pytest
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.builder import templates
 from mimo_jax.data.builder.knowledge import KNOWLEDGE
-from mimo_jax.data.builder.label_stats import Census, Tally, is_lesion, overlapping
+from mimo_jax.data.builder.label_stats import LabelStats, LabelCounts, is_lesion, overlapping
 from mimo_jax.data.builder.questions import ask, record_rng
 from mimo_jax.data.builder.relations import Layout
 from mimo_jax.data.builder.scene import names_pattern
@@ -56,7 +56,7 @@ def bodies(number: int, seed: int = 0):
 def asked():
     """(record, its samples) of complete labels."""
     records = bodies(200)
-    census = Census.of(records)
+    census = LabelStats.of(records)
     return [(record, ask(record, record_rng(0, record.id), census, style=FULL)) for record in records]
 
 
@@ -128,10 +128,10 @@ def test_absent_is_said_only_where_it_is_known(asked):
 
 def test_nothing_is_absent_where_labels_are_not_complete():
     records = bodies(40)
-    tally = Tally()
+    tally = LabelCounts()
     for record in records:
         tally.add(record.dataset, record.modality, shown_by(record), complete=False)
-    census = Census.of_tally(tally)
+    census = LabelStats.of_tally(tally)
     samples = [s for r in records for s in ask(r, record_rng(0, r.id), census, census.lacking(r, (), complete=False), FULL)]
     assert samples and not any(target.absent for sample in samples for target in sample.targets)
     assert not any(sample.kind in ("absent", "yes_no") for sample in samples)
@@ -223,7 +223,7 @@ def test_facts_are_said_of_their_structures(asked):
 
 def test_samples_are_the_same_in_any_process_and_order():
     records = bodies(30)
-    census = Census.of(records)
+    census = LabelStats.of(records)
     forth = {r.id: ask(r, record_rng(3, r.id), census, style=FULL) for r in records}
     code = (
         "from tests.data.build.test_full_questions import *\nrecords = bodies(30)\ncensus = Census.of(records)\n"
@@ -241,8 +241,8 @@ def test_wordings_hold_their_blanks_and_core_is_part_of_full():
         core, full = getattr(templates.CORE, name), getattr(FULL, name)
         assert full[: len(core)] == core and len(full) > len(core) and len(set(full)) == len(full)
     for question, answer in FULL.segment:
-        assert templates.said(question, ["liver", "spleen"]).count("the liver and the spleen") == 1
-        assert templates.blanks(answer, 2).count("{}") == 2 and templates.blanks(answer, 1).count("{}") == 1
+        assert templates.render(question, ["liver", "spleen"]).count("the liver and the spleen") == 1
+        assert templates.placeholders(answer, 2).count("{}") == 2 and templates.placeholders(answer, 1).count("{}") == 1
     names = ("aorta", "uterus", "ureter", "ulna", "liver")
     assert " ".join(templates.with_article(name) for name in names) == "an aorta a uterus a ureter an ulna a liver"
 
@@ -255,7 +255,7 @@ def test_the_name_of_what_is_asked_for_does_not_tell_whether_it_is_there():
     for n in range(500):
         shown = {name: (SLICE | EXTRA)[name] for name, share in shares.items() if rng.random() < share}
         records.append(slice_record(shown or {"liver": SLICE["liver"]}, name=f"r{n}"))
-    census = Census.of(records)
+    census = LabelStats.of(records)
     spread = {}
     for style in (FULL, replace(FULL, even=False)):
         asked = defaultdict(Counter)
@@ -276,7 +276,7 @@ def test_zero_is_no_better_a_guess_than_another_number():
     for n in range(400):
         boxes = {name: (20 * i, 0, 20 * i + 9, 9) for i, name in enumerate(lesions) if rng.random() < 0.15}
         records.append(slice_record({"liver": SLICE["liver"]} | boxes, name=f"r{n}"))
-    census = Census.of(records)
+    census = LabelStats.of(records)
     samples = [sample for record in records for sample in ask(record, record_rng(0, record.id), census, style=FULL)]
     answers = Counter(sample.references[0] for sample in samples if sample.kind == "count")
     assert answers.keys() == {"Zero", "One"} and 0.2 < answers["Zero"] / sum(answers.values()) < 0.45

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from mimo_jax.data.builder.label_stats import Census
+from mimo_jax.data.builder.label_stats import LabelStats
 from mimo_jax.data.builder.scene import Scene, grounded, names_pattern
 from mimo_jax.data.builder.templates import FULL
 from tests.data.builder.bodies import SLICE, plain_record, slice_record
 
 
 def scene_of(record, *others) -> Scene:
-    return Scene(record, np.random.default_rng(0), Census.of([record, *others]), None, FULL)
+    return Scene(record, np.random.default_rng(0), LabelStats.of([record, *others]), None, FULL)
 
 
 def test_grounded_places_spans():

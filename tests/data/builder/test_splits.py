@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_jax.data.builder import splits
-from mimo_jax.data.builder.splits import COPY, NEAR, SHARES, Alike, check_shares, split_groups
+from mimo_jax.data.builder.splits import COPY, NEAR, SHARES, NearDuplicates, check_shares, split_groups
 from mimo_jax.data.loading.sources import not_evaluable
 from mimo_jax.data.schema import Mask, Record
 from mimo_jax.errors import UserError
@@ -90,7 +90,7 @@ def test_near_hashes_are_all_found(seed, rows):
     hashes = np.concatenate([base, *(turned(rng, base, coarse, fine) for coarse in (0, 2, 3, 4) for fine in (0, 16, 32, 33))])
     before, splits._ROWS = splits._ROWS, rows
     try:
-        found = Alike.of(hashes)
+        found = NearDuplicates.of(hashes)
     finally:
         splits._ROWS = before
     unique = np.unique(hashes, axis=0)
@@ -107,7 +107,7 @@ def test_what_is_united_or_dropped_no_longer_leaks(seed):
     base = rng.integers(0, 2**63, (6, 5), np.uint64)[rng.integers(0, 6, n)]
     hashes = np.where(rng.random((n, 1)) < 0.5, base, turned(rng, base, 1, 8))
     groups, labels = rng.integers(0, 8, n), rng.integers(0, 3, n)
-    found = Alike.of(hashes)
+    found = NearDuplicates.of(hashes)
     leaks = {(i, j) for i in range(n) for j in range(n) if labels[i] != labels[j] and alike(hashes[i], hashes[j])}
     across = set(found.across(labels))
     assert bool(across) == bool(leaks) and {*across, *((j, i) for i, j in across)} <= leaks

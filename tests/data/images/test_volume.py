@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_jax.data.images import image as pictures
-from mimo_jax.data.images.image import Picture, Volume
+from mimo_jax.data.images.image import MedicalImage, Volume
 from mimo_jax.data.images.open_image import open_picture
 from mimo_jax.data.images.volume import open_scan, open_volume
 from mimo_jax.errors import UserError
@@ -321,7 +321,7 @@ def test_all_frames_of_a_file(tmp_path):
         one = open_picture(path, frame=k, window=(0, 700))
         same(shown, one)
         np.testing.assert_array_equal(volume.grids[k].affine, one.grid.affine)
-    assert len(open_scan(path, frame="all")) == 4 and isinstance(open_scan(path, frame=2), Picture)
+    assert len(open_scan(path, frame="all")) == 4 and isinstance(open_scan(path, frame=2), MedicalImage)
     cine = open_volume(saved(dicom(stored(3), frames=3), tmp_path / "b"))
     assert len(cine) == 3 and cine.voxel_mm3 is None and cine.spacing_mm is None
 
@@ -377,7 +377,7 @@ def test_what_does_not_fit_a_path_is_one_line(tmp_path):
     }
     for error, (path, chosen) in scans.items():
         fails(error, path, open_scan, **chosen)
-    assert isinstance(open_scan(volume, slice="K:all"), Volume) and isinstance(open_scan(volume, slice="k:1"), Picture)
+    assert isinstance(open_scan(volume, slice="K:all"), Volume) and isinstance(open_scan(volume, slice="k:1"), MedicalImage)
 
 
 def test_a_missing_library_is_no_damage(tmp_path, monkeypatch):

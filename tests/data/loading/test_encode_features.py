@@ -23,7 +23,7 @@ from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.records import DataError, open_records, write_records
 from mimo_jax.models import scan
 from mimo_jax.train import loop, losses
-from mimo_jax.train.state import Plan
+from mimo_jax.train.state import TrainSetup
 from tests.tiny_config import random_params, tiny_config
 
 LORA_TABLE = {r"lora_[ab]$|/grounding$": 1.0, r"^(aligner|prompt|seg_projection|sam_decoder)/": 1.0, r".": None}
@@ -38,7 +38,7 @@ def made(tmp_path_factory):
     source = open_records(home / "all", "train")
     write_records(home / "set", (source[i] for i in range(IMAGES)), {})
     config = config_for(home / "set")
-    plan = Plan(config, sharding.make_mesh(MeshConfig()))
+    plan = TrainSetup(config, sharding.make_mesh(MeshConfig()))
     state, frozen = plan.start(random_params(config))
     (home / "run").mkdir()
     loop._tokenizer(config, home / "run", open_sources(config, "train"))
@@ -117,7 +117,7 @@ def test_an_unreadable_picture_costs_the_others_nothing(run, made, tmp_path):
 def test_the_loss_is_that_with_pictures(data):
     """Bar: 1e-3 relative, features being bf16. The parameters are wild ones, so that every part of the model matters."""
     config = config_for(data, batch_size=8)
-    plan = Plan(config, sharding.make_mesh(MeshConfig()))
+    plan = TrainSetup(config, sharding.make_mesh(MeshConfig()))
     params = random_params(config)
     flat = pathtree.flatten(params)
     source = open_records(data, "train")
@@ -129,7 +129,7 @@ def test_the_loss_is_that_with_pictures(data):
     @jax.jit
     def loss(params, batch):
         sums = losses.batch_sums(scan.bind(plan.graphdef, params), batch, 256)
-        return losses.total(sums, config.train.loss, losses.weights_of(batch))
+        return losses.combine(sums, config.train.loss, losses.normalizers(batch))
 
     found = []
     for features in (False, True):

@@ -8,7 +8,7 @@ import pytest
 
 from mimo_jax.config import PERSPECTIVES, SourceConfig
 from mimo_jax.data.conversation import SampleError, render
-from mimo_jax.data.loading.collate import make_example, point_at, smallest_bucket, stack_batch
+from mimo_jax.data.loading.collate import make_example, sample_prompts, smallest_bucket, stack_batch
 from mimo_jax.data.loading.loader import GlobalOrder, _overhead, make_loader
 from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NONE
@@ -18,7 +18,7 @@ from mimo_jax.geometry import clip_frame
 from tests.data import handmade
 from tests.tiny_config import random_batch, tiny_config
 
-WEIGHTS = {"vqa": 1.0, "I": 1.0, "II": 2.0, "III": 2.0, "IV": 1.0}
+QUANTIZATIONS = {"vqa": 1.0, "I": 1.0, "II": 2.0, "III": 2.0, "IV": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def config_for(*folders, **data):
     config = tiny_config()
     config.data = dataclasses.replace(
-        config.data, sources={f"s{i}": SourceConfig(path=str(f)) for i, f in enumerate(folders)}, weights=dict(WEIGHTS), **data
+        config.data, sources={f"s{i}": SourceConfig(path=str(f)) for i, f in enumerate(folders)}, weights=dict(QUANTIZATIONS), **data
     )
     config.validate()
     return config
@@ -191,7 +191,7 @@ def test_mixture_of_perspectives_and_sources(tmp_path, folder, tokenizer):
     indices = [source.index for source in order.sources]
     kinds = [PERSPECTIVES[indices[d.source].perspective[indices[d.source].first[d.record] + d.samples[0]]] for d in drawn]
     share = Counter(kinds)
-    assert all(share[p] / n == pytest.approx(w / 7, rel=0.02) for p, w in WEIGHTS.items())
+    assert all(share[p] / n == pytest.approx(w / 7, rel=0.02) for p, w in QUANTIZATIONS.items())
     both = Counter((k, d.source) for k, d in zip(kinds, drawn, strict=True))
     assert both["I", 1] == both["vqa", 1] == 0
     for p in ("II", "III"):
@@ -212,8 +212,8 @@ def test_perspective_that_no_source_holds(folder, tmp_path, tokenizer):
 
 
 def test_buckets_fit_and_sorting_moves_batches_only_within_a_window(folder, tokenizer):
-    config = config_for(folder, sort_window=4)
-    flat = config_for(folder, sort_window=1)
+    config = config_for(folder, length_grouping=4)
+    flat = config_for(folder, length_grouping=1)
     order, plain = (GlobalOrder(c, tokenizer, open_sources(c, "train")) for c in (config, flat))
     long, long_plain = 0, 0
     for window in range(6):
@@ -236,7 +236,7 @@ def test_bucket_of_texts_with_a_token_a_byte(tmp_path, tokenizer):
         naming = dataclasses.replace(record.samples[4], turns=[question, record.samples[4].turns[1]])
         records.append(dataclasses.replace(record, samples=[naming]))
     write_records(tmp_path / "b", records, {})
-    config = config_for(tmp_path / "b", batch_size=1, samples_per_image=1, sort_window=1)
+    config = config_for(tmp_path / "b", batch_size=1, samples_per_image=1, length_grouping=1)
     config.data.weights = {"II": 1.0}
     order = GlobalOrder(config, tokenizer, open_sources(config, "train"))
     found = Counter()
@@ -250,7 +250,7 @@ def test_bucket_of_texts_with_a_token_a_byte(tmp_path, tokenizer):
 @pytest.mark.parametrize("letter", ["\x01", "a"])
 @pytest.mark.parametrize("place", ["inside", "after", "bare"])
 def test_no_sample_takes_more_than_a_token_a_byte_and_the_overhead(tokenizer, lisa_tokenizer, place, letter):
-    config = tiny_config(seg_place=place, seg_max=1, turns_max=2)
+    config = tiny_config(seg_position=place, max_segs=1, max_turns=2)
     config.data.image_tokens = "<im_start>,<im_end>" if place == "bare" else ""
     t = lisa_tokenizer if place == "bare" else tokenizer
     turns = [Turn(role, 3 * letter) for role in ("user", "assistant") * 2]
@@ -320,7 +320,7 @@ def test_a_process_makes_the_images_that_it_is_asked_for(folder, tokenizer):
 
 
 def test_the_records_of_a_batch_are_named_without_making_it(folder, tokenizer):
-    config = config_for(folder, batch_size=4, samples_per_image=1, sort_window=1)
+    config = config_for(folder, batch_size=4, samples_per_image=1, length_grouping=1)
     config.data.weights = {"vqa": 1.0}
     loader = loader_for(config, tokenizer)
     order = [loader.records(number) for number in range(3)]  # a pass
@@ -352,7 +352,7 @@ def test_another_number_of_processes_goes_on_with_the_sequence(folder, tokenizer
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_an_unmixed_pass_sees_every_record_once(folder, tokenizer, processes):
-    config = config_for(folder, batch_size=4, samples_per_image=1, sort_window=3)  # within a pass
+    config = config_for(folder, batch_size=4, samples_per_image=1, length_grouping=3)  # within a pass
     config.data.weights = {"vqa": 1.0}  # one a record, 12 records
     parts = [take(loader_for(config, tokenizer, process, processes), 6) for process in range(processes)]
     for epoch in (0, 3):
@@ -423,20 +423,20 @@ def test_prompts_on_several_masks_fit(tokenizer):
     record = handmade.record(0)
     masks = [record.mask("l").decode(), record.mask("s").decode()] * 3
     for seed in range(20):
-        prompts = point_at(masks, np.random.default_rng(seed), cfg)
+        prompts = sample_prompts(masks, np.random.default_rng(seed), cfg)
         tokens = len(prompts.points) + 2 * len(prompts.boxes) + cfg.scribble_points * len(prompts.scribbles)
         assert tokens <= cfg.max_tokens and len(prompts.boxes) == 6
-        few = point_at(masks[:2], np.random.default_rng(seed), cfg)
+        few = sample_prompts(masks[:2], np.random.default_rng(seed), cfg)
         assert len(few.points) + 2 * len(few.boxes) + cfg.scribble_points * len(few.scribbles) <= cfg.max_tokens
     with pytest.raises(SampleError, match="7 masks in one turn; raise config.model.prompt.max_tokens"):
-        point_at([*masks, masks[0]], np.random.default_rng(0), cfg)
+        sample_prompts([*masks, masks[0]], np.random.default_rng(0), cfg)
 
 
 def test_prompts_are_of_the_kinds_asked_for_where_they_fit():
     cfg = tiny_config().model.prompt  # 12 tokens, a scribble takes 4
     mask = handmade.record(0).mask("l").decode()
     for seed in range(20):
-        drawn = point_at([mask] * 4, np.random.default_rng(seed), cfg, kinds=("scribble",))
+        drawn = sample_prompts([mask] * 4, np.random.default_rng(seed), cfg, kinds=("scribble",))
         assert (len(drawn.points), len(drawn.boxes), len(drawn.scribbles)) == (0, 2, 2)  # the rest has room for boxes alone
 
 
@@ -464,7 +464,7 @@ def test_a_larger_share_of_the_data_holds_all_of_a_smaller_one(tmp_path, tokeniz
 
 def test_a_share_that_holds_nothing_of_a_perspective_is_refused(tmp_path, tokenizer):
     write_records(tmp_path / "b", [handmade.record(0)], {})
-    with pytest.raises(DataError, match=r"no source \(s0\) holds a sample of vqa in split train \(config.data.share 1e-06\)"):
+    with pytest.raises(DataError, match=r"no source \(s0\) holds a sample of vqa in split train \(config.data.fraction 1e-06\)"):
         loader_for(config_for(tmp_path / "b", share=1e-6), tokenizer)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mimo_jax.data.loading.view import draw_record, draw_sheet
+from mimo_jax.data.loading.view import draw_record, contact_sheet
 from tests.data import handmade
 
 
@@ -22,5 +22,5 @@ def test_masks_and_prompts_are_painted():
 
 
 def test_a_sheet_has_a_tile_for_each():
-    one, seven = (draw_sheet([handmade.record(i) for i in range(n)]) for n in (1, 7))
+    one, seven = (contact_sheet([handmade.record(i) for i in range(n)]) for n in (1, 7))
     assert seven.width == 5 * one.width and 1.9 * one.height <= seven.height <= 2.1 * one.height

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimo_jax.infer.answers.answer import Entity, canonical_name
-from mimo_jax.infer.answers.calibration import Calibration, Evidence
+from mimo_jax.infer.answers.calibration import Calibration, ConfidenceFeatures
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_canonical_name_is_idempotent(text):
     assert canonical_name(once) == once
 
 
-SURE = Evidence(0.9, 0.9, 0.9, 0.9)
+SURE = ConfidenceFeatures(0.9, 0.9, 0.9, 0.9)
 
 
 def test_an_empty_mask_has_no_box_and_is_uncertain():
@@ -37,8 +37,8 @@ def test_an_empty_mask_has_no_box_and_is_uncertain():
 
 def test_a_score_is_that_of_the_calibration_and_uncertain_below_its_bound():
     mask = np.ones((2, 2), bool)
-    assert not Entity.of(0, "cyst", mask, SURE).uncertain and Entity.of(0, "cyst", mask, Evidence(0.9, 0.5, 0.9, 0.9)).uncertain
+    assert not Entity.of(0, "cyst", mask, SURE).uncertain and Entity.of(0, "cyst", mask, ConfidenceFeatures(0.9, 0.5, 0.9, 0.9)).uncertain
     fitted = Calibration((0.0, 0.0, 0.0, 1.0), (-3.0, 3.0), (0.2, 0.8), uncertain_below=0.6)
-    half, most = (Entity.of(0, "cyst", mask, Evidence(0.9, 0.9, 0.9, p), fitted) for p in (0.5, 0.99))
+    half, most = (Entity.of(0, "cyst", mask, ConfidenceFeatures(0.9, 0.9, 0.9, p), fitted) for p in (0.5, 0.99))
     assert half.score == pytest.approx(0.5) and half.uncertain and half.iou == 0.9
     assert most.score == 0.8 and not most.uncertain

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_jax.data.images.image import DicomGrid, Picture
+from mimo_jax.data.images.image import DicomGrid, MedicalImage
 from mimo_jax.data.images.open_image import open_picture
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer, Entity, check_outputs
-from mimo_jax.infer.answers.calibration import Evidence
+from mimo_jax.infer.answers.calibration import ConfidenceFeatures
 from tests.data.medical_files import affine_of, dicom, enhanced, nifti, saved
 
 REAL = os.environ.get("MIMO_REAL_DATA", "")
@@ -32,7 +32,7 @@ def stored(shape=(4, 6)):
 def answered(picture, *named, prompts=None):
     """What the model would have said of a picture: (phrase, mask) of each entity."""
     entities = [
-        Entity.of(n, phrase, mask, Evidence(0.9, 0.9, 0.9, 0.9), spacing_mm=picture.spacing_mm) for n, (phrase, mask) in enumerate(named)
+        Entity.of(n, phrase, mask, ConfidenceFeatures(0.9, 0.9, 0.9, 0.9), spacing_mm=picture.spacing_mm) for n, (phrase, mask) in enumerate(named)
     ]
     return Answer("Here.", [{"text": "Here."}], entities, False, "Segment it.", picture.pixels, prompts or Prompts(), picture.grid)
 
@@ -202,7 +202,7 @@ def test_a_film_without_a_frame_of_reference_still_gets_a_seg(tmp_path):
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
-    plain = Picture(np.zeros((4, 6, 3), np.uint8))
+    plain = MedicalImage(np.zeros((4, 6, 3), np.uint8))
     one = open_picture(saved(dicom(stored()), tmp_path / "a.dcm"))
     volume = open_picture(nifti(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16), np.eye(4)), slice="k:0")
     mask = np.ones((4, 6), bool)

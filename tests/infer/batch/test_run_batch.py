@@ -38,7 +38,7 @@ from tests.tiny_config import random_params, tiny_config
 def run(tmp_path_factory):
     """A run directory."""
     folder = tmp_path_factory.mktemp("run")
-    config = tiny_config(turns_max=2)
+    config = tiny_config(max_turns=2)
     config.generate.batch_size = 2  # a window of 8 requests
     frozen, train = pathtree.partition(random_params(config), lambda path: path.startswith("clip/"))
     checkpoint.open_run(folder, config)

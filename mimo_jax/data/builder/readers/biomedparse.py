@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from mimo_jax.data.builder.items import Item, MaskRef
-from mimo_jax.data.builder.readers.reader import SPLITS, Source, case_of, pictures
+from mimo_jax.data.builder.readers.reader import SPLITS, DatasetReader, case_of, pictures
 
 _MODALITY = (
     (r"ct", "CT"), (r"mri?(-.*)?", "MR"), (r"x-?ray", "X-ray"), (r"ultrasound|us", "ultrasound"), (r"fundus.*", "fundus"),
@@ -15,7 +15,7 @@ _MODALITY = (
 )  # fmt: skip
 
 
-class BiomedParse(Source):
+class BiomedParse(DatasetReader):
     name = "biomedparse"
     looks_for = "train/ and train_mask/, or test/ and test_mask/"
 
@@ -23,7 +23,7 @@ class BiomedParse(Source):
         folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and path.name in SPLITS)
         self.parts = [path for path in folders if (self.folder / f"{path.name}_mask").is_dir()]
         if not self.parts:
-            raise self.not_there()
+            raise self.layout_error()
 
     def items(self) -> Iterator[Item]:
         for part in self.parts:

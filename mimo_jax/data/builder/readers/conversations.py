@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.data.builder.items import Item, MaskRef
-from mimo_jax.data.builder.readers.reader import Source
+from mimo_jax.data.builder.readers.reader import DatasetReader
 from mimo_jax.data.records import DataError
 
 YES_NO = ("yes", "no")
@@ -45,7 +45,7 @@ class Entry:
     slice_index: int = -1
 
 
-class Conversations(Source):
+class Conversations(DatasetReader):
     """A source whose `entries` are gathered by image."""
 
     @abstractmethod

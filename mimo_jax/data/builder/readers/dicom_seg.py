@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.data.builder.items import Item, MaskRef
-from mimo_jax.data.builder.readers.reader import Source
+from mimo_jax.data.builder.readers.reader import DatasetReader
 from mimo_jax.data.images.dicom import reading, value_of
 from mimo_jax.data.images.image import kind_of, library
 from mimo_jax.errors import UserError
@@ -38,7 +38,7 @@ class _Image:
     frames: int
 
 
-class DicomSeg(Source):
+class DicomSeg(DatasetReader):
     name = "dicom-seg"
     looks_for = "DICOM images and DICOM SEG objects"
     options = {"window": None}
@@ -54,7 +54,7 @@ class DicomSeg(Source):
             except UserError:
                 self.skip(str(path), "a damaged or truncated file")
         if not self.segs or not self.images:
-            raise self.not_there()
+            raise self.layout_error()
 
     def items(self) -> Iterator[Item]:
         masks: dict[tuple[str, int], list[MaskRef]] = defaultdict(list)

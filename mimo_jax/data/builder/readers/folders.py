@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.readers.label_tables import label_table
-from mimo_jax.data.builder.readers.reader import Source, pictures
+from mimo_jax.data.builder.readers.reader import DatasetReader, pictures
 from mimo_jax.data.records import DataError
 
 
-class Folders(Source):
+class Folders(DatasetReader):
     name = "folders"
     looks_for = "images/ and masks/"
     options = {"entity": "", "labels": ""}
@@ -21,7 +21,7 @@ class Folders(Source):
     def open(self) -> None:
         self.images, self.masks = self.folder / "images", self.folder / "masks"
         if not (self.images.is_dir() and self.masks.is_dir()):
-            raise self.not_there()
+            raise self.layout_error()
         self.needs_modality()
         self.table = label_table(self.told["labels"]) if self.told["labels"] else {}
         if self.told["entity"] and self.table:

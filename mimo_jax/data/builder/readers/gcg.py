@@ -25,7 +25,7 @@ class Gcg(Conversations):
     def open(self) -> None:
         self.indices = [self.path] if self.path.is_file() else sorted([*self.path.glob("*.json"), *self.path.glob("*.jsonl")])
         if not self.indices or self.indices[0].suffix not in (".json", ".jsonl"):
-            raise self.not_there()
+            raise self.layout_error()
         self.needs_modality()
         self.images = self.below("images", "imgs")
 

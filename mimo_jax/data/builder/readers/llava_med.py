@@ -18,7 +18,7 @@ class LlavaMed(Conversations):
     def open(self) -> None:
         self.indices = [self.path] if self.path.is_file() else sorted([*self.path.glob("*.json"), *self.path.glob("*.jsonl")])
         if not self.indices or self.indices[0].suffix not in (".json", ".jsonl"):
-            raise self.not_there()
+            raise self.layout_error()
         self.images = self.below("images", "imgs")
 
     def entries(self) -> Iterator[Entry]:

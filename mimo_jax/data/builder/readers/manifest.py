@@ -10,7 +10,7 @@ from pathlib import Path
 from mimo_jax.config import MODALITIES
 from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.readers.index_files import lines
-from mimo_jax.data.builder.readers.reader import SPLITS, Source
+from mimo_jax.data.builder.readers.reader import SPLITS, DatasetReader
 from mimo_jax.data.records import DataError
 
 MANIFEST = "manifest.jsonl"
@@ -56,14 +56,14 @@ def _wrong(line: object) -> str:
     return "" if spacing is None or numbers else "pixel_spacing_mm is not [row, column] in mm"
 
 
-class Manifest(Source):
+class Manifest(DatasetReader):
     name = "manifest"
     looks_for = f"a .jsonl file, or {MANIFEST} in the folder"
 
     def open(self) -> None:
         self.index = self.path / MANIFEST if self.path.is_dir() else self.path
         if self.index.suffix != ".jsonl" or not self.index.is_file():
-            raise self.not_there()
+            raise self.layout_error()
 
     def items(self) -> Iterator[Item]:
         for line in manifest_lines(self.index):

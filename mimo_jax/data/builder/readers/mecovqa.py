@@ -30,7 +30,7 @@ class MeCoVqa(Conversations):
         places = [place / name for place in (self.folder, *self.folder.resolve().parents[:2]) for name in (".", "SAMed2Dv1")]
         self.root = next((place for place in places if (place / CLASSES).is_file()), None)
         if not self.indices or self.root is None:
-            raise self.not_there()
+            raise self.layout_error()
         self.classes = Classes(self.root / CLASSES)
 
     def entries(self) -> Iterator[Entry]:

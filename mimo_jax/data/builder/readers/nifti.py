@@ -19,7 +19,7 @@ import numpy as np
 from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.readers.index_files import read
 from mimo_jax.data.builder.readers.label_tables import label_table, parse_table
-from mimo_jax.data.builder.readers.reader import SPLITS, Source
+from mimo_jax.data.builder.readers.reader import SPLITS, DatasetReader
 from mimo_jax.data.images.image import PLANES, library
 from mimo_jax.data.records import DataError
 from mimo_jax.errors import UserError
@@ -39,7 +39,7 @@ class _Volume:
     split: str = ""
 
 
-class Nifti(Source):
+class Nifti(DatasetReader):
     """axis: the plane or file axis to cut across; every: which slices, the nth; min_area: pixels of a structure below which a slice
     does not show it; window: as `data.picture.WINDOWS`, or (low, high); by default "soft" for CT."""
 
@@ -59,7 +59,7 @@ class Nifti(Source):
         self.table = label_table(self.told["labels"]) if self.told["labels"] else {}
         self.volumes = [*self._found()]
         if not self.volumes:
-            raise self.not_there()
+            raise self.layout_error()
 
     def items(self) -> Iterator[Item]:
         for volume in self.volumes:

@@ -26,7 +26,7 @@ class PathVqa(Conversations):
         self.indices = [path for path in found if path.suffix in (".pkl", ".json", ".jsonl")]
         root = next((place for place in (self.folder, *self.folder.parents[:3]) if (place / "images").is_dir()), None)
         if not self.indices or root is None:
-            raise self.not_there()
+            raise self.layout_error()
         self.images = root / "images"
 
     def entries(self) -> Iterator[Entry]:

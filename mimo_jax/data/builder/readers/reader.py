@@ -21,14 +21,14 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _OPTIONS = {"dataset": "", "modality": "", "licence": ""}
 
 
-class Source(ABC):
+class DatasetReader(ABC):
     """A source of one kind at a path; kinds derive from it. Options that every kind takes, for what the source does not say:
     dataset (default: the name of its folder), modality, licence. All may be texts, as a command line gives them.
 
     passed: how often what (a picture, a line, a data set) is passed over and why, counted by `items`."""
 
     name: ClassVar[str]  # the --source value
-    looks_for: ClassVar[str]  # what an error says that it should have found
+    expected_layout: ClassVar[str]  # what an error says that it should have found
     options: ClassVar[dict[str, object]] = {}  # besides those above: name -> what holds without it
 
     def __init__(self, path: str | os.PathLike, **options):
@@ -64,8 +64,8 @@ class Source(ABC):
         """`passed` as (what, why), one of each."""
         return [(what, f"{reason} ({count} times)" if count > 1 else reason) for (what, reason), count in self.passed.items()]
 
-    def not_there(self) -> DataError:
-        return DataError(f"{self.path}: is no {self.name} source; looked for {self.looks_for}")
+    def layout_error(self) -> DataError:
+        return DataError(f"{self.path}: is no {self.name} source; looked for {self.expected_layout}")
 
     def needs_modality(self) -> str:
         """The modality that is told, for kinds whose sources never say it. Raises DataError without."""

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from mimo_jax.data.builder.entities import canonical, is_nameless, is_union
 from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.readers.index_files import pairs, read
-from mimo_jax.data.builder.readers.reader import Source, case_of, split_of
+from mimo_jax.data.builder.readers.reader import DatasetReader, case_of, split_of
 from mimo_jax.data.records import DataError
 
 INDEX, CLASSES = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
@@ -94,7 +94,7 @@ class Classes:
         return MaskRef(name, path, instance=int(label[2]), inverted=dataset in INVERTED)
 
 
-class SaMed2d(Source):
+class SaMed2d(DatasetReader):
     name = "sa-med2d"
     looks_for = f"{INDEX} and {CLASSES}, or image2label_*.json or label2image_*.json"
 
@@ -110,7 +110,7 @@ class SaMed2d(Source):
         elif self.indices:
             self.needs_modality()
         else:
-            raise self.not_there()
+            raise self.layout_error()
 
     def items(self) -> Iterator[Item]:
         return self._whole() if self.whole else self._demo()

@@ -21,7 +21,7 @@ class Slake(Conversations):
         self.indices = [path for path in found if split_of(path.name)]
         self.images = self.below("imgs", "images")
         if not self.indices or self.images == self.folder:
-            raise self.not_there()
+            raise self.layout_error()
 
     def entries(self) -> Iterator[Entry]:
         for index in self.indices:

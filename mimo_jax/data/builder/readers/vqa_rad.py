@@ -22,7 +22,7 @@ class VqaRad(Conversations):
         found = [self.path] if self.path.is_file() else [path for path in named if path.is_file()]
         self.indices = found[:1] if found and found[0].name == INDEX else found
         if not self.indices:
-            raise self.not_there()
+            raise self.layout_error()
         self.images = self.below("VQA_RAD Image Folder", "images", "imgs")
 
     def entries(self) -> Iterator[Entry]:

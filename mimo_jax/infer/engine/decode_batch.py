@@ -21,7 +21,7 @@ from mimo_jax.data.transforms import mask_from_logits
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import Calibration, ConfidenceFeatures
 from mimo_jax.infer.engine.compiled import Engine
-from mimo_jax.infer.engine.requests import EncodedImage, TurnHistory, Request, Turn
+from mimo_jax.infer.engine.requests import EncodedImage, Request, Turn, TurnHistory
 
 _LENGTH_STEP = 32  # prompt buckets: 32, 64, 96, 128, then 192, 256, 384, 512, 768, …
 # The end of a text that the next token may turn into something else: a cut character, a spelt-out tag (which is dropped), a space.
@@ -129,7 +129,7 @@ class DecodeBatch:
         if self._stops():
             self.stopped = [self._stop(b) for b in range(len(self.turns))]
             live = live & ~np.array([*map(bool, self.stopped), *[False] * (self.rows - len(self.turns))])
-            self.state = self.state._replace(live=jnp.asarray(live))
+            self.state = self.state._replace(active=jnp.asarray(live))
         self.done = not live.any() or int(self.state.step) >= self.new_tokens
 
     def _stop(self, b: int) -> tuple[int, int] | None:

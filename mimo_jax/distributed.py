@@ -35,15 +35,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-from jax._src import clusters
-from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
 
 from mimo_jax import errors
-from mimo_jax.errors import UserError
+from mimo_jax.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TEMPFAIL, EXIT_USAGE, UserError
+from mimo_jax.jax_internals import coordination_client, find_cluster
 from mimo_jax.preemption import StopSignal
-
-EXIT_OURS, EXIT_USER, EXIT_AGAIN, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 _COORDINATOR, _PROCESSES, _PROCESS, _JOIN_TIMEOUT = "MIMO_COORDINATOR", "MIMO_PROCESSES", "MIMO_PROCESS", "MIMO_JOIN_TIMEOUT"
 _CHANNEL = "MIMO_WATCHER"  # set by the watcher for its worker: the number of the socket between them
@@ -92,11 +89,10 @@ def find_process_info() -> ProcessInfo | None:
     if told:
         return _told_place(told)
     try:
-        kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method)
-        kind = next((kind for kind in kinds if kind.is_env_present()), None)
-        if kind is None or kind.get_process_count() == 1:
+        cluster = find_cluster()
+        if cluster is None or cluster.count == 1:
             return None
-        return ProcessInfo(kind.get_process_id(), kind.get_process_count(), None, kind.__name__)
+        return ProcessInfo(cluster.process, cluster.count, None, cluster.kind)
     except Exception as error:  # each cluster has errors of its own
         where = f"this looks like a cluster, but how many processes there are cannot be told ({type(error).__name__}: {error})"
         raise ClusterError(f"{where}; set {_COORDINATOR}, {_PROCESSES} and {_PROCESS}, or {_PROCESSES}=1 to run alone") from error
@@ -159,12 +155,12 @@ def _watch(place: ProcessInfo) -> int:
     if -code in (signal.SIGTERM, signal.SIGKILL):
         return _again(place, f"was ended by {name}")
     print(f"mimo: process {place.process}: was ended by {name}", file=sys.stderr)
-    return EXIT_OURS
+    return EXIT_INTERNAL
 
 
 def _again(place: ProcessInfo, why: str) -> int:
     print(f"mimo: process {place.process}: {why}; run the same command for all {place.count} processes to go on", file=sys.stderr)
-    return EXIT_AGAIN
+    return EXIT_TEMPFAIL
 
 
 def send_heartbeat(seconds: float) -> None:
@@ -182,7 +178,7 @@ def _worker(place: ProcessInfo, work: Callable[[], int], heartbeat_timeout: int)
     _channel.set_inheritable(False)
     threading.Thread(target=_end_with_watcher, daemon=True).start()
     if not _join(place, heartbeat_timeout):
-        return EXIT_AGAIN
+        return EXIT_TEMPFAIL
     send_heartbeat(0)
     aloud = sys.stderr
     if place.process:
@@ -195,7 +191,7 @@ def _worker(place: ProcessInfo, work: Callable[[], int], heartbeat_timeout: int)
         _end(_tell(place, error, aloud))
     gather("done")
     with contextlib.suppress(Exception):  # one is enough
-        runtime.global_state.client.key_value_set(_FAILED, "none")
+        coordination_client().key_value_set(_FAILED, "none")
     listener.join()
     jax.distributed.shutdown()
     return code
@@ -225,23 +221,24 @@ def _join(place: ProcessInfo, heartbeat_timeout: int) -> bool:
 
 def _end_with_watcher() -> None:
     _channel.recv(1)  # it never speaks
-    os._exit(EXIT_OURS)
+    os._exit(EXIT_INTERNAL)
 
 
 def _tell(place: ProcessInfo, error: BaseException, stream) -> int:
     """Say what went wrong; returns the exit code for it."""
-    line = errors.line(error)
-    lost = line is None and isinstance(error, Exception) and _LOST.search(str(error))
+    lost = isinstance(error, Exception) and not isinstance(error, UserError) and _LOST.search(str(error))
     if lost:
         time.sleep(2 * _GRACE)  # if the peer failed and said so, this process ends meanwhile as that one does
     if isinstance(error, KeyboardInterrupt):
         line, code = "interrupted", EXIT_INTERRUPTED
     elif lost:
-        line, code = f"a peer died or does not answer any more: {_first_line(error)}; run the same command for all to go on", EXIT_AGAIN
-    elif line is None:
-        line, code = "".join(traceback.format_exception(error)), EXIT_OURS
+        line, code = f"a peer died or does not answer any more: {_first_line(error)}; run the same command for all to go on", EXIT_TEMPFAIL
+    elif isinstance(error, UserError):
+        line, code = errors.user_message(error), EXIT_USAGE
+        if errors.traceback_wanted():
+            traceback.print_exception(error, file=stream)
     else:
-        code = EXIT_USER
+        line, code = "".join(traceback.format_exception(error)), EXIT_INTERNAL
     print(f"mimo: process {place.process}: error: {line}", file=stream, flush=True)
     return code
 
@@ -254,7 +251,7 @@ def _end(code: int) -> NoReturn:
     """End this process, and all others with the same code."""
     if not _ending.acquire(blocking=False):  # another thread is at it
         threading.Event().wait()
-    client = runtime.global_state.client
+    client = coordination_client()
     with contextlib.suppress(Exception):
         client.key_value_set(_FAILED, str(code))
     with contextlib.suppress(Exception):
@@ -266,7 +263,7 @@ def _end(code: int) -> NoReturn:
 
 def _end_with_peers() -> None:
     try:
-        told = runtime.global_state.client.blocking_key_value_get(_FAILED, _FOREVER)
+        told = coordination_client().blocking_key_value_get(_FAILED, _FOREVER)
     except Exception:  # process 0 is gone: this one is about to be aborted
         return
     if told != "none":
@@ -279,7 +276,7 @@ def _end_with_peers() -> None:
 
 def gather(value: Any) -> list:
     """The values (JSON) of all processes, in their order, once all have come here."""
-    client = runtime.global_state.client
+    client = coordination_client()
     if client is None:
         return [value]
     key = f"mimo/gathered/{next(_gathered)}"
@@ -293,7 +290,7 @@ class PreemptionGuard:
     stops after the same step."""
 
     def __init__(self):
-        self._alone = StopSignal() if runtime.global_state.client is None else None
+        self._alone = StopSignal() if coordination_client() is None else None
         self._interrupt = None
         if self._alone is None:  # jax listens to SIGTERM, and to notices of the platform
             self._interrupt = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

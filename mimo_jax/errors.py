@@ -1,13 +1,26 @@
-"""The root of every error that is the user's to mend, and the line that tells it."""
+"""The root of every error that is the user's to mend, where a path of theirs becomes one, and the exit codes."""
 
+from __future__ import annotations
+
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
-# What the operating system refuses because of a path, a permission or a full disk.
-_USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+EXIT_OK = 0
+EXIT_INTERNAL = 1  # our fault: a traceback is shown
+EXIT_USAGE = 2  # the user's fault: one line says what to do
+EXIT_PARTIAL = 3  # done in part
+EXIT_TEMPFAIL = 75  # stopped on request, or a peer was lost: the same command goes on
+EXIT_INTERRUPTED = 130
+
+# Refused because of the machine or its permissions, whatever the file.
+_REFUSED = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+# Refused because the path leads elsewhere; the user's to mend only where they named the path.
+_MISPLACED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake in a file, a flag or a setting. The message is one line that names it and says what to do;
     the command line prints that line, without a traceback, and exits with code 2. With `listing`, lines follow it that
     list what is wrong, one thing each."""
@@ -15,10 +28,34 @@ class UserError(ValueError):
     listing = False
 
 
-def line(error: BaseException) -> str | None:
-    """What to print of an error that is the user's to mend; None of one that is ours."""
-    if isinstance(error, UserError):
-        return str(error) if error.listing else " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in _USER_ERRNO:
-        return f"{error.filename}: {error.strerror}" if error.filename else os.strerror(error.errno)
-    return None
+def user_message(error: UserError) -> str:
+    """What to print of it: one line, or its listing."""
+    return str(error) if error.listing else " ".join(str(error).split())
+
+
+def traceback_wanted() -> bool:
+    """Whether the traceback of a user's error is shown as well."""
+    return os.environ.get("MIMO_TRACEBACK") == "1"
+
+
+@contextlib.contextmanager
+def user_path(*paths: str | os.PathLike, contents: bool = False) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError where it is the user's to mend: a full disk or a permission, and a path that is
+    missing or of the wrong kind if it is one of `paths`, or a folder above one; with `contents`, also a file within one. Any other
+    missing file is ours, and its error passes."""
+    try:
+        yield
+    except OSError as error:
+        named = error.errno in _MISPLACED and _is_of(error.filename, paths, contents)
+        if error.errno not in _REFUSED and not named:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+        raise UserError(f"{where}{os.strerror(error.errno)}") from error
+
+
+def _is_of(filename: object, paths: tuple[str | os.PathLike, ...], contents: bool) -> bool:
+    if not isinstance(filename, str | bytes | os.PathLike):
+        return False
+    missing = os.path.abspath(os.fsdecode(filename))
+    named = [os.path.abspath(path) for path in paths]
+    return any(os.path.commonpath([missing, path]) in ((missing, path) if contents else (missing,)) for path in named)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, user_path
 
 _BUCKETS = Path("/gcs")  # where every launcher mounts them, and Vertex AI does
+_OUTPUTS = {"out", "workdir", "overlays", "plots", "llm_cache"}  # flags of what is written: a file gone from there is not the user's fault
+_TEXTS = {"question", "command"}
 
 
 def positive(text: str) -> int:
@@ -109,3 +113,15 @@ def mounted(word: str) -> str:
     if not (_BUCKETS / bucket).is_dir():
         raise UserError(f"{word}: {url} is not mounted; run gcsfuse --implicit-dirs {bucket} {_BUCKETS / bucket}, then this again")
     return word.replace(url, str(_BUCKETS / bucket), 1)
+
+
+@contextlib.contextmanager
+def named_paths(args: argparse.Namespace) -> Iterator[None]:
+    """`user_path` for every path that the command line names, NAME=PATH included."""
+    named: dict[bool, list[str]] = {True: [], False: []}
+    for flag, value in vars(args).items():
+        for word in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(word, str | Path) and str(word) and flag not in _TEXTS:
+                named[flag not in _OUTPUTS] += [str(word), str(word).partition("=")[2] or str(word)]
+    with user_path(*named[False]), user_path(*named[True], contents=True):
+        yield

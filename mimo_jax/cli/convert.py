@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from mimo_jax.errors import EXIT_OK
+
 EXAMPLES = {
     "import": """examples:
   mimo convert import --config configs/mimo_7b.py --clip CLIP-ViT-H-14 --llm vicuna-7b-v1.5 --sam sam_vit_h_4b8939.pth --out import
@@ -110,7 +112,7 @@ def _import(args: argparse.Namespace) -> int:
             allow_nonfinite=args.allow_nonfinite,
         )
     )
-    return 0
+    return EXIT_OK
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -118,7 +120,7 @@ def _export(args: argparse.Namespace) -> int:
 
     for line in export_checkpoint(args.checkpoint, args.format, args.out, base_at=args.base, merge=args.lora == "merged"):
         print(line)
-    return 0
+    return EXIT_OK
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -126,7 +128,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     found = inspect(args.path, _config(args) if args.config else None, args.key_map)
     print(json.dumps(found, indent=1) if args.json else describe(found))
-    return 0
+    return EXIT_OK
 
 
 def _rehearse(args: argparse.Namespace) -> int:

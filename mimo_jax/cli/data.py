@@ -10,13 +10,12 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mimo_jax.cli.arg_types import index, part, positive, ratios, share
-from mimo_jax.errors import UserError
+from mimo_jax.cli.arg_types import index, named_paths, part, positive, ratios, share
+from mimo_jax.errors import EXIT_OK, EXIT_PARTIAL, EXIT_TEMPFAIL, EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
     from mimo_jax.data.builder.build_plan import Options
 
-_USER, _IN_PART, _STOPPED = 2, 3, 75
 _CPUS = os.cpu_count() or 1
 _FAULTS_SHOWN = 20
 
@@ -197,7 +196,7 @@ def _phantom(args: argparse.Namespace) -> int:
     from mimo_jax.data.builder.phantom_set import build_phantoms
 
     _print_splits(args.out, build_phantoms(args.out, args.images, args.seed, workers=args.workers))
-    return 0
+    return EXIT_OK
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -219,7 +218,7 @@ def _build(args: argparse.Namespace) -> int:
     info = build(reader, args.out, options, Beam(args.beam) if args.runner == "beam" else args.workers)
     if info is None:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        return _STOPPED
+        return EXIT_TEMPFAIL
     _print_splits(args.out, info)
     if empty := [name for name, share in info["ratios"].items() if share and name not in info["splits"]]:
         print(f"  nothing in {', '.join(empty)}: there are too few groups (patients or cases)")
@@ -230,22 +229,22 @@ def _build(args: argparse.Namespace) -> int:
     if info["rejected"]:
         where = os.path.join(args.out, REJECTS)
         print(f"{info['rejected']} of {info['items']} items have no record; why stands in {where}", file=sys.stderr)
-        return _IN_PART
-    return 0
+        return EXIT_PARTIAL
+    return EXIT_OK
 
 
 def _merge(args: argparse.Namespace) -> int:
     from mimo_jax.data.builder.rewrite import merge_folders
 
     _print_splits(args.out, merge_folders(args.folders, args.out, _options(args)))
-    return 0
+    return EXIT_OK
 
 
 def _split(args: argparse.Namespace) -> int:
     from mimo_jax.data.builder.rewrite import split_folder
 
     _print_splits(args.out or args.folder, split_folder(args.folder, args.out, args.by, _options(args)))
-    return 0
+    return EXIT_OK
 
 
 def _options(args: argparse.Namespace, **more) -> Options:
@@ -269,7 +268,7 @@ def _stats(args: argparse.Namespace) -> int:
     print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else describe(found))
     if args.plots:
         print(f"written to {args.plots}: {', '.join(path.name for path in plot(found, args.plots))}", file=sys.stderr)
-    return 0
+    return EXIT_OK
 
 
 def _validate(args: argparse.Namespace) -> int:
@@ -281,14 +280,14 @@ def _validate(args: argparse.Namespace) -> int:
         print(fault, file=sys.stderr)
     if faults:
         print(f"mimo: error: {args.folder}: {len(faults)} faults; build it again, or copy it again from where it is whole", file=sys.stderr)
-        return _USER
+        return EXIT_USAGE
     records = sum(split["records"] for split in read_info(args.folder)["splits"].values())
     print(f"{args.folder}: {records} records, all as they were written")
-    return 0
+    return EXIT_OK
 
 
 def _view(args: argparse.Namespace) -> int:
-    from mimo_jax.data.loading.view import draw_record, contact_sheet
+    from mimo_jax.data.loading.view import contact_sheet, draw_record
     from mimo_jax.data.records import open_records
 
     if not args.out.lower().endswith(".png"):
@@ -301,7 +300,7 @@ def _view(args: argparse.Namespace) -> int:
     picture = draw_record(chosen[0]) if len(chosen) == 1 else contact_sheet(chosen)
     picture.save(args.out)
     print(f"written to {args.out}", file=sys.stderr)
-    return 0
+    return EXIT_OK
 
 
 def _encode(args: argparse.Namespace) -> int:
@@ -313,17 +312,18 @@ def _encode(args: argparse.Namespace) -> int:
         from mimo_jax.data.loading.encode_features import encode_checkpoint
 
         mine = args.process or (jax.process_index(), jax.process_count())
-        done = encode_checkpoint(args.checkpoint, args.data, args.split, args.batch, *mine, args.base)
+        with named_paths(args):
+            done = encode_checkpoint(args.checkpoint, args.data, args.split, args.batch, *mine, args.base)
         made = distributed.gather([done.written, done.before, len(done.failed), done.stopped])
         written, before, failed, stopped = (sum(counts) for counts in zip(*made, strict=True))
         print(f"{args.data} {args.split}: features of {written} images written, {before} were there")
         if stopped:
             print("stopped; run the same command again to go on", file=sys.stderr)
-            return _STOPPED
+            return EXIT_TEMPFAIL
         if failed:
             where = done.unreadable if len(made) == 1 else done.unreadable.parent
             print(f"{failed} images cannot be read and have none; why stands in {where}", file=sys.stderr)
-            return _IN_PART
-        return 0
+            return EXIT_PARTIAL
+        return EXIT_OK
 
     return work() if args.process else distributed.run(work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -10,13 +11,11 @@ from typing import TYPE_CHECKING
 
 from mimo_jax.cli.arg_types import box, endings, index, index_or_all, point, positive, scribble, window
 from mimo_jax.config import QUANTIZATIONS
-from mimo_jax.errors import UserError
+from mimo_jax.errors import EXIT_OK, EXIT_PARTIAL, EXIT_TEMPFAIL, UserError
 
 if TYPE_CHECKING:
     from mimo_jax.data.images.image import Volume
     from mimo_jax.infer.predictor import Mimo
-
-_IN_PART, _STOPPED = 3, 75
 
 
 def checkpoint_flags(command: argparse.ArgumentParser) -> None:
@@ -39,6 +38,7 @@ def _load(args: argparse.Namespace) -> Mimo:
     from mimo_jax.infer.predictor import Mimo
 
     mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.quantize)
+    mimo.config = copy.deepcopy(mimo.config)
     for name in ("refine", "sam_prompts"):
         if getattr(args, name):
             setattr(mimo.config.generate, name, True)
@@ -85,7 +85,9 @@ mark one slice: choose it.""",
     out_help = "write the overlay (.png), the answer (.json), the masks (.npy), or on the input's own grid .nii, .nii.gz, .dcm; repeatable"
     ask.add_argument("--out", action="append", default=[], metavar="FILE", help=out_help)
     ask.add_argument("--json", action="store_true", help="print the answer as JSON, masks as COCO RLE")
-    ask.add_argument("--estimate-memory", action="store_true", help="ask nothing; say what memory the model takes, and whether it fits here")
+    ask.add_argument(
+        "--estimate-memory", action="store_true", help="ask nothing; say what memory the model takes, and whether it fits here"
+    )
     ask.set_defaults(run=_ask)
 
 
@@ -108,7 +110,7 @@ def _ask(args: argparse.Namespace) -> int:
         from mimo_jax.analysis.memory_estimate import estimate_checkpoint_memory, table
 
         print(table(estimate_checkpoint_memory(args.checkpoint, args.quantize)))
-        return 0
+        return EXIT_OK
     if args.question is None:
         raise UserError("IMAGE and QUESTION are needed, such as: image.png 'Segment the liver.' (see mimo ask --help)")
     from mimo_jax.data.images.image import Volume
@@ -141,7 +143,7 @@ def _ask(args: argparse.Namespace) -> int:
     if args.out:
         answer.save(*args.out)
         print(f"written to {', '.join(args.out)}", file=sys.stderr)
-    return 0
+    return EXIT_OK
 
 
 def _ask_volume(args: argparse.Namespace, volume: Volume) -> int:
@@ -154,7 +156,7 @@ def _ask_volume(args: argparse.Namespace, volume: Volume) -> int:
     if args.out:
         answer.save(*args.out)
         print(f"written to {', '.join(args.out)}", file=sys.stderr)
-    return 0
+    return EXIT_OK
 
 
 def add_chat(commands) -> None:
@@ -191,7 +193,7 @@ def _chat(args: argparse.Namespace) -> int:
         mimo.warm_up(progress=True)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
     failed = converse(mimo.open(picture), **options)
-    return _IN_PART if failed and not sys.stdin.isatty() else 0
+    return EXIT_PARTIAL if failed and not sys.stdin.isatty() else EXIT_OK
 
 
 def add_batch(commands) -> None:
@@ -247,6 +249,6 @@ def _batch(args: argparse.Namespace) -> int:
         print(f"{done.failed} requests failed in whole or in part; why stands in {os.path.join(args.out, FAILED)}", file=sys.stderr)
     if done.stopped:
         print(f"stopped after {done.done} requests; run the same command with --resume to go on", file=sys.stderr)
-        return _STOPPED
+        return EXIT_TEMPFAIL
     print(f"{done.answered} answers in {args.out}; a table in {os.path.join(args.out, SUMMARY)}")
-    return _IN_PART if done.failed else 0
+    return EXIT_PARTIAL if done.failed else EXIT_OK

@@ -7,31 +7,39 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import sys
-import warnings
+import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from mimo_jax import __version__, errors
-from mimo_jax.cli.arg_types import mounted, positive
+from mimo_jax.cli.arg_types import mounted, named_paths, positive
 from mimo_jax.cli.convert import add_verbs
 from mimo_jax.cli.data import add_data
 from mimo_jax.cli.infer import add_ask, add_batch, add_chat, checkpoint_flags
 from mimo_jax.cli.sweep import add_sweep
 from mimo_jax.cli.train import add_compile, add_profile, add_train
 from mimo_jax.config import QUANTIZATIONS
-from mimo_jax.errors import UserError
-
-EXIT_DONE, EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+from mimo_jax.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with whole flag names only, examples kept as they are typed, and errors of one line."""
 
     def __init__(self, **kwargs):
+        self.flags: list[str] = []  # every spelling of its own flags
+        self.commands: dict[str, Parser] = {}
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add_argument(self, *args, **kwargs) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        self.flags += action.option_strings
+        return action
+
+    def add_subparsers(self, **kwargs):
+        action = super().add_subparsers(**kwargs)
+        self.commands = action.choices
+        return action
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -46,7 +54,10 @@ def parser() -> Parser:
   mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
   mimo eval --checkpoint runs/a --data data/phantom --split test --out report.json
   mimo ask --checkpoint runs/a image.png "What is this?" --box 10,12,40,44 --out overlay.png
-  mimo batch --checkpoint runs/a --in films --question "Segment the lungs." --out answers""",
+  mimo batch --checkpoint runs/a --in films --question "Segment the lungs." --out answers
+
+exit codes: 0 done, 1 a fault of mimo (with a traceback), 2 a mistake to mend (one line), 3 done in part, 75 stopped: run it again.
+MIMO_TRACEBACK=1 in the environment shows the traceback of every error.""",
     )
     top.add_argument("--version", action="version", version=f"mimo_jax {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -93,39 +104,25 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors that are ours are raised."""
-    if argv is None and sys.argv[1:2] == ["train"]:
-        _ask_for_huge_pages()
-    warnings.formatwarning = lambda message, category, *_, **__: f"mimo: warning: {message}\n"
-    # Compiled programs outlive the process: a second `ask` starts in seconds.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "mimo_jax" / "jax"))
     try:
         args = _parse(_negatives_joined([mounted(word) for word in (sys.argv[1:] if argv is None else argv)]))
-        return args.run(args)
-    except (UserError, OSError) as error:
-        line = errors.line(error)
-        if line is None:
-            raise
-        print(f"mimo: error: {line}", file=sys.stderr)
-        return EXIT_USER
+        with named_paths(args):
+            return args.run(args)
+    except UserError as error:
+        if errors.traceback_wanted():
+            traceback.print_exception(error)
+        print(f"mimo: error: {errors.user_message(error)}", file=sys.stderr)
+        return EXIT_USAGE
     except KeyboardInterrupt:
         print("mimo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-
-
-def _ask_for_huge_pages() -> None:
-    """Start this process anew with huge pages for big arrays, which the C library takes up only as it starts: on a CPU a step takes
-    a tenth less time, or more (benchmarks/RESULTS.md). Where it does not know the setting, nothing changes."""
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Flags of one command; its `overrides` are the `--config.…` arguments, of those commands that take any."""
     top = parser()
     command = _command(top, argv)
-    known = [flag for action in command._actions for flag in action.option_strings]
+    known = command.flags
     for argument in argv:
         flag = argument.split("=")[0]
         takes_overrides = command.get_default("overrides") is not None
@@ -139,13 +136,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _command(top: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.ArgumentParser:
+def _command(top: Parser, argv: Sequence[str]) -> Parser:
     """The parser of the command that a line begins with, or of its verb."""
     for word in argv:
-        choices = [action.choices for action in top._actions if isinstance(action, argparse._SubParsersAction)]
-        if not choices or word not in choices[0]:
+        if word not in top.commands:
             break
-        top = choices[0][word]
+        top = top.commands[word]
     return top
 
 
@@ -172,14 +168,14 @@ def _eval(args: argparse.Namespace) -> int:
         from mimo_jax.eval.calibrate import calibrate_checkpoint
 
         calibrate_checkpoint(args.checkpoint, args.data, args.split or "val", **options)
-        return EXIT_DONE
+        return EXIT_OK
     if not args.out:
         raise UserError("--out: is missing; say where the report goes, as --out report.json")
     from mimo_jax.eval.evaluate import evaluate_checkpoint
 
     options |= {"overlays": args.overlays, "quantization": args.quantize}
     evaluate_checkpoint(args.checkpoint, args.data, args.split or "test", args.out, **options)
-    return EXIT_DONE
+    return EXIT_OK
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimo_jax.cli.arg_types import names, positive, seeds
-from mimo_jax.errors import UserError
+from mimo_jax.errors import EXIT_OK, EXIT_PARTIAL, EXIT_TEMPFAIL, UserError
 
 if TYPE_CHECKING:
     from mimo_jax.sweep.jobs import Cluster
     from mimo_jax.sweep.plan import Sweep
 
 CLUSTERS = ("slurm", "gke")
-_DONE, _IN_PART, _STOPPED = 0, 3, 75
 
 
 def add_sweep(commands) -> None:
@@ -73,12 +72,12 @@ def _sweep(args: argparse.Namespace) -> int:
         raise UserError(f"--launch {shlex.join(args.launch)}: is for a cluster; add --backend {' or '.join(CLUSTERS)}")
     if args.dry_run:
         _show(sweep, cluster)
-        return _DONE
+        return EXIT_OK
     begin = partial(Job, cluster=cluster) if cluster else Processes
     failed, stopped = run_all(sweep.runs, begin, args.jobs or (len(sweep.runs) if cluster else 1))
     if stopped:
         print("stopped; run the same command to go on" + ("; submitted jobs do so by themselves" if cluster else ""), file=sys.stderr)
-        return _STOPPED
+        return EXIT_TEMPFAIL
 
     from mimo_jax.sweep.summary import write_summary
 
@@ -89,7 +88,7 @@ def _sweep(args: argparse.Namespace) -> int:
     print(f"summary: {', '.join(str(workdir / f'summary.{kind}') for kind in ('md', 'json', 'png'))}")
     for name, reason in failed.items():
         print(f"mimo: {name}: failed: {reason}", file=sys.stderr)
-    return _IN_PART if failed else _DONE
+    return EXIT_PARTIAL if failed else EXIT_OK
 
 
 def _show(sweep: Sweep, cluster: Cluster | None) -> None:

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mimo_jax.cli.arg_types import positive
+from mimo_jax import files
+from mimo_jax.cli.arg_types import named_paths, positive
 from mimo_jax.config import SourceConfig
-from mimo_jax.errors import UserError
+from mimo_jax.errors import EXIT_OK, UserError
 
 _CONFIG_HELP = "a config file; packaged ones go by name, as configs/tiny.py"
 
@@ -94,7 +95,8 @@ def _train(args: argparse.Namespace) -> int:
     def work() -> int:
         from mimo_jax.train.loop import train  # only once the processes have joined
 
-        return train(config, args.workdir)
+        with named_paths(args):
+            return train(config, args.workdir)
 
     return distributed.run(work, config.train.heartbeat_timeout)
 
@@ -120,7 +122,8 @@ def _profile(args: argparse.Namespace) -> int:
     def work() -> int:
         from mimo_jax.train.profile import profile  # only once the processes have joined
 
-        return profile(args.workdir, args.steps, args.after, sources_of(args.data))
+        with named_paths(args):
+            return profile(args.workdir, args.steps, args.after, sources_of(args.data))
 
     return distributed.run(work)
 
@@ -135,12 +138,11 @@ def _compile(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: there is no folder {Path(args.out).parent}; make it")
     with asked.environment():
         from mimo_jax.analysis import aot
-        from mimo_jax.checkpoints import storage
         from mimo_jax.train.step import lower_step
 
         report = aot.compile_step(config, asked, lower_step, args.batch_per_chip, args.length, args.largest)
     print(aot.table(report))
     if args.out:
-        storage.write_json(Path(args.out), report)
+        files.write_json(Path(args.out), report)
         print(f"written to {args.out}", file=sys.stderr)
-    return 0
+    return EXIT_OK

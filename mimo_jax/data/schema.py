@@ -35,8 +35,11 @@ class Mask:
     parent_mask_id: str = ""
 
     def decode(self) -> np.ndarray:
-        """bool [height, width]."""
-        return coco.decode(self.rle).astype(bool)
+        """bool [height, width]. RecordError for an RLE that is damaged."""
+        try:
+            return coco.decode(self.rle).astype(bool)
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecordError(f"mask {self.mask_id}: its RLE cannot be read ({error})") from None
 
 
 @dataclass

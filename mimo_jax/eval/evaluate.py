@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mimo_jax import files
 from mimo_jax.config import MODALITIES, PERSPECTIVES, PROMPTED, Config
 from mimo_jax.data.loading.collate import record_image, sample_prompts
 from mimo_jax.data.loading.sources import Manifest, not_evaluable, open_source, open_sources
@@ -188,9 +189,8 @@ class Joined:
 
 def write_report(report: dict, out: Path) -> None:
     """JSON to `out`; a reader sees the old file or the new one, never half of it."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, out)
+    with files.atomic_write(out) as part:
+        part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def choose(records: Sequence[Record], limit: int | None, perspectives: Sequence[str] = PERSPECTIVES) -> dict[int, list[int]]:
@@ -233,7 +233,7 @@ def _prepare(
         record = records[number]
         try:
             readable.append((record, record_image(record), [record.samples[i] for i in indices]))
-        except ValueError as error:
+        except UserError as error:
             results.unusable += [{"sample": record.samples[i].sample_id, "reason": str(error)} for i in indices]
     sizes = {pixels.shape for _, pixels, _ in readable} - blanks.keys()
     encoded = mimo.encode([*(pixels for _, pixels, _ in readable), *(np.zeros(size, np.uint8) for size in sizes)]) if readable else []
@@ -258,7 +258,7 @@ def _ask_all(mimo: Mimo, asked: list[_Asked], results: Accumulator) -> list[_Ask
             try:
                 request = _request(mimo, item, turn)
                 mimo.check(request)
-            except ValueError as error:
+            except UserError as error:
                 if item.sample.sample_id not in bad:
                     results.unusable.append({"sample": item.sample.sample_id, "reason": str(error)})
                 bad.add(item.sample.sample_id)

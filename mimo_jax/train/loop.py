@@ -7,7 +7,6 @@ back, and the next step is bit-identical to what it would have been.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -20,9 +19,9 @@ from typing import NamedTuple
 import jax
 from tqdm import tqdm
 
-from mimo_jax import distributed, pathtree, sharding
+from mimo_jax import distributed, files, pathtree, sharding
 from mimo_jax.analysis import run_summary
-from mimo_jax.checkpoints import arrays, checkpoint, frozen_params, loading, storage
+from mimo_jax.checkpoints import arrays, checkpoint, frozen_params, loading
 from mimo_jax.checkpoints.checkpoint import CheckpointError, Checkpoints
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data import conversation
@@ -31,6 +30,7 @@ from mimo_jax.data.loading.loader import Loader, make_loader
 from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mimo_jax.distributed import PreemptionGuard
+from mimo_jax.errors import EXIT_OK, EXIT_TEMPFAIL
 from mimo_jax.eval import calibrate, evaluate
 from mimo_jax.eval.calibrate import UNCALIBRATED, Calibration
 from mimo_jax.train import global_batch, writers
@@ -41,8 +41,6 @@ from mimo_jax.train.metrics import Metrics
 from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.step import make_step
 from mimo_jax.train.writers import MetricWriters
-
-EXIT_DONE, EXIT_STOPPED = 0, 75
 
 
 def train(config: Config, workdir: str | Path) -> int:
@@ -138,10 +136,10 @@ def _run(ready: ResumedTraining, goodput: Goodput, told: MetricWriters) -> int:
     done = _steps_done(loader)
     if done < config.train.steps:
         print(f"stopped at step {done}, state saved; run the same command to go on", file=sys.stderr)
-        return EXIT_STOPPED
+        return EXIT_TEMPFAIL
     if tick is not None:
         judge(tick.state, lambda params: _finish(config, params, ready.tokenizer, workdir, done, told))
-    return EXIT_DONE
+    return EXIT_OK
 
 
 def steps(plan: TrainSetup, state: dict, frozen: dict, loader: Loader, stop: PreemptionGuard, total: int) -> Iterator[StepInfo]:
@@ -184,18 +182,17 @@ def _tokenizer(config: Config, workdir: Path, sources: dict) -> Tokenizer:
     """The run's own, else that of `init.path`, else the configured file, else one learnt from the corpus; kept in the run."""
     path = workdir / "tokenizer.json"
     if jax.process_index() == 0 and not path.exists():
-        beside = path.with_name("tokenizer.json.tmp")
-        if config.init.path:
-            shutil.copy(checkpoint.tokenizer_path(config.init.path), beside)
-        elif config.tokenizer == "train":
-            train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, beside, config.model.grounding_tokens())
-        elif config.tokenizer:
-            if not Path(config.tokenizer).is_file():
-                raise ConfigError(f"config.tokenizer: no file {config.tokenizer}")
-            shutil.copy(config.tokenizer, beside)
-        else:
-            raise ConfigError('config.tokenizer: is empty; give a tokenizer.json, or "train" to learn one from the data')
-        os.replace(beside, path)
+        with files.atomic_write(path) as part:
+            if config.init.path:
+                shutil.copy(checkpoint.tokenizer_path(config.init.path), part)
+            elif config.tokenizer == "train":
+                train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, part, config.model.grounding_tokens())
+            elif config.tokenizer:
+                if not Path(config.tokenizer).is_file():
+                    raise ConfigError(f"config.tokenizer: no file {config.tokenizer}")
+                shutil.copy(config.tokenizer, part)
+            else:
+                raise ConfigError('config.tokenizer: is empty; give a tokenizer.json, or "train" to learn one from the data')
     distributed.gather(None)
     return load_tokenizer(path, config.model)
 
@@ -279,7 +276,7 @@ def _evaluate(
         config, params, tokenizer, split="val", limit=samples, overlays=out, overlay_count=overlays, calibration=fitted
     )
     if report is not None:
-        storage.write_json(out / "report.json", report)
+        files.write_json(out / "report.json", report)
         told.pictures(step, out)
 
 

@@ -18,6 +18,7 @@ from mimo_jax import distributed
 from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import SourceConfig
 from mimo_jax.distributed import PreemptionGuard
+from mimo_jax.errors import EXIT_OK, EXIT_TEMPFAIL
 from mimo_jax.train import loop
 
 _TOP = 12
@@ -50,13 +51,13 @@ def profile(workdir: str | os.PathLike, steps: int = 3, after: int = 2, sources:
         ready.loader.close()
     if len(traced) < steps:
         print(f"stopped when {len(traced)} of {steps} steps were traced", file=sys.stderr)
-        return loop.EXIT_STOPPED
+        return EXIT_TEMPFAIL
     print(f"traced {steps} steps after step {ready.first + after}, {seconds:.3f} s each, tracing included: {out}")
     written = sorted(out.rglob("*.trace.json.gz"))
     if written:
         print(f"open it: {written[0]} in https://ui.perfetto.dev, or `pip install xprof`, then `xprof --logdir {out}`")
         print("\n".join(table(read_operations(written[0]), steps)))
-    return loop.EXIT_DONE
+    return EXIT_OK
 
 
 def read_operations(trace: Path) -> dict[str, tuple[float, int]]:

@@ -74,9 +74,8 @@ def test_a_wrong_or_damaged_base_is_refused(tmp_path):
     begin(run)
     begin(other, frozen=frozen_tree(1))
     flip_bit(run / "base" / "arrays")
-    with pytest.raises(CheckpointError, match=r"a/base is damaged \(SHA-256.*other/base is another base: clip/kernel") as error:
+    with pytest.raises(CheckpointError, match=r"a/base is damaged \(SHA-256.*other/base is another base: clip/kernel"):
         frozen_params.load(run, base=other)
-    assert isinstance(error.value, ValueError)
 
 
 def test_a_bit_flipped_in_any_file_of_the_base_stops_and_names_it(tmp_path):

@@ -145,7 +145,7 @@ def test_version(capsys):
 
 
 def test_help_loads_no_jax():
-    code = "import sys; from mimo_jax import cli; cli.parser().format_help(); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys; from mimo_jax.cli import main; main.parser().format_help(); print('jax' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
@@ -222,7 +222,7 @@ def test_eval_and_phantom_hand_over_their_flags(called, capsys):
         (
             "evaluate_checkpoint",
             ("c", "d", "val", "o"),
-            {"limit": 3, "overlays": "v", "base": None, "allow_untrained": False, "weights": "int4"},
+            {"limit": 3, "overlays": "v", "base": None, "allow_untrained": False, "quantization": "int4"},
         ),
         ("calibrate_checkpoint", ("c", "d", "val"), {"limit": None, "base": "b", "allow_untrained": False}),
         ("build_phantoms", ("d", 8, 2), {"workers": 1}),
@@ -249,7 +249,7 @@ def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypat
             "allow_untrained": True,
             "refine": True,
             "sam_prompts": False,
-            "weights": "int8",
+            "quantization": "int8",
             "image": "i.png",
             "question": "Which?",
             "max_new_tokens": 9,
@@ -300,7 +300,7 @@ def test_batch_hands_over_its_flags_and_says_how_it_ended(monkeypatch, capsys):
         calls.append((source, out, question, options))
         return types.SimpleNamespace(**dict(zip(("done", "answered", "failed", "stopped", "burned_in"), ends[len(calls) - 1], strict=True)))
 
-    monkeypatch.setattr("mimo_jax.infer.batch.run_batch", run_batch)
+    monkeypatch.setattr("mimo_jax.infer.batch.run_batch.run_batch", run_batch)
     line = ["batch", "--checkpoint", "c", "--in", "films", "--question", "Which?", "--out", "o"]
     flags = "--save png,.NII.gz --resume --volumes --window -5,6 --frame all --series 2 --max-new-tokens 9"
     assert main.main([*line, *flags.split()]) == 0
@@ -393,8 +393,14 @@ def test_exit_codes(called, capsys):
     assert fails(capsys, *line) == "mimo: error: config.x: is wrong; mend it\n"
     called.error = OSError(28, "No space left on device")
     assert fails(capsys, *line) == "mimo: error: No space left on device\n"
-    called.error = FileNotFoundError(2, "No such file or directory", "a.png")
-    assert fails(capsys, *line) == "mimo: error: a.png: No such file or directory\n"
+    called.error = FileNotFoundError(2, "No such file or directory", "w")
+    assert fails(capsys, *line) == "mimo: error: w: No such file or directory\n"
+    for gone in ("vocabulary.json", "w/state.json"):  # nobody named it: a file of the package, and one of our own in a named folder
+        called.error = FileNotFoundError(2, "No such file or directory", gone)
+        with pytest.raises(FileNotFoundError):
+            main.main(line)
+    called.error = FileNotFoundError(2, "No such file or directory", "d/train.index")
+    assert "d/train.index" in fails(capsys, *"eval --checkpoint c --data d --out o".split())
     called.error = KeyboardInterrupt()
     assert main.main(line) == 130
     called.error = ValueError("ours")
@@ -408,6 +414,6 @@ def test_a_real_process_shows_a_traceback_only_where_the_fault_is_ours(tmp_path)
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith(f"mimo: error: {tmp_path}: is not a checkpoint") and done.stderr.count("\n") == 1
-    code = "import sys; from mimo_jax import cli; cli._parse = lambda argv: 1 / 0; sys.exit(cli.main([]))"
+    code = "import sys; from mimo_jax.cli import main; main._parse = lambda argv: 1 / 0; sys.exit(main.main([]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr

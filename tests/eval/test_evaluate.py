@@ -11,6 +11,7 @@ from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import Config, SourceConfig
 from mimo_jax.data.records import write_records
 from mimo_jax.data.schema import Sample, Target, Turn
+from mimo_jax.errors import UserError
 from mimo_jax.eval import evaluate as ev
 from mimo_jax.eval.accumulator import ground_truths
 from mimo_jax.eval.registry import METRICS, Ratio, register_metric
@@ -261,7 +262,7 @@ def test_from_checkpoint_and_data_to_report_and_pictures(mimo, tmp_path, capsys)
     assert "miou" in printed and str(out) in printed
     limited = ev.evaluate_checkpoint(run, tmp_path / "data", "test", out, limit=5)
     assert sum(limited["n"]["samples"].values()) == 5
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         ev.evaluate_checkpoint(run, tmp_path / "data", "test", tmp_path / "nowhere" / "report.json")
 
 

@@ -31,9 +31,10 @@ from mimo_jax.data.loading.sources import Manifest, open_source
 from mimo_jax.data.records import RecordFolder
 from mimo_jax.data.schema import Record
 from mimo_jax.data.transforms import preprocess
+from mimo_jax.errors import UserError
 from mimo_jax.models import mimo, scan
 from mimo_jax.preemption import StopSignal
-from mimo_jax.train.state import Plan
+from mimo_jax.train.state import TrainSetup
 
 ENCODERS = ("clip/", "sam_encoder/")
 _SAM_FIELDS = ("image_size", "image_fit", "patch_size", "width", "layers", "heads", "mlp_ratio", "window", "global_every", "decoder_width")
@@ -60,7 +61,7 @@ def fingerprint(config: Config, params: Mapping[str, jax.Array | np.ndarray]) ->
     return hashlib.sha256(json.dumps([about, hashes], sort_keys=True).encode()).hexdigest()
 
 
-def check_frozen(plan: Plan) -> None:
+def check_frozen(plan: TrainSetup) -> None:
     """ConfigError if a parameter that features depend on trains."""
     moving = [path for path in plan.multipliers if path.startswith(ENCODERS) and plan.trains(path)]
     if moving:
@@ -159,7 +160,7 @@ def _read(
         try:
             record = source[number]
             return record, preprocess(record_image(record), config.model)
-        except ValueError as error:
+        except UserError as error:
             return source.index.ids[number].decode(), str(error)
 
     groups = [numbers[at : at + size] for at in range(0, len(numbers), size)]

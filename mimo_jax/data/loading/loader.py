@@ -10,6 +10,7 @@ takes the same bucket, and another number of processes goes on with the same glo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,13 +26,22 @@ from absl import flags
 
 from mimo_jax.config import PERSPECTIVES, Config
 from mimo_jax.data.conversation import Rendered, encode_user_turn, render
-from mimo_jax.data.loading.collate import padding_sample, padding_image, record_image, sample_arrays, smallest_bucket, stack_batch, required_mask_ids
+from mimo_jax.data.loading.collate import (
+    padding_image,
+    padding_sample,
+    record_image,
+    required_mask_ids,
+    sample_arrays,
+    smallest_bucket,
+    stack_batch,
+)
 from mimo_jax.data.loading.features import FeatureFolder, open_features
 from mimo_jax.data.loading.sources import Manifest
 from mimo_jax.data.records import DataError, RecordFolder
 from mimo_jax.data.schema import Record
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import augment, preprocess
+from mimo_jax.errors import UserError
 
 _REPORT = "unusable"  # key under which a batch carries its unusable samples from the process that made it
 _IMAGES_AHEAD = 64  # that may wait ready-made, in all
@@ -86,8 +96,11 @@ class Loader:
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
-            self._iterator = self._start()
-        batch = next(self._iterator)
+            with _absl_flags_readable():
+                self._iterator = self._start()
+                batch = next(self._iterator)
+        else:
+            batch = next(self._iterator)
         self._next += 1
         self._count(json.loads(batch.pop(_REPORT).tobytes()))
         return batch
@@ -119,8 +132,6 @@ class Loader:
         batches = grain.MapDataset.source(self._batches)[self._next :]
         batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
         if config.data.workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain's worker pool reads absl flags; the command line is argparse's here
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
         return iter(batches)
 
@@ -133,6 +144,19 @@ class Loader:
                 f"{len(self._bad)} of {total} samples are unusable, more than config.train.max_bad_samples "
                 f"({config.train.max_bad_samples:g}): {shown}"
             )
+
+
+@contextlib.contextmanager
+def _absl_flags_readable() -> Iterator[None]:
+    """Grain's worker pool reads absl flags as it starts; in a program that does not parse them, they have their defaults meanwhile."""
+    unparsed = not flags.FLAGS.is_parsed()
+    if unparsed:
+        flags.FLAGS.mark_as_parsed()
+    try:
+        yield
+    finally:
+        if unparsed:
+            flags.FLAGS.unparse_flags()
 
 
 class GlobalOrder:
@@ -182,7 +206,7 @@ class GlobalOrder:
             for place, number in zip(places, image.samples, strict=True):
                 try:
                     lengths[place] = len(render(samples[number], self.tokenizer, self.config).input_ids)
-                except ValueError:  # the sample will be a placeholder
+                except UserError:  # the sample will be a placeholder
                     lengths[place] = 1
         return smallest_bucket(int(lengths[places].max()), buckets)
 
@@ -340,7 +364,7 @@ class _ExampleBuilder:
         try:
             ready = self._ready(drawn.source, drawn.record)
             image, masks = self._variant(ready, drawn)
-        except ValueError as error:
+        except UserError as error:
             report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(drawn.samples))]
             blank = self.features[drawn.source].blank() if self.features else padding_image(model)
             return {**blank, "samples": [padding_sample(self.config)] * len(drawn.samples)}
@@ -353,7 +377,7 @@ class _ExampleBuilder:
                 rendered = self._rendered(ready, number)
                 size = (ready.record.height, ready.record.width)
                 samples.append(sample_arrays(sample.sample_id, rendered, masks, size, self.config, rng, frames))
-            except ValueError as error:
+            except UserError as error:
                 report.append({"record": record_id, "sample": f"{record_id}#{number}", "reason": str(error)})
                 samples.append(padding_sample(self.config))
         return {**image, "samples": samples}
@@ -393,7 +417,7 @@ class _ExampleBuilder:
         for number in drawn.samples:
             try:
                 wanted |= {mask_id: masks[mask_id] for mask_id in required_mask_ids(self._rendered(ready, number))}
-            except ValueError:  # told where the sample is made
+            except UserError:  # told where the sample is made
                 continue
         image, moved = augment(ready.image, list(wanted.values()), np.random.default_rng([drawn.seed, len(drawn.samples)]))
         return preprocess(image, self.config.model), dict(zip(wanted, moved, strict=True))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from mimo_jax.data.images.image import Window, kind_of, parse_window
 from mimo_jax.errors import UserError
+from mimo_jax.files import sha256
 from mimo_jax.infer.engine.requests import MAX_TURNS
 
 PROMPTS = ("points", "boxes", "scribbles", "mask", "prompts")
@@ -123,8 +124,7 @@ class BatchRequests:
 
     def _digest(self) -> str:
         if not self.source.is_dir():
-            with open(self.source, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256(self.source)
         digest = hashlib.sha256(b"volumes" if self.volumes else b"")
         for _, fields in self._files():
             digest.update(f"{fields['image']}\0{(self.folder / fields['image']).lstat().st_size}\n".encode(errors="surrogateescape"))
@@ -172,14 +172,13 @@ class BatchRequests:
 
     def _csv_rows(self) -> Iterator[tuple[int, dict | str]]:
         header = self._header()
-        csv.field_size_limit(_CELL)
         with open(self.source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = csv.reader(file)
             next(rows, None)
             while True:
                 line = rows.line_num + 1
                 try:
-                    cells = next(rows)
+                    cells = _next_row(rows)
                 except StopIteration:
                     return
                 except csv.Error as error:
@@ -192,7 +191,7 @@ class BatchRequests:
                     continue
                 try:
                     yield line, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=False) if cell.strip()}
-                except ValueError as error:
+                except UserError as error:
                     yield line, str(error)
 
     def _request(self, number: int, line: int | None, fields: dict) -> BatchRequest:
@@ -243,6 +242,15 @@ class BatchRequests:
                 raise UserError(f"{key}: give the path of a file or an object")
 
 
+def _next_row(rows: Iterator[list[str]]) -> list[str]:
+    """The next row of a CSV reader, with cells of up to _CELL characters; the module's own limit, which is the process's, stays."""
+    limit = csv.field_size_limit(_CELL)
+    try:
+        return next(rows)
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _raise(error: OSError) -> None:
     raise error  # a folder that may not be read would be passed over without a word
 
@@ -278,13 +286,13 @@ def _cell(name: str, cell: str) -> Any:
     try:
         cell.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name}: is not UTF-8; save the table as UTF-8") from None
+        raise UserError(f"{name}: is not UTF-8; save the table as UTF-8") from None
     cell = cell.strip()
     if cell[0] in "[{":
         try:
             return json.loads(cell)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}: is not JSON ({error})") from None
+            raise UserError(f"{name}: is not JSON ({error})") from None
     return int(cell) if name in ("frame", "series", "max_new_tokens") and cell.isdecimal() and len(cell) < 10 else cell
 
 

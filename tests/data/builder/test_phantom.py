@@ -9,6 +9,7 @@ from PIL import Image
 from mimo_jax.data.builder import phantom_scenes
 from mimo_jax.data.builder.phantom import MODALITY_SHARES, make_phantom
 from mimo_jax.data.builder.phantom_shapes import MIN_RADIUS, Shape, smooth_field
+from mimo_jax.errors import UserError
 from mimo_jax.eval.baselines import fit_baselines
 from mimo_jax.eval.metrics import iou
 from tests.eval.guessing import score_baselines
@@ -43,7 +44,7 @@ def test_size_range_is_kept_and_checked():
     for index in range(12):
         record = make_phantom(0, index, size=(64, 72))
         assert 64 <= min(record.height, record.width) <= max(record.height, record.width) <= 72
-    with pytest.raises(ValueError, match="smallest"):
+    with pytest.raises(UserError, match="smallest"):
         make_phantom(0, 0, size=(100, 90))
 
 

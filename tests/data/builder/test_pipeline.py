@@ -15,6 +15,7 @@ from mimo_jax.data.builder.pipeline import build
 from mimo_jax.data.builder.readers import open_reader
 from mimo_jax.data.builder.validate import find_faults
 from mimo_jax.data.records import DataError, damaged_files, open_records, read_info
+from mimo_jax.errors import UserError
 from tests.data.builder.chat_server import chat_server
 from tests.data.builder.sources_made import PART, contents, picture, run, write_source
 
@@ -72,7 +73,7 @@ module.{name} = counted
 """
 
 
-@pytest.mark.parametrize("module, name, at", [("parts", "make_record", 10), ("pipeline", "write_shard", 3), ("pipeline", "join_shards", 1)])
+@pytest.mark.parametrize("module, name, at", [("item_batches", "make_record", 10), ("pipeline", "write_shard", 3), ("pipeline", "join_shards", 1)])
 def test_after_a_kill_the_same_command_goes_on(tmp_path, module, name, at):
     source = write_source(tmp_path / "in")
     build(open_reader("manifest", source), tmp_path / "whole", Options(), progress=False)
@@ -81,7 +82,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path, module, name, at):
     assert not (tmp_path / "out").exists()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.building/parts").glob("*.known")}
     assert len(kept) == (2 if name == "make_record" else 3)
-    done = run(source, tmp_path / "out", before="parts.make_record = lambda item: sys.exit('made again')" if len(kept) == 3 else "")
+    done = run(source, tmp_path / "out", before="item_batches.make_record = lambda item: sys.exit('made again')" if len(kept) == 3 else "")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not (tmp_path / ".out.building").exists()
@@ -90,7 +91,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path, module, name, at):
 def test_a_request_to_stop_ends_with_75_and_the_same_command_goes_on(tmp_path):
     source = write_source(tmp_path / "in")
     build(open_reader("manifest", source), tmp_path / "whole", Options(), progress=False)
-    done = run(source, tmp_path / "out", before=KILL.format(module="parts", name="make_record", at=6, signal=int(signal.SIGTERM)))
+    done = run(source, tmp_path / "out", before=KILL.format(module="item_batches", name="make_record", at=6, signal=int(signal.SIGTERM)))
     assert done.returncode == 75 and "run the same command again" in done.stderr
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / ".out.building/parts").glob("*.known"))) == 2  # the part in hand was finished
@@ -225,7 +226,7 @@ def test_perspectives(tmp_path):
     ({"max_rejects": 2.0}, "max-rejects 2"),
 ])  # fmt: skip
 def test_wrong_options_are_refused_before_the_work(tmp_path, options, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         built(write_source(tmp_path / "in", 2), tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -233,7 +234,7 @@ def test_wrong_options_are_refused_before_the_work(tmp_path, options, said):
 def test_two_builds_of_one_out(tmp_path):
     source = write_source(tmp_path / "in", 4)
     again = "import subprocess, json\nfrom mimo_jax.data.builder import pipeline\ninner = pipeline.make_plan\n"
-    again += "def both(*args):\n    print(cli.main(sys.argv[1:]))\n    return inner(*args)\npipeline.make_plan = both\n"
+    again += "def both(*args):\n    print(main(sys.argv[1:]))\n    return inner(*args)\npipeline.make_plan = both\n"
     words = ["data", "build", "--source", "manifest", "--in", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
     done = run(source, tmp_path / "out", before=f"sys.argv = ['mimo', *{words!r}]\n{again}")
     assert done.returncode == 0 and done.stdout.startswith("2\n")
@@ -280,5 +281,5 @@ def test_a_language_model_writes_what_stands_up_and_is_paid_once(tmp_path, monke
     built(source, tmp_path / "again", qa="llm", llm_cache=str(tmp_path / "cache"))
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     monkeypatch.delenv("MIMO_LLM_URL")
-    with pytest.raises(ValueError, match="MIMO_LLM_URL: is not set"):
+    with pytest.raises(UserError, match="MIMO_LLM_URL: is not set"):
         built(source, tmp_path / "x", qa="llm")

@@ -89,8 +89,10 @@ def _typed(name: str, value: object, default: object) -> Any:
             check_window(window)
             return window
         return int(value) if isinstance(default, int) else value
-    except ValueError as error:
-        raise DataError(f"option {name}={value}: {error if isinstance(error, UserError) else 'is no number'}") from None
+    except UserError as error:
+        raise DataError(f"option {name}={value}: {error}") from None
+    except ValueError:
+        raise DataError(f"option {name}={value}: is no number") from None
 
 
 def pictures(folder: Path) -> list[str]:

@@ -21,6 +21,7 @@ CORE = [
     "protobuf>=5",
     "safetensors>=0.6",
     "ml-collections>=1.1,<2",
+    "filelock>=3.30,<5",
     "absl-py>=2.1",
     "numpy>=2.0",
     "scipy>=1.14",
@@ -64,5 +65,5 @@ setup(
     package_data={"mimo_jax.data.builder": ["*.csv", "*.toml", "*.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["mimo=mimo_jax.cli.main:main"]},
+    entry_points={"console_scripts": ["mimo=mimo_jax.cli.__main__:run"]},
 )

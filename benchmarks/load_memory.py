@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 
-from mimo_jax import pathtree  # noqa: E402
-from mimo_jax.checkpoints import checkpoint, frozen_params, loading, storage
+from mimo_jax import files, pathtree  # noqa: E402
+from mimo_jax.checkpoints import checkpoint, frozen_params, loading
 from mimo_jax.config import QUANTIZATIONS, LlamaConfig  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
 from tests.tiny_config import tiny_config  # noqa: E402
@@ -39,7 +39,7 @@ def write(run: Path, layers: int, width: int) -> None:
 
     frozen_params.write(run, leaves())
     checkpoint.write_step(run, 0, iter(()), {})
-    storage.write_json(run / "config.json", config.to_dict())
+    files.write_json(run / "config.json", config.to_dict())
     (run / "tokenizer.json").write_text("{}")
 
 

@@ -27,7 +27,7 @@ from checkpoints_convert.readers import is_finite
 from checkpoints_convert.sources import SEED, Source, SourceError
 from checkpoints_convert.staging import check_target, staged
 from checkpoints_convert.vocabulary import Vocabulary
-from mimo_jax import parameters, pathtree
+from mimo_jax import files, parameters, pathtree
 from mimo_jax.checkpoints import checkpoint, frozen_params, provenance, storage
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data.tokenizer import add_grounding
@@ -190,8 +190,8 @@ def _write(plan: _Plan, request: Request, stage: Path, out: Path, hashes: dict, 
     kept = {key: np.ascontiguousarray(source[key]) for source in plan.sources.values() for key in source.kept}
     if kept:
         save_file(kept, stage / provenance.KEPT)
-    storage.write_json(stage / provenance.FILE, record)
-    storage.write_json(stage / "config.json", config.to_dict())
+    files.write_json(stage / provenance.FILE, record)
+    files.write_json(stage / "config.json", config.to_dict())
     return record
 
 
@@ -221,8 +221,8 @@ def _verify(plan: _Plan) -> tuple[dict[Path, str], list[str]]:
         return [f"  --{source.name}: {key}" for key in sorted(plan.wanted_keys(source)) if not is_finite(source[key])]
 
     with ThreadPoolExecutor(1) as pool:
-        files = [file for source in plan.sources.values() for file in source.tensors.files]
-        hashing = pool.submit(lambda: {file: storage.hash_files(file.parent, [file.name])[file.name] for file in files})
+        paths = [file for source in plan.sources.values() for file in source.tensors.files]
+        hashing = pool.submit(lambda: {file: storage.hash_files(file.parent, [file.name])[file.name] for file in paths})
         bad = [line for source in plan.sources.values() for line in nonfinite(source)]
         return hashing.result(), bad
 

@@ -26,6 +26,7 @@ from checkpoints_convert import name_map, ops, rows
 from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.sources import SourceError
 from checkpoints_convert.staging import check_target, staged
+from mimo_jax import files
 from mimo_jax.checkpoints import checkpoint, frozen_params, provenance, storage
 from mimo_jax.checkpoints.loading import LazyParams
 from mimo_jax.config import Config
@@ -50,10 +51,10 @@ def export_checkpoint(
         check_target(out, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.shapes.values()))
     with staged(out) as stage:
         _WRITERS[form](leaves, stage, merge)
-        files = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
-        size = sum((stage / file).stat().st_size for file in files)
-    shown = [str(out / file) for file in files if file.suffix in (".safetensors", ".pth", ".json") and "steps" not in file.parts]
-    return [*shown[:12], f"{form}: {size / 1e6:,.1f} MB in {len(files)} files under {out}, from step {leaves.step} of {leaves.run}"]
+        written = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
+        size = sum((stage / file).stat().st_size for file in written)
+    shown = [str(out / file) for file in written if file.suffix in (".safetensors", ".pth", ".json") and "steps" not in file.parts]
+    return [*shown[:12], f"{form}: {size / 1e6:,.1f} MB in {len(written)} files under {out}, from step {leaves.step} of {leaves.run}"]
 
 
 # --- the formats
@@ -134,7 +135,7 @@ def _write_joint(leaves: LazyParams, out: Path, merge: bool) -> None:
             yield from load_file(leaves.run / provenance.KEPT).items()
 
     _write_llm(leaves, out, tensors())
-    storage.write_json(out / "mimo_config.json", leaves.config.to_dict())
+    files.write_json(out / "mimo_config.json", leaves.config.to_dict())
     if apart:
         _write_adapter_config(leaves.config, out)
 
@@ -230,7 +231,7 @@ def _write_tokenizer(leaves: LazyParams, out: Path) -> None:
     backend.save(str(out / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": leaves.config.model.llm.max_length}
-    storage.write_json(out / "tokenizer_config.json", about | special)
+    files.write_json(out / "tokenizer_config.json", about | special)
 
 
 def save_shards(tensors: Iterable[tuple[str, np.ndarray]], out: Path) -> None:
@@ -260,4 +261,4 @@ def save_shards(tensors: Iterable[tuple[str, np.ndarray]], out: Path) -> None:
     for i, name in enumerate(names):
         os.rename(out / f"{i}.part", out / name)
     homes = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    storage.write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": homes})
+    files.write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": homes})

@@ -20,8 +20,7 @@ from checkpoints_convert.export import save_shards
 from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.rows import Row
 from checkpoints_convert.sources import SourceError, open_sources
-from mimo_jax import pathtree
-from mimo_jax.checkpoints import storage
+from mimo_jax import files, pathtree
 from mimo_jax.checkpoints.loading import LazyParams
 from mimo_jax.config import Config
 from mimo_jax.data.tokenizer import train_tokenizer
@@ -90,7 +89,7 @@ def rehearse(config: Config, workdir: Path) -> int:
         "ratio": round(seconds / plain, 2),
         "peak_rss_anon_gib": round(memory.peak / 2**30, 2),
     }
-    storage.write_json(workdir / "report.json", report)
+    files.write_json(workdir / "report.json", report)
     print("\n".join(f"{name}: {json.dumps(value)}" for name, value in report.items()))
     return 1 if wrong else 0
 
@@ -125,7 +124,7 @@ def _make(config: Config, tensors: dict[str, dict], given: dict[str, Path]) -> N
         train_tokenizer(words, config.model.llm.vocab_size, given["llm"] / "tokenizer.json", config.model.grounding_tokens())
         _without_grounding(given["llm"] / "tokenizer.json", config.model.grounding_tokens())
     m = config.model
-    storage.write_json(
+    files.write_json(
         given["clip"] / "config.json",
         {
             "hidden_size": m.clip.width,
@@ -138,7 +137,7 @@ def _make(config: Config, tensors: dict[str, dict], given: dict[str, Path]) -> N
             "patch_size": m.clip.patch_size,
         },
     )
-    storage.write_json(
+    files.write_json(
         given["llm"] / "config.json",
         {
             "hidden_size": m.llm.width, "num_hidden_layers": m.llm.layers, "num_attention_heads": m.llm.heads, "rms_norm_eps": m.llm.eps,
@@ -153,7 +152,7 @@ def _without_grounding(path: Path, tokens: tuple[str, ...]) -> None:
     """As a Vicuna folder has it."""
     values = json.loads(path.read_text())
     values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in tokens]
-    storage.write_json(path, values)
+    files.write_json(path, values)
 
 
 def _copy_and_hash(sources: Path, copy: Path) -> float:
@@ -161,8 +160,8 @@ def _copy_and_hash(sources: Path, copy: Path) -> float:
     shutil.rmtree(copy, ignore_errors=True)
     started = time.monotonic()
     subprocess.run(["cp", "-r", str(sources), str(copy)], check=True)
-    files = [str(file) for file in sorted(copy.rglob("*")) if file.is_file()]
-    subprocess.run(["sha256sum", *files], check=True, stdout=subprocess.DEVNULL)
+    paths = [str(file) for file in sorted(copy.rglob("*")) if file.is_file()]
+    subprocess.run(["sha256sum", *paths], check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - started
     shutil.rmtree(copy)
     return seconds

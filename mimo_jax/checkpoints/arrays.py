@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from mimo_jax import pathtree
+from mimo_jax import files, pathtree
 from mimo_jax.checkpoints import storage
 from mimo_jax.errors import UserError
 
@@ -110,7 +110,7 @@ def files_read(folder: Path, wanted: dict[str, Any]) -> Callable[[str], bool]:
     needed = set()
     for path, leaf in wanted.items():
         home = f"arrays/{STATE}/{path.replace('/', '.')}"
-        about = storage.read_json(folder / home / "zarr.json")
+        about = files.read_json(folder / home / "zarr.json")
         if about is None:  # it is no chunk, so its damage will be found
             continue
         chunk = about["chunk_grid"]["configuration"]["chunk_shape"]

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from mimo_jax import __version__, distributed, pathtree
+from mimo_jax import __version__, distributed, files, pathtree
 from mimo_jax.checkpoints import arrays, frozen_params, provenance, storage
 from mimo_jax.checkpoints.arrays import CheckpointError, some
 from mimo_jax.config import Config, ConfigError
@@ -69,7 +69,7 @@ def start_run(workdir: str | os.PathLike, config: Config, frozen: dict) -> str:
         with frozen_params.writing(workdir / "config.json"):
             if source is not None:
                 provenance.copy_to_run(source, workdir, pathtree.flatten(frozen).keys())
-            storage.write_json(workdir / "config.json", config.to_dict())
+            files.write_json(workdir / "config.json", config.to_dict())
     distributed.gather(None)  # so that all may read it
     return fingerprint
 
@@ -143,7 +143,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 storage.remove(folder)
                 folder.mkdir(parents=True)
-                storage.write_json(folder / "extra.json", extra)
+                files.write_json(folder / "extra.json", extra)
             response = ocp.save_checkpointables_async(folder / "arrays", items) if items else None
         except Exception as error:
             self._give_up(step, error)
@@ -182,7 +182,7 @@ class Checkpoints:
             if response is not None:
                 response.result()
             if jax.process_index() == 0:
-                record = storage.read_json(self.workdir / "base.json") or {}
+                record = files.read_json(self.workdir / "base.json") or {}
                 storage.write_manifest(self._folder(step), {"step": step, "base": record.get("fingerprint"), "leaves": leaves})
         except Exception as error:
             self._give_up(step, error)
@@ -239,7 +239,7 @@ def whole_step(path: str | os.PathLike) -> tuple[Path, int, dict]:
     candidates = [step] if _named_step(path) is not None else _whole_steps(run)
     step, _ = _newest_undamaged(run, candidates, [arrays.STATE])
     folder = run / "steps" / str(step)
-    manifest, record = storage.read_json(folder / storage.MANIFEST), storage.read_json(run / "base.json") or {}
+    manifest, record = files.read_json(folder / storage.MANIFEST), files.read_json(run / "base.json") or {}
     if manifest["base"] != record.get("fingerprint"):
         raise CheckpointError(f"{folder}: was trained on another frozen base than {run / 'base.json'} records")
     return run, step, manifest
@@ -294,7 +294,7 @@ def write_step(run: Path, step: int, leaves: Iterator[tuple[str, Any]], extra: d
     hashes: dict[str, list] = {}
     with frozen_params.writing(folder):
         folder.mkdir(parents=True)
-        storage.write_json(folder / "extra.json", extra)
+        files.write_json(folder / "extra.json", extra)
         arrays.write(folder, frozen_params.hashed(leaves, hashes))
         kinds = {path: leaf[:2] for path, leaf in hashes.items()}
         about = {"step": step, "base": frozen_params.read_record(run)["fingerprint"], "leaves": {arrays.STATE: kinds}}
@@ -309,7 +309,7 @@ def _items(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_step(folder: Path, abstract: dict[str, Any], shardings: Any) -> tuple[dict[str, Any], dict]:
-    leaves = storage.read_json(folder / storage.MANIFEST)["leaves"]
+    leaves = files.read_json(folder / storage.MANIFEST)["leaves"]
     items = _items(abstract)
     for name, tree in items.items():
         arrays.compare(leaves.get(name, {}), arrays.kinds(tree), folder)
@@ -317,7 +317,7 @@ def _load_step(folder: Path, abstract: dict[str, Any], shardings: Any) -> tuple[
     wanted = {name: tree for name, tree in placed.items() if jax.tree.leaves(tree)}
     loaded = placed | (arrays.read(folder, wanted) if wanted else {})
     state = ({"params": loaded[arrays.STATE]} if arrays.STATE in items else {}) | loaded.get(_TRAIN, {})
-    return state, storage.read_json(folder / "extra.json")
+    return state, files.read_json(folder / "extra.json")
 
 
 def _damage(folder: Path, items: Iterable[str]) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from mimo_jax import distributed, pathtree
+from mimo_jax import distributed, files, pathtree
 from mimo_jax.checkpoints import arrays, storage
 from mimo_jax.checkpoints.arrays import CheckpointError, some
 
@@ -45,7 +45,7 @@ def save(workdir: Path, frozen: dict, source: Path | None = None) -> str:
     run's directory, holds them all, only a reference is written. CheckpointError if another base lies there already."""
     flat = pathtree.flatten(frozen)
     leaves = {path: [*arrays.kind(leaf), storage.hash_array(leaf)] for path, leaf in flat.items()}
-    saved = storage.read_json(workdir / "base.json")
+    saved = files.read_json(workdir / "base.json")
     if saved and saved["fingerprint"] == fingerprint(leaves):
         return saved["fingerprint"]
     if saved and (workdir / "steps").is_dir() and any((workdir / "steps").glob("*/" + storage.MANIFEST)):
@@ -72,7 +72,7 @@ def load(run: Path, abstract: dict | None = None, shardings: Any = None, base: s
         return {}
     wanted = pathtree.flatten(arrays.placed(abstract, shardings))
     folder = find(run, base, wanted)
-    there = storage.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
+    there = files.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
     return pathtree.unflatten(arrays.read_parameters(folder, there, wanted))
 
 
@@ -93,7 +93,7 @@ def find(run: Path, base: str | os.PathLike | None = None, wanted: dict[str, Any
 
 
 def read_record(run: Path) -> dict:
-    record = storage.read_json(run / "base.json")
+    record = files.read_json(run / "base.json")
     if record is None or record.get("fingerprint") != fingerprint(record.get("leaves", {})):
         raise CheckpointError(f"{run / 'base.json'}: is missing or damaged, so the frozen base cannot be told")
     return record
@@ -124,7 +124,7 @@ def _write_record(run: Path, folder: Path, leaves: dict, place: Path) -> dict:
     record = {"fingerprint": fingerprint(leaves), "path": str(folder), "relative": relative, "leaves": leaves}
     if jax.process_index() == 0:
         with writing(run / "base.json"):
-            storage.write_json(run / "base.json", record)
+            files.write_json(run / "base.json", record)
     return record
 
 
@@ -132,7 +132,7 @@ def _lender(source: Path | None, leaves: dict) -> Path | None:
     """The base folder behind another run, if it holds all these parameters, as process 0 finds them."""
     if source is None:
         return None
-    record = storage.read_json(source / "base.json") or {"path": "", "relative": "base"}
+    record = files.read_json(source / "base.json") or {"path": "", "relative": "base"}
     places = [storage.absolute(source / record["relative"]), Path(record["path"])]
     fit = [jax.process_index() == 0 and _unfit(folder, leaves) is None for folder in places]
     return next((folder for folder, fits in zip(places, distributed.gather(fit)[0], strict=True) if fits), None)
@@ -145,7 +145,7 @@ def _unfit(folder: Path, leaves: dict, wanted: dict[str, Any] | None = None) -> 
     fault = storage.verify(folder, lambda name: False)  # of the manifest itself
     if fault:
         return fault
-    there = storage.read_json(folder / storage.MANIFEST)["leaves"].get(arrays.STATE)
+    there = files.read_json(folder / storage.MANIFEST)["leaves"].get(arrays.STATE)
     if there is None:
         return "holds no whole base"
     differing = [path for path, leaf in leaves.items() if there.get(path) != leaf]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mimo_jax import pathtree, quantize, sharding
+from mimo_jax import files, pathtree, quantize, sharding
 from mimo_jax.checkpoints import arrays, checkpoint, frozen_params, provenance, storage
 from mimo_jax.checkpoints.arrays import CheckpointError
 from mimo_jax.config import Config
@@ -57,7 +57,7 @@ def load_for_inference(
     mesh = sharding.inference_mesh(config.model.llm)
     leaves = LazyParams(path, base_at, partial(sharding.param_shardings, mesh=mesh, whole={}) if mesh else None)
     params = leaves.load(quantization)
-    extra = storage.read_json(run / "steps" / str(leaves.step) / "extra.json")
+    extra = files.read_json(run / "steps" / str(leaves.step) / "extra.json")
     origin = f"{run} step {leaves.step}, {checkpoint.origin(run)}{f', language model in {quantization}' if quantization else ''}"
     return Loaded(config, params, tokenizer, extra, origin, checkpoint.calibration_path(run, leaves.step))
 
@@ -66,7 +66,7 @@ def read_shapes(path: str | os.PathLike) -> tuple[Config, dict[str, jax.ShapeDty
     """The config of a checkpoint, and {path: shape and dtype} of all its parameters, from its manifests alone: no file of weights
     is read, nor held to its hash."""
     run, step = checkpoint.resolve(path)
-    manifest = storage.read_json(run / "steps" / str(step) / storage.MANIFEST)
+    manifest = files.read_json(run / "steps" / str(step) / storage.MANIFEST)
     leaves = manifest["leaves"].get(arrays.STATE, {}) | frozen_params.read_record(run)["leaves"]
     return checkpoint.read_config(run), pathtree.flatten(arrays.abstract(leaves))
 
@@ -91,7 +91,7 @@ class LazyParams(Mapping[str, np.ndarray]):
         if frozen:
             wanted = {path: leaf for path, leaf in self._placed(self.shapes).items() if path in frozen} if place else None
             folder = frozen_params.find(self.run, base_path, wanted)
-            there = storage.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
+            there = files.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
             self._places |= dict.fromkeys(frozen, (folder, there))
         self._kept: dict[str, Any] = {}
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from mimo_jax.checkpoints import storage
+from mimo_jax import files
 from mimo_jax.errors import UserError
 
 FILE, KEPT = "provenance.json", "kept.safetensors"
@@ -24,7 +24,7 @@ FILE, KEPT = "provenance.json", "kept.safetensors"
 def read(run: Path) -> dict:
     """What is known of a run's weights; nothing for one that began from its own seed. UserError where it cannot be read: it may
     say that parameters were never trained."""
-    record = storage.read_json(run / FILE)
+    record = files.read_json(run / FILE)
     if record is None and (run / FILE).exists():
         raise UserError(f"{run / FILE}: is damaged, so where the weights come from cannot be told; copy it from where the run was made")
     return record or {}
@@ -35,7 +35,7 @@ def copy_to_run(source: Path, run: Path, frozen: Collection[str]) -> None:
     record = read(source)
     if not record:
         return
-    storage.write_json(run / FILE, record | {"untrained": [path for path in record["untrained"] if path in frozen]})
+    files.write_json(run / FILE, record | {"untrained": [path for path in record["untrained"] if path in frozen]})
     if (source / KEPT).is_file():
         shutil.copy(source / KEPT, run / KEPT)
 

@@ -1,15 +1,12 @@
-"""Files that are whole or not there: JSON by rename, folders by a manifest with the SHA-256 of every file in them."""
+"""Folders of arrays that are whole or not there, by a manifest with the SHA-256 of every file in them."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-import json
-import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mimo_jax import __version__
+from mimo_jax import __version__, files
+from mimo_jax.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 _OF_MANIFEST = "manifest.sha256"  # the SHA-256 of the manifest itself, written before it
@@ -31,7 +29,7 @@ def write_manifest(folder: Path, about: dict) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     made = {"mimo_jax": __version__, "jax": jax.__version__, "time": now}
     content = about | {"made": made, "files": hash_files(folder, names)}
-    write_json(folder / _OF_MANIFEST, hashlib.sha256(_json_bytes(content)).hexdigest())
+    write_json(folder / _OF_MANIFEST, files.sha256_bytes(files.json_bytes(content)))
     write_json(folder / MANIFEST, content)
 
 
@@ -55,8 +53,7 @@ def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
 
     def digest(name: str) -> str:
         try:
-            with open(folder / name, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return files.sha256(folder / name)
         except FileNotFoundError:
             return ""
 
@@ -74,29 +71,6 @@ def gather_to_host(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return leaf
     return leaf.addressable_data(0) if leaf.is_fully_replicated else multihost_utils.process_allgather(leaf, tiled=True)
-
-
-def read_json(path: Path) -> Any:
-    """The file's content, None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """All or nothing: written beside it, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_bytes(_json_bytes(content))
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def _json_bytes(content: Any) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def remove(folder: Path) -> None:
@@ -120,24 +94,3 @@ def disk_fault(error: BaseException | None) -> str | None:
             return os.strerror(int(code.group(1)))
         error = error.__cause__ or error.__context__
     return None
-
-
-# What orbax says of its own accord, and would stand between a user and the one line that matters. Errors of its threads it also
-# raises; when one array of several cannot be written, the others report to a loop that has ended.
-
-
-def _worth_saying(record: logging.LogRecord) -> bool:
-    if record.name == "asyncio":
-        return "Handler._open_and_write" not in record.getMessage()
-    orbax = f"{os.sep}orbax{os.sep}" in record.pathname
-    return not orbax or (record.levelno < logging.ERROR and "Skipping merge of OCDBT" not in str(record.msg))
-
-
-def _worth_raising(unraisable: Any) -> None:
-    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(unraisable)
-
-
-for _logger in ("absl", "asyncio"):
-    logging.getLogger(_logger).addFilter(_worth_saying)
-sys.unraisablehook = _worth_raising

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from array_record.python import array_record_data_source, array_record_module
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.schema import Record, Sample, Target, Turn
 from mimo_jax.errors import UserError
+from mimo_jax.files import sha256
 
 INFO = "dataset_info.json"
 SHARD_BYTES = 300 << 20  # a new shard begins once one holds so much
@@ -264,11 +264,6 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_info(path: str | os.PathLike) -> dict:

@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from mimo_jax import files
 from mimo_jax.config import GROUNDING_TOKENS, ModelConfig
 from mimo_jax.data.byte_level_bpe import ByteLevelBpe, is_byte_level
 from mimo_jax.data.sentencepiece_bpe import BYTES, SPACE, SPECIAL, SentencePieceBpe
@@ -88,7 +89,6 @@ def _write(values: dict, vocab_size: int, path: str | os.PathLike, tokens: Seque
     for i, token in enumerate(tokens):
         values["added_tokens"].append({"id": vocab_size + i, "content": token, **flags})
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    with files.atomic_write(path) as part:
+        part.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
     return load_tokenizer(path)

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimo_jax import config_flags
+from mimo_jax import config_flags, files
 from mimo_jax.checkpoints import storage
 from mimo_jax.sweep.plan import Run, SweepError
 from mimo_jax.sweep.run import JOB, Processes
@@ -26,7 +26,7 @@ class Cluster:
     """flags: of the launcher, such as --accelerator h100:8."""
 
     backend: str  # "slurm" or "gke"
-    config_flags: tuple[str, ...]
+    flags: tuple[str, ...]
 
     def check(self, workdir: Path) -> None:
         """SweepError where it cannot be used for runs in `workdir`."""
@@ -99,7 +99,7 @@ class Job(Processes):
         if time.monotonic() < self.look_at:
             return
         self.look_at = time.monotonic() + _LOOK
-        job = storage.read_json(self.file)
+        job = files.read_json(self.file)
         if job is None:
             self._submit()
         elif not self.cluster.alive(job["id"]):
@@ -115,4 +115,4 @@ class Job(Processes):
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             self._fail(f"not submitted: {said[-1].removeprefix('launch: error: ')}")
             return
-        storage.write_json(self.file, {"backend": self.cluster.backend, "id": done.stdout.split()[-1], "command": shlex.join(words)})
+        files.write_json(self.file, {"backend": self.cluster.backend, "id": done.stdout.split()[-1], "command": shlex.join(words)})

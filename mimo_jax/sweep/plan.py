@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimo_jax import config_flags, pathtree
-from mimo_jax.checkpoints import checkpoint, storage
+from mimo_jax import config_flags, files, pathtree
+from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import Config, SourceConfig
 from mimo_jax.errors import UserError
 
@@ -68,7 +68,7 @@ class Run:
 
     def report(self) -> dict | None:
         """That of the whole training on the data that are asked for; None before it is there."""
-        report = storage.read_json(self.folder / _REPORT) or {}
+        report = files.read_json(self.folder / _REPORT) or {}
         asked = {"data": self.common.test, "split": _SPLIT, "limit": self.common.limit}
         return report if report and all(report.get(key) == value for key, value in asked.items()) else None
 

@@ -5,7 +5,6 @@ What is finished is passed over, what was stopped goes on, and what fails does n
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import signal
@@ -17,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Protocol
 
-from mimo_jax.checkpoints import storage
+from mimo_jax import files
 from mimo_jax.preemption import StopSignal
 from mimo_jax.sweep.plan import Run
 
@@ -49,9 +48,9 @@ class Processes:
         self.due = run.due()
         self.child: subprocess.Popen | None = None
         run.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(run.folder / ".lock", "w")
-        job = storage.read_json(run.folder / JOB)
-        if not _locked(self.lock):
+        self.lock = _lock(run.folder / files.LOCK)
+        job = files.read_json(run.folder / JOB)
+        if self.lock is None:
             self._fail("another process is at work on it; wait for that one, or end it")
         elif job and job["backend"] != backend:
             self._fail(f"job {job['id']} was submitted for it; sweep with --backend {job['backend']}, or end that and remove {JOB}")
@@ -75,7 +74,8 @@ class Processes:
                     start_new_session=True, pass_fds=[self.lock.fileno()],
                 )  # fmt: skip
             return True
-        self.lock.close()
+        if self.lock is not None:
+            self.lock.close()
         return False
 
     def stop(self) -> None:
@@ -89,15 +89,12 @@ class Processes:
         self.due, self.reason = [], reason
 
 
-def _locked(file: IO) -> bool:
-    """Whether the file is this process's now; also where a file system knows no locks."""
+def _lock(path: Path) -> IO | None:
+    """The locked file, None if another process has it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return files.locked(path, blocking=False)
     except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+        return None
 
 
 def run_all(runs: Sequence[Run], begin: Callable[[Run], Work], jobs: int) -> tuple[dict[str, str], bool]:

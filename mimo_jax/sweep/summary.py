@@ -3,14 +3,13 @@ JSON and as a picture."""
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mimo_jax.checkpoints import storage
+from mimo_jax import files
 from mimo_jax.config import PERSPECTIVES
 
 COLUMNS = (*PERSPECTIVES[1:], PERSPECTIVES[0])  # I to IV: mIoU; vqa: accuracy of closed questions
@@ -53,12 +52,11 @@ def write_summary(folder: Path, about: str, groups: Mapping[str, Mapping[str, Se
     """summary.json, summary.md and summary.png in `folder`; returns the table. about: one line that says what was measured."""
     found = summarize(groups, reports)
     text = table(about, found)
-    storage.write_json(folder / "summary.json", {"about": about, "groups": found})
+    files.write_json(folder / "summary.json", {"about": about, "groups": found})
     (folder / "summary.md").write_text(text, encoding="utf-8")
     if reports:
-        beside = folder / ".summary.png"
-        draw(found).savefig(beside, format="png", dpi=120)
-        os.replace(beside, folder / "summary.png")
+        with files.atomic_write(folder / "summary.png") as part:
+            draw(found).savefig(part, format="png", dpi=120)
     return text
 
 

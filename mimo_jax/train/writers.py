@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import secrets
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mimo_jax.checkpoints import storage
+from mimo_jax import files
 from mimo_jax.config import Config, ConfigError
 
 FILE = "metrics.jsonl"
@@ -83,24 +81,16 @@ def cut_rows(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if kept != lines:
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text("".join(kept))
-        os.replace(beside, path)
+        with files.atomic_write(path) as part:
+            part.write_text("".join(kept))
 
 
 class TensorBoardWriter:
-    """TensorBoard, by tensorboardX. That imports torch wherever torch is installed, seconds and hundreds of megabytes for a tensor type
-    that we never hand it; so torch is hidden from it."""
+    """TensorBoard, by tensorboardX, which imports torch wherever torch is installed: hence not before a run begins."""
 
     def __init__(self, workdir: Path, first: int):
-        hidden = "torch" not in sys.modules
-        if hidden:
-            sys.modules["torch"] = None
-        try:
-            from tensorboardX import SummaryWriter
-        finally:
-            if hidden:
-                del sys.modules["torch"]
+        from tensorboardX import SummaryWriter
+
         self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
 
     def row(self, step: int, row: dict) -> None:
@@ -122,7 +112,7 @@ class _Wandb:
         import wandb
 
         project, path = config.train.wandb, workdir / "wandb.json"
-        known = storage.read_json(path) or {}
+        known = files.read_json(path) or {}
         name = known["id"] if known.get("project") == project else secrets.token_hex(4)
         try:
             self.run = wandb.init(
@@ -132,7 +122,7 @@ class _Wandb:
             raise ConfigError(f"config.train.wandb: {error}; run `wandb login`, set WANDB_MODE=offline, or leave it empty") from error
         self.image = wandb.Image
         self.run.define_metric("*", step_metric="step")  # steps that are done again are not refused
-        storage.write_json(path, {"project": project, "id": name})
+        files.write_json(path, {"project": project, "id": name})
 
     def row(self, step: int, row: dict) -> None:
         self.run.log({"step": step, **{name: value for name, value in row.items() if value is not None}})

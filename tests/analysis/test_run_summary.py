@@ -6,9 +6,9 @@ import re
 import jax
 import pytest
 
-from mimo_jax import pathtree, sharding
+from mimo_jax import files, pathtree, sharding
 from mimo_jax.analysis import flops, hardware, run_summary
-from mimo_jax.checkpoints import frozen_params, storage
+from mimo_jax.checkpoints import frozen_params
 from mimo_jax.train.state import TrainSetup
 from tests.tiny_config import tiny_config
 
@@ -22,8 +22,8 @@ def plan():
 @pytest.fixture
 def run(tmp_path, plan):
     """What a begun run holds of itself."""
-    storage.write_json(tmp_path / "config.json", plan.config.to_dict())
-    storage.write_json(tmp_path / "base.json", {"fingerprint": frozen_params.fingerprint({}), "leaves": {}})
+    files.write_json(tmp_path / "config.json", plan.config.to_dict())
+    files.write_json(tmp_path / "base.json", {"fingerprint": frozen_params.fingerprint({}), "leaves": {}})
     return tmp_path
 
 
@@ -47,7 +47,7 @@ def test_all_is_shown_in_lines_that_fit(plan, run, capsys):
 def test_what_a_config_was_changed_in_is_named(plan, run, capsys):
     then = plan.config.to_dict()
     then["train"]["steps"], then["data"]["batch_size"] = 2, 8
-    storage.write_json(run / "config.json", then)
+    files.write_json(run / "config.json", then)
     run_summary.show(plan, {}, run, 0)
     shown = capsys.readouterr().out
     assert "changed since: data.batch_size 8 → 4, train.steps 2 → 4\n" in shown and "resuming" not in shown

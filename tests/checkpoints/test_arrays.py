@@ -16,7 +16,8 @@ SHARDED = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mimo_jax import arrays, base, checkpoint, distributed, storage
+from mimo_jax import distributed, files
+from mimo_jax.checkpoints import arrays, checkpoint, frozen_params as base, storage
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("127.0.0.1:" + sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
@@ -32,7 +33,7 @@ distributed.gather(None)
 run = Path(sys.argv[1])
 wanted = {"llm/w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split)}
 read = arrays.files_read(run / "base", wanted)
-names = [name for name in storage.read_json(run / "base" / storage.MANIFEST)["files"] if "/c/" in name]
+names = [name for name in files.read_json(run / "base" / storage.MANIFEST)["files"] if "/c/" in name]
 mine = [name for name in names if read(name)]
 assert len(mine) == 2 and len(names) == 4, (mine, names)
 if jax.process_index() == 0:  # what only the other process reads is none of this one's business
@@ -48,7 +49,7 @@ if jax.process_index() == 0:  # what only the other process reads is none of thi
     damaged.write_bytes(whole)
 distributed.gather(None)
 state, extra = checkpoints.restore(1, {"params": {"w": wanted["llm/w"]}}, {"params": {"w": split}})
-assert extra == {"position": 1} and np.array_equal(storage.whole(state["params"]["w"]), values + 1)
+assert extra == {"position": 1} and np.array_equal(storage.gather_to_host(state["params"]["w"]), values + 1)
 there = arrays.on_first_process(base.load(run, {"llm": {"w": wanted["llm/w"]}}, split))
 assert (there is None) == (jax.process_index() > 0)
 if there:

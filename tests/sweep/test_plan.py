@@ -8,8 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mimo_jax import config_flags
-from mimo_jax.checkpoints import storage
+from mimo_jax import config_flags, files
 from mimo_jax.config import Config, ConfigError, SourceConfig
 from mimo_jax.data.builder.phantom_set import build_phantoms
 from mimo_jax.data.loading.loader import make_loader
@@ -113,11 +112,11 @@ def test_every_ablation_has_a_loss_on_batches_made_for_it(data, tmp_path):
 def test_a_directory_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
     run = dataclasses.replace(plan(only=["aligner"]).runs[0], folder=tmp_path)
     check_folders([run])
-    storage.write_json(tmp_path / "config.json", run.config.to_dict())
+    files.write_json(tmp_path / "config.json", run.config.to_dict())
     check_folders([run])
     other = Config.from_dict(run.config.to_dict())
     other.train.steps, other.data.weights["IV"] = 7, 0.0
-    storage.write_json(tmp_path / "config.json", other.to_dict())
+    files.write_json(tmp_path / "config.json", other.to_dict())
     with pytest.raises(
         SweepError, match=r"is of another config: config\.data\.weights\.IV \(0\.0 there, 1\.0 here\), config\.train\.steps"
     ):

@@ -21,6 +21,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
+from mimo_jax import files
 from mimo_jax.data.builder.items import Item
 from mimo_jax.data.builder.record import Made, Reject, make_record
 from mimo_jax.data.records import writing
@@ -71,9 +72,8 @@ def make_part(folder: Path, version: str, job: tuple[int, list[Item]]) -> ItemBa
     with writing(path):
         writer.close()
     os.replace(f"{path}.new", path)
-    beside = known_file(folder, number)
-    beside.with_suffix(".new").write_bytes(msgpack.packb(vars(part)))
-    os.replace(beside.with_suffix(".new"), beside)
+    with files.atomic_write(known_file(folder, number)) as beside:
+        beside.write_bytes(msgpack.packb(vars(part)))
     return part
 
 

@@ -6,11 +6,9 @@ cache folder; of several that ask the same at once, one pays. Nothing but the pr
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import time
 import urllib.error
@@ -22,6 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from mimo_jax import files
 from mimo_jax.errors import UserError
 
 URL, KEY, MODEL = "MIMO_LLM_URL", "MIMO_LLM_KEY", "MIMO_LLM_MODEL"
@@ -184,17 +183,13 @@ def _read(path: Path) -> str | None:
 
 def _write(path: Path, entry: dict) -> None:
     """Whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-        json.dump(entry, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    with files.atomic_write(path, durable=True) as part:
+        part.write_text(json.dumps(entry), encoding="utf-8")
 
 
 @contextmanager
 def _locked(folder: Path):
     """One at a time of all threads and processes that want a reply of this folder; a killed holder lets go."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with files.locked(folder / files.LOCK):
         yield

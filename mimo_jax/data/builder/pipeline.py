@@ -9,7 +9,6 @@ OUT is there once it is whole. Until then the work lies beside it in .OUT.buildi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -21,12 +20,13 @@ from pathlib import Path
 import msgpack
 from tqdm import tqdm
 
+from mimo_jax import files
 from mimo_jax.data.builder.build_plan import BUILDER_VERSION, NOTES, Options, Plan, ShardJob, make_plan, write_lines
 from mimo_jax.data.builder.item_batches import BuildIndex, in_parts, known_file, make_part, read_records
 from mimo_jax.data.builder.items import Reader
 from mimo_jax.data.builder.question_generation import QuestionGeneration
 from mimo_jax.data.builder.workers import Workers
-from mimo_jax.data.records import SAMPLES, DataError, IndexBuilder, Shard, ShardWriter, join_shards, sha256
+from mimo_jax.data.records import SAMPLES, DataError, IndexBuilder, Shard, ShardWriter, join_shards
 from mimo_jax.data.schema import Record
 
 REJECTS = "rejects.jsonl"
@@ -67,11 +67,11 @@ def _claimed(out: Path) -> Iterator[Path]:
     work = out.absolute().parent / f".{out.name}.building"
     for name in ("parts", "shards"):
         (work / name).mkdir(parents=True, exist_ok=True)
-    with open(work / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{out}: is being built by another process; wait for it, or give another --out") from None
+    try:
+        lock = files.locked(work / files.LOCK, blocking=False)
+    except BlockingIOError:
+        raise DataError(f"{out}: is being built by another process; wait for it, or give another --out") from None
+    with lock:
         try:
             yield work
         finally:
@@ -139,8 +139,8 @@ def write_shard(work: Path, asking: QuestionGeneration, job: ShardJob) -> tuple[
         writer.add(record)
         left_out.update(rejects)
     shard = writer.close()
-    said.with_suffix(".new").write_bytes(msgpack.packb([job.fingerprint, vars(shard), left_out], default=vars))
-    os.replace(said.with_suffix(".new"), said)
+    with files.atomic_write(said) as part:
+        part.write_bytes(msgpack.packb([job.fingerprint, vars(shard), left_out], default=vars))
     return job.split, shard, left_out
 
 
@@ -162,7 +162,7 @@ def _put_together(work: Path, out: Path, info: dict, shards: Mapping[str, Sequen
     lists = [name for name in (REJECTS, NOTES) if (work / name).stat().st_size]
     for name in lists:
         shutil.copyfile(work / name, whole / name)
-    written = join_shards(whole, shards, {**info, "files": [{"file": name, "sha256": sha256(whole / name)} for name in lists]})
+    written = join_shards(whole, shards, {**info, "files": [{"file": name, "sha256": files.sha256(whole / name)} for name in lists]})
     os.rename(whole, out)  # takes the place of an empty folder
     shutil.rmtree(work)
     return written

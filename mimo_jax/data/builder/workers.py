@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib
 import os
 import signal
@@ -17,9 +15,9 @@ from typing import Self, TypeVar
 
 from mimo_jax.data.records import DataError
 from mimo_jax.preemption import StopSignal
+from mimo_jax.process import keep_freed_memory
 
 _AHEAD = 3  # jobs handed out for each worker
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 256 << 20  # of glibc's mallopt; bytes
 Job, Result = TypeVar("Job"), TypeVar("Result")
 
 
@@ -32,7 +30,6 @@ class Workers:
 
     def __enter__(self) -> Self:
         self._signal = StopSignal()
-        _keep_memory()
         self._pool = ProcessPoolExecutor(self.count, get_context("spawn"), _begin) if self.count > 1 else None
         return self
 
@@ -93,17 +90,10 @@ def _begin() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
-    _keep_memory()
+    keep_freed_memory()
 
     def follow() -> None:
         connection.wait([parent_process().sentinel])
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _keep_memory() -> None:
-    """Let glibc keep what is freed: to map and clear the pages of every picture anew takes a fifth of a worker's time."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(option, _KEPT)

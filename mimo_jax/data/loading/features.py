@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mimo_jax import files
 from mimo_jax.config import ModelConfig
 from mimo_jax.data.loading.sources import Manifest
 from mimo_jax.data.records import DataError, RecordFolder
@@ -135,9 +135,8 @@ class FeatureWriter:
         for key, name in KEYS.items():
             np.save(self.path / f"{shard}.{name}.npy", np.stack(self._values[key]))
             self._values[key] = []
-        beside = self.path / f"{shard}.json.part"
-        beside.write_text(json.dumps(self._rows, indent=0) + "\n", encoding="utf-8")
-        os.replace(beside, self.path / f"{shard}.json")
+        with files.atomic_write(self.path / f"{shard}.json") as part:
+            part.write_text(json.dumps(self._rows, indent=0) + "\n", encoding="utf-8")
         self._rows = []
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
-from mimo_jax.checkpoints import storage
+from mimo_jax import files
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame
 
@@ -122,7 +122,7 @@ class Calibration:
 
     def write(self, path: Path) -> None:
         """All or nothing."""
-        storage.write_json(path, self.to_json())
+        files.write_json(path, self.to_json())
 
     @staticmethod
     def read(path: Path) -> Calibration:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from mimo_jax.data.images.image import Grid
 from mimo_jax.errors import UserError
+from mimo_jax.files import atomic_write
 from mimo_jax.infer.answers.write_masks import check_nifti, check_seg
 
 Writer = Callable[[Path, BinaryIO], None]  # takes the name for errors, and the file
@@ -43,22 +44,15 @@ def check_outputs(*paths: str | os.PathLike, grid: Grid | Sequence[Grid] | None 
 def write_all(paths: Sequence[str | os.PathLike], writers: Mapping[str, Writer]) -> None:
     """Each path by the writer of its ending. All are written beside their places first, then put there: a failure leaves what was
     there before."""
-    parts: dict[Path, Path] = {}
-    try:
+    with contextlib.ExitStack() as whole:
         for path in dict.fromkeys(map(Path, paths)):
-            part = path.with_name(f".{secrets.token_hex(8)}.part")
-            parts[part] = path
+            part = whole.enter_context(atomic_write(path))
             try:
                 with open(part, "xb") as file:
                     writers[ending(path)](path, file)
             except OSError as error:  # a full disk, say: of the file that was asked for, not of the one beside it
                 error.filename = str(path)
                 raise
-        for part, path in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
 
 
 def write_json(file: BinaryIO, values: dict) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from mimo_jax import files
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import NOTHING_PAINTED
 
@@ -26,7 +26,6 @@ COLUMNS = (
     *("id", "image", "question", "phrase", "entity", "area_px", "area_mm2", "box"),  # of a picture
     *("voxels", "volume_mm3", "slices", "score", "uncertain"),  # of a scan, and of both
 )
-_LOCK, _BESIDE = ".lock", "batch.json.tmp"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet would begin to compute
 
 
@@ -57,7 +56,7 @@ class Job:
 
     def _found(self) -> dict[str, Any]:
         new = {"about": self.about, "origin": None, "done": 0, "answered": 0, "failed": 0, "bytes": {ANSWERS: 0, FAILED: 0}}
-        if not self.out.exists() or not set(os.listdir(self.out)) - {_LOCK, _BESIDE}:
+        if not self.out.exists() or all(name == files.LOCK or files.is_partial(name) for name in os.listdir(self.out)):
             return new
         try:
             state = json.loads((self.out / STATE).read_bytes())
@@ -76,13 +75,10 @@ class Job:
     def writing(self, origin: str) -> Job:
         """Claim the folder for this process; origin: of the checkpoint."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.out / _LOCK, "w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = files.locked(self.out / files.LOCK, blocking=False)
         except BlockingIOError:
             raise UserError(f"{self.out}: is being written by another process; wait for it, or give another --out") from None
-        except OSError:
-            pass  # a file system without locks
         self.state = self._found()
         if self.state["origin"] not in (None, origin):
             begun = self.state["origin"]
@@ -124,12 +120,7 @@ class Job:
             raise cannot_write(self.out, error) from None
 
     def _keep(self) -> None:
-        beside = self.out / _BESIDE
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(self.state, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.out / STATE)
+        files.write_json(self.out / STATE, self.state, durable=True)
 
 
 def cannot_write(out: Path, error: OSError) -> UserError:
@@ -139,19 +130,18 @@ def cannot_write(out: Path, error: OSError) -> UserError:
 def write_summary(out: Path) -> None:
     """summary.csv from answers.jsonl: COLUMNS, one row for each painted structure, and one that says so for an answer that paints
     nothing. box: x0,y0,x1,y1, half-open; slices: the first and the last."""
-    beside = out / f"{SUMMARY}.tmp"
     try:
-        with open(out / ANSWERS, encoding="utf-8") as answers, open(beside, "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(COLUMNS)
-            for answer in map(json.loads, answers):
-                for turn in answer.get("turns", [answer]):
-                    head = (answer["id"], answer["image"], turn["question"])
-                    painted = turn.get("entities", turn.get("structures"))
-                    rows.writerows(_row(*head, entity) for entity in painted)
-                    if not painted:
-                        rows.writerow(map(_cell, (*head, NOTHING_PAINTED, *[""] * (len(COLUMNS) - 4))))
-        os.replace(beside, out / SUMMARY)
+        with files.atomic_write(out / SUMMARY) as part:
+            with open(out / ANSWERS, encoding="utf-8") as answers, open(part, "w", newline="", encoding="utf-8") as file:
+                rows = csv.writer(file)
+                rows.writerow(COLUMNS)
+                for answer in map(json.loads, answers):
+                    for turn in answer.get("turns", [answer]):
+                        head = (answer["id"], answer["image"], turn["question"])
+                        painted = turn.get("entities", turn.get("structures"))
+                        rows.writerows(_row(*head, entity) for entity in painted)
+                        if not painted:
+                            rows.writerow(map(_cell, (*head, NOTHING_PAINTED, *[""] * (len(COLUMNS) - 4))))
     except OSError as error:
         raise cannot_write(out, error) from None
 

@@ -26,7 +26,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer
 from mimo_jax.infer.batch.job import Job, cannot_write, write_summary
 from mimo_jax.infer.batch.request_files import BatchRequest, BatchRequests
-from mimo_jax.infer.engine.requests import EncodedImage, TurnHistory, Request
+from mimo_jax.infer.engine.requests import EncodedImage, Request, TurnHistory
 from mimo_jax.infer.predictor import Mimo
 from mimo_jax.infer.volume import VolumeAnswer, ask_volume
 from mimo_jax.preemption import StopSignal

@@ -1,0 +1,30 @@
+"""All that is used of jax beyond its public interface; tests/test_jax_internals.py holds it on every supported version."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jax._src import clusters, distributed
+
+
+class Cluster(NamedTuple):
+    """What jax recognises of the cluster that this process belongs to: its kind, and which of how many processes this is."""
+
+    kind: str
+    process: int
+    count: int
+
+
+def find_cluster() -> Cluster | None:
+    """The cluster that jax recognises by itself, None where there is none. Raises whatever the cluster's own code raises."""
+    kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method)
+    kind = next((kind for kind in kinds if kind.is_env_present()), None)
+    if kind is None:
+        return None
+    count = kind.get_process_count()
+    return Cluster(kind.__name__, 0 if count == 1 else kind.get_process_id(), count)
+
+
+def coordination_client() -> Any:
+    """The client of jax's coordination service, None in a process that has joined no others."""
+    return distributed.global_state.client

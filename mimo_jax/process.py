@@ -1,0 +1,65 @@
+"""Settings of a whole process. The `mimo` command makes them for its own process, and a worker process of the dataset builder for
+itself; importing the package, or calling its functions from another program, never does."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 256 << 20  # of glibc's mallopt; bytes
+
+
+def set_up(command: str) -> None:
+    """Set up this process for `mimo COMMAND`."""
+    if command == "train":
+        _ask_for_huge_pages()
+    if command == "data":
+        keep_freed_memory()
+    warnings.formatwarning = lambda message, category, *_, **__: f"mimo: warning: {message}\n"
+    # Compiled programs outlive the process: a second `ask` starts in seconds.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "mimo_jax" / "jax"))
+    _quiet_orbax()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: to map and clear the pages of every picture again takes a fifth of a builder's time."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(option, _KEPT)
+
+
+def _ask_for_huge_pages() -> None:
+    """Start this process again with huge pages for big arrays, which the C library takes up only as it starts: on a CPU a step takes
+    a tenth less time, or more (benchmarks/RESULTS.md). Where it does not know the setting, nothing changes."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+# What orbax says of its own accord would stand between a user and the one line that matters. Errors of its threads it also raises;
+# when one array of several cannot be written, the others report to a loop that has ended.
+
+
+def _quiet_orbax() -> None:
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_worth_saying)
+    sys.unraisablehook = _worth_raising
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    if record.name == "asyncio":
+        return "Handler._open_and_write" not in record.getMessage()
+    orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return not orbax or (record.levelno < logging.ERROR and "Skipping merge of OCDBT" not in str(record.msg))
+
+
+def _worth_raising(unraisable: Any) -> None:
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)

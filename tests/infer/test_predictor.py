@@ -62,22 +62,22 @@ class Said:
 
         def decode(state, until):
             state = real_decode(state, state.ids.shape[1])
-            ids, taken = np.zeros(state.ids.shape, np.int32), np.zeros(state.taken.shape, np.int32)
+            ids, taken = np.zeros(state.ids.shape, np.int32), np.zeros(state.num_generated.shape, np.int32)
             for b, row in enumerate(self.rows):
                 ids[b, : len(row)], taken[b] = row, len(row)
             closed = np.pad(ids, ((0, 0), (0, 1)))
             closed[np.arange(len(ids)), taken] = eos
             sampling, limits = (state.temperature, state.top_p, state.seed), np.zeros_like(taken)
             kept = real_prefill(
-                state.cache, self.calls[-1][0], closed, np.full_like(closed, -1), np.asarray(state.filled), taken + 1, limits, *sampling, 1
+                state.cache, self.calls[-1][0], closed, np.full_like(closed, -1), np.asarray(state.prompt_len), taken + 1, limits, *sampling, 1
             )
             return state._replace(
                 cache=kept.cache,
                 ids=jnp.asarray(ids),
-                taken=jnp.asarray(taken),
+                num_generated=jnp.asarray(taken),
                 probs=jnp.full(ids.shape, self.prob),
                 ended=jnp.asarray(taken > 0),
-                live=jnp.zeros(len(ids), bool),
+                active=jnp.zeros(len(ids), bool),
             )
 
         engine.prefill, engine.decode = prefill, decode

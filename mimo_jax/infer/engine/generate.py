@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 
 class Decoding(NamedTuple):
-    """A batch under way. cache: {"k", "v"} [N, B, G, S, K]; filled int32 [B]: slots that hold the prompt; last [B, 1, D]: the state
-    that predicts the next token; step: tokens since the prompt; live bool [B]: rows that go on; ended bool [B]: an end token
-    came; taken int32 [B]: tokens so far, the end token not counted; limits int32 [B]: tokens that a row may get. ids int32 [B, M]
+    """A batch under way. cache: {"k", "v"} [N, B, G, S, K]; prompt_len int32 [B]: slots that hold the prompt; last [B, 1, D]: the state
+    that predicts the next token; step: tokens since the prompt; active bool [B]: rows that go on; ended bool [B]: an end token
+    came; num_generated int32 [B]: tokens so far, the end token not counted; limits int32 [B]: tokens that a row may get. ids int32 [B, M]
     (0 after a row's end), probs fp32 [B, M] of the chosen tokens under the unscaled distribution, states [B, M, D]: what the
     mask decoder reads should token m be a `<SEG>`. temperature, top_p fp32 [B], seed uint32 [B]: see `choose`."""
 

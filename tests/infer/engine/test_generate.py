@@ -93,7 +93,7 @@ def test_cached_decoding_equals_the_uncached_forward(scene):
         np.testing.assert_allclose(got.probs[b], np.asarray(jax.nn.softmax(before)).max(axis=-1), rtol=1e-3)
         first = n if scene.config.model.seg_state == "token" else n - 1
         np.testing.assert_allclose(got.states[b], out["hidden"][b, first : first + NEW], rtol=2e-3, atol=2e-4)
-    assert (got.taken == NEW).all() and not got.ended.any()
+    assert (got.num_generated == NEW).all() and not got.ended.any()
 
     logits, iou = scene.engine.segment(scene.features, got.states, index, 12)
     np.testing.assert_allclose(logits, out["masks"], rtol=1e-2, atol=1e-3)
@@ -106,7 +106,7 @@ def test_rows_do_not_feel_each_other(scene):
         alone = run(scene, [limit], rows=slice(b, b + 1))
         np.testing.assert_array_equal(together.ids[b], alone.ids[0])
         np.testing.assert_allclose(together.states[b], alone.states[0], rtol=2e-3, atol=2e-4)
-        assert together.taken[b] == alone.taken[0] == limit
+        assert together.num_generated[b] == alone.taken[0] == limit
     assert not together.ids[2].any() and not together.states[1, 4:].any()
 
 
@@ -125,7 +125,7 @@ def test_the_end_token_ends_its_row_alone(scene):
     for b in range(4):
         place = np.flatnonzero(free.ids[b] == eos)
         length = place[0] if len(place) else NEW
-        assert got.taken[b] == length and got.ended[b] == bool(len(place))
+        assert got.num_generated[b] == length and got.ended[b] == bool(len(place))
         np.testing.assert_array_equal(got.ids[b, :length], free.ids[b, :length])
         assert not got.ids[b, length:].any() and not got.probs[b, length:].any()
     assert got.ended.any() and not got.ended.all()

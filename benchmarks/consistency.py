@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mimo_jax.data.conversation import encode_user_turn  # noqa: E402
-from mimo_jax.data.loading.collate import sample_prompts, record_image  # noqa: E402
+from mimo_jax.data.loading.collate import record_image, sample_prompts  # noqa: E402
 from mimo_jax.data.loading.sources import open_source  # noqa: E402
 from mimo_jax.data.prompts import Prompts  # noqa: E402
 from mimo_jax.eval.metrics import iou  # noqa: E402

@@ -29,8 +29,8 @@ def measure(path: str, machine: topology.Topology, images: int) -> None:
     from mimo_jax import parameters, sharding
     from mimo_jax.analysis import hardware
     from mimo_jax.config_flags import find_config, read_config_file
-    from mimo_jax.models import mesh
     from mimo_jax.models import mimo, scan
+    from mimo_jax.models.mesh import use_mesh
     from mimo_jax.train.step import COMPILER_OPTIONS
 
     config = read_config_file(find_config(path))
@@ -44,7 +44,7 @@ def measure(path: str, machine: topology.Topology, images: int) -> None:
     size = jax.ShapeDtypeStruct((images * mesh.size, 2), jnp.int32, sharding=split)
 
     def encode(params, pixels, size):
-        with target.on(mesh):
+        with use_mesh(mesh):
             return scan.bind(graphdef, params).encode_sam(pixels, size)
 
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)

@@ -232,7 +232,9 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1  # over this axis parameters are split, too
     tensor: int = 1  # heads and MLP columns
-    frozen_sharding: str = "auto"  # the frozen base: "sharded" over fsdp, "replicated", or "auto": replicated if it takes half of the memory at most
+    frozen_sharding: str = (
+        "auto"  # the frozen base: "sharded" over fsdp, "replicated", or "auto": replicated if it takes half of the memory at most
+    )
 
 
 @dataclass
@@ -341,17 +343,25 @@ class Config:
         need(self.train.keep_every >= 0, "train.keep_every", "must be 0 or more")
         need(self.train.max_skipped >= 0, "train.max_skipped", "must be 0 or more")
         need(self.train.heartbeat_timeout >= 1, "train.heartbeat_timeout", "must be at least 1")
-        need(self.mesh.frozen_sharding in BASE_PLACES, "mesh.frozen_sharding", f"is {self.mesh.frozen_sharding!r}; use one of {', '.join(BASE_PLACES)}")
+        need(
+            self.mesh.frozen_sharding in BASE_PLACES,
+            "mesh.frozen_sharding",
+            f"is {self.mesh.frozen_sharding!r}; use one of {', '.join(BASE_PLACES)}",
+        )
         need(self.train.loss_chunk >= 1, "train.loss_chunk", "must be at least 1")
 
     def with_quantization(self, quantization: str) -> "Config":
         """The same config with the language model's matrices held as `quantization`: "" as the checkpoint has them, "int8" or "int4".
         ConfigError for another name, or for a matrix that cannot be held so."""
         if quantization not in ("", *QUANTIZATIONS):
-            raise ConfigError(f"quantization: is {quantization!r}; use one of {', '.join(QUANTIZATIONS)}, or none for those of the checkpoint")
+            raise ConfigError(
+                f"quantization: is {quantization!r}; use one of {', '.join(QUANTIZATIONS)}, or none for those of the checkpoint"
+            )
         llm = self.model.llm
         if quantization == "int4" and (llm.width % 2 or llm.mlp_width % 2):
-            raise ConfigError(f"quantization: int4 needs an even width and mlp_width, and they are {llm.width} and {llm.mlp_width}; use int8")
+            raise ConfigError(
+                f"quantization: int4 needs an even width and mlp_width, and they are {llm.width} and {llm.mlp_width}; use int8"
+            )
         return dataclasses.replace(self, model=dataclasses.replace(self.model, llm=dataclasses.replace(llm, quantization=quantization)))
 
     def images(self) -> int:

@@ -74,7 +74,9 @@ def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
     return (q.reshape(scale.shape[0], -1, q.shape[-1]) * scale[:, None]).reshape(q.shape)
 
 
-def quantize_param(path: str, leaf: jax.Array | jax.ShapeDtypeStruct, quantization: str) -> dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]:
+def quantize_param(
+    path: str, leaf: jax.Array | jax.ShapeDtypeStruct, quantization: str
+) -> dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]:
     """One parameter of a model, or its shape, as {path: array} of the same model that holds the language model's matrices as
     `quantization`."""
     if not quantization or not re.search(QUANTIZED, path):

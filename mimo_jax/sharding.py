@@ -130,7 +130,9 @@ def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) ->
     if fsdp == 1:
         return replicated, "base replicated: the mesh has no fsdp axis to split it over"
     if cfg.frozen_sharding != "auto":
-        return (AXES if cfg.frozen_sharding == "sharded" else replicated), f"base {cfg.frozen_sharding}: config.mesh.frozen_sharding says so"
+        return (
+            AXES if cfg.frozen_sharding == "sharded" else replicated
+        ), f"base {cfg.frozen_sharding}: config.mesh.frozen_sharding says so"
     held = bytes_per_device(frozen, param_shardings(frozen, mesh, axes=replicated))
     if memory is None:
         return AXES, f"base sharded over {fsdp}: how much memory a device has is not known"

@@ -26,7 +26,7 @@ from mimo_jax.analysis.hardware import GIB, Hardware
 from mimo_jax.analysis.hlo_cost import Cost, program_cost
 from mimo_jax.analysis.topology import Topology
 from mimo_jax.config import Config, ConfigError
-from mimo_jax.data.loading.collate import padding_sample, padding_image, stack_batch
+from mimo_jax.data.loading.collate import padding_image, padding_sample, stack_batch
 from mimo_jax.data.loading.features import feature_shapes
 
 FITS = 0.9  # of a chip's memory that a step may take

@@ -47,7 +47,11 @@ def load_for_inference(
     answers with noise, unless `allow_untrained`. quantization: "int8" or "int4", see `Leaves.load`; the config then says so. Where
     this process has several devices, the parameters are split over them (`sharding.inference_mesh`)."""
     run = checkpoint.run_of(path)
-    config, tokenizer, record = checkpoint.read_config(run).with_quantization(quantization), checkpoint.tokenizer_path(run), provenance.read(run)
+    config, tokenizer, record = (
+        checkpoint.read_config(run).with_quantization(quantization),
+        checkpoint.tokenizer_path(run),
+        provenance.read(run),
+    )
     raw = provenance.untrained(record)
     if raw and not allow_untrained:
         raise CheckpointError(

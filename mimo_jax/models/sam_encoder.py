@@ -110,7 +110,10 @@ class SamEncoder(nnx.Module):
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (g, g, cfg.width), param_dtype) * 0.02)
         # Blocks are rematerialised one by one, inside the stage.
         self.stages = ScannedLayers(
-            lambda r: SamStage(cfg, scan=scan, rngs=r, **types), cfg.layers // cfg.global_every, rngs=rngs, scan=ScanConfig(unroll=scan.unroll)
+            lambda r: SamStage(cfg, scan=scan, rngs=r, **types),
+            cfg.layers // cfg.global_every,
+            rngs=rngs,
+            scan=ScanConfig(unroll=scan.unroll),
         )
         self.neck_in = nnx.Conv(cfg.width, c, (1, 1), use_bias=False, rngs=rngs, **types)
         self.neck_in_norm = layer_norm(c, EPS, rngs=rngs, **types)

@@ -84,7 +84,11 @@ class TrainSetup:
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:
-    images, shares, parts = config.data.batch_size // config.data.samples_per_image, sharding.num_batch_shards(mesh), config.train.grad_accum_steps
+    images, shares, parts = (
+        config.data.batch_size // config.data.samples_per_image,
+        sharding.num_batch_shards(mesh),
+        config.train.grad_accum_steps,
+    )
     if images % (shares * parts):
         raise ConfigError(
             f"config.data.batch_size: its {images} images ({config.data.samples_per_image} samples each) are no multiple of the "

@@ -160,7 +160,7 @@ def test_import_then_train_then_both_moved_then_ask(three, tmp_path, capsys):
     ask = ["ask", "--checkpoint", str(tmp_path / "moved" / "b"), picture(tmp_path), "What is this?", "--box", "5,5,30,30", "--json"]
     # In a process of its own, with torch and transformers installed: neither may come along.
     code = (
-        "import sys; from mimo_jax import cli; code = cli.main(sys.argv[1:]); "
+        "import sys; from mimo_jax.cli.main import main; code = main(sys.argv[1:]); "
         "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code, *ask], capture_output=True, text=True, timeout=300)

@@ -14,10 +14,10 @@ from mimo_jax.config_flags import find_config, read_config_file
 from mimo_jax.data.conversation import (
     SampleError,
     encode_answer,
+    encode_user_turn,
     instruction_ids,
     parse_answer,
     parse_ids,
-    encode_user_turn,
     render,
     show,
 )

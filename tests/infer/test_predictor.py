@@ -69,7 +69,15 @@ class Said:
             closed[np.arange(len(ids)), taken] = eos
             sampling, limits = (state.temperature, state.top_p, state.seed), np.zeros_like(taken)
             kept = real_prefill(
-                state.cache, self.calls[-1][0], closed, np.full_like(closed, -1), np.asarray(state.prompt_len), taken + 1, limits, *sampling, 1
+                state.cache,
+                self.calls[-1][0],
+                closed,
+                np.full_like(closed, -1),
+                np.asarray(state.prompt_len),
+                taken + 1,
+                limits,
+                *sampling,
+                1,
             )
             return state._replace(
                 cache=kept.cache,

@@ -53,7 +53,9 @@ def test_turns_of_the_kinds_that_read_the_image_alone_differ_by_image_only(kind)
     model = scan.bind(mimo.abstract(config)[0], mimo.init_params(config, jax.random.key(0)))
     batch = random_batch(config, length=80)
     image = model.encode_clip(batch["clip_image"], batch["clip_size"])
-    x_q, look = model.align_with_attention(image, *(batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind")))
+    x_q, look = model.align_with_attention(
+        image, *(batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
+    )
     assert look is None and x_q.shape == (4, 2, config.model.query_tokens(), 16)
     for b in range(4):  # two samples of two turns to an image
         np.testing.assert_array_equal(x_q[b, 0], x_q[b, 1])

@@ -12,8 +12,8 @@ import numpy as np
 
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.builder.entities import canonical
-from mimo_jax.data.builder.item_batches import ItemNames, BuildIndex
-from mimo_jax.data.builder.label_stats import LabelStats, LabelCounts
+from mimo_jax.data.builder.item_batches import BuildIndex, ItemNames
+from mimo_jax.data.builder.label_stats import LabelCounts, LabelStats
 from mimo_jax.data.builder.llm_client import ChatClient
 from mimo_jax.data.builder.question_generation import QuestionGeneration
 from mimo_jax.data.builder.splits import SHARES, NearDuplicates, check_shares, split_groups

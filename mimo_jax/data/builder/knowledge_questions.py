@@ -13,7 +13,7 @@ from mimo_jax.data.builder import templates
 from mimo_jax.data.builder.knowledge import KNOWLEDGE, TABLE, Fact
 from mimo_jax.data.builder.label_stats import overlapping
 from mimo_jax.data.builder.scene import Scene, grounded
-from mimo_jax.data.builder.templates import placeholders, listed, with_article
+from mimo_jax.data.builder.templates import listed, placeholders, with_article
 from mimo_jax.data.schema import Mask, Sample
 
 RELATION_SHARE = 0.5  # of IV, where there is a relation to ask for
@@ -58,7 +58,11 @@ def _function(scene: Scene, entities: list[str]) -> Sample:
 
 def _told(scene: Scene, kind: str, question: str, answer: str, entities: list[str]) -> Sample:
     return scene.sample(
-        "III", kind, question, scene.told(placeholders(answer, len(entities)), scene.spans(sorted(entities))), kb=_source(scene, entities[0])
+        "III",
+        kind,
+        question,
+        scene.told(placeholders(answer, len(entities)), scene.spans(sorted(entities))),
+        kb=_source(scene, entities[0]),
     )
 
 

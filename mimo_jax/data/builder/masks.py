@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from mimo_jax.data.builder.items import MaskRef
 from mimo_jax.data.images.dicom import reading
-from mimo_jax.data.images.image import DicomGrid, NiftiGrid, MedicalImage, kind_of, library
+from mimo_jax.data.images.image import DicomGrid, MedicalImage, NiftiGrid, kind_of, library
 from mimo_jax.data.prompt_files import decode_segmentation
 from mimo_jax.data.transforms import decode_labels, decode_mask
 from mimo_jax.errors import UserError

@@ -32,7 +32,9 @@ def record_rng(seed: int, record_id: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(record_id.encode())])
 
 
-def ask(record: Record, rng: np.random.Generator, census: LabelStats, absent: Iterable[str] | None = None, style: TemplateSet = CORE) -> list[Sample]:
+def ask(
+    record: Record, rng: np.random.Generator, census: LabelStats, absent: Iterable[str] | None = None, style: TemplateSet = CORE
+) -> list[Sample]:
     """About 4 samples of I, 4 of II, 3 of III, 3 of IV and 6 of vqa, as far as the record's entities allow; of the style
     phrases.FULL some more, with relations.
 

@@ -22,7 +22,7 @@ from mimo_jax.config import MODALITIES, PERSPECTIVES
 from mimo_jax.data.builder.entities import canonical
 from mimo_jax.data.builder.items import Item
 from mimo_jax.data.builder.masks import read_mask
-from mimo_jax.data.images.image import DicomGrid, NiftiGrid, MedicalImage, Volume, Window, kind_of, limits_of
+from mimo_jax.data.images.image import DicomGrid, MedicalImage, NiftiGrid, Volume, Window, kind_of, limits_of
 from mimo_jax.data.images.open_image import open_picture
 from mimo_jax.data.images.volume import open_volume
 from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn, encode_mask

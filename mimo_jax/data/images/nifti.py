@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.data.images.image import PERCENTILES, PLANES, NiftiGrid, MedicalImage, Volume, Window, check_size, library, limits_of, opened
+from mimo_jax.data.images.image import PERCENTILES, PLANES, MedicalImage, NiftiGrid, Volume, Window, check_size, library, limits_of, opened
 from mimo_jax.data.transforms import MAX_PIXELS, windowed
 from mimo_jax.errors import UserError
 

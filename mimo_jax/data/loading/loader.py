@@ -64,7 +64,9 @@ def make_loader(
 
     Raises DataError for a perspective with a weight that no source holds."""
     order = GlobalOrder(config, tokenizer, sources)
-    return Loader(_Batches(order, _ExampleBuilder(config, tokenizer, list(sources.values())), range(order.images) if mine is None else mine))
+    return Loader(
+        _Batches(order, _ExampleBuilder(config, tokenizer, list(sources.values())), range(order.images) if mine is None else mine)
+    )
 
 
 class Loader:

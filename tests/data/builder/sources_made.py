@@ -40,8 +40,14 @@ def write_source(folder: Path, count: int = 12, pictures=None, **changes) -> Pat
 def command(source: Path, out: Path, *flags: str, before: str = "") -> list[str]:
     """A `mimo data build` with parts of PART items. before: code that runs first, in the same process."""
     words = ["data", "build", "--source", "manifest", "--in", str(source), "--out", str(out), "--workers", "1", *flags]
-    code = ["import sys", "from mimo_jax import cli", "from mimo_jax.data.builder import parts", f"parts.PART = {PART}", before]
-    return [sys.executable, "-c", "\n".join([*code, f"sys.exit(cli.main({words!r}))"])]
+    code = [
+        "import sys",
+        "from mimo_jax.cli.main import main",
+        "from mimo_jax.data.builder import item_batches",
+        f"item_batches.PART = {PART}",
+        before,
+    ]
+    return [sys.executable, "-c", "\n".join([*code, f"sys.exit(main({words!r}))"])]
 
 
 def run(*args, **options) -> subprocess.CompletedProcess:

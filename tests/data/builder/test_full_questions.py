@@ -12,7 +12,7 @@ import pytest
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.builder import templates
 from mimo_jax.data.builder.knowledge import KNOWLEDGE
-from mimo_jax.data.builder.label_stats import LabelStats, LabelCounts, is_lesion, overlapping
+from mimo_jax.data.builder.label_stats import LabelCounts, LabelStats, is_lesion, overlapping
 from mimo_jax.data.builder.questions import ask, record_rng
 from mimo_jax.data.builder.relations import Layout
 from mimo_jax.data.builder.scene import names_pattern
@@ -226,7 +226,7 @@ def test_samples_are_the_same_in_any_process_and_order():
     census = LabelStats.of(records)
     forth = {r.id: ask(r, record_rng(3, r.id), census, style=FULL) for r in records}
     code = (
-        "from tests.data.build.test_full_questions import *\nrecords = bodies(30)\ncensus = Census.of(records)\n"
+        "from tests.data.builder.test_full_questions import *\nrecords = bodies(30)\ncensus = LabelStats.of(records)\n"
         "print({r.id: ask(r, record_rng(3, r.id), census, style=FULL) for r in records})"
     )
     there = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)

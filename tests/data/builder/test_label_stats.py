@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from mimo_jax.data.builder.label_stats import LabelStats, LabelCounts, overlapping
+from mimo_jax.data.builder.label_stats import LabelCounts, LabelStats, overlapping
 from tests.data.builder.bodies import plain_record
 
 

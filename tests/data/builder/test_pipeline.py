@@ -73,7 +73,9 @@ module.{name} = counted
 """
 
 
-@pytest.mark.parametrize("module, name, at", [("item_batches", "make_record", 10), ("pipeline", "write_shard", 3), ("pipeline", "join_shards", 1)])
+@pytest.mark.parametrize(
+    "module, name, at", [("item_batches", "make_record", 10), ("pipeline", "write_shard", 3), ("pipeline", "join_shards", 1)]
+)
 def test_after_a_kill_the_same_command_goes_on(tmp_path, module, name, at):
     source = write_source(tmp_path / "in")
     build(open_reader("manifest", source), tmp_path / "whole", Options(), progress=False)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mimo_jax.data.loading.view import draw_record, contact_sheet
+from mimo_jax.data.loading.view import contact_sheet, draw_record
 from tests.data import handmade
 
 

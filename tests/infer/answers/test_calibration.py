@@ -88,7 +88,9 @@ def test_evidence_is_of_the_image_alone_and_of_the_words_since_the_mask_before()
     logits[2, 2] = -math.log(3)  # one of 0.25
     evidence = ConfidenceFeatures.of(logits, sam_frame(20, 40, 64), 1.3, np.array([0.9, 0.6, 0.8]))
     assert evidence == ConfidenceFeatures(1.0, 0.8, 0.6, pytest.approx(3 / 4.25))
-    assert ConfidenceFeatures.of(np.full((8, 8), -30.0), sam_frame(20, 40, 64), -0.1, np.array([0.8])) == ConfidenceFeatures(0.0, 0.8, 0.8, 0.0)
+    assert ConfidenceFeatures.of(np.full((8, 8), -30.0), sam_frame(20, 40, 64), -0.1, np.array([0.8])) == ConfidenceFeatures(
+        0.0, 0.8, 0.8, 0.0
+    )
 
 
 def test_what_is_written_is_read_back(fitted, tmp_path):

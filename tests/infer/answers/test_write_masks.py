@@ -32,7 +32,8 @@ def stored(shape=(4, 6)):
 def answered(picture, *named, prompts=None):
     """What the model would have said of a picture: (phrase, mask) of each entity."""
     entities = [
-        Entity.of(n, phrase, mask, ConfidenceFeatures(0.9, 0.9, 0.9, 0.9), spacing_mm=picture.spacing_mm) for n, (phrase, mask) in enumerate(named)
+        Entity.of(n, phrase, mask, ConfidenceFeatures(0.9, 0.9, 0.9, 0.9), spacing_mm=picture.spacing_mm)
+        for n, (phrase, mask) in enumerate(named)
     ]
     return Answer("Here.", [{"text": "Here."}], entities, False, "Segment it.", picture.pixels, prompts or Prompts(), picture.grid)
 

@@ -173,7 +173,9 @@ def test_drawn_rows_follow_their_seed_alone_and_greedy_ones_stay(scene):
 def test_draws_have_the_frequencies_of_the_nucleus():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     rows = 20000
-    draw = jax.jit(lambda seed, top_p, t: sample_token(jnp.tile(logits, (rows, 1)), jnp.full(rows, t), jnp.full(rows, top_p), seed, jnp.int32(3)))
+    draw = jax.jit(
+        lambda seed, top_p, t: sample_token(jnp.tile(logits, (rows, 1)), jnp.full(rows, t), jnp.full(rows, top_p), seed, jnp.int32(3))
+    )
     for top_p, temperature, expected in (
         (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]),
         (0.8, 1.0, [0.625, 0.375, 0, 0]),

@@ -1,0 +1,54 @@
+"""The programs of one conversation, lowered from shapes alone: what `analysis.memory_estimate` compiles to know their memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mimo_jax import sharding
+from mimo_jax.analysis.memory_estimate import LoweredConversation
+from mimo_jax.config import Config
+from mimo_jax.data import conversation
+from mimo_jax.data.tokenizer import Tokenizer
+from mimo_jax.infer.engine.compiled import functions
+from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket
+
+
+def lower_conversation(config: Config, params: dict, tokenizer: Tokenizer) -> LoweredConversation:
+    """The first turn about one image, whose question the aligner reads in full, in a cache of the whole context. params: nested dict of
+    the shapes of all parameters, with their shardings where several devices hold them."""
+    m = config.model
+    mesh = sharding.inference_mesh(m.llm)
+    cache_sharding = sharding.cache_sharding(mesh, m.llm) if mesh else None
+    call = functions(config.model_json(), conversation.stop_id(tokenizer, config))
+    slots = cache_bucket(m.llm.max_length)
+    turn = bucket(min(len(conversation.encode_user_turn(tokenizer, config, "?", 0, True)[0]) + m.aligner.max_text, m.llm.max_length))
+
+    def array(kind, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind)
+
+    def picture(side: int) -> tuple:
+        return array(jnp.uint8, 1, side, side, 3), array(jnp.int32, 1, 2)
+
+    images = (*picture(m.clip.image_size), *picture(m.sam.image_size))
+    x_img, features = call.encode.eval_shape(params, *images)
+    text, prompts = (1, 1, m.aligner.max_text), (1, 1, m.prompt.max_tokens)
+    aligned = (x_img, array(jnp.int32, *text), array(bool, *text), array(jnp.float32, *prompts, 2), array(jnp.int32, *prompts))
+    x_q = call.align.eval_shape(params, *aligned)
+    words = (array(jnp.int32, 1, turn), array(jnp.int32, 1, turn), x_q)
+    cache = call.new_cache.eval_shape(params, rows=1, slots=slots)
+    if cache_sharding:
+        cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cache_sharding), cache)
+    row = array(jnp.int32, 1)
+    asked = (cache, call.splice.eval_shape(params, *words), row, row, row)
+    chosen = (array(jnp.float32, 1), array(jnp.float32, 1), array(jnp.uint32, 1))
+    new = config.generate.max_new_tokens
+    state = call.prefill.eval_shape(params, *asked, *chosen, new_tokens=new)._replace(cache=cache)
+    programs = {
+        "encode the image": call.encode.lower(params, *images),
+        "align a question": call.align.lower(params, *aligned),
+        f"read {turn} tokens": call.prefill.lower(params, *asked, *chosen, new_tokens=new),
+        "answer": call.decode.lower(params, state, array(jnp.int32)),
+        "paint a structure": call.segment.lower(params, features, state.states, array(jnp.int32, 1, 1), None, refine=False),
+    }
+    return LoweredConversation(programs, cache, slots, (x_img, features))

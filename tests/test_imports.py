@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a row names, may be named more narrowly: "data.prompts".
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
+    "process": set(),
+    "jax_internals": set(),
     "typing": set(),
     "pathtree": set(),
     "config": {"data.chat_templates", "errors"},

@@ -41,7 +41,8 @@ def test_importing_every_module_changes_nothing_of_the_process():
     paths = sorted((ROOT / "mimo_jax").rglob("*.py"))
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
     # What the libraries themselves change as they are imported does not count.
-    find = "import importlib, json, sys\nfor name in json.loads(sys.argv[1]): importlib.import_module(name)\nprint(json.dumps(sorted(sys.modules)))"
+    find = "import importlib, json, sys\nfor name in json.loads(sys.argv[1]): importlib.import_module(name)\n"
+    find += "print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(_run(find, json.dumps(names)))
     libraries = [name for name in loaded if not name.startswith(("mimo_jax", "_", "configs")) and name.isidentifier()]
     assert _run(PROGRAM, json.dumps([names, libraries])) == "{}\n"

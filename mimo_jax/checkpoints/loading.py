@@ -100,9 +100,10 @@ class LazyParams(Mapping[str, np.ndarray]):
         self._kept: dict[str, Any] = {}
 
     def load(self, quantization: str = "") -> dict:
-        """All of them on the device, as one nested dict in the dtypes they were saved in. quantization: "int8" or "int4" to hold the language
-        model's matrices so, each made as it is read: the device holds the result and the largest of them (all layers of one name), a
-        CPU that twice."""
+        """All of them on the device, as one nested dict in the dtypes they were saved in.
+
+        quantization: "int8" or "int4" to hold the language model's matrices so, each quantized as it is read: the device holds the
+        result and the largest of them (all layers of one name), a CPU that twice."""
         held = {}
         for path, leaf in self.shapes.items():
             held |= quantize.quantize_param(path, leaf, quantization)

@@ -25,11 +25,11 @@ class NotFinite(UserError):
 
 
 class NonFiniteGuard:
-    """Counts steps that were not finite: the state stayed as it was, but the batch is gone. Up to `train.max_skipped` in a row are told
-    and passed over; one more raises NotFinite, with the newest checkpoint's name.
+    """Counts steps that were not finite: the state stayed as it was, but the batch is gone. Up to `train.max_skipped` in a row are
+    reported and skipped; one more raises NotFinite, with the newest checkpoint's name.
 
-    A loss `train.spike_threshold` standard deviations above the mean of the last 200 goes to RUN/spikes.jsonl: step, loss, mean, deviation, and
-    the ids of the batch's records. records: from the number of a batch to these."""
+    A loss `train.spike_threshold` standard deviations above the mean of the last 200 goes to RUN/spikes.jsonl: step, loss, mean,
+    deviation, and the ids of the batch's records. records: from the number of a batch to these."""
 
     def __init__(self, config: TrainConfig, checkpoints: Checkpoints, records: Callable[[int], list[str]]):
         self.config, self.checkpoints, self.records = config, checkpoints, records

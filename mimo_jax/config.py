@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from mimo_jax.data.chat_templates import CHAT_TEMPLATES, unknown_template
+from mimo_jax.chat_templates import CHAT_TEMPLATES, unknown_template
 from mimo_jax.errors import UserError
 
 PERSPECTIVES = ("vqa", "I", "II", "III", "IV")
@@ -172,7 +172,7 @@ class DataConfig:
     batch_size: int = 8  # samples in the global batch
     samples_per_image: int = 1  # consecutive samples of one perspective that share one image (and its encoding)
     buckets: str = "256,512,768"  # sequence lengths, tokens
-    chat_template: str = "vicuna"  # what stands around the turns: a row of data/chat_templates.py
+    chat_template: str = "vicuna"  # what stands around the turns: a row of chat_templates.py
     system_prompt: str = "template"  # words before the first turn; "template": those of the chat template; empty: none
     image_tokens: str = ""  # two added tokens of the base vocabulary around X_q, e.g. "<im_start>,<im_end>" (LLaVA, LISA, GLaMM)
     augment: bool = False  # random shift, scale and intensity; never a flip

@@ -8,21 +8,42 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sized
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
 from jax.extend.backend import get_backend
+from jax.sharding import Mesh
 
 from mimo_jax import __version__, pathtree, sharding
 from mimo_jax.analysis import flops, hardware
 from mimo_jax.checkpoints import checkpoint
-from mimo_jax.train.state import TrainSetup
+from mimo_jax.config import Config
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CHANGES = 8  # of the config that are named
 
 
-def show(plan: TrainSetup, sources: Mapping[str, Sized], workdir: Path, first: int) -> None:
+class SummarizedRun(Protocol):
+    """What a summary reads of a run (`mimo_jax.train.state.TrainSetup` has it): its config, its mesh, and nested dicts of the shapes and
+    shardings of its parameters and optimizer."""
+
+    config: Config
+    mesh: Mesh
+    base_reason: str
+    params: dict
+    param_shardings: dict
+    train: dict
+    train_shardings: dict
+    frozen: dict
+    frozen_shardings: dict
+    state: dict
+    state_shardings: dict
+
+    def trains(self, path: str) -> bool: ...
+
+
+def show(plan: SummarizedRun, sources: Mapping[str, Sized], workdir: Path, first: int) -> None:
     """Print it. sources: the data by name; first: the step at which the run goes on."""
     print("\n".join([versions(), *about(plan, sources, workdir), *parameter_table(plan), memory(plan), cost(plan)]))
     if first:
@@ -52,7 +73,7 @@ def _commit() -> str:
         return ""
 
 
-def about(plan: TrainSetup, sources: Mapping[str, Sized], workdir: Path) -> list[str]:
+def about(plan: SummarizedRun, sources: Mapping[str, Sized], workdir: Path) -> list[str]:
     """Devices, data, provenance, config: a line each."""
     config, data = plan.config, plan.config.data
     axes = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
@@ -70,7 +91,7 @@ def about(plan: TrainSetup, sources: Mapping[str, Sized], workdir: Path) -> list
     return [_line(name, text) for name, text in lines.items()]
 
 
-def _changes(plan: TrainSetup, workdir: Path) -> str:
+def _changes(plan: SummarizedRun, workdir: Path) -> str:
     """In what the config is another than that which the run began with."""
     then, now = (pathtree.flatten(config.to_dict()) for config in (checkpoint.read_config(workdir), plan.config))
     changed = [f"{name.replace('/', '.')} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
@@ -78,7 +99,7 @@ def _changes(plan: TrainSetup, workdir: Path) -> str:
     return f"; changed since: {', '.join(changed[:_CHANGES])}{more}" if changed else ""
 
 
-def parameter_table(plan: TrainSetup) -> list[str]:
+def parameter_table(plan: SummarizedRun) -> list[str]:
     """Parameters by part of the model, trained and frozen ones apart: number, bytes, bytes on one device."""
     counts: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(3, np.int64))
     places = pathtree.flatten(plan.param_shardings)
@@ -101,7 +122,7 @@ def _order(item: tuple) -> tuple:
     return part == "all", part, kind
 
 
-def memory(plan: TrainSetup) -> str:
+def memory(plan: SummarizedRun) -> str:
     """What lies on one device all through the run; activations come on top."""
     held = {
         "frozen": sharding.bytes_per_device(plan.frozen, plan.frozen_shardings),
@@ -114,7 +135,7 @@ def memory(plan: TrainSetup) -> str:
     return _line("memory", f"{parts} = {size_of(sum(held.values()))} a device{f' of {size_of(room)}' if room else ''}, activations beside")
 
 
-def cost(plan: TrainSetup) -> str:
+def cost(plan: SummarizedRun) -> str:
     """FLOPs of a sample and of a step, at the longest sequence."""
     length, samples = plan.config.buckets()[-1], plan.config.data.batch_size
     parts = sorted(flops.step(plan.config, length).items(), key=lambda item: -item[1])

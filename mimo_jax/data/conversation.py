@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mimo_jax.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from mimo_jax.config import GROUNDING_TOKENS, Config
-from mimo_jax.data.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from mimo_jax.data.schema import Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError

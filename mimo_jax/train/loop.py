@@ -83,7 +83,7 @@ def prepare(config: Config, workdir: str | Path) -> ResumedTraining:
     mesh = sharding.make_mesh(config.mesh)
     plan = TrainSetup(config, mesh)
     if config.data.features:
-        encode_features.check_frozen(plan)
+        encode_features.check_frozen(path for path in plan.multipliers if plan.trains(path))
     sources = open_sources(config, config.data.split)
     tokenizer = _tokenizer(config, workdir, sources)
     loader = make_loader(config, tokenizer, sources, global_batch.images_here(mesh, config.images()))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,6 @@ from mimo_jax.data.transforms import preprocess
 from mimo_jax.errors import UserError
 from mimo_jax.models import mimo, scan
 from mimo_jax.preemption import StopSignal
-from mimo_jax.train.state import TrainSetup
 
 ENCODERS = ("clip/", "sam_encoder/")
 _SAM_FIELDS = ("image_size", "image_fit", "patch_size", "width", "layers", "heads", "mlp_ratio", "window", "global_every", "decoder_width")
@@ -61,9 +60,9 @@ def fingerprint(config: Config, params: Mapping[str, jax.Array | np.ndarray]) ->
     return hashlib.sha256(json.dumps([about, hashes], sort_keys=True).encode()).hexdigest()
 
 
-def check_frozen(plan: TrainSetup) -> None:
-    """ConfigError if a parameter that features depend on trains."""
-    moving = [path for path in plan.multipliers if path.startswith(ENCODERS) and plan.trains(path)]
+def check_frozen(trained: Iterable[str]) -> None:
+    """ConfigError if one of the `trained` parameters (paths) is one that features depend on."""
+    moving = [path for path in trained if path.startswith(ENCODERS)]
     if moving:
         raise ConfigError(
             f"config.data.features: features are of frozen encoders, and {moving[0]} trains; freeze clip/ and sam_encoder/ in "

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from mimo_jax.chat_templates import CHAT_TEMPLATES, ChatTemplate, register_chat_template
 from mimo_jax.config import ConfigError
-from mimo_jax.data.chat_templates import CHAT_TEMPLATES, ChatTemplate, register_chat_template
 from mimo_jax.data.conversation import encode_user_turn, parse_ids, render, show, stop_id, template_text
 from mimo_jax.data.schema import Sample, Target, Turn
 from mimo_jax.data.tokenizer import TokenizerError

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax import pathtree, quantize, sharding
 from mimo_jax.checkpoints import checkpoint as checkpoints
 from mimo_jax.checkpoints import loading
 from mimo_jax.config import QUANTIZATIONS, Config
-from mimo_jax.data import conversation
 from mimo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mimo_jax.infer.engine.compiled import functions
-from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket
 
 GB, MB = 10**9, 10**6
 # What the table calls each group of parameters: the first row that matches.
@@ -36,16 +34,32 @@ PARTS = {
 }
 
 
-def estimate_checkpoint_memory(path: str | os.PathLike, quantization: str = "") -> dict:
-    """`plan` of a checkpoint; UserError for what is none."""
+class LoweredConversation(NamedTuple):
+    """programs: {what it does: a function of the model, lowered}; the shapes of the KV cache, its tokens, and of one image's features."""
+
+    programs: dict[str, jax.stages.Lowered]
+    cache: Any
+    slots: int
+    features: Any
+
+
+Lower = Callable[[Config, dict, Tokenizer], LoweredConversation]
+
+
+def estimate_checkpoint_memory(path: str | os.PathLike, lower: Lower, quantization: str = "") -> dict:
+    """`estimate_memory` of a checkpoint; UserError for what is not one."""
     config, shapes = loading.read_shapes(path)
-    return estimate_memory(config, shapes, load_tokenizer(checkpoints.tokenizer_path(path), config.model), quantization)
+    return estimate_memory(config, shapes, load_tokenizer(checkpoints.tokenizer_path(path), config.model), lower, quantization)
 
 
-def estimate_memory(config: Config, shapes: dict[str, jax.ShapeDtypeStruct], tokenizer: Tokenizer, quantization: str = "") -> dict:
+def estimate_memory(
+    config: Config, shapes: dict[str, jax.ShapeDtypeStruct], tokenizer: Tokenizer, lower: Lower, quantization: str = ""
+) -> dict:
     """Bytes that one conversation about one image takes on each device, with the whole context in use.
 
-    config, shapes: of the checkpoint, {path: shape and dtype of every parameter}; quantization: as of `Mimo.load`. Returns
+    config, shapes: of the checkpoint, {path: shape and dtype of every parameter}; quantization: as of `Mimo.load`.
+    lower: makes the programs of a conversation from the config and the shapes as they will be held
+    (`mimo_jax.infer.engine.lower_conversation`). Returns
 
         quantization, devices (their number), device (what they are), whole {path: why it is not split over the devices}
         parameters {part: {bytes, dtypes}}, loading (beside these, while they are read; 0 where they stay as they are)
@@ -54,7 +68,9 @@ def estimate_memory(config: Config, shapes: dict[str, jax.ShapeDtypeStruct], tok
     made = {"quantization": quantization, "devices": jax.local_device_count(), "device": jax.local_devices()[0].device_kind, "whole": {}}
     held = _placed(config, _held(shapes, config, quantization), made["whole"])
     made["parameters"] = parameters(held)
-    made |= _conversation(config.with_quantization(quantization), pathtree.unflatten(held), tokenizer)
+    asked = lower(config.with_quantization(quantization), pathtree.unflatten(held), tokenizer)
+    made |= {"slots": asked.slots, "temporaries": {name: _temporaries(program) for name, program in asked.programs.items()}}
+    made |= {name: sum(map(_on_device, jax.tree.leaves(getattr(asked, name)))) for name in ("cache", "features")}
     asking = made["cache"] + made["features"] + max(made["temporaries"].values())
     # Each matrix is read as it is, and made into integers then; a CPU holds what it read twice for a moment.
     wide = [_on_device(leaf) for path, leaf in _placed(config, shapes, {}).items() if re.search(quantize.QUANTIZED, path)]
@@ -72,14 +88,14 @@ def parameters(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, dict]:
     """{part: {"bytes" (on one device), "dtypes"}} of parameters by their path."""
     parts = {name: {"bytes": 0, "dtypes": []} for name in PARTS.values()}
     for path, leaf in shapes.items():
-        part = parts[pathtree.first_match(path, PARTS, "plan.PARTS")]
+        part = parts[pathtree.first_match(path, PARTS, "memory_estimate.PARTS")]
         part["bytes"] += _on_device(leaf)
         part["dtypes"] = sorted({*part["dtypes"], str(leaf.dtype)})
     return {name: part for name, part in parts.items() if part["bytes"]}
 
 
 def table(made: dict) -> str:
-    """What `plan` found, for reading."""
+    """What `estimate_memory` found, for reading."""
     rows = [(name, part["bytes"], ", ".join(part["dtypes"])) for name, part in made["parameters"].items()]
     rows += [
         ("parameters, in all", sum(part["bytes"] for part in made["parameters"].values()), ""),
@@ -127,51 +143,6 @@ def _on_device(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes on one device."""
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
     return int(np.prod(shape)) * leaf.dtype.itemsize
-
-
-def _conversation(config: Config, params: dict, tokenizer: Tokenizer) -> dict:
-    """ "cache", "slots", "features" and "temporaries" of `plan`: the first turn, whose question the aligner reads in full, in a
-    cache of the whole context."""
-    m = config.model
-    mesh = sharding.inference_mesh(m.llm)
-    cache_sharding = sharding.cache_sharding(mesh, m.llm) if mesh else None
-    call = functions(config.model_json(), conversation.stop_id(tokenizer, config))
-    slots = cache_bucket(m.llm.max_length)
-    turn = bucket(min(len(conversation.encode_user_turn(tokenizer, config, "?", 0, True)[0]) + m.aligner.max_text, m.llm.max_length))
-
-    def array(kind, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, kind)
-
-    def picture(side: int) -> tuple:
-        return array(jnp.uint8, 1, side, side, 3), array(jnp.int32, 1, 2)
-
-    images = (*picture(m.clip.image_size), *picture(m.sam.image_size))
-    x_img, features = call.encode.eval_shape(params, *images)
-    text, prompts = (1, 1, m.aligner.max_text), (1, 1, m.prompt.max_tokens)
-    aligned = (x_img, array(jnp.int32, *text), array(bool, *text), array(jnp.float32, *prompts, 2), array(jnp.int32, *prompts))
-    x_q = call.align.eval_shape(params, *aligned)
-    words = (array(jnp.int32, 1, turn), array(jnp.int32, 1, turn), x_q)
-    cache = call.new_cache.eval_shape(params, rows=1, slots=slots)
-    if cache_sharding:
-        cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cache_sharding), cache)
-    row = array(jnp.int32, 1)
-    asked = (cache, call.splice.eval_shape(params, *words), row, row, row)
-    chosen = (array(jnp.float32, 1), array(jnp.float32, 1), array(jnp.uint32, 1))
-    new = config.generate.max_new_tokens
-    state = call.prefill.eval_shape(params, *asked, *chosen, new_tokens=new)._replace(cache=cache)
-    lowered = {
-        "encode the image": call.encode.lower(params, *images),
-        "align a question": call.align.lower(params, *aligned),
-        f"read {turn} tokens": call.prefill.lower(params, *asked, *chosen, new_tokens=new),
-        "answer": call.decode.lower(params, state, array(jnp.int32)),
-        "paint a structure": call.segment.lower(params, features, state.states, array(jnp.int32, 1, 1), None, refine=False),
-    }
-    return {
-        "cache": sum(map(_on_device, jax.tree.leaves(cache))),
-        "slots": slots,
-        "features": sum(map(_on_device, (x_img, features))),
-        "temporaries": {name: _temporaries(function) for name, function in lowered.items()},
-    }
 
 
 def _temporaries(lowered: jax.stages.Lowered) -> int:

@@ -108,8 +108,9 @@ def _picture_flags(command: argparse.ArgumentParser, scans: bool = False) -> Non
 def _ask(args: argparse.Namespace) -> int:
     if args.estimate_memory:
         from mimo_jax.analysis.memory_estimate import estimate_checkpoint_memory, table
+        from mimo_jax.infer.engine.lower_conversation import lower_conversation
 
-        print(table(estimate_checkpoint_memory(args.checkpoint, args.quantize)))
+        print(table(estimate_checkpoint_memory(args.checkpoint, lower_conversation, args.quantize)))
         return EXIT_OK
     if args.question is None:
         raise UserError("IMAGE and QUESTION are needed, such as: image.png 'Segment the liver.' (see mimo ask --help)")

@@ -7,12 +7,13 @@ import jax
 import pytest
 
 from mimo_jax import parameters, pathtree, quantize
-from mimo_jax.analysis import memory_estimate as plans
+from mimo_jax.analysis import memory_estimate
 from mimo_jax.checkpoints import checkpoint, loading
 from mimo_jax.config import ConfigError, LoraConfig
 from mimo_jax.config_flags import find_config, read_config_file
 from mimo_jax.errors import UserError
 from mimo_jax.infer.engine.compiled import Engine
+from mimo_jax.infer.engine.lower_conversation import lower_conversation
 from mimo_jax.models import mimo
 from tests.data.handmade import tokenizer
 from tests.tiny_config import random_batch, random_params, tiny_config
@@ -33,7 +34,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(run):
-    return plans.estimate_checkpoint_memory(run, "int8")
+    return memory_estimate.estimate_checkpoint_memory(run, lower_conversation, "int8")
 
 
 def test_the_plan_is_what_a_loaded_model_takes(run, made):
@@ -55,24 +56,24 @@ def test_the_plan_is_what_a_loaded_model_takes(run, made):
 
 def test_no_weight_is_read(run, made, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=lambda folder, names: {"arrays"} & set(names))
-    assert plans.estimate_checkpoint_memory(tmp_path / "run", "int8")["parameters"] == made["parameters"]
+    assert memory_estimate.estimate_checkpoint_memory(tmp_path / "run", lower_conversation, "int8")["parameters"] == made["parameters"]
 
 
 def test_the_table_says_whether_it_fits_and_what_would(made):
-    assert plans.table(made | {"fits": True}).endswith("it fits")
+    assert memory_estimate.table(made | {"fits": True}).endswith("it fits")
     less = {"other": {"int4": 5 * 10**9}, "available": 6 * 10**9, "fits": False}
-    assert "it does not fit: --quantize int4 takes 5.00 GB" in plans.table(made | less)
-    assert "take a device with more memory, or several" in plans.table(made | less | {"available": 10**9})
+    assert "it does not fit: --quantize int4 takes 5.00 GB" in memory_estimate.table(made | less)
+    assert "take a device with more memory, or several" in memory_estimate.table(made | less | {"available": 10**9})
     reason = "4 does not divide axis of 511 of parameter embedding/base"
-    assert f"not split over the devices: {reason}" in plans.table(made | {"whole": {"embedding/base": reason}})
-    assert re.search(r"KV cache of one conversation +[\d.]+ MB  256 tokens", plans.table(made))
+    assert f"not split over the devices: {reason}" in memory_estimate.table(made | {"whole": {"embedding/base": reason}})
+    assert re.search(r"KV cache of one conversation +[\d.]+ MB  256 tokens", memory_estimate.table(made))
 
 
 def test_what_is_no_checkpoint_or_no_kind_of_weights_is_named(run, tmp_path):
     with pytest.raises(UserError, match="there is no such checkpoint"):
-        plans.estimate_checkpoint_memory(tmp_path / "gone")
-    with pytest.raises(ConfigError, match="weights: is 'int3'"):
-        plans.estimate_checkpoint_memory(run, "int3")
+        memory_estimate.estimate_checkpoint_memory(tmp_path / "gone", lower_conversation)
+    with pytest.raises(ConfigError, match="quantization: is 'int3'"):
+        memory_estimate.estimate_checkpoint_memory(run, lower_conversation, "int3")
 
 
 @pytest.mark.parametrize(("weights", "total", "language"), [("", 16.45, 12.95), ("int8", 9.97, 6.48), ("int4", 7.13, 3.64)])
@@ -81,7 +82,7 @@ def test_at_full_size(weights, total, language):
     held = {}
     for path, leaf in pathtree.flatten(parameters.typed(config, mimo.abstract(config)[1])).items():
         held |= quantize.quantize_param(path, leaf, weights)
-    parts = plans.parameters(held)
-    assert set(parts) == set(plans.PARTS.values())
-    assert sum(part["bytes"] for part in parts.values()) / plans.GB == pytest.approx(total, abs=0.02)
-    assert parts["language model"]["bytes"] / plans.GB == pytest.approx(language, abs=0.02)
+    parts = memory_estimate.parameters(held)
+    assert set(parts) == set(memory_estimate.PARTS.values())
+    assert sum(part["bytes"] for part in parts.values()) / memory_estimate.GB == pytest.approx(total, abs=0.02)
+    assert parts["language model"]["bytes"] / memory_estimate.GB == pytest.approx(language, abs=0.02)

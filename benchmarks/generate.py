@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints_convert import name_map, rows  # noqa: E402
 from configs import tiny  # noqa: E402
 from mimo_jax import pathtree  # noqa: E402
-from mimo_jax.config import LlamaConfig  # noqa: E402
 from mimo_jax.infer.engine.compiled import Engine  # noqa: E402
 from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket  # noqa: E402
+from mimo_jax.model_config import LlamaConfig
 from mimo_jax.models import mimo, scan  # noqa: E402
 from tests.tiny_config import random_params, tiny_config  # noqa: E402
 

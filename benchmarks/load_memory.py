@@ -22,7 +22,8 @@ import numpy as np  # noqa: E402
 
 from mimo_jax import files, pathtree  # noqa: E402
 from mimo_jax.checkpoints import checkpoint, frozen_params, loading
-from mimo_jax.config import QUANTIZATIONS, LlamaConfig  # noqa: E402
+from mimo_jax.config import QUANTIZATIONS
+from mimo_jax.model_config import LlamaConfig
 from mimo_jax.models import mimo  # noqa: E402
 from tests.tiny_config import tiny_config  # noqa: E402
 

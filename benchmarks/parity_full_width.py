@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints_convert import rows  # noqa: E402
-from mimo_jax.config import ClipConfig, LlamaConfig, ModelConfig, SamConfig  # noqa: E402
+from mimo_jax.model_config import ClipConfig, LlamaConfig, ModelConfig, SamConfig
 from mimo_jax.models import scan  # noqa: E402
 from mimo_jax.models.clip_vit import ClipVit  # noqa: E402
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder  # noqa: E402

@@ -39,7 +39,7 @@ _NEUTRAL = r"/lora_[ab]$"
 
 
 @dataclass
-class Request:
+class ImportRequest:
     """What to import. given: {source: path}, of `sources.SOURCES`; key_map: JSON rows beside the tables; the regexes and
     `allow_nonfinite` excuse what otherwise stops the import, and are recorded."""
 
@@ -59,7 +59,7 @@ class Request:
 class _Plan:
     """An import that has been checked against the headers: every parameter's home, shape and dtype."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: ImportRequest):
         config = self.config = request.config
         for name, path in request.given.items():
             if not Path(path).exists():
@@ -98,7 +98,7 @@ class _Plan:
             raise hf_config_check.SettingsError("\n".join(wrong))
         return [remark for remark in remarks if remark]
 
-    def _check_lora(self, request: Request) -> None:
+    def _check_lora(self, request: ImportRequest) -> None:
         lora = next((source for source in self.sources.values() if "lora" in source.parts), None)
         if lora is None:
             return
@@ -147,7 +147,7 @@ class _Plan:
                 yield path, drawn[path]
 
 
-def import_checkpoint(request: Request) -> dict[str, Any]:
+def import_checkpoint(request: ImportRequest) -> dict[str, Any]:
     """Convert, and return what provenance.json records. UserError subclasses for everything that is the user's to mend; then
     nothing is written."""
     out = storage.absolute(request.out)
@@ -166,7 +166,7 @@ def import_checkpoint(request: Request) -> dict[str, Any]:
     return record
 
 
-def _write(plan: _Plan, request: Request, stage: Path, out: Path, hashes: dict, nonfinite: list[str]) -> dict[str, Any]:
+def _write(plan: _Plan, request: ImportRequest, stage: Path, out: Path, hashes: dict, nonfinite: list[str]) -> dict[str, Any]:
     config = plan.config
     config.init.path = ""
     drawn = _draw(plan, request.seed)

@@ -18,8 +18,8 @@ import numpy as np
 
 from checkpoints_convert.ops import OPS, Op, copy
 from checkpoints_convert.rows import Row
-from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
+from mimo_jax.model_config import ModelConfig
 from mimo_jax.models.sam_decoder import MASK_TOKENS
 
 

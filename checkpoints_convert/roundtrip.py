@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert import name_map, ops, rows
-from checkpoints_convert.convert import Request, import_checkpoint
+from checkpoints_convert.convert import ImportRequest, import_checkpoint
 from checkpoints_convert.export import save_shards
 from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.rows import Row
@@ -74,7 +74,7 @@ def rehearse(config: Config, workdir: Path) -> int:
 
     started = time.monotonic()
     with MemoryWatch() as memory:
-        import_checkpoint(Request(config, given, out))
+        import_checkpoint(ImportRequest(config, given, out))
     seconds = time.monotonic() - started
     plain = _copy_and_hash(sources, workdir / "copy")
     wrong, counted = _differing(config, given, out)

@@ -6,7 +6,8 @@ The image's 256 patches are X_q themselves; points, boxes and scribbles are not 
 of <SEG>, depends on the checkpoint: LLaVA and LISA add some to Llama's 32,000. Set --config.model.llm.vocab_size to that number.
 """
 
-from mimo_jax.config import AlignerConfig, ClipConfig, Config, LlamaConfig, LoraConfig, ModelConfig
+from mimo_jax.config import Config
+from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraConfig, ModelConfig
 
 # LISA trains LoRA, every word's row, the projection of <SEG> and SAM's mask decoder; the projector stays as LLaVA left it.
 TRAINABLES = {

@@ -4,7 +4,8 @@ mimo train --config configs/small.py --init IMPORT --data DIR --workdir runs/sma
 """
 
 from configs.mimo_7b import TRAINABLES
-from mimo_jax.config import AlignerConfig, ClipConfig, Config, LlamaConfig, ModelConfig, SamConfig
+from mimo_jax.config import Config
+from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, SamConfig
 
 
 def get_config() -> Config:

@@ -3,7 +3,8 @@
 mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
 """
 
-from mimo_jax.config import AlignerConfig, ClipConfig, Config, LlamaConfig, LoraConfig, ModelConfig, PromptConfig, SamConfig
+from mimo_jax.config import Config
+from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraConfig, ModelConfig, PromptConfig, SamConfig
 
 
 def get_config() -> Config:

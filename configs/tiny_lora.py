@@ -5,7 +5,8 @@ mimo train --config configs/tiny_lora.py --init runs/a --data my_data --workdir 
 
 from configs import tiny_finetune
 from configs.mimo_7b import TRAINABLES
-from mimo_jax.config import Config, LoraConfig
+from mimo_jax.config import Config
+from mimo_jax.model_config import LoraConfig
 
 
 def get_config() -> Config:

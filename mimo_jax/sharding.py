@@ -18,7 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mimo_jax import pathtree
-from mimo_jax.config import ConfigError, LlamaConfig, MeshConfig
+from mimo_jax.config import ConfigError, MeshConfig
+from mimo_jax.model_config import LlamaConfig
 
 AXES = ("slice", "data", "fsdp", "tensor")
 SAMPLES = ("slice", "data", "fsdp")  # the axes over which samples are split

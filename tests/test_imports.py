@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # It may import modules of its own layer and of lower ones. Modules and packages of one row know nothing of each other's order.
 LAYERS = [
     ["errors", "files", "pathtree", "jax_internals", "process"],
-    ["chat_templates", "geometry", "preemption"],
+    ["chat_templates", "geometry", "model_config", "preemption"],
     ["config", "distributed"],
     ["config_flags", "parameters", "quantize", "sharding"],
     ["models"],
@@ -36,8 +36,8 @@ LAYERS = [
 ]
 # What folders beside the package may import of it: a layer, or a module.
 OUTSIDE = {
-    "configs": ["config"],
-    "checkpoints_convert": ["errors", "files", "pathtree", "config", "parameters", "models", "checkpoints", "data.tokenizer"],
+    "configs": ["config", "model_config"],
+    "checkpoints_convert": ["errors", "files", "pathtree", "config", "model_config", "parameters", "models", "checkpoints", "data.tokenizer"],
 }
 HEAVY = {"torch", "transformers", "peft", "tensorflow"}
 

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_jax import pathtree, quantize
-from mimo_jax.config import QUANTIZATIONS, ConfigError, LlamaConfig, LoraConfig
+from mimo_jax.config import QUANTIZATIONS, ConfigError
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.infer.engine.compiled import compiler_options
 from mimo_jax.infer.engine.requests import Request
 from mimo_jax.infer.predictor import Mimo
+from mimo_jax.model_config import LlamaConfig, LoraConfig
 from mimo_jax.models import mimo, scan
 from tests.data.handmade import tokenizer
 from tests.tiny_config import random_params, tiny_config

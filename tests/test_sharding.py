@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 from mimo_jax import parameters, pathtree, sharding
 from mimo_jax.analysis import hardware
 from mimo_jax.checkpoints import checkpoint
-from mimo_jax.config import QUANTIZATIONS, ConfigError, LlamaConfig, MeshConfig
+from mimo_jax.config import QUANTIZATIONS, ConfigError, MeshConfig
 from mimo_jax.config_flags import find_config, read_config_file
 from mimo_jax.eval.metrics import iou
+from mimo_jax.model_config import LlamaConfig
 from mimo_jax.models import mimo
 from tests.data.handmade import tokenizer
 from tests.tiny_config import random_params, tiny_config

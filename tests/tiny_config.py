@@ -3,19 +3,8 @@
 import numpy as np
 
 from mimo_jax import pathtree
-from mimo_jax.config import (
-    AlignerConfig,
-    ClipConfig,
-    Config,
-    DataConfig,
-    GenerateConfig,
-    LlamaConfig,
-    LoraConfig,
-    ModelConfig,
-    PromptConfig,
-    SamConfig,
-    TrainConfig,
-)
+from mimo_jax.config import Config, DataConfig, GenerateConfig, TrainConfig
+from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraConfig, ModelConfig, PromptConfig, SamConfig
 from mimo_jax.models import mimo
 
 

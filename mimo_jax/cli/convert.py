@@ -95,11 +95,11 @@ def _config(args: argparse.Namespace):
 
 
 def _import(args: argparse.Namespace) -> int:
-    from checkpoints_convert.convert import Request, import_checkpoint
+    from checkpoints_convert.convert import ImportRequest, import_checkpoint
     from checkpoints_convert.sources import SOURCES
 
     import_checkpoint(
-        Request(
+        ImportRequest(
             config=_config(args),
             given={name: getattr(args, name) for name in SOURCES if getattr(args, name) is not None},
             out=args.out,

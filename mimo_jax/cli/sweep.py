@@ -14,7 +14,7 @@ from mimo_jax.cli.arg_types import names, positive, seeds
 from mimo_jax.errors import EXIT_OK, EXIT_PARTIAL, EXIT_TEMPFAIL, UserError
 
 if TYPE_CHECKING:
-    from mimo_jax.sweep.jobs import Cluster
+    from mimo_jax.sweep.jobs import SweepCluster
     from mimo_jax.sweep.plan import Sweep
 
 CLUSTERS = ("slurm", "gke")
@@ -52,7 +52,7 @@ Finished runs are passed over, stopped ones go on. --config.… flags count for 
 
 def _sweep(args: argparse.Namespace) -> int:
     from mimo_jax.cli.train import sources_of
-    from mimo_jax.sweep.jobs import Cluster, Job
+    from mimo_jax.sweep.jobs import SubmittedJob, SweepCluster
     from mimo_jax.sweep.plan import Common, base_of, check_folders, make_sweep
     from mimo_jax.sweep.run import Processes, run_all
 
@@ -65,7 +65,7 @@ def _sweep(args: argparse.Namespace) -> int:
     workdir = Path(args.workdir)
     sweep = make_sweep(args.config, workdir, sources, common, args.only, args.seeds)
     check_folders(sweep.runs)
-    cluster = Cluster(args.backend, tuple(args.launch)) if args.backend in CLUSTERS else None
+    cluster = SweepCluster(args.backend, tuple(args.launch)) if args.backend in CLUSTERS else None
     if cluster:
         cluster.check(workdir)
     elif args.launch:
@@ -73,7 +73,7 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         _show(sweep, cluster)
         return EXIT_OK
-    begin = partial(Job, cluster=cluster) if cluster else Processes
+    begin = partial(SubmittedJob, cluster=cluster) if cluster else Processes
     failed, stopped = run_all(sweep.runs, begin, args.jobs or (len(sweep.runs) if cluster else 1))
     if stopped:
         print("stopped; run the same command to go on" + ("; submitted jobs do so by themselves" if cluster else ""), file=sys.stderr)
@@ -91,7 +91,7 @@ def _sweep(args: argparse.Namespace) -> int:
     return EXIT_PARTIAL if failed else EXIT_OK
 
 
-def _show(sweep: Sweep, cluster: Cluster | None) -> None:
+def _show(sweep: Sweep, cluster: SweepCluster | None) -> None:
     """The groups, and every command of every run that is due."""
     for group, variants in sweep.groups.items():
         for variant, runs in variants.items():

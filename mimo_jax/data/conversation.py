@@ -26,10 +26,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mimo_jax.chat_templates import CHAT_TEMPLATES, ChatTemplate
-from mimo_jax.config import GROUNDING_TOKENS, Config
+from mimo_jax.config import Config
 from mimo_jax.data.schema import Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
+from mimo_jax.model_config import GROUNDING_TOKENS
 
 _TAG = re.compile("|".join(re.escape(token) for token in GROUNDING_TOKENS))
 _TAG_LENGTH = max(map(len, GROUNDING_TOKENS))

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from mimo_jax.config import PROMPT_KINDS, PromptConfig
+from mimo_jax.config import PROMPT_KINDS
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, box_to_corners, validate_boxes, validate_points, validate_scribbles
+from mimo_jax.model_config import PromptConfig
 
 NONE, POINT_IN, POINT_OUT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, SCRIBBLE = range(6)  # values of prompt_kind
 _UNUSED, _NOT_A_POINT = -2, -1  # labels of SAM's points

@@ -13,10 +13,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mimo_jax import files
-from mimo_jax.config import GROUNDING_TOKENS, ModelConfig
 from mimo_jax.data.byte_level_bpe import ByteLevelBpe, is_byte_level
 from mimo_jax.data.sentencepiece_bpe import BYTES, SPACE, SPECIAL, SentencePieceBpe
 from mimo_jax.data.tokenizer_base import Tokenizer, TokenizerError, read_file, token_ids
+from mimo_jax.model_config import GROUNDING_TOKENS, ModelConfig
 
 __all__ = ["Tokenizer", "TokenizerError", "add_grounding", "load_tokenizer", "train_tokenizer"]
 

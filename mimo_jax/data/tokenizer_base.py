@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mimo_jax.config import GROUNDING_TOKENS, ModelConfig
 from mimo_jax.errors import UserError
+from mimo_jax.model_config import GROUNDING_TOKENS, ModelConfig
 
 
 class TokenizerError(UserError):

@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 from scipy.sparse import csr_array
 from scipy.special import ndtri
 
-from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, clip_frame, sam_frame
+from mimo_jax.model_config import ModelConfig
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow's other readers never see a user's bytes
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb; an error here

@@ -36,7 +36,7 @@ from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
 from mimo_jax.infer.engine.compiled import Engine
 from mimo_jax.infer.engine.decode_batch import DecodeBatch, bucket, cache_bucket, stacked
 from mimo_jax.infer.engine.device_cache import DeviceCache
-from mimo_jax.infer.engine.requests import EncodedImage, Request, Sampling, Turn, TurnCache, TurnHistory, prepare
+from mimo_jax.infer.engine.requests import EncodedImage, EncodedTurn, Request, Sampling, TurnCache, TurnHistory, prepare
 
 _IMAGES = 4  # an image in the towers weighs about as much as so many answers
 _FIRST, _NEXT = 1, 4  # tokens between two looks at a streamed answer
@@ -155,7 +155,7 @@ class Mimo:
         image = request.image if isinstance(request.image, EncodedImage) else self.encode([request.image])[0]
         return self._run([request], [image], [self._prepare(request)])
 
-    def _run(self, requests: Sequence[Request], images: Sequence[EncodedImage], turns: Sequence[Turn]) -> DecodeBatch:
+    def _run(self, requests: Sequence[Request], images: Sequence[EncodedImage], turns: Sequence[EncodedTurn]) -> DecodeBatch:
         """A batch that has been prefilled, its images encoded again where the store let their features go."""
         self.started = time.perf_counter()
         self._encode([image for image in dict.fromkeys(images) if image.features is None])
@@ -182,7 +182,7 @@ class Mimo:
         clip = clip_frame(height, width, m.clip.image_size, m.clip.image_fit)
         return clip, sam_frame(height, width, m.sam.image_size, m.sam.image_fit)
 
-    def _prepare(self, request: Request) -> Turn:
+    def _prepare(self, request: Request) -> EncodedTurn:
         image = request.image
         if not isinstance(image, EncodedImage):
             pixels = image.pixels if isinstance(image, MedicalImage) else image

@@ -27,7 +27,7 @@ _TILES = 25  # slices on a sheet
 
 
 @dataclass
-class Structure:
+class VolumeEntity:
     """What the answers paint under one name.
 
     id: place among the structures, from 0; a label map holds id + 1. entity: the canonical name; phrase: the words of the first
@@ -87,7 +87,7 @@ class VolumeAnswer:
 
     question: str
     texts: list[str]
-    structures: list[Structure]
+    structures: list[VolumeEntity]
     truncated: list[int]
     volume: Volume = field(repr=False)
     calibrated: bool = False
@@ -201,15 +201,15 @@ class _Merged:
             if e.area_px:
                 painted[k] = np.packbits(e.mask, axis=-1) | painted.get(k, 0)
 
-    def structures(self) -> list[Structure]:
+    def structures(self) -> list[VolumeEntity]:
         return [self._structure(n, name) for n, name in enumerate(self.phrases)]
 
-    def _structure(self, n: int, name: str) -> Structure:
+    def _structure(self, n: int, name: str) -> VolumeEntity:
         bits, voxel_mm3 = self.bits[name], self.volume.voxel_mm3
         voxels = sum(int(np.bitwise_count(plane).sum()) for plane in bits.values())
         scores, areas = np.array(self.scores[name]).T
         score = float(np.average(scores, weights=areas if areas.any() else None))
-        return Structure(
+        return VolumeEntity(
             id=n,
             phrase=self.phrases[name],
             entity=name,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.config import ModelConfig
+from mimo_jax.model_config import ModelConfig
 from mimo_jax.models.attention import attention
 from mimo_jax.models.layers import Linear
 from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers

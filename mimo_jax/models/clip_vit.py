@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.config import ClipConfig, ConfigError
+from mimo_jax.config import ConfigError
+from mimo_jax.model_config import ClipConfig
 from mimo_jax.models.attention import attention
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding, quick_gelu
 from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers

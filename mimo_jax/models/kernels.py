@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
-from mimo_jax.models.mesh import Target
+from mimo_jax.models.mesh import MeshContext
 from mimo_jax.sharding import SAMPLES
 
 _CHUNK_LOGITS = 2**20  # of one head in one chunk
@@ -21,7 +21,7 @@ _LONG = 2**21  # logits of one head from which on they are not to exist at once
 _FLASH = 256  # tokens from which on a flash kernel is worth its start
 
 
-def choose(at: Target, dtype, queries: int, keys: int, width: int) -> str:
+def choose(at: MeshContext, dtype, queries: int, keys: int, width: int) -> str:
     """ "splash" (TPU, Pallas), "cudnn" (NVIDIA), "chunked" (anywhere, logits of a few queries at a time) or "plain", for attention
     without a mask or a causal one, of heads `width` wide.
 
@@ -35,7 +35,7 @@ def choose(at: Target, dtype, queries: int, keys: int, width: int) -> str:
     return "chunked" if queries * keys >= _LONG else "plain"
 
 
-def run_splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool, at: Target, interpret: bool = False) -> jax.Array:
+def run_splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: bool, at: MeshContext, interpret: bool = False) -> jax.Array:
     """q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] -> [B, T, H, V], each device with its own samples and heads. interpret: run the kernel
     on any device, slowly."""
     length, heads, groups = q.shape[1], q.shape[2], k.shape[2]

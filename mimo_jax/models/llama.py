@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.config import GROUNDING_TOKENS, LlamaConfig, LoraConfig
+from mimo_jax.model_config import GROUNDING_TOKENS, LlamaConfig, LoraConfig
 from mimo_jax.models.attention import attention
 from mimo_jax.models.lora import LoraLinear
 from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from mimo_jax.sharding import BATCH, num_batch_shards
 
 
-class Target(NamedTuple):
+class MeshContext(NamedTuple):
     """platform: "cpu", "gpu" or "tpu"; capability: of NVIDIA's, such as 9.0 for Hopper, else 0; devices: their number; mesh: over which
     the program is spread, None where that is not known."""
 
@@ -30,7 +30,7 @@ class Target(NamedTuple):
     mesh: Mesh | None = None
 
 
-_told: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+_told: contextvars.ContextVar[MeshContext | None] = contextvars.ContextVar("target", default=None)
 
 
 @contextlib.contextmanager
@@ -43,13 +43,13 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         _told.reset(token)
 
 
-def current() -> Target:
+def current() -> MeshContext:
     """What `on` said, else this process's devices."""
     return _told.get() or _describe(jax.devices()[0], jax.device_count())
 
 
-def _describe(device: jax.Device, devices: int, mesh: Mesh | None = None) -> Target:
-    return Target(device.platform, float(getattr(device, "compute_capability", 0) or 0), devices, mesh)
+def _describe(device: jax.Device, devices: int, mesh: Mesh | None = None) -> MeshContext:
+    return MeshContext(device.platform, float(getattr(device, "compute_capability", 0) or 0), devices, mesh)
 
 
 def constrain_batch(tree: Any) -> Any:

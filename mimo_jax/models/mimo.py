@@ -49,7 +49,7 @@ class SegProjection(nnx.Module):
         return self.out(jax.nn.relu(self.hidden(x)))
 
 
-class Mimo(nnx.Module):
+class MimoModel(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         m = config.model
         dtype, base_dtype = jnp.dtype(m.dtype), jnp.float32
@@ -191,9 +191,9 @@ def abstract(config: Config):
 @functools.lru_cache(maxsize=32)
 def _abstract(model_json: str):
     config = Config.from_dict({"model": json.loads(model_json)})
-    return layer_scan.abstract(lambda rngs: Mimo(config, rngs))
+    return layer_scan.abstract(lambda rngs: MimoModel(config, rngs))
 
 
 def init_params(config: Config, key: jax.Array) -> dict:
     """Nested dict of parameters drawn from `key`."""
-    return layer_scan.init_params(lambda rngs: Mimo(config, rngs), key)
+    return layer_scan.init_params(lambda rngs: MimoModel(config, rngs), key)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.config import SamConfig
+from mimo_jax.model_config import SamConfig
 from mimo_jax.models.attention import attention
 from mimo_jax.models.layers import Linear, gelu, layer_norm
 from mimo_jax.models.scan import ScannedLayers

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.config import SamConfig
+from mimo_jax.model_config import SamConfig
 from mimo_jax.models.attention import attention, fold_relative_position
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding
 from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers, rematerialised

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.config import ClipConfig, PromptConfig
+from mimo_jax.model_config import ClipConfig, PromptConfig
 
 KINDS = 6  # 0 none, 1 point in, 2 point out, 3 box top left, 4 box bottom right, 5 scribble
 

@@ -22,7 +22,7 @@ _MOUNTED = "/gcs/"  # where jobs find buckets
 
 
 @dataclass(frozen=True)
-class Cluster:
+class SweepCluster:
     """flags: of the launcher, such as --accelerator h100:8."""
 
     backend: str  # "slurm" or "gke"
@@ -75,10 +75,10 @@ def job_name(name: str) -> str:
     return f"{label[: _NAME - len(tail)].rstrip('-')}{tail}"
 
 
-class Job(Processes):
+class SubmittedJob(Processes):
     """One run: the training as a job, then `mimo eval` here."""
 
-    def __init__(self, run: Run, cluster: Cluster):
+    def __init__(self, run: Run, cluster: SweepCluster):
         super().__init__(run, cluster.backend)
         self.cluster = cluster
         self.file = run.folder / JOB

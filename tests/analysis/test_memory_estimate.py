@@ -9,11 +9,12 @@ import pytest
 from mimo_jax import parameters, pathtree, quantize
 from mimo_jax.analysis import memory_estimate
 from mimo_jax.checkpoints import checkpoint, loading
-from mimo_jax.config import ConfigError, LoraConfig
+from mimo_jax.config import ConfigError
 from mimo_jax.config_flags import find_config, read_config_file
 from mimo_jax.errors import UserError
 from mimo_jax.infer.engine.compiled import Engine
 from mimo_jax.infer.engine.lower_conversation import lower_conversation
+from mimo_jax.model_config import LoraConfig
 from mimo_jax.models import mimo
 from tests.data.handmade import tokenizer
 from tests.tiny_config import random_batch, random_params, tiny_config

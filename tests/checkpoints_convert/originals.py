@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from configs import lisa_7b, mimo_7b
-from mimo_jax.config import Config, LoraConfig
+from mimo_jax.config import Config
+from mimo_jax.model_config import LoraConfig
 from tests.checkpoints_convert import torch_models
 from tests.models.oracles import randomised
 from tests.tiny_config import tiny_config

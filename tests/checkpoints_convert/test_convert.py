@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoints_convert.convert import Request, import_checkpoint
+from checkpoints_convert.convert import ImportRequest, import_checkpoint
 from mimo_jax import pathtree
 from mimo_jax.checkpoints import checkpoint, frozen_params, loading, provenance
 from mimo_jax.checkpoints.checkpoint import CheckpointError
@@ -35,7 +35,7 @@ def three(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def imported(three, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("import") / "made"
-    import_checkpoint(Request(originals.mimo_config(), three, out, say=lambda line: None))
+    import_checkpoint(ImportRequest(originals.mimo_config(), three, out, say=lambda line: None))
     return out
 
 
@@ -46,8 +46,8 @@ def copies(three, tmp_path) -> dict[str, Path]:
     return {name: tmp_path / "originals" / path.name for name, path in three.items()}
 
 
-def request(given: dict[str, Path], out: Path, config=None, **options) -> Request:
-    return Request(config or originals.mimo_config(), given, out, say=lambda line: None, **options)
+def request(given: dict[str, Path], out: Path, config=None, **options) -> ImportRequest:
+    return ImportRequest(config or originals.mimo_config(), given, out, say=lambda line: None, **options)
 
 
 def refused(match: str, given: dict[str, Path], tmp_path: Path, config=None, **options) -> str:
@@ -331,14 +331,14 @@ def test_a_target_that_is_there_or_has_no_folder_is_refused(three, tmp_path):
 LIMITED = """
 import json, resource, sys
 from pathlib import Path
-from checkpoints_convert.convert import Request, import_checkpoint
+from checkpoints_convert.convert import ImportRequest, import_checkpoint
 from mimo_jax.errors import UserError
 from tests.checkpoints_convert import originals
 given = {name: Path(path) for name, path in json.loads(sys.argv[1]).items()}
 if sys.argv[3] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the tokenizer fits, the embedding does not
 try:
-    import_checkpoint(Request(originals.mimo_config(), given, Path(sys.argv[2]) / "out", say=lambda line: None))
+    import_checkpoint(ImportRequest(originals.mimo_config(), given, Path(sys.argv[2]) / "out", say=lambda line: None))
 except UserError as error:
     print(type(error).__name__, error)
 """

@@ -13,15 +13,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from checkpoints_convert.convert import Request, import_checkpoint
+from checkpoints_convert.convert import ImportRequest, import_checkpoint
 from checkpoints_convert.export import export_checkpoint
 from mimo_jax import pathtree
 from mimo_jax.checkpoints import checkpoint, frozen_params, loading, provenance
 from mimo_jax.cli import main
-from mimo_jax.config import LoraConfig
 from mimo_jax.data.tokenizer import load_tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.infer.predictor import Mimo
+from mimo_jax.model_config import LoraConfig
 from mimo_jax.models import mimo, scan
 from tests.checkpoints_convert import originals
 from tests.checkpoints_convert.test_joint import LISA_ADDED, lisa_folder
@@ -39,7 +39,7 @@ def run(tmp_path_factory) -> Path:
     oracle = MimoOracle(config)
     originals.put_tensors(folder / "mimo", oracle.state_dict(vision_tower=True))
     originals.put_tokenizer(folder / "mimo", {"<p>": 420, "</p>": 421, "<SEG>": 422})
-    import_checkpoint(Request(config, {"joint": folder / "mimo"}, folder / "run", lora_alpha=8.0, say=lambda line: None))
+    import_checkpoint(ImportRequest(config, {"joint": folder / "mimo"}, folder / "run", lora_alpha=8.0, say=lambda line: None))
     return folder / "run"
 
 
@@ -134,10 +134,10 @@ def test_import_export_import_gives_the_same_bits(tmp_path, dtype):
     originals.put_tensors(tmp_path / "mimo", oracle.state_dict(vision_tower=True))
     originals.put_tokenizer(tmp_path / "mimo", {"<p>": 420, "</p>": 421, "<SEG>": 422})
     say = {"say": lambda line: None}
-    import_checkpoint(Request(config, {"joint": tmp_path / "mimo"}, tmp_path / "first", lora_alpha=8.0, **say))
+    import_checkpoint(ImportRequest(config, {"joint": tmp_path / "mimo"}, tmp_path / "first", lora_alpha=8.0, **say))
     export_checkpoint(tmp_path / "first", "joint", tmp_path / "joint", merge=False)
     again = originals.mimo_config(frozen_dtype=dtype)
-    import_checkpoint(Request(again, {"joint": tmp_path / "joint"}, tmp_path / "second", **say))
+    import_checkpoint(ImportRequest(again, {"joint": tmp_path / "joint"}, tmp_path / "second", **say))
     assert_same_bits(tmp_path / "first", tmp_path / "second")
 
 
@@ -145,12 +145,12 @@ def test_the_three_towers_too_give_the_same_bits(tmp_path):
     config = originals.mimo_config(lora=LoraConfig(rank=0))
     given = originals.put_three(tmp_path / "originals", config)
     say = {"say": lambda line: None}
-    import_checkpoint(Request(config, given, tmp_path / "first", **say))
+    import_checkpoint(ImportRequest(config, given, tmp_path / "first", **say))
     export_checkpoint(tmp_path / "first", "hf", tmp_path / "hf")
     export_checkpoint(tmp_path / "first", "sam", tmp_path / "sam")
     exported = {"clip": tmp_path / "hf" / "clip", "llm": tmp_path / "hf" / "llm", "sam": next((tmp_path / "sam").iterdir())}
     again = originals.mimo_config(lora=LoraConfig(rank=0))
-    import_checkpoint(Request(again, exported, tmp_path / "second", **say))
+    import_checkpoint(ImportRequest(again, exported, tmp_path / "second", **say))
     first, second = flat(tmp_path / "first"), flat(tmp_path / "second")
     for path in first:
         assert first[path].tobytes() == second[path].tobytes(), path
@@ -162,7 +162,7 @@ def test_a_lisa_goes_back_to_the_rows_and_names_that_it_had(tmp_path):
     config.model.llm.vocab_size = originals.PIECES + 2
     oracle = LisaOracle(config, originals.PIECES + 3)
     folder = lisa_folder(tmp_path, oracle, LISA_ADDED, vision_tower=True)
-    import_checkpoint(Request(config, {"joint": folder}, tmp_path / "first", say=lambda line: None))
+    import_checkpoint(ImportRequest(config, {"joint": folder}, tmp_path / "first", say=lambda line: None))
     export_checkpoint(tmp_path / "first", "joint", tmp_path / "joint")
     wanted = oracle.state_dict(vision_tower=True)
     found = load_file(tmp_path / "joint" / "model.safetensors")
@@ -179,7 +179,7 @@ def test_glamms_region_encoder_comes_back(tmp_path):
     config.model.llm.vocab_size, config.data.image_tokens = originals.PIECES, ""
     oracle = LisaOracle(config, originals.PIECES + 3, glamm=True)
     folder = lisa_folder(tmp_path, oracle, {"<p>": 420, "</p>": 421, "[SEG]": 422}, vision_tower=True)
-    import_checkpoint(Request(config, {"joint": folder}, tmp_path / "first", say=lambda line: None))
+    import_checkpoint(ImportRequest(config, {"joint": folder}, tmp_path / "first", say=lambda line: None))
     export_checkpoint(tmp_path / "first", "joint", tmp_path / "joint")
     wanted = {key: value for key, value in oracle.state_dict().items() if "region_encoder" in key}
     found = load_file(tmp_path / "joint" / "model.safetensors")
@@ -211,7 +211,7 @@ def test_a_merged_export_is_a_model_without_lora(run, tmp_path):
 def test_what_cannot_be_exported_is_refused_and_nothing_written(run, tmp_path):
     config = originals.mimo_config(lora=LoraConfig(rank=0))
     given = originals.put_three(tmp_path / "originals", config)
-    import_checkpoint(Request(config, given, tmp_path / "plain", say=lambda line: None))
+    import_checkpoint(ImportRequest(config, given, tmp_path / "plain", say=lambda line: None))
     with pytest.raises(UserError, match="has no LoRA to export"):
         export_checkpoint(tmp_path / "plain", "peft", tmp_path / "out")
     with pytest.raises(UserError, match="is there already"):

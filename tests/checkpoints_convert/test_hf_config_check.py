@@ -10,8 +10,9 @@ import transformers
 
 from checkpoints_convert import hf_config_check
 from checkpoints_convert.hf_config_check import SettingsError, check_adapter_base, check_settings, lora_alpha
-from mimo_jax.config import ALIGNER_KINDS, Config, LoraConfig
+from mimo_jax.config import ALIGNER_KINDS, Config
 from mimo_jax.config_flags import load_config
+from mimo_jax.model_config import LoraConfig
 from tests.checkpoints_convert import originals, torch_models
 
 ADAPTER = {"r": 4, "lora_alpha": 24, "peft_type": "LORA", "base_model_name_or_path": "lmsys/vicuna-7b"}

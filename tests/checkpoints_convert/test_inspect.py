@@ -3,11 +3,11 @@ import json
 import pytest
 import torch
 
-from checkpoints_convert.convert import Request, import_checkpoint
+from checkpoints_convert.convert import ImportRequest, import_checkpoint
 from checkpoints_convert.inspect import describe, inspect
 from mimo_jax.cli import main
-from mimo_jax.config import LoraConfig
 from mimo_jax.errors import UserError
+from mimo_jax.model_config import LoraConfig
 from tests.checkpoints_convert import originals
 from tests.checkpoints_convert.test_joint import LISA_ADDED, lisa_folder
 from tests.checkpoints_convert.torch_models import LisaOracle
@@ -62,7 +62,7 @@ def test_what_misfits_a_config_is_listed(tmp_path, capsys):
 
 def test_a_checkpoint_of_ours_tells_its_sources_and_what_is_untrained(tmp_path):
     config = originals.mimo_config()
-    import_checkpoint(Request(config, originals.put_three(tmp_path, config), tmp_path / "out", say=lambda line: None))
+    import_checkpoint(ImportRequest(config, originals.put_three(tmp_path, config), tmp_path / "out", say=lambda line: None))
     for path in (tmp_path / "out", tmp_path / "out" / "steps" / "0"):
         found = inspect(path)
         assert found["checkpoint"] == "mimo_jax, config test, step 0" and set(found["sources"]) == {"clip", "llm", "sam"}

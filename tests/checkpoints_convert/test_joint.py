@@ -9,12 +9,12 @@ import torch
 
 from checkpoints_convert import rows
 from mimo_jax.cli import main
-from mimo_jax.config import LoraConfig
 from mimo_jax.data import conversation
 from mimo_jax.data.prompts import Prompts, encode_prompts
 from mimo_jax.data.transforms import logits_to_image, preprocess
 from mimo_jax.geometry import clip_frame, sam_frame
 from mimo_jax.infer.predictor import Mimo
+from mimo_jax.model_config import LoraConfig
 from mimo_jax.models import mimo, scan
 from tests.checkpoints_convert import originals
 from tests.checkpoints_convert.torch_models import LisaOracle, MimoOracle

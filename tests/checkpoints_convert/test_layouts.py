@@ -14,8 +14,8 @@ from checkpoints_convert import layouts, name_map
 from checkpoints_convert.sources import Source, SourceError
 from configs import lisa_7b
 from mimo_jax import pathtree
-from mimo_jax.config import LoraConfig
 from mimo_jax.errors import UserError
+from mimo_jax.model_config import LoraConfig
 from mimo_jax.models import mimo
 from tests.checkpoints_convert import originals, torch_models
 from tests.checkpoints_convert.test_name_map import published

@@ -16,7 +16,7 @@ from checkpoints_convert.name_map import KeyMapError, export_state, import_state
 from checkpoints_convert.ops import OPS, copy
 from checkpoints_convert.rows import CLIP, CLIP_IGNORED, SAM, Row
 from mimo_jax import pathtree
-from mimo_jax.config import ClipConfig, ModelConfig, SamConfig
+from mimo_jax.model_config import ClipConfig, ModelConfig, SamConfig
 from mimo_jax.models import scan
 from mimo_jax.models.clip_vit import ClipVit
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from checkpoints_convert.vocabulary import VocabularyError, find_tokenizer, read_vocabulary
-from mimo_jax.config import GROUNDING_TOKENS
 from mimo_jax.data.tokenizer import Tokenizer, add_grounding
+from mimo_jax.model_config import GROUNDING_TOKENS
 from tests.checkpoints_convert import originals
 
 ROWS, SEG = originals.PIECES, ("<SEG>",)

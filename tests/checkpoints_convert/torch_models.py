@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimo_jax.config import GROUNDING_TOKENS, ClipConfig, Config, LlamaConfig, ModelConfig, PromptConfig, SamConfig
+from mimo_jax.config import Config
+from mimo_jax.model_config import GROUNDING_TOKENS, ClipConfig, LlamaConfig, ModelConfig, PromptConfig, SamConfig
 from tests.models import oracles
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

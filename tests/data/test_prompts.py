@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from mimo_jax.config import PromptConfig
 from mimo_jax.data.prompts import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -22,6 +21,7 @@ from mimo_jax.data.prompts import (
     sam_points,
 )
 from mimo_jax.geometry import GeometryError, clip_frame, sam_frame, validate_boxes, validate_points, validate_scribbles
+from mimo_jax.model_config import PromptConfig
 
 
 def rng(seed=0):

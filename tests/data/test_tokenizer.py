@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers
 
-from mimo_jax.config import LlamaConfig, ModelConfig
 from mimo_jax.data.tokenizer import TokenizerError, add_grounding, load_tokenizer, train_tokenizer
+from mimo_jax.model_config import LlamaConfig, ModelConfig
 from tests.data import handmade
 
 TAGS = ("<p>", "</p>", "<SEG>")

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from mimo_jax.config import ModelConfig
 from mimo_jax.data import transforms
 from mimo_jax.data.transforms import (
     ImageError,
@@ -28,6 +27,7 @@ from mimo_jax.data.transforms import (
     preprocess,
 )
 from mimo_jax.geometry import clip_frame, sam_frame
+from mimo_jax.model_config import ModelConfig
 
 REAL = os.environ.get("MIMO_REAL_DATA", "")
 needs_real = pytest.mark.skipif(not REAL, reason="set MIMO_REAL_DATA to the folder of real images")

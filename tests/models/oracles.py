@@ -12,7 +12,7 @@ import torch
 
 from checkpoints_convert import name_map
 from mimo_jax import pathtree
-from mimo_jax.config import ModelConfig
+from mimo_jax.model_config import ModelConfig
 from mimo_jax.models import scan
 
 # What segment-anything takes from torchvision. No build of that loads beside a CPU torch, and its models need none of it.

@@ -7,7 +7,8 @@ import pytest
 import torch
 from flax import nnx
 
-from mimo_jax.config import ALIGNER_KINDS, AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, PromptConfig
+from mimo_jax.config import ALIGNER_KINDS
+from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, PromptConfig
 from mimo_jax.models import scan
 from mimo_jax.models.aligner import Aligner, AlignerBlock
 

@@ -9,7 +9,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from checkpoints_convert import rows
 from mimo_jax import pathtree
-from mimo_jax.config import ClipConfig, ConfigError, ModelConfig
+from mimo_jax.config import ConfigError
+from mimo_jax.model_config import ClipConfig, ModelConfig
 from mimo_jax.models import clip_vit, scan
 from mimo_jax.models.scan import ScanConfig
 from tests.models import oracles

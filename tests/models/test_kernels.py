@@ -7,11 +7,11 @@ import pytest
 
 from mimo_jax.models import kernels
 from mimo_jax.models.attention import attention, fold_relative_position
-from mimo_jax.models.mesh import Target
+from mimo_jax.models.mesh import MeshContext
 
 MESH = jax.sharding.AbstractMesh((1, 1, 16, 1), ("slice", "data", "fsdp", "tensor"))
-TPU, ONE_TPU, LOST_TPU = Target("tpu", 0, 16, MESH), Target("tpu", 0, 1), Target("tpu", 0, 8)
-HOPPER, AMPERE, TURING, CPU = (Target(*row) for row in (("gpu", 9.0, 8), ("gpu", 8.0, 8), ("gpu", 7.5, 1), ("cpu", 0, 1)))
+TPU, ONE_TPU, LOST_TPU = MeshContext("tpu", 0, 16, MESH), MeshContext("tpu", 0, 1), MeshContext("tpu", 0, 8)
+HOPPER, AMPERE, TURING, CPU = (MeshContext(*row) for row in (("gpu", 9.0, 8), ("gpu", 8.0, 8), ("gpu", 7.5, 1), ("cpu", 0, 1)))
 SAM = (4096, 4096, 208)  # a global block at 1024 pixels: 80 and twice 64
 LLM = (768, 768, 128)
 

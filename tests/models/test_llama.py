@@ -10,7 +10,7 @@ from flax import nnx
 
 from checkpoints_convert import name_map, rows
 from mimo_jax import pathtree
-from mimo_jax.config import LlamaConfig, LoraConfig, ModelConfig
+from mimo_jax.model_config import LlamaConfig, LoraConfig, ModelConfig
 from mimo_jax.models import scan
 from mimo_jax.models.llama import LanguageHead, Llama, TokenEmbedding
 

@@ -6,7 +6,7 @@ import torch
 
 from checkpoints_convert import rows
 from mimo_jax import pathtree
-from mimo_jax.config import ModelConfig, SamConfig
+from mimo_jax.model_config import ModelConfig, SamConfig
 from mimo_jax.models import scan
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder, Upscale
 from tests.models import oracles

@@ -8,7 +8,7 @@ import torch
 
 from checkpoints_convert import rows
 from mimo_jax import pathtree
-from mimo_jax.config import ModelConfig, SamConfig
+from mimo_jax.model_config import ModelConfig, SamConfig
 from mimo_jax.models import scan
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.sam_encoder import SamEncoder, from_windows, to_windows

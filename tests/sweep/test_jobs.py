@@ -7,7 +7,7 @@ import pytest
 
 from mimo_jax.cli import main
 from mimo_jax.sweep import jobs
-from mimo_jax.sweep.jobs import Cluster, Job, job_name
+from mimo_jax.sweep.jobs import SubmittedJob, SweepCluster, job_name
 from mimo_jax.sweep.run import Processes
 from tests.sweep.small import ABLATIONS
 from tests.sweep.test_plan import plan
@@ -68,14 +68,14 @@ def test_a_job_is_found_again_and_not_submitted_twice(cluster, tmp_path, monkeyp
     monkeypatch.setenv("IDLE", "1")
     (tmp_path / "configs").mkdir()
     run = plan(ABLATIONS, base=ABLATIONS, workdir=tmp_path / "runs", data=(str(tmp_path / "data"),)).runs[0]
-    slurm = Cluster("slurm", ("--accelerator", "cpu"))
-    first = Job(run, slurm)
+    slurm = SweepCluster("slurm", ("--accelerator", "cpu"))
+    first = SubmittedJob(run, slurm)
     assert first.going(stopping=False)
     assert json.loads((run.folder / "job.json").read_text())["id"] == "471"
     assert not first.going(stopping=True)  # it stops, the job does not
     here = Processes(run)
     assert not here.going(stopping=False) and here.reason.startswith("job 471 was submitted for it; sweep with --backend slurm")
-    second = Job(run, slurm)
+    second = SubmittedJob(run, slurm)
     assert second.going(stopping=False) and second.going(stopping=False)
     assert not second.going(stopping=False)
     assert second.reason == f"job 471 ended before its training; see {run.folder}.launch"
@@ -85,7 +85,7 @@ def test_a_job_is_found_again_and_not_submitted_twice(cluster, tmp_path, monkeyp
 def test_a_job_that_is_refused_is_told_with_the_launchers_reason(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("REFUSED", "1")
     run = plan(ABLATIONS, base=ABLATIONS, workdir=tmp_path / "runs", data=(str(tmp_path / "data"),)).runs[0]
-    job = Job(run, Cluster("slurm", ("--accelerator", "h100:8")))
+    job = SubmittedJob(run, SweepCluster("slurm", ("--accelerator", "h100:8")))
     assert not job.going(stopping=False)
     assert job.reason.startswith("not submitted: SLURM refuses this job: see sbatch --test-only")
 
@@ -104,7 +104,7 @@ def test_whether_a_jobset_is_at_work(cluster, answer, code, error, alive):
         f"#!/bin/sh\necho \"$*\" >>\"$FAKE/kubectl.calls\"\nprintf '{answer}'\necho '{error}' >&2\nexit {code}\n"
     )
     (cluster / "kubectl").chmod(0o755)
-    assert Cluster("gke", ("--image", "a:1", "--namespace", "mine")).alive("base") == alive
+    assert SweepCluster("gke", ("--image", "a:1", "--namespace", "mine")).alive("base") == alive
     assert calls(cluster, "kubectl") == ["get jobset base --namespace mine -o jsonpath={.status.terminalState}"]
 
 

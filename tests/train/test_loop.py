@@ -14,9 +14,10 @@ import pytest
 from mimo_jax import pathtree
 from mimo_jax.checkpoints import checkpoint, loading
 from mimo_jax.checkpoints.checkpoint import CheckpointError
-from mimo_jax.config import ConfigError, LoraConfig, SourceConfig
+from mimo_jax.config import ConfigError, SourceConfig
 from mimo_jax.data.builder.phantom_set import build_phantoms
 from mimo_jax.errors import EXIT_TEMPFAIL, UserError
+from mimo_jax.model_config import LoraConfig
 from mimo_jax.train import loop
 from mimo_jax.train.guard import NotFinite
 from tests.tiny_config import quick_config, tiny_config

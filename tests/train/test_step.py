@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mimo_jax import pathtree, sharding
-from mimo_jax.config import ConfigError, LoraConfig, MeshConfig, TrainConfig
+from mimo_jax.config import ConfigError, MeshConfig, TrainConfig
+from mimo_jax.model_config import LoraConfig
 from mimo_jax.parameters import multipliers
 from mimo_jax.train.optimizer import make_optimizer, schedule
 from mimo_jax.train.state import TrainSetup

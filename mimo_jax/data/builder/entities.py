@@ -27,7 +27,7 @@ _NAMELESS = re.compile(
 
 
 @dataclass(frozen=True)
-class Entity:
+class CanonicalEntity:
     """A structure as questions and answers name it.
 
     parent: the name of what it is a part or a kind of, "" if it stands alone. site: of a lesion, the structure that it lies in,
@@ -51,7 +51,7 @@ def is_union(class_raw: str) -> bool:
 
 
 @lru_cache(maxsize=1 << 16)
-def canonical(class_raw: str, dataset: str = "", modality: str = "") -> Entity:
+def canonical(class_raw: str, dataset: str = "", modality: str = "") -> CanonicalEntity:
     """The structure that a source names `class_raw`, in any spelling; the source's data set and modality decide what is
     ambiguous ("lesion", "left"). A union is named as what it unites. Its name, given back, is the same structure again."""
     shown = " ".join(_SPELLING.get(word, word) for word in class_raw.casefold().replace("_", " ").split())
@@ -70,7 +70,7 @@ def canonical(class_raw: str, dataset: str = "", modality: str = "") -> Entity:
                     return ENTITIES[table[form]]
     if len(sides) == 1 and shown.split().count(side) == 1:
         shown = " ".join([side, *(word for word in shown.split() if word != side)])
-    return Entity(shown, side, known=False)
+    return CanonicalEntity(shown, side, known=False)
 
 
 def is_nameless(class_raw: str, dataset: str = "") -> bool:
@@ -104,10 +104,10 @@ def _rows() -> Iterator[dict[str, str]]:
             yield row
 
 
-def _read() -> tuple[dict[str, Entity], dict[str, list[str]]]:
+def _read() -> tuple[dict[str, CanonicalEntity], dict[str, list[str]]]:
     """Every structure, and the aliases of each as the table writes them, contexts included; both by name."""
     rows = {row["name"]: row for row in _rows()}
-    entities: dict[str, Entity] = {}
+    entities: dict[str, CanonicalEntity] = {}
     aliases: dict[str, list[str]] = {}
 
     def add(name: str, side: str, written: list[str], row: dict[str, str]) -> None:
@@ -122,7 +122,7 @@ def _read() -> tuple[dict[str, Entity], dict[str, list[str]]]:
             while not site and holder:
                 site, holder = holder * (rows[holder]["kind"] != "lesion"), rows[holder]["within"]
         synonyms = tuple(dict.fromkeys(alias for alias in written if "@" not in alias))
-        entities[name] = Entity(name, side, parent, site, synonyms, "" if whole else row["cui"], row["kind"])
+        entities[name] = CanonicalEntity(name, side, parent, site, synonyms, "" if whole else row["cui"], row["kind"])
         aliases[name] = [name, *written]
 
     for name, row in rows.items():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mimo_jax.data.builder.label_stats import LabelStats
 from mimo_jax.data.builder.phantom_scenes import ANATOMY, PAINTERS
-from mimo_jax.data.builder.phantom_shapes import NoRoom, Scene, smooth_field
+from mimo_jax.data.builder.phantom_shapes import NoRoom, PhantomScene, smooth_field
 from mimo_jax.data.builder.questions import ask
 from mimo_jax.data.schema import Mask, Record, encode_mask
 from mimo_jax.errors import UserError
@@ -81,7 +81,7 @@ def _size(rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int]:
     return (short_side, long_side) if rng.random() < 0.5 else (long_side, short_side)
 
 
-def _expose(scene: Scene, modality: str) -> np.ndarray:
+def _expose(scene: PhantomScene, modality: str) -> np.ndarray:
     """uint8 pixels: blur and noise of the modality, a bias field, and a gain and an offset that differ from image to image."""
     rng, image = scene.rng, scene.image
     height, width = image.shape[:2]
@@ -99,7 +99,7 @@ def _expose(scene: Scene, modality: str) -> np.ndarray:
     return np.clip((image * bias * gain + offset) * 255, 0, 255).astype(np.uint8)
 
 
-def _masks(scene: Scene) -> list[Mask]:
+def _masks(scene: PhantomScene) -> list[Mask]:
     names: dict[int, str] = {}
     masks, seen = [], {}
     for structure in scene.structures:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mimo_jax.data.builder.phantom_shapes import Scene, Shape, smooth_field
+from mimo_jax.data.builder.phantom_shapes import PhantomScene, Shape, smooth_field
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ ANATOMY = {
 }
 
 
-def _scene(rng, height, width, background, *, scale=(0.88, 1.04), reach=(0.9, 0.9), turn=8) -> Scene:
+def _scene(rng, height, width, background, *, scale=(0.88, 1.04), reach=(0.9, 0.9), turn=8) -> PhantomScene:
     """A body of random scale, turn and place. `reach`: how far from its centre, in body units along x and y, it must stay inside."""
     size = rng.uniform(*scale)
     half = min(height, width) / 2
     slack = (max(0.06 * half, width / 2 - reach[0] * size * half), max(0.06 * half, height / 2 - reach[1] * size * half))
     shift = (rng.uniform(-1, 1) * slack[0], rng.uniform(-1, 1) * slack[1])
-    return Scene(rng, height, width, scale=size, shift=shift, turn=np.deg2rad(rng.uniform(-turn, turn)), background=background)
+    return PhantomScene(rng, height, width, scale=size, shift=shift, turn=np.deg2rad(rng.uniform(-turn, turn)), background=background)
 
 
-def _texture(scene: Scene, base: float, size: float, cells: int = 18) -> np.ndarray:
+def _texture(scene: PhantomScene, base: float, size: float, cells: int = 18) -> np.ndarray:
     """float32 [H, W]: an intensity with fine smooth grain."""
     return np.float32(base) + np.float32(size) * smooth_field(scene.rng, scene.height, scene.width, cells)
 
@@ -75,7 +75,7 @@ def _twins(rng) -> tuple[float, float]:
     return float(np.exp(log)), float(np.exp(-log))
 
 
-def _ct(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
+def _ct(rng, height: int, width: int, counts: dict[str, int]) -> PhantomScene:
     """Axial abdomen."""
     cysts = counts.get("liver cyst", 0)
     scene = _scene(rng, height, width, 0.03, scale=(0.88 + 0.03 * cysts, 1.06), reach=(0.88, 0.72))
@@ -116,7 +116,7 @@ def _ct(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     return scene
 
 
-def _xray(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
+def _xray(rng, height: int, width: int, counts: dict[str, int]) -> PhantomScene:
     """Frontal chest."""
     nodules = counts.get("lung nodule", 0)
     low = 0.86 + 0.03 * nodules + (0.04 if nodules > 1 and len(counts) < 4 else 0)
@@ -147,7 +147,7 @@ def _xray(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     return scene
 
 
-def _mr(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
+def _mr(rng, height: int, width: int, counts: dict[str, int]) -> PhantomScene:
     """Axial brain, T1 with contrast agent: fluid dark, tumor bright."""
     scene = _scene(rng, height, width, 0.03, scale=(0.86, 1.02), reach=(0.74, 0.86))
     bx, by = scene.body_coordinates()
@@ -175,7 +175,7 @@ def _mr(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     return scene
 
 
-def _fundus(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
+def _fundus(rng, height: int, width: int, counts: dict[str, int]) -> PhantomScene:
     """Retina in colour, of a left or a right eye; the lit disc fills most of the frame."""
     scene = _scene(rng, height, width, (0.02, 0.02, 0.02), scale=(0.92, 1.1), reach=(0.8, 0.8), turn=12)
     bx, by = scene.body_coordinates()
@@ -222,7 +222,7 @@ def _fundus(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     return scene
 
 
-def _ultrasound(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
+def _ultrasound(rng, height: int, width: int, counts: dict[str, int]) -> PhantomScene:
     """Right upper abdomen through a curved probe: a fan of liver with gallbladder and portal vein."""
     scene = _scene(rng, height, width, 0.02, scale=(0.92, 1.08), reach=(0.9, 0.94), turn=8)
     bx, by = scene.body_coordinates()
@@ -259,7 +259,7 @@ def _ultrasound(rng, height: int, width: int, counts: dict[str, int]) -> Scene:
     return scene
 
 
-def _beam(scene: Scene, shape: Shape, apex, gain: float, bx, by, depth, angle, outside=None) -> None:
+def _beam(scene: PhantomScene, shape: Shape, apex, gain: float, bx, by, depth, angle, outside=None) -> None:
     """Brighten (enhancement) or darken (shadow) what lies behind a shape as the probe sees it, but for the pixels `outside`."""
     cos, sin = np.cos(scene.turn), np.sin(scene.turn)
     dx, dy = (shape.x - scene.centre[0]) / scene.unit, (shape.y - scene.centre[1]) / scene.unit
@@ -270,4 +270,4 @@ def _beam(scene: Scene, shape: Shape, apex, gain: float, bx, by, depth, angle, o
     scene.image += np.float32(gain) * behind
 
 
-PAINTERS: dict[str, Callable[..., Scene]] = {"CT": _ct, "X-ray": _xray, "MR": _mr, "fundus": _fundus, "ultrasound": _ultrasound}
+PAINTERS: dict[str, Callable[..., PhantomScene]] = {"CT": _ct, "X-ray": _xray, "MR": _mr, "fundus": _fundus, "ultrasound": _ultrasound}

@@ -85,7 +85,7 @@ class Structure:
     parent: Structure | None = None
 
 
-class Scene:
+class PhantomScene:
     """A float32 image [H, W] or [H, W, 3] (nominally 0..1), the body's place in it, and what is labelled.
 
     scale: half the body's extent over half the image's shorter side; shift and turn: the body's, in pixels and radians.

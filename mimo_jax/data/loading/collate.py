@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mimo_jax.config import PROMPT_KINDS, Config, ModelConfig, PromptConfig
+from mimo_jax.config import PROMPT_KINDS, Config
 from mimo_jax.data.conversation import Rendered, SampleError, render
 from mimo_jax.data.prompts import Prompts, draw_prompts, encode_prompts
 from mimo_jax.data.schema import Record, RecordError, Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import decode_image, mask_to_frame, preprocess
 from mimo_jax.geometry import Frame, clip_frame, sam_frame
+from mimo_jax.model_config import ModelConfig, PromptConfig
 
 _POINTS_MOST = 4  # tokens that a drawn point prompt takes at most: three inside, one outside
 

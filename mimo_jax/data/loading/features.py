@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from mimo_jax import files
-from mimo_jax.config import ModelConfig
 from mimo_jax.data.loading.sources import Manifest
 from mimo_jax.data.records import DataError, RecordFolder
 from mimo_jax.data.schema import Record
+from mimo_jax.model_config import ModelConfig
 
 SHARD_BYTES = 128 << 20  # held in memory until they are written
 KEYS = {"x_img": "clip", "sam_features": "sam"}  # names in a batch -> in file names

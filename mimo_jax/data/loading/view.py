@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from mimo_jax.config import PromptConfig
 from mimo_jax.data.loading.collate import sample_prompts
 from mimo_jax.data.overlay import draw_overlay
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.schema import Record, Sample
 from mimo_jax.data.transforms import decode_image
+from mimo_jax.model_config import PromptConfig
 
 _TILE, _GAP, _COLUMNS = 400, 8, 5  # of a sheet, in pixels
 _ON_TILE = 2  # samples that a tile of a sheet shows

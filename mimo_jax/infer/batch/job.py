@@ -29,7 +29,7 @@ COLUMNS = (
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet would begin to compute
 
 
-class Job:
+class BatchJob:
     """The folder of answers: what job it holds and how far it is."""
 
     def __init__(self, out: Path, about: dict[str, Any], resume: bool):
@@ -72,7 +72,7 @@ class Job:
             raise UserError(f"{self.out}: holds this job, {done} of {about['count']} requests done; add --resume, or give another --out")
         return state
 
-    def writing(self, origin: str) -> Job:
+    def writing(self, origin: str) -> BatchJob:
         """Claim the folder for this process; origin: of the checkpoint."""
         self.out.mkdir(parents=True, exist_ok=True)
         try:
@@ -96,7 +96,7 @@ class Job:
         file.truncate(self.state["bytes"][name])
         return file
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> BatchJob:
         return self
 
     def __exit__(self, *_) -> None:

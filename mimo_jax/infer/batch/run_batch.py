@@ -24,7 +24,7 @@ from mimo_jax.data.prompt_files import join_prompts, read_prompts
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer
-from mimo_jax.infer.batch.job import Job, cannot_write, write_summary
+from mimo_jax.infer.batch.job import BatchJob, cannot_write, write_summary
 from mimo_jax.infer.batch.request_files import BatchRequest, BatchRequests
 from mimo_jax.infer.engine.requests import EncodedImage, Request, TurnHistory
 from mimo_jax.infer.predictor import Mimo
@@ -92,7 +92,7 @@ def run_batch(
     survey = requests.survey()
     if survey.faulty == survey.count:
         raise UserError(f"{source}: " + (f"no request can be asked; the first: {survey.first}" if survey.count else "holds no request"))
-    job = Job(Path(out), {**defaults, "requests": survey.digest, "count": survey.count, "save": list(save)}, resume)
+    job = BatchJob(Path(out), {**defaults, "requests": survey.digest, "count": survey.count, "save": list(save)}, resume)
     burned_in, stopped = 0, False
     if job.done < survey.count:
         mimo = load()

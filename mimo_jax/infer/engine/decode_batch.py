@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.config import GROUNDING_TOKENS, Config
+from mimo_jax.config import Config
 from mimo_jax.data import conversation
 from mimo_jax.data.prompts import sam_points
 from mimo_jax.data.tokenizer import Tokenizer
@@ -21,7 +21,8 @@ from mimo_jax.data.transforms import mask_from_logits
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import Calibration, ConfidenceFeatures
 from mimo_jax.infer.engine.compiled import Engine
-from mimo_jax.infer.engine.requests import EncodedImage, Request, Turn, TurnHistory
+from mimo_jax.infer.engine.requests import EncodedImage, EncodedTurn, Request, TurnHistory
+from mimo_jax.model_config import GROUNDING_TOKENS
 
 _LENGTH_STEP = 32  # prompt buckets: 32, 64, 96, 128, then 192, 256, 384, 512, 768, …
 # The end of a text that the next token may turn into something else: a cut character, a spelt-out tag (which is dropped), a space.
@@ -43,7 +44,7 @@ class DecodeBatch:
         calibration: Calibration,
         requests: Sequence[Request],
         images: Sequence[EncodedImage],
-        turns: Sequence[Turn],
+        turns: Sequence[EncodedTurn],
         rows: int,
     ):
         """images: encoded, their features on the device. A request's kept cache is used up until `finish` hands it back."""

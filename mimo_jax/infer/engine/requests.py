@@ -113,7 +113,7 @@ class Request:
 
 
 @dataclass
-class Turn:
+class EncodedTurn:
     """A request as arrays. ids and query_index: the whole conversation up to where the answer begins; the new turn from `start` on.
     limit: tokens that the answer may have."""
 
@@ -128,7 +128,7 @@ class Turn:
     limit: int
 
 
-def prepare(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config) -> Turn:
+def prepare(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config) -> EncodedTurn:
     """Check a request on an image of this CLIP frame and turn it into arrays; UserError names what is wrong with it."""
     m = config.model
     if not isinstance(request.question, str) or not request.question.strip():
@@ -162,7 +162,7 @@ def prepare(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config
         )
     instruction = conversation.instruction_ids(tokenizer, config, request.question)
     padding = m.aligner.max_text - len(instruction)
-    return Turn(
+    return EncodedTurn(
         ids=ids,
         query_index=query_index,
         start=start,

@@ -14,13 +14,14 @@ from mimo_jax import pathtree, sharding
 from mimo_jax.checkpoints import checkpoint
 from mimo_jax.checkpoints.checkpoint import Checkpoints
 from mimo_jax.cli import main
-from mimo_jax.config import ConfigError, LoraConfig, MeshConfig, SourceConfig
+from mimo_jax.config import ConfigError, MeshConfig, SourceConfig
 from mimo_jax.data.builder.phantom_set import build_phantoms
 from mimo_jax.data.loading import encode_features
 from mimo_jax.data.loading.features import FeatureFolder, FeatureWriter, feature_folder
 from mimo_jax.data.loading.loader import make_loader
 from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.records import DataError, open_records, write_records
+from mimo_jax.model_config import LoraConfig
 from mimo_jax.models import scan
 from mimo_jax.train import loop, losses
 from mimo_jax.train.state import TrainSetup

@@ -10,7 +10,7 @@ from mimo_jax.data.builder.readers.dicom_seg import DicomSeg
 from mimo_jax.data.builder.readers.folders import Folders
 from mimo_jax.data.builder.readers.gcg import Gcg
 from mimo_jax.data.builder.readers.llava_med import LlavaMed
-from mimo_jax.data.builder.readers.manifest import Manifest
+from mimo_jax.data.builder.readers.manifest import ManifestReader
 from mimo_jax.data.builder.readers.mecovqa import MeCoVqa
 from mimo_jax.data.builder.readers.nifti import Nifti
 from mimo_jax.data.builder.readers.pathvqa import PathVqa
@@ -30,7 +30,7 @@ def register_reader(kind: str, reader: type[DatasetReader]) -> None:
     KINDS[kind] = reader
 
 
-for _reader in (SaMed2d, BiomedParse, Manifest, Folders, MeCoVqa, LlavaMed, VqaRad, Slake, PathVqa, Gcg, DicomSeg, Nifti):
+for _reader in (SaMed2d, BiomedParse, ManifestReader, Folders, MeCoVqa, LlavaMed, VqaRad, Slake, PathVqa, Gcg, DicomSeg, Nifti):
     register_reader(_reader.name, _reader)
 
 

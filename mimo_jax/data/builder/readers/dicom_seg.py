@@ -29,7 +29,7 @@ _NUMBERED = re.compile(r"(segment|label)?[ _]*\d*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class _Image:
+class _SourceImage:
     path: Path
     uid: str
     patient: str
@@ -45,7 +45,7 @@ class DicomSeg(DatasetReader):
 
     def open(self) -> None:
         library("pydicom")
-        self.images: dict[str, _Image] = {}
+        self.images: dict[str, _SourceImage] = {}
         self.segs: list[Path] = []
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             try:
@@ -94,7 +94,7 @@ class DicomSeg(DatasetReader):
                 uid, frames = str(ds.SOPInstanceUID), int(value_of(ds, "NumberOfFrames") or 1)
                 if uid in self.images:
                     self.skip(str(path), "the same image as another file")
-                self.images.setdefault(uid, _Image(path, uid, patient, study, modality, frames))
+                self.images.setdefault(uid, _SourceImage(path, uid, patient, study, modality, frames))
 
     def _segments(self, path: Path) -> tuple[dict[tuple[str, int], dict[int, MaskRef]], int]:
         """((image, frame) -> number -> mask, of one SEG; how many of its own frames are of no image that is there)."""

@@ -56,7 +56,7 @@ def _wrong(line: object) -> str:
     return "" if spacing is None or numbers else "pixel_spacing_mm is not [row, column] in mm"
 
 
-class Manifest(DatasetReader):
+class ManifestReader(DatasetReader):
     name = "manifest"
     looks_for = f"a .jsonl file, or {MANIFEST} in the folder"
 

@@ -25,7 +25,7 @@ def set_up(command: str) -> None:
     # Compiled programs outlive the process: a second `ask` starts in seconds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "mimo_jax" / "jax"))
-    _quiet_orbax()
+    quiet_orbax()
 
 
 def keep_freed_memory() -> None:
@@ -47,7 +47,7 @@ def _ask_for_huge_pages() -> None:
 # when one array of several cannot be written, the others report to a loop that has ended.
 
 
-def _quiet_orbax() -> None:
+def quiet_orbax() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_worth_saying)
     sys.unraisablehook = _worth_raising

@@ -176,7 +176,9 @@ def test_a_process_killed_in_mid_save_leaves_the_step_before(tmp_path):
 
 FULL = """
 import os, resource, sys, jax, jax.numpy as jnp
+from mimo_jax import process
 from mimo_jax.checkpoints.checkpoint import Checkpoints
+process.quiet_orbax()
 checkpoints = Checkpoints(sys.argv[1])
 noise = jax.random.normal(jax.random.key(0), (600, 600))
 checkpoints.save(1, {"params": {"w": noise[:8]}}, {})

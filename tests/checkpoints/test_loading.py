@@ -50,5 +50,5 @@ def test_matrices_of_the_language_model_are_read_into_integers(tmp_path, weights
 def test_other_weights_are_refused_before_anything_is_read(tmp_path):
     begin(tmp_path, steps=(1,))
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(ConfigError, match="weights: is 'fp4'; use one of int8, int4"):
+    with pytest.raises(ConfigError, match="quantization: is 'fp4'; use one of int8, int4"):
         loading.load_for_inference(tmp_path, quantization="fp4")

@@ -332,8 +332,10 @@ LIMITED = """
 import json, resource, sys
 from pathlib import Path
 from checkpoints_convert.convert import ImportRequest, import_checkpoint
+from mimo_jax import process
 from mimo_jax.errors import UserError
 from tests.checkpoints_convert import originals
+process.quiet_orbax()
 given = {name: Path(path) for name, path in json.loads(sys.argv[1]).items()}
 if sys.argv[3] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the tokenizer fits, the embedding does not

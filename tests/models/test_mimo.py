@@ -59,7 +59,7 @@ def test_turns_of_the_kinds_that_read_the_image_alone_differ_by_image_only(kind)
     assert look is None and x_q.shape == (4, 2, config.model.query_tokens(), 16)
     for b in range(4):  # two samples of two turns to an image
         np.testing.assert_array_equal(x_q[b, 0], x_q[b, 1])
-        np.testing.assert_allclose(x_q[b, 0], model.aligner.of_image(image[b // 2][None])[0], atol=1e-5)
+        np.testing.assert_allclose(x_q[b, 0], model.aligner.project_image(image[b // 2][None])[0], atol=1e-5)
     assert np.abs(x_q[0] - x_q[2]).max() > 1e-3
 
 

@@ -106,7 +106,7 @@ def test_rows_do_not_feel_each_other(scene):
         alone = run(scene, [limit], rows=slice(b, b + 1))
         np.testing.assert_array_equal(together.ids[b], alone.ids[0])
         np.testing.assert_allclose(together.states[b], alone.states[0], rtol=2e-3, atol=2e-4)
-        assert together.num_generated[b] == alone.taken[0] == limit
+        assert together.num_generated[b] == alone.num_generated[0] == limit
     assert not together.ids[2].any() and not together.states[1, 4:].any()
 
 

@@ -17,7 +17,7 @@ _MODALITY = (
 
 class BiomedParse(DatasetReader):
     name = "biomedparse"
-    looks_for = "train/ and train_mask/, or test/ and test_mask/"
+    expected_layout = "train/ and train_mask/, or test/ and test_mask/"
 
     def open(self) -> None:
         folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and path.name in SPLITS)

@@ -40,7 +40,7 @@ class _SourceImage:
 
 class DicomSeg(DatasetReader):
     name = "dicom-seg"
-    looks_for = "DICOM images and DICOM SEG objects"
+    expected_layout = "DICOM images and DICOM SEG objects"
     options = {"window": None}
 
     def open(self) -> None:

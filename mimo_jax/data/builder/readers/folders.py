@@ -15,7 +15,7 @@ from mimo_jax.data.records import DataError
 
 class Folders(DatasetReader):
     name = "folders"
-    looks_for = "images/ and masks/"
+    expected_layout = "images/ and masks/"
     options = {"entity": "", "labels": ""}
 
     def open(self) -> None:

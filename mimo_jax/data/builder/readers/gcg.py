@@ -20,7 +20,7 @@ ASKED = "Describe the image, and outline what you name."
 
 class Gcg(Conversations):
     name = "gcg"
-    looks_for = "a .json or .jsonl file of captions with groundings, or a folder with some"
+    expected_layout = "a .json or .jsonl file of captions with groundings, or a folder with some"
 
     def open(self) -> None:
         self.indices = [self.path] if self.path.is_file() else sorted([*self.path.glob("*.json"), *self.path.glob("*.jsonl")])

@@ -13,7 +13,7 @@ _DOMAIN = {"chest_xray": "X-ray", "mri": "MR", "ct_scan": "CT", "histology": "pa
 
 class LlavaMed(Conversations):
     name = "llava-med"
-    looks_for = "a .json or .jsonl file of conversations, or a folder with some"
+    expected_layout = "a .json or .jsonl file of conversations, or a folder with some"
 
     def open(self) -> None:
         self.indices = [self.path] if self.path.is_file() else sorted([*self.path.glob("*.json"), *self.path.glob("*.jsonl")])

@@ -58,7 +58,7 @@ def _wrong(line: object) -> str:
 
 class ManifestReader(DatasetReader):
     name = "manifest"
-    looks_for = f"a .jsonl file, or {MANIFEST} in the folder"
+    expected_layout = f"a .jsonl file, or {MANIFEST} in the folder"
 
     def open(self) -> None:
         self.index = self.path / MANIFEST if self.path.is_dir() else self.path

@@ -22,7 +22,7 @@ _CALLED = re.compile(r"\b(region|area|part|structure|organ|location)\s*<region>.
 
 class MeCoVqa(Conversations):
     name = "mecovqa"
-    looks_for = f"a .json file of conversations, or a folder with some, and SAMed2Dv1/ with {CLASSES}, images/ and masks/"
+    expected_layout = f"a .json file of conversations, or a folder with some, and SAMed2Dv1/ with {CLASSES}, images/ and masks/"
 
     def open(self) -> None:
         found = [self.path] if self.path.is_file() else sorted([*self.path.glob("*.json"), *self.path.glob("*/*.json")])

@@ -44,7 +44,7 @@ class Nifti(DatasetReader):
     does not show it; window: as `data.picture.WINDOWS`, or (low, high); by default "soft" for CT."""
 
     name = "nifti"
-    looks_for = (
+    expected_layout = (
         "CASE/ct.nii.gz and CASE/segmentations/, dataset.json and labelsTr/, images/ and labels/, or one volume with the option label"
     )
     options = {"axis": "axial", "every": 1, "min_area": 100, "window": None, "label": "", "labels": ""}

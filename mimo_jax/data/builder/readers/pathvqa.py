@@ -14,7 +14,7 @@ from mimo_jax.data.records import DataError
 
 class PathVqa(Conversations):
     name = "pathvqa"
-    looks_for = "qas/train/train_qa.pkl or train.json (or of val, test), and images/"
+    expected_layout = "qas/train/train_qa.pkl or train.json (or of val, test), and images/"
 
     def open(self) -> None:
         if self.path.is_file():

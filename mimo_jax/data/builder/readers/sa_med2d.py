@@ -96,7 +96,7 @@ class Classes:
 
 class SaMed2d(DatasetReader):
     name = "sa-med2d"
-    looks_for = f"{INDEX} and {CLASSES}, or image2label_*.json or label2image_*.json"
+    expected_layout = f"{INDEX} and {CLASSES}, or image2label_*.json or label2image_*.json"
 
     def open(self) -> None:
         self.folder = next((f for f in (self.folder, self.folder / "SAMed2Dv1") if (f / INDEX).is_file()), self.folder)

@@ -14,7 +14,7 @@ _MODALITY = {"ct": "CT", "mri": "MR", "x-ray": "X-ray"}
 
 class Slake(Conversations):
     name = "slake"
-    looks_for = "train.json, validate.json or test.json, and imgs/"
+    expected_layout = "train.json, validate.json or test.json, and imgs/"
 
     def open(self) -> None:
         found = [self.path] if self.path.is_file() else sorted(self.folder.glob("*.json"))

@@ -15,7 +15,7 @@ _ORGAN = {"CHEST": "X-ray", "ABD": "CT"}  # of a head it may be CT or MR, which 
 
 class VqaRad(Conversations):
     name = "vqa-rad"
-    looks_for = f"{INDEX}, or trainset.json and testset.json"
+    expected_layout = f"{INDEX}, or trainset.json and testset.json"
 
     def open(self) -> None:
         named = [self.folder / name for name in (INDEX, "trainset.json", "testset.json")]

@@ -42,7 +42,7 @@ class PromptConfig:
 
 @dataclass
 class AlignerConfig:
-    """The Multi-modal Input Aligner (DESIGN: the paper gives no sizes)."""
+    """The Multi-modal Input Aligner (its sizes are ours: the paper gives none)."""
 
     kind: str = "cross_attention"
     queries: int = 64  # Q, the length of X_q

@@ -37,7 +37,10 @@ LAYERS = [
 # What folders beside the package may import of it: a layer, or a module.
 OUTSIDE = {
     "configs": ["config", "model_config"],
-    "checkpoints_convert": ["errors", "files", "pathtree", "config", "model_config", "parameters", "models", "checkpoints", "data.tokenizer"],
+    "checkpoints_convert": [
+        *("errors", "files", "pathtree", "config", "model_config", "parameters"),
+        *("models", "checkpoints", "data.tokenizer"),
+    ],
 }
 HEAVY = {"torch", "transformers", "peft", "tensorflow"}
 

@@ -44,7 +44,7 @@ def load_for_inference(
     quantization: str = "",
 ) -> Loaded:
     """A checkpoint without its optimizer. CheckpointError for one whose parameters are in part as a seed drew them, which
-    answers with noise, unless `allow_untrained`. quantization: "int8" or "int4", see `Leaves.load`; the config then says so. Where
+    answers with noise, unless `allow_untrained`. quantization: "int8" or "int4", see `LazyParams.load`; the config then says so. Where
     this process has several devices, the parameters are split over them (`sharding.inference_mesh`)."""
     run = checkpoint.run_of(path)
     config, tokenizer, record = (

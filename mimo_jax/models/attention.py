@@ -89,7 +89,7 @@ def fold_relative_position(q: jax.Array, k: jax.Array, rows: jax.Array, columns:
     q, k [B, g*g, H, K]; rows, columns [2g-1, K]: entry d + g - 1 is for a query d rows (columns) after its key.
     Returns q' = [scale·q, rel_h, rel_w] and k' = [k, onehot(row), onehot(column)], both [B, g*g, H, K + 2g], with
     q'·k' = scale · q·k + q·rows[Δy] + q·columns[Δx], exactly; the position terms take the unscaled q, as in
-    segment-anything's `add_decomposed_rel_pos`. Call `attend` on them with scale=1.
+    segment-anything's `add_decomposed_rel_pos`. Call `attention` on them with scale=1.
     """
     b, t, h, _ = q.shape
     g = (rows.shape[0] + 1) // 2

@@ -44,7 +44,7 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def current() -> MeshContext:
-    """What `on` said, else this process's devices."""
+    """What `use_mesh` said, else this process's devices."""
     return _told.get() or _describe(jax.devices()[0], jax.device_count())
 
 

@@ -103,6 +103,6 @@ def normalizers(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def combine(sums: dict[str, jax.Array], cfg: LossConfig, weights: dict[str, jax.Array]) -> jax.Array:
-    """The loss of a micro-batch as its share of the whole batch, whose weights `weights_of` gives."""
+    """The loss of a micro-batch as its share of the whole batch, whose weights `normalizers` gives."""
     masks = cfg.bce * sums["bce"] + cfg.dice * sums["dice"] + cfg.iou * sums["iou"]
     return cfg.ce * sums["ce"] / weights["tokens"] + masks / weights["segs"] + cfg.look * sums["look"] / weights["looks"]

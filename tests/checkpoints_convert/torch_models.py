@@ -346,7 +346,7 @@ class MimoOracle(Oracle):
         query_index: Sequence[int],
     ) -> Tensor:
         """The only turn: instruction_ids [L] without padding, prompts [P, 2] in the CLIP frame and [P], kind 0 where there is
-        none; ids and query_index [T] as `conversation.prompt_turn` makes them -> [T, D]."""
+        none; ids and query_index [T] as `conversation.encode_user_turn` makes them -> [T, D]."""
         x_q = self.align(pixels, instruction_ids, prompt_xy, prompt_kind)
         index = torch.as_tensor(query_index, dtype=torch.long)
         return torch.where((index >= 0)[:, None], x_q[index.clamp(min=0)], self.embed(ids))

@@ -1,6 +1,6 @@
 """The first pass of a build: items in parts of a fixed number, each to a file of records and a file of what is known of them.
 
-A part that is whole and of the same items is not made again: that is how a build goes on after a stop. `Known` holds, of every
+A part that is whole and of the same items is not made again: that is how a build goes on after a stop. `BuildIndex` holds, of every
 record, the few bytes that the census, the splits and the search for duplicates need.
 """
 
@@ -33,7 +33,7 @@ _WRITER = "group_size:1,uncompressed"  # images are compressed already
 
 @dataclass(frozen=True)
 class ItemBatch:
-    """fingerprint: of its items and of how they are made. rows: of each record (item, …), as `Known.add` takes them."""
+    """fingerprint: of its items and of how they are made. rows: of each record (item, …), as `BuildIndex.add` takes them."""
 
     number: int
     fingerprint: str
@@ -104,7 +104,7 @@ def unpack(data: bytes) -> tuple[Record, bool, list[str]]:
 
 
 def row_of(name: str, record: Record, looks: bytes, size: int = 0, complete: bool = True, absent: Iterable[str] = ()) -> list:
-    """What `Known` takes of a record of so many bytes. looks: as of `record.perceptual_hash`."""
+    """What `BuildIndex` takes of a record of so many bytes. looks: as of `record.perceptual_hash`."""
     kind = [record.dataset, record.modality, sorted({mask.entity for mask in record.masks}), complete, sorted(absent)]
     pixels = int(record.id[:16], 16) if re.match("[0-9a-f]{16}", record.id) else _number(record.id)
     index = int(record.phash64, 16) if record.phash64 else pixels  # without a hash, what has the same pixels is alike
@@ -120,7 +120,7 @@ class BuildIndex:
     """Of n records, in the order of the items: columns of n numbers, and the tables that `group` and `kind` count in."""
 
     pixels: array = field(default_factory=lambda: array("Q"))  # hash of the pixels
-    alike: array = field(default_factory=lambda: array("Q"))  # of each five: what `splits.Alike` compares
+    alike: array = field(default_factory=lambda: array("Q"))  # of each five: what `splits.NearDuplicates` compares
     sizes: array = field(default_factory=lambda: array("Q"))  # bytes
     group: array = field(default_factory=lambda: array("L"))
     kind: array = field(default_factory=lambda: array("L"))

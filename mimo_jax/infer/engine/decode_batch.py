@@ -34,7 +34,7 @@ _STOP_STEP = 8  # tokens between looks for a stop string
 class DecodeBatch:
     """A batch of at most `rows` requests; rows that only fill it up generate nothing.
 
-    `advance` until `done`, then `finish`; in between, `text` and `paint` tell what there is already."""
+    `decode` until `done`, then `finish`; in between, `text` and `paint` tell what there is already."""
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ class DatasetReader(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Find the index of the source, or raise `not_there`."""
+        """Find the index of the source, or raise `layout_error`."""
 
     @abstractmethod
     def items(self) -> Iterator[Item]:

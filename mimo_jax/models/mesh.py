@@ -1,6 +1,6 @@
-"""What a function is traced for: the mesh that it will run on, told once, around the call of a model.
+"""The mesh that a function is traced for, stated once, around the call of a model.
 
-    with target.on(mesh):
+    with use_mesh(mesh):
         out = model(batch)
 
 Without it a model runs wherever its arguments lie, and XLA alone decides what is split.
@@ -30,22 +30,22 @@ class MeshContext(NamedTuple):
     mesh: Mesh | None = None
 
 
-_told: contextvars.ContextVar[MeshContext | None] = contextvars.ContextVar("target", default=None)
+_context: contextvars.ContextVar[MeshContext | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """While a function is traced. The mesh's devices may be of a machine that is not at hand."""
-    token = _told.set(_describe(mesh.devices.flat[0], mesh.size, mesh))
+    token = _context.set(_describe(mesh.devices.flat[0], mesh.size, mesh))
     try:
         yield
     finally:
-        _told.reset(token)
+        _context.reset(token)
 
 
 def current() -> MeshContext:
     """What `use_mesh` said, else this process's devices."""
-    return _told.get() or _describe(jax.devices()[0], jax.device_count())
+    return _context.get() or _describe(jax.devices()[0], jax.device_count())
 
 
 def _describe(device: jax.Device, devices: int, mesh: Mesh | None = None) -> MeshContext:

@@ -26,7 +26,7 @@ def work():
     mesh = jax.make_mesh((2,), ("d",))
     ones = jax.make_array_from_process_local_data(NamedSharding(mesh, P("d")), np.ones((1, 4), np.float32))
     add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))
-    stop = distributed.Stop()
+    stop = distributed.PreemptionGuard()
     print("seen", distributed.gather({"process": me}), float(add(ones)), flush=True)
     print("a warning", file=sys.stderr, flush=True)
     open(f"worker{me}", "w").write(str(os.getpid()))
@@ -36,7 +36,7 @@ def work():
                 raise UserError("DIR: holds no data; give another")
             if case == "hangs":
                 time.sleep(1000)
-        distributed.beat(4 if case == "hangs" else 0)
+        distributed.send_heartbeat(4 if case == "hangs" else 0)
         float(add(ones))
         time.sleep(0.02)
         if stop.after(step):

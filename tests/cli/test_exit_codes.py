@@ -9,7 +9,7 @@ import pytest
 
 from mimo_jax.cli import main
 from mimo_jax.data.builder.phantom_set import build_phantoms
-from mimo_jax.data.loading import encode_features, loader
+from mimo_jax.data.loading import encode_features, example_builder
 from mimo_jax.errors import UserError, user_path
 from mimo_jax.eval import evaluate
 
@@ -44,8 +44,8 @@ def broken(*args, **kwargs):
 @pytest.mark.parametrize(
     ("module", "name", "words"),
     [
-        (loader, "preprocess", "train"),
-        (loader, "sample_arrays", "train"),
+        (example_builder, "preprocess", "train"),
+        (example_builder, "sample_arrays", "train"),
         (evaluate, "record_image", "eval --checkpoint run --data data --split test --out report.json --allow-untrained"),
         (encode_features, "preprocess", "data encode --checkpoint run --data data"),
     ],
@@ -62,10 +62,10 @@ def test_a_process_ends_with_1_and_a_traceback_where_a_transform_has_a_bug(train
     code = """if 1:
         import sys
         from mimo_jax.cli import main
-        from mimo_jax.data.loading import loader
+        from mimo_jax.data.loading import example_builder
         def broken(*args):
             raise ValueError("operands could not be broadcast together")
-        loader.preprocess = broken
+        example_builder.preprocess = broken
         sys.exit(main.main(sys.argv[1:]))"""
     line = [sys.executable, "-c", code, *train_line(trained, tmp_path / "run")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)

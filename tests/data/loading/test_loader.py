@@ -452,7 +452,7 @@ def test_a_larger_share_of_the_data_holds_all_of_a_smaller_one(tmp_path, tokeniz
     write_records(tmp_path / "b", records, {})
     held = []
     for share in (0.25, 0.5, 0.75, 1.0):
-        config = config_for(tmp_path / "b", share=share, samples_per_image=1)
+        config = config_for(tmp_path / "b", fraction=share, samples_per_image=1)
         order = GlobalOrder(config, tokenizer, open_sources(config, "train"))
         seen = Counter(image.record for number in range(200) for image in order.batch(number)[1])
         assert {record ^ 1 for record in seen} == set(seen)
@@ -465,7 +465,7 @@ def test_a_larger_share_of_the_data_holds_all_of_a_smaller_one(tmp_path, tokeniz
 def test_a_share_that_holds_nothing_of_a_perspective_is_refused(tmp_path, tokenizer):
     write_records(tmp_path / "b", [handmade.record(0)], {})
     with pytest.raises(DataError, match=r"no source \(s0\) holds a sample of vqa in split train \(config.data.fraction 1e-06\)"):
-        loader_for(config_for(tmp_path / "b", share=1e-6), tokenizer)
+        loader_for(config_for(tmp_path / "b", fraction=1e-6), tokenizer)
 
 
 def test_targets_are_made_at_the_side_at_which_they_are_compared(folder, tokenizer):

@@ -133,7 +133,7 @@ def test_the_end_token_ends_its_row_alone(scene):
 
 def test_pieces_make_the_whole(scene):
     whole, pieces = run(scene, [NEW, 4, 0, NEW]), run(scene, [NEW, 4, 0, NEW], pieces=(1, 1, 5, NEW))
-    for name in ("ids", "taken", "probs", "states", "live", "ended"):
+    for name in ("ids", "num_generated", "probs", "states", "active", "ended"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name), err_msg=name)
 
 

@@ -43,12 +43,12 @@ def test_a_loss_out_of_line_is_written_down_with_its_records(tmp_path):
     losses = [1 + 0.01 * (number % 5) for number in range(50)]
     losses[40] = 5.0
     losses[10] = 5.0  # too few before it to judge
-    run(tmp_path, losses, spike=6.0)
+    run(tmp_path, losses, spike_threshold=6.0)
     (row,) = spikes(tmp_path)
     assert row["step"] == 41 and row["loss"] == 5.0 and row["records"] == ["record 40"]
     assert row["loss"] > row["mean"] + 6 * row["deviation"]
 
 
 def test_no_spikes_where_none_are_asked_for(tmp_path):
-    run(tmp_path, [1.0] * 50 + [9.0], spike=0)
+    run(tmp_path, [1.0] * 50 + [9.0], spike_threshold=0)
     assert spikes(tmp_path) == []

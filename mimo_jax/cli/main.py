@@ -176,7 +176,3 @@ def _eval(args: argparse.Namespace) -> int:
     options |= {"overlays": args.overlays, "quantization": args.quantize}
     evaluate_checkpoint(args.checkpoint, args.data, args.split or "test", args.out, **options)
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,8 +13,8 @@ from configs import tiny
 def get_config():
     config = tiny.get_config()
     model = config.model
-    model.clip.layers = model.llm.layers = model.sam.layers = 2
-    model.clip.width = model.aligner.width = model.llm.width = model.sam.width = 32
+    model.vision.layers = model.llm.layers = model.sam.layers = 2
+    model.vision.width = model.aligner.width = model.llm.width = model.sam.width = 32
     config.data.batch_size, config.data.samples_per_image, config.data.buckets = 4, 2, "128"
     config.train.checkpoint_every, config.train.eval_samples = 1, 0
     config.generate.max_new_tokens, config.generate.batch_size = 8, 2

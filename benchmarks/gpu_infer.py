@@ -118,11 +118,11 @@ def theirs(config: Config, batch: int, context: int, new: int) -> Callable[[], o
 
 def images(engine: Engine, config: Config, count: int) -> Callable[[], tuple[jax.Array, jax.Array]]:
     """Both encoders over `count` images."""
-    sides = (config.model.clip.image_size, config.model.sam.image_size)
-    (clip, clip_size), (sam, sam_size) = (
+    sides = (config.model.vision.image_size, config.model.sam.image_size)
+    (vision, vision_size), (sam, sam_size) = (
         (np.zeros((count, side, side, 3), np.uint8), np.full((count, 2), side, np.int32)) for side in sides
     )
-    return lambda: engine.encode(clip, clip_size, sam, sam_size, count)
+    return lambda: engine.encode(vision, vision_size, sam, sam_size, count)
 
 
 def first_mask(engine: Engine, config: Config, context: int, new: int) -> Callable[[], object]:

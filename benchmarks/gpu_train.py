@@ -68,7 +68,7 @@ def random_arrays(config: Config) -> dict[str, np.ndarray]:
     for key, shape in feature_shapes(config.model).items():
         values = rng.standard_normal((config.images(), *shape), np.float32)
         batch[key] = values.astype(ml_dtypes.bfloat16).view(np.uint16)
-    return {key: value for key, value in batch.items() if not key.startswith(("clip_", "sam_")) or key in FEATURES}
+    return {key: value for key, value in batch.items() if not key.startswith(("vision_", "sam_")) or key in FEATURES}
 
 
 def median_seconds(step: Callable[[], float], repeats: int) -> float:

@@ -50,7 +50,7 @@ def clip(activation: str) -> float:
     oracle, x = oracles.randomised(torch_models.clip_model(cfg)), normal(1, 224, 224, 3)
     wanted = oracle(torch.from_numpy(x).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states[-1]
     return oracles.relative_l2(
-        run(*oracles.brought_here(oracle, lambda r: ClipVit(cfg, rngs=r), "clip", rows.CLIP, ModelConfig(clip=cfg)), x), wanted
+        run(*oracles.brought_here(oracle, lambda r: ClipVit(cfg, rngs=r), "vision", rows.CLIP, ModelConfig(vision=cfg)), x), wanted
     )
 
 

@@ -45,7 +45,7 @@ class Aligner(torch_models.Aligner):
     """The oracle's parameters, for the turns of a batch at once."""
 
     def forward(self, image: Tensor, image_code: Tensor, text: Tensor, text_mask: Tensor, visual: Tensor, visual_mask: Tensor):
-        """image [N, I, Dc], image_code [I, Wp], text [B, L, D] and visual [B, P, Wp] with masks -> X_q [B, Q, D], looks [B, I]."""
+        """image [N, I, Dc], image_code [I, Wp], text [B, L, D] and visual [B, P, Wp] with masks -> X_q [B, Q, D], attention_maps [B, I]."""
         n, b, device = len(image), len(text), text.device
         type_image, type_text, type_visual = self.type_embedding
         null = torch.zeros_like(visual_mask)
@@ -55,7 +55,7 @@ class Aligner(torch_models.Aligner):
         keys_visual = torch.where(null[..., None], self.null_prompt, self.visual(visual)) + type_visual
         keys_turn = torch.cat([keys_text, keys_visual], 1)
         turns_of_image = keys_turn.reshape(n, -1, keys_turn.shape[-1])
-        keys_turn = keys_turn + self.look(turns_of_image, keys_image).reshape(keys_turn.shape)
+        keys_turn = keys_turn + self.turn_to_image(turns_of_image, keys_image).reshape(keys_turn.shape)
         mask = torch.cat([text_mask, visual_mask | null], 1)
         mask = F.pad(mask, (image.shape[1], 0), value=True)[:, None, None]
         x = self.queries.expand(b, -1, -1)
@@ -96,17 +96,17 @@ class TorchMimo(nn.Module):
         if m.aligner.kind != "cross_attention" or config.train.loss.mask_side:
             raise SystemExit("the torch model has config.model.aligner.kind cross_attention and config.train.loss.mask_side 0 alone")
         self.loss, vocabulary = config.train.loss, m.llm.vocab_size + len(m.grounding_tokens())
-        self.clip = torch_models.clip_model(m.clip)
+        self.vision = torch_models.clip_model(m.vision)
         self.sam = torch_models.sam_model(m.sam)
         self.llama = torch_models.llama_model(m.llm, vocabulary)
         inner = self.llama.model
-        inner.aligner, inner.visual_prompt = Aligner(m), torch_models.VisualPrompt(m.prompt, m.clip)
+        inner.aligner, inner.visual_prompt = Aligner(m), torch_models.VisualPrompt(m.prompt, m.vision)
         hidden, out = nn.Linear(m.llm.width, m.llm.width), nn.Linear(m.llm.width, m.sam.decoder_width)
         inner.text_hidden_fcs = nn.ModuleList([nn.Sequential(hidden, nn.ReLU(), out)])
         for own in (inner.aligner, inner.visual_prompt):
             for value in own.parameters(recurse=False):
                 nn.init.normal_(value)
-        tables = [(self.clip, rows.CLIP), (self.sam, rows.SAM), (self.llama, LANGUAGE)]
+        tables = [(self.vision, rows.CLIP), (self.sam, rows.SAM), (self.llama, LANGUAGE)]
         for module, table in tables if params else ():
             module.load_state_dict(self.exported(params, table))
         self.choose(config, tables)
@@ -166,25 +166,25 @@ class TorchMimo(nn.Module):
         b = len(batch["input_ids"])
         ids, mask, xy, kind = (batch[key].flatten(0, 1) for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
         code, visual = inner.visual_prompt.image_code(), inner.visual_prompt(xy, kind)
-        x_q, look = inner.aligner(image, code, inner.embed_tokens(ids), mask, visual, kind > 0)
+        x_q, attention_map = inner.aligner(image, code, inner.embed_tokens(ids), mask, visual, kind > 0)
         index = batch["query_index"]
         spliced = taken(x_q.reshape(b, -1, m.llm.width), index.clamp(min=0))
         x = torch.where((index >= 0)[..., None], spliced, inner.embed_tokens(batch["input_ids"]))
         hidden = inner(inputs_embeds=x, use_cache=False).last_hidden_state
         states = taken(hidden, batch["seg_index"] - int(m.seg_state == "predict"))
         masks, iou = self.segment(features, inner.text_hidden_fcs[0](states))
-        return self.total(batch, self.llama.lm_head(hidden), masks, iou, look)
+        return self.total(batch, self.llama.lm_head(hidden), masks, iou, attention_map)
 
     def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """X_img [N, I, Dc] and SAM's features [N, C, g, g], without a graph where the encoders are frozen."""
         if FEATURES[0] in batch:
             image, features = (batch[key].view(torch.bfloat16).to(getattr(torch, self.config.dtype)) for key in FEATURES)
             return image, features.permute(0, 3, 1, 2)
-        clip_mean, clip_std = (tuple(255 * v for v in values) for values in (clip_vit.MEAN, clip_vit.STD))
-        with frozen_or_not(self.clip):
-            pixels = normalise(batch["clip_image"], batch["clip_size"], clip_mean, clip_std).to(self.clip.dtype)
-            states = self.clip(pixels, output_hidden_states=True).hidden_states[self.config.clip.feature_layer]
-            image = states if self.config.clip.class_token else states[:, 1:]
+        vision_mean, vision_std = (tuple(255 * v for v in values) for values in (clip_vit.MEAN, clip_vit.STD))
+        with frozen_or_not(self.vision):
+            pixels = normalise(batch["vision_image"], batch["vision_size"], vision_mean, vision_std).to(self.vision.dtype)
+            states = self.vision(pixels, output_hidden_states=True).hidden_states[self.config.vision.feature_layer]
+            image = states if self.config.vision.class_token else states[:, 1:]
         with frozen_or_not(self.sam.image_encoder):
             pixels = normalise(batch["sam_image"], batch["sam_size"], sam_encoder.MEAN, sam_encoder.STD)
             return image, self.sam.image_encoder(pixels.to(self.sam.image_encoder.pos_embed.dtype))
@@ -201,7 +201,7 @@ class TorchMimo(nn.Module):
         masks, iou = (torch.stack(parts) for parts in zip(*made, strict=True))
         return masks.reshape(b, s, *masks.shape[-2:]).float(), iou.reshape(b, s).float()
 
-    def total(self, batch: dict[str, Tensor], logits: Tensor, masks: Tensor, iou: Tensor, look: Tensor) -> Tensor:
+    def total(self, batch: dict[str, Tensor], logits: Tensor, masks: Tensor, iou: Tensor, attention_map: Tensor) -> Tensor:
         cfg, weight = self.loss, batch["sample_weight"][:, None]
         tokens = (batch["loss_mask"] * weight)[:, 1:]
         ce = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none")
@@ -215,9 +215,12 @@ class TorchMimo(nn.Module):
         of_masks = cfg.bce * bce + cfg.dice * dice + cfg.iou * (iou - true_iou) ** 2
         loss = loss + (of_masks * segs).sum() / segs.sum().clamp(min=1)
 
-        looks = batch["look_mask"] * weight
-        look = look[:, -batch["look"][0, 0].numel() :].reshape(batch["look"].shape).float()  # without the class token
-        return loss + cfg.look * (sum(bce_and_dice(look, batch["look"].float())) * looks).sum() / looks.sum().clamp(min=1)
+        attention_maps = batch["attention_target_mask"] * weight
+        attention_map = (
+            attention_map[:, -batch["attention_target"][0, 0].numel() :].reshape(batch["attention_target"].shape).float()
+        )  # without the class token
+        mapped = sum(bce_and_dice(attention_map, batch["attention_target"].float())) * attention_maps
+        return loss + cfg.attention_map * mapped.sum() / attention_maps.sum().clamp(min=1)
 
 
 @contextlib.contextmanager

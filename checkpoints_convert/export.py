@@ -1,6 +1,6 @@
 """`mimo convert export`: a mimo_jax checkpoint in the layouts of transformers, peft, segment-anything and LISA, or as one directory.
 
-    hf      OUT/clip and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or left out with `apart`
+    hf      OUT/vision and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or left out with `apart`
     peft    OUT, an adapter of llm/
     sam     OUT/sam_vit_h.pth, which segment-anything loads
     joint   OUT, one model in LISA's layout: what `mimo convert import --joint` reads
@@ -61,15 +61,15 @@ def export_checkpoint(
 
 
 def _write_hf(leaves: LazyParams, out: Path, merge: bool) -> None:
-    _write_clip(leaves, out / "clip")
+    _write_clip(leaves, out / "vision")
     _write_llm(leaves, out / "llm", _llm_tensors(leaves, merge))
 
 
 def _write_clip(leaves: LazyParams, out: Path) -> None:
     import transformers
 
-    m = leaves.config.model.clip
-    save_shards(_tensors(leaves, rows.CLIP, "clip/"), out)
+    m = leaves.config.model.vision
+    save_shards(_tensors(leaves, rows.CLIP, "vision/"), out)
     transformers.CLIPVisionConfig(
         hidden_size=m.width, num_hidden_layers=m.layers, num_attention_heads=m.heads, intermediate_size=m.mlp_width,
         hidden_act=m.activation, layer_norm_eps=m.eps, image_size=m.image_size, patch_size=m.patch_size,
@@ -130,7 +130,7 @@ def _write_joint(leaves: LazyParams, out: Path, merge: bool) -> None:
         for table, root in ((aligner, "aligner/"), (rows.PROMPT, "prompt/"), (rows.SEG_PROJECTION, "seg_projection/")):
             yield from _tensors(leaves, table, root)
         yield from _tensors(leaves, with_prefix(rows.SAM, _JOINT_SAM), "sam_")
-        yield from _tensors(leaves, with_prefix(rows.CLIP, _JOINT_CLIP), "clip/")
+        yield from _tensors(leaves, with_prefix(rows.CLIP, _JOINT_CLIP), "vision/")
         if (leaves.run / provenance.KEPT).is_file():
             yield from load_file(leaves.run / provenance.KEPT).items()
 

@@ -28,14 +28,14 @@ class Setting(NamedTuple):
 
 
 _CLIP = (
-    Setting("hidden_size", "clip.width", 768),
-    Setting("num_hidden_layers", "clip.layers", 12),
-    Setting("num_attention_heads", "clip.heads", 12),
-    Setting("intermediate_size", "clip.mlp_width", 3072),
-    Setting("hidden_act", "clip.activation", "quick_gelu"),
-    Setting("layer_norm_eps", "clip.eps", 1e-5),
-    Setting("image_size", "clip.image_size", 224),
-    Setting("patch_size", "clip.patch_size", 32),
+    Setting("hidden_size", "vision.width", 768),
+    Setting("num_hidden_layers", "vision.layers", 12),
+    Setting("num_attention_heads", "vision.heads", 12),
+    Setting("intermediate_size", "vision.mlp_width", 3072),
+    Setting("hidden_act", "vision.activation", "quick_gelu"),
+    Setting("layer_norm_eps", "vision.eps", 1e-5),
+    Setting("image_size", "vision.image_size", 224),
+    Setting("patch_size", "vision.patch_size", 32),
 )
 _LLAMA = (
     Setting("hidden_size", "llm.width"),

@@ -1,6 +1,6 @@
 """The tables read, in both directions.
 
-    leaves = pathtree.flatten(abstract), {"clip/...": ShapeDtypeStruct}
+    leaves = pathtree.flatten(abstract), {"vision/...": ShapeDtypeStruct}
     import:  import_state(tensors, CLIP, layer_indices(config.model), leaves, CLIP_IGNORED)
     export:  export_state(parameters, CLIP, layer_indices(config.model))
 
@@ -36,11 +36,11 @@ def layer_indices(cfg: ModelConfig) -> dict[str, np.ndarray]:
     """What each placeholder of the tables runs over; its shape is that of the stack's leading axes (SAM: [stage, block])."""
     blocks = np.arange(cfg.sam.layers).reshape(-1, cfg.sam.global_every)
     return {
-        "clip_layer": np.arange(cfg.clip.layers),
+        "vision_layer": np.arange(cfg.vision.layers),
         "llm_layer": np.arange(cfg.llm.layers),
         "aligner_block": np.arange(cfg.aligner.blocks),
         "sam_windowed": blocks[:, :-1],
-        "sam_whole": blocks[:, -1],
+        "sam_global": blocks[:, -1],
         "sam_point": np.arange(4),
         "sam_decoder_layer": np.arange(1, cfg.sam.decoder_layers),
         "sam_mask": np.arange(MASK_TOKENS),

@@ -28,7 +28,7 @@ from mimo_jax.models import mimo
 
 # The originals: their tables, and the parameters that they fill.
 _TABLES = {
-    "clip": (with_prefix(rows.CLIP, "vision_model."), ("clip/",)),
+    "vision": (with_prefix(rows.CLIP, "vision_model."), ("vision/",)),
     "llm": (rows.LLAMA_BASE, ("llm/", "embedding/base", "lm_head/base")),
     "sam": (rows.SAM, ("sam_",)),
 }
@@ -67,7 +67,7 @@ def rehearse(config: Config, workdir: Path) -> int:
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise SourceError(f"--workdir {workdir}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; choose another")
-    given = {"clip": sources / "clip", "llm": sources / "llm", "sam": sources / "sam.pth"}
+    given = {"vision": sources / "vision", "llm": sources / "llm", "sam": sources / "sam.pth"}
     started = time.monotonic()
     _make(config, tensors, given)
     print(f"made in {time.monotonic() - started:.0f} s", flush=True)
@@ -116,7 +116,7 @@ def _random(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarra
 def _make(config: Config, tensors: dict[str, dict], given: dict[str, Path]) -> None:
     import torch
 
-    for name in ("clip", "llm"):
+    for name in ("vision", "llm"):
         given[name].mkdir(parents=True)
         save_shards(_random(tensors[name]), given[name])
     words = ["The left lung and the right lung are outlined."] * 2
@@ -125,16 +125,16 @@ def _make(config: Config, tensors: dict[str, dict], given: dict[str, Path]) -> N
         _without_grounding(given["llm"] / "tokenizer.json", config.model.grounding_tokens())
     m = config.model
     files.write_json(
-        given["clip"] / "config.json",
+        given["vision"] / "config.json",
         {
-            "hidden_size": m.clip.width,
-            "num_hidden_layers": m.clip.layers,
-            "num_attention_heads": m.clip.heads,
-            "intermediate_size": m.clip.mlp_width,
-            "hidden_act": m.clip.activation,
-            "layer_norm_eps": m.clip.eps,
-            "image_size": m.clip.image_size,
-            "patch_size": m.clip.patch_size,
+            "hidden_size": m.vision.width,
+            "num_hidden_layers": m.vision.layers,
+            "num_attention_heads": m.vision.heads,
+            "intermediate_size": m.vision.mlp_width,
+            "hidden_act": m.vision.activation,
+            "layer_norm_eps": m.vision.eps,
+            "image_size": m.vision.image_size,
+            "patch_size": m.vision.patch_size,
         },
     )
     files.write_json(

@@ -1,6 +1,6 @@
 """The tables: which torch tensor is which parameter here.
 
-A row is (torch key, path here, op). A key may hold one placeholder, such as `{clip_layer}`: then the parameter is a
+A row is (torch key, path here, op). A key may hold one placeholder, such as `{vision_layer}`: then the parameter is a
 stack over the numbers that the key takes (`name_map.layer_indices`). A path may hold one choice, such as `{q,k,v}`: then the
 torch tensor packs those parameters along its first axis. Keys are written as `layouts` spells them.
 """
@@ -32,23 +32,23 @@ def _norm(key: str, path: str) -> tuple[Row, Row]:
     return Row(f"{key}.weight", f"{path}/scale"), Row(f"{key}.bias", f"{path}/bias")
 
 
-_CLIP_LAYER = "encoder.layers.{clip_layer}"
+_CLIP_LAYER = "encoder.layers.{vision_layer}"
 
 # transformers' CLIPVisionModel as 5.x saves it; older files carry the prefix "vision_model.".
 CLIP: tuple[Row, ...] = (
-    Row("embeddings.class_embedding", "clip/class_embedding"),
-    Row("embeddings.patch_embedding.weight", "clip/patch/kernel", "conv"),
-    Row("embeddings.position_embedding.weight", "clip/position_embedding"),
-    *_norm("pre_layrnorm", "clip/pre_norm"),
-    *_norm(f"{_CLIP_LAYER}.layer_norm1", "clip/layers/block/attention_norm"),
-    *_linear(f"{_CLIP_LAYER}.self_attn.q_proj", "clip/layers/block/q"),
-    *_linear(f"{_CLIP_LAYER}.self_attn.k_proj", "clip/layers/block/k"),
-    *_linear(f"{_CLIP_LAYER}.self_attn.v_proj", "clip/layers/block/v"),
-    *_linear(f"{_CLIP_LAYER}.self_attn.out_proj", "clip/layers/block/o"),
-    *_norm(f"{_CLIP_LAYER}.layer_norm2", "clip/layers/block/mlp_norm"),
-    *_linear(f"{_CLIP_LAYER}.mlp.fc1", "clip/layers/block/up"),
-    *_linear(f"{_CLIP_LAYER}.mlp.fc2", "clip/layers/block/down"),
-    *_norm("post_layernorm", "clip/post_norm"),
+    Row("embeddings.class_embedding", "vision/class_embedding"),
+    Row("embeddings.patch_embedding.weight", "vision/patch/kernel", "conv"),
+    Row("embeddings.position_embedding.weight", "vision/position_embedding"),
+    *_norm("pre_layrnorm", "vision/pre_norm"),
+    *_norm(f"{_CLIP_LAYER}.layer_norm1", "vision/layers/block/attention_norm"),
+    *_linear(f"{_CLIP_LAYER}.self_attn.q_proj", "vision/layers/block/q"),
+    *_linear(f"{_CLIP_LAYER}.self_attn.k_proj", "vision/layers/block/k"),
+    *_linear(f"{_CLIP_LAYER}.self_attn.v_proj", "vision/layers/block/v"),
+    *_linear(f"{_CLIP_LAYER}.self_attn.out_proj", "vision/layers/block/o"),
+    *_norm(f"{_CLIP_LAYER}.layer_norm2", "vision/layers/block/mlp_norm"),
+    *_linear(f"{_CLIP_LAYER}.mlp.fc1", "vision/layers/block/up"),
+    *_linear(f"{_CLIP_LAYER}.mlp.fc2", "vision/layers/block/down"),
+    *_norm("post_layernorm", "vision/post_norm"),
 )
 
 # What else a CLIP file may hold: the text tower, both projections, the temperature, and a buffer of old versions.
@@ -99,7 +99,7 @@ SAM: tuple[Row, ...] = (
     Row("image_encoder.pos_embed", "sam_encoder/position_embedding", "squeeze"),
     *_conv("image_encoder.patch_embed.proj", "sam_encoder/patch"),
     *_sam_block("sam_windowed", "sam_encoder/stages/block/windowed/block"),
-    *_sam_block("sam_whole", "sam_encoder/stages/block/whole"),
+    *_sam_block("sam_global", "sam_encoder/stages/block/global_block"),
     Row("image_encoder.neck.0.weight", "sam_encoder/neck_in/kernel", "conv"),
     *_norm("image_encoder.neck.1", "sam_encoder/neck_in_norm"),
     Row("image_encoder.neck.2.weight", "sam_encoder/neck_out/kernel", "conv"),
@@ -164,20 +164,20 @@ LORA: tuple[Row, ...] = tuple(
 )
 
 # open_clip's vision tower, which packs q, k and v.
-_OPEN_LAYER = "transformer.resblocks.{clip_layer}"
+_OPEN_LAYER = "transformer.resblocks.{vision_layer}"
 CLIP_OPEN: tuple[Row, ...] = (
-    Row("class_embedding", "clip/class_embedding"),
-    Row("conv1.weight", "clip/patch/kernel", "conv"),
-    Row("positional_embedding", "clip/position_embedding"),
-    *_norm("ln_pre", "clip/pre_norm"),
-    *_norm(f"{_OPEN_LAYER}.ln_1", "clip/layers/block/attention_norm"),
-    Row(f"{_OPEN_LAYER}.attn.in_proj_weight", "clip/layers/block/{q,k,v}/kernel", "linear"),
-    Row(f"{_OPEN_LAYER}.attn.in_proj_bias", "clip/layers/block/{q,k,v}/bias"),
-    *_linear(f"{_OPEN_LAYER}.attn.out_proj", "clip/layers/block/o"),
-    *_norm(f"{_OPEN_LAYER}.ln_2", "clip/layers/block/mlp_norm"),
-    *_linear(f"{_OPEN_LAYER}.mlp.c_fc", "clip/layers/block/up"),
-    *_linear(f"{_OPEN_LAYER}.mlp.c_proj", "clip/layers/block/down"),
-    *_norm("ln_post", "clip/post_norm"),
+    Row("class_embedding", "vision/class_embedding"),
+    Row("conv1.weight", "vision/patch/kernel", "conv"),
+    Row("positional_embedding", "vision/position_embedding"),
+    *_norm("ln_pre", "vision/pre_norm"),
+    *_norm(f"{_OPEN_LAYER}.ln_1", "vision/layers/block/attention_norm"),
+    Row(f"{_OPEN_LAYER}.attn.in_proj_weight", "vision/layers/block/{q,k,v}/kernel", "linear"),
+    Row(f"{_OPEN_LAYER}.attn.in_proj_bias", "vision/layers/block/{q,k,v}/bias"),
+    *_linear(f"{_OPEN_LAYER}.attn.out_proj", "vision/layers/block/o"),
+    *_norm(f"{_OPEN_LAYER}.ln_2", "vision/layers/block/mlp_norm"),
+    *_linear(f"{_OPEN_LAYER}.mlp.c_fc", "vision/layers/block/up"),
+    *_linear(f"{_OPEN_LAYER}.mlp.c_proj", "vision/layers/block/down"),
+    *_norm("ln_post", "vision/post_norm"),
 )
 # The text tower and both projections beside it.
 CLIP_OPEN_IGNORED = (
@@ -207,14 +207,14 @@ _BLOCK, _BLOCK_PATH = "model.aligner.blocks.{aligner_block}", "aligner/blocks/bl
 
 # MIMO's own parts. The names of the original are unknown: these are ours, a key map gives others.
 ALIGNER: tuple[Row, ...] = (
-    Row("model.aligner.type_embedding", "aligner/type"),
+    Row("model.aligner.type_embedding", "aligner/modality_embedding"),
     *(Row(f"model.aligner.{name}", f"aligner/{name}") for name in ("null_prompt", "queries")),
     *(row for name in ("image", "text", "visual", "project") for row in _linear(f"model.aligner.{name}", f"aligner/{name}")),
     *(row for name in ("image_norm", "text_norm", "norm") for row in _norm(f"model.aligner.{name}", f"aligner/{name}")),
-    *_attention("model.aligner.look", "aligner/look"),
+    *_attention("model.aligner.turn_to_image", "aligner/turn_to_image"),
     *(row for name in ("self_norm", "cross_norm", "mlp_norm") for row in _norm(f"{_BLOCK}.{name}", f"{_BLOCK_PATH}/{name}")),
     *_attention(f"{_BLOCK}.self_attention", f"{_BLOCK_PATH}/self_attention"),
     *_attention(f"{_BLOCK}.cross_attention", f"{_BLOCK_PATH}/cross_attention"),
     *(row for name in ("up", "down") for row in _linear(f"{_BLOCK}.{name}", f"{_BLOCK_PATH}/{name}")),
 )
-PROMPT: tuple[Row, ...] = tuple(Row(f"model.visual_prompt.{name}", f"prompt/{name}") for name in ("frequency", "kind"))
+PROMPT: tuple[Row, ...] = tuple(Row(f"model.visual_prompt.{name}", f"prompt/{name}") for name in ("fourier_basis", "kind"))

@@ -1,6 +1,6 @@
 """What the user gives, opened: tensors under the tables' names, the parts found among them, and which parameter comes from where.
 
-clip, llm, sam     one model each        lora      an adapter of the language model
+vision, llm, sam     one model each        lora      an adapter of the language model
 joint              a whole model (LISA, GLaMM, MIMO)   overlay   some tensors of a whole model, in place of the others'
 """
 
@@ -24,7 +24,7 @@ from checkpoints_convert.vocabulary import Vocabulary, VocabularyError, find_tok
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.errors import UserError
 
-SOURCES = ("clip", "llm", "sam", "lora", "joint", "overlay")
+SOURCES = ("vision", "llm", "sam", "lora", "joint", "overlay")
 SEED = "seed"
 
 

@@ -18,13 +18,13 @@ BASE = "configs/tiny.py"
 def get_ablations(base: Config) -> dict[str, dict[str, dict[str, Any]]]:
     """group -> variant -> overrides. Sizes follow those of `base`."""
     q, rank, side = base.model.aligner.queries, base.model.lora.rank or 8, base.model.mask_side()
-    no_look = {"train.loss.look": 0.0}
+    no_map_loss = {"train.loss.attention_map": 0.0}
     return {
         # The paper's. Without queries nothing looks, so the aligner is tried without that loss, too.
         "aligner": {
             "cross_attention": _aligner(base, kind="cross_attention"),
-            **({"cross_attention_no_look": no_look} if base.train.loss.look else {}),
-            "none": no_look | _aligner(base, kind="none"),
+            **({"cross_attention_no_map_loss": no_map_loss} if base.train.loss.attention_map else {}),
+            "none": no_map_loss | _aligner(base, kind="none"),
         },
         "data": {"100": {"data.fraction": 1.0}} | {str(percent): {"data.fraction": percent / 100} for percent in (75, 50, 25)},
         "perspective": {f"without_{p}": {f"data.weights.{p}": 0.0} for p in PERSPECTIVES if base.data.weights.get(p)},
@@ -36,10 +36,10 @@ def get_ablations(base: Config) -> dict[str, dict[str, dict[str, Any]]]:
         "seg_position": {place: {"model.seg_position": place, **_fresh(base, r"/grounding$")} for place in ("inside", "after", "bare")},
         "prompts": {k.replace(",", "_"): {"data.prompt_kinds": k} for k in ("point,box,scribble", "point,box", "point", "box", "scribble")},
         "mask_side": {str(n): {"train.loss.mask_side": n} for n in (side // 2, side, 2 * side)},
-        "clip_fit": {
-            "pad": {"model.clip.image_fit": "pad"},
-            "stretch": {"model.clip.image_fit": "stretch"},
-            "crop": no_look | {"model.clip.image_fit": "crop"},  # patches of a crop cannot be held to masks of the whole
+        "vision_fit": {
+            "pad": {"model.vision.image_fit": "pad"},
+            "stretch": {"model.vision.image_fit": "stretch"},
+            "crop": no_map_loss | {"model.vision.image_fit": "crop"},  # patches of a crop cannot be held to masks of the whole
         },
         "sam_fit": {fit: {"model.sam.image_fit": fit} for fit in ("pad", "stretch")},
         "decoder": {"trained": {}, "frozen": {"freeze": r"^sam_decoder/"}},

@@ -11,7 +11,7 @@ from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraCo
 
 # LISA trains LoRA, every word's row, the projection of <SEG> and SAM's mask decoder; the projector stays as LLaVA left it.
 TRAINABLES = {
-    r"^clip/": None,
+    r"^vision/": None,
     r"^aligner/": None,
     r"^llm/.*lora_[ab]$": 1.0,
     r"^llm/": None,
@@ -26,7 +26,7 @@ TRAINABLES = {
 def get_config() -> Config:
     config = Config(name="lisa_7b", trainables=dict(TRAINABLES))
     config.model = ModelConfig(
-        clip=ClipConfig(
+        vision=ClipConfig(
             width=1024, layers=24, heads=16, mlp_width=4096, activation="quick_gelu", feature_layer=-2, image_fit="crop", resample="bicubic"
         ),
         aligner=AlignerConfig(kind="linear", queries=256),

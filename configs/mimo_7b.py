@@ -7,7 +7,7 @@ from mimo_jax.config import Config
 
 # The paper: both image encoders, SAM's prompt encoder and the language model's base are frozen.
 TRAINABLES = {
-    r"^clip/": None,
+    r"^vision/": None,
     r"^prompt/": 1.0,
     r"^aligner/": 1.0,
     r"^llm/.*lora_[ab]$": 1.0,

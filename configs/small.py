@@ -11,7 +11,7 @@ from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, ModelC
 def get_config() -> Config:
     config = Config(name="small", trainables=dict(TRAINABLES))
     config.model = ModelConfig(
-        clip=ClipConfig(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072, activation="quick_gelu"),
+        vision=ClipConfig(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072, activation="quick_gelu"),
         aligner=AlignerConfig(queries=32, blocks=2, width=768, heads=12),
         llm=LlamaConfig(vocab_size=32000, width=2048, layers=22, heads=32, kv_heads=4, mlp_width=5632),
         sam=SamConfig(width=768, layers=12, heads=12, global_every=3),

@@ -10,7 +10,7 @@ from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraCo
 def get_config() -> Config:
     config = Config(name="tiny", tokenizer="train")
     config.model = ModelConfig(
-        clip=ClipConfig(image_size=96, patch_size=8, width=128, layers=3, heads=4, mlp_width=256, feature_layer=-1),
+        vision=ClipConfig(image_size=96, patch_size=8, width=128, layers=3, heads=4, mlp_width=256, feature_layer=-1),
         prompt=PromptConfig(width=64, max_tokens=8, scribble_points=6),
         aligner=AlignerConfig(queries=8, blocks=2, width=128, heads=4, max_text=16),
         llm=LlamaConfig(vocab_size=1024, width=128, layers=3, heads=4, kv_heads=2, mlp_width=256, max_length=256),
@@ -46,7 +46,7 @@ def get_config() -> Config:
     config.train.warmup_steps = 50
     config.train.b2 = 0.98
     config.train.loss.dice = 1.0
-    config.train.loss.look = 2.0  # stands in for what a pretrained CLIP brings along
+    config.train.loss.attention_map = 2.0  # stands in for what a pretrained CLIP brings along
     config.train.log_every = 20
     config.generate.max_new_tokens = 48
     config.generate.batch_size = 32

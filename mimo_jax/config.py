@@ -64,7 +64,7 @@ class LossConfig:
     dice: float = 0.5
     iou: float = 0.1
     mask_side: int = 0  # pixels; masks are compared at this side, the decoder's resized to it; 0: at the decoder's own
-    look: float = 0.0  # where the aligner's queries look, against the masks of the answer; not in the paper
+    attention_map: float = 0.0  # where the aligner's queries attend, against the masks of the answer; not in the paper
 
 
 @dataclass
@@ -129,7 +129,7 @@ class InitConfig:
     # counts; "seed": drawn anew.
     sources: dict[str, str] = field(
         default_factory=lambda: {
-            r"^clip/": "clip,joint",
+            r"^vision/": "vision,joint",
             r"^llm/.*/lora_[ab]$": "lora,joint,seed",
             r"^(llm/|(embedding|lm_head)/base$)": "llm,joint",
             r"^(embedding|lm_head)/grounding$": "llm,joint,seed",
@@ -168,10 +168,14 @@ class Config:
         need(m.seg_state in ("token", "predict"), "model.seg_state", f"is {m.seg_state!r}; use token or predict")
         need(m.seg_position in ("inside", "after", "bare"), "model.seg_position", f"is {m.seg_position!r}; use inside, after or bare")
         need(m.remat in REMAT_POLICIES, "model.remat", f"is {m.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
-        need(m.clip.image_size % m.clip.patch_size == 0, "model.clip.patch_size", "must divide model.clip.image_size")
-        need(m.clip.width % m.clip.heads == 0, "model.clip.heads", "must divide model.clip.width")
-        need(m.clip.image_fit in ("pad", "stretch", "crop"), "model.clip.image_fit", f"is {m.clip.image_fit!r}; use pad, stretch or crop")
-        need(m.clip.resample in ("bilinear", "bicubic"), "model.clip.resample", f"is {m.clip.resample!r}; use bilinear or bicubic")
+        need(m.vision.image_size % m.vision.patch_size == 0, "model.vision.patch_size", "must divide model.vision.image_size")
+        need(m.vision.width % m.vision.heads == 0, "model.vision.heads", "must divide model.vision.width")
+        need(
+            m.vision.image_fit in ("pad", "stretch", "crop"),
+            "model.vision.image_fit",
+            f"is {m.vision.image_fit!r}; use pad, stretch or crop",
+        )
+        need(m.vision.resample in ("bilinear", "bicubic"), "model.vision.resample", f"is {m.vision.resample!r}; use bilinear or bicubic")
         need(m.sam.image_fit in ("pad", "stretch"), "model.sam.image_fit", f"is {m.sam.image_fit!r}; use pad or stretch")
         need(m.sam.image_size % m.sam.patch_size == 0, "model.sam.patch_size", "must divide model.sam.image_size")
         need(m.sam.pe_dtype in ("float32", "bfloat16"), "model.sam.pe_dtype", f"is {m.sam.pe_dtype!r}; use float32 or bfloat16")
@@ -207,8 +211,12 @@ class Config:
             "data.image_tokens",
             f"is {d.image_tokens!r}; name two tokens, such as <im_start>,<im_end>, or none",
         )
-        looks = m.aligner.kind == "cross_attention" and m.clip.image_fit != "crop"
-        need(self.train.loss.look == 0 or looks, "train.loss.look", "needs aligner.kind cross_attention and clip.image_fit pad or stretch")
+        mapped = m.aligner.kind == "cross_attention" and m.vision.image_fit != "crop"
+        need(
+            self.train.loss.attention_map == 0 or mapped,
+            "train.loss.attention_map",
+            "needs aligner.kind cross_attention and vision.image_fit pad or stretch",
+        )
         need(self.train.loss.mask_side >= 0, "train.loss.mask_side", "must be 0 or more")
         need(_is_regex(self.freeze), "freeze", f"is {self.freeze!r}; this is no regular expression")
         need(self.train.optimizer in ("adam", "muon"), "train.optimizer", f"is {self.train.optimizer!r}; use adam or muon")

@@ -73,7 +73,7 @@ class Frame:
         return xy, np.array([self.scale_x, self.scale_y]), np.array([self.offset_x, self.offset_y], np.float64)
 
 
-def clip_frame(height: int, width: int, cfg_side: int, fit: str) -> Frame:
+def vision_frame(height: int, width: int, cfg_side: int, fit: str) -> Frame:
     """The CLIP frame of an image. `fit`: "pad" keeps the ratio, longest side = cfg_side, padding right and bottom;
     "stretch" fills the square; "crop" (CLIP's stock processor) makes the shortest side cfg_side and cuts the centre out."""
     if fit == "pad":
@@ -94,7 +94,7 @@ def clip_frame(height: int, width: int, cfg_side: int, fit: str) -> Frame:
 def sam_frame(height: int, width: int, side: int, fit: str = "pad") -> Frame:
     """The SAM frame of an image. `fit`: "pad" makes the longest side `side`, rounded as SAM rounds, padding right and bottom;
     "stretch" fills the square."""
-    return clip_frame(height, width, side, fit)
+    return vision_frame(height, width, side, fit)
 
 
 def _longest_side(height: int, width: int, side: int) -> Frame:

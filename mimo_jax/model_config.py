@@ -102,7 +102,7 @@ class SamConfig:
 
 @dataclass
 class ModelConfig:
-    clip: ClipConfig = field(default_factory=ClipConfig)
+    vision: ClipConfig = field(default_factory=ClipConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     aligner: AlignerConfig = field(default_factory=AlignerConfig)
     llm: LlamaConfig = field(default_factory=LlamaConfig)
@@ -119,7 +119,7 @@ class ModelConfig:
 
     def query_tokens(self) -> int:
         """Q, the fixed number of positions that one turn's X_q takes in the sequence, whatever the aligner's kind."""
-        image, a = self.clip.tokens(), self.aligner
+        image, a = self.vision.tokens(), self.aligner
         return {"cross_attention": a.queries, "none": image + a.max_text + self.prompt.max_tokens}.get(a.kind, image)
 
     def grounding_tokens(self) -> tuple[str, ...]:

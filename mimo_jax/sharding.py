@@ -37,9 +37,9 @@ RULES: dict[str, tuple[str | None, ...]] = {
     r"^llm/.*/(o|down)/kernel_scale$": (None, "fsdp"),
     r"/lora_[ab]$": (),
     r"^llm/.*norm/scale$": (),
-    r"^(clip|sam_encoder)/.*/(q|k|v|up)/kernel$": ("fsdp", "tensor"),
-    r"^(clip|sam_encoder)/.*/(o|down)/kernel$": ("tensor", "fsdp"),
-    r"^(clip|sam_encoder)/": (),
+    r"^(vision|sam_encoder)/.*/(q|k|v|up)/kernel$": ("fsdp", "tensor"),
+    r"^(vision|sam_encoder)/.*/(o|down)/kernel$": ("tensor", "fsdp"),
+    r"^(vision|sam_encoder)/": (),
     r"^(seg_projection/hidden|aligner/project_out)/kernel$": ("fsdp", "tensor"),
     r"^(prompt|aligner|seg_projection|sam_prompt|sam_decoder)/": (),
 }

@@ -17,7 +17,7 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 def frozen_tree(seed: int = 0) -> dict:
     keys = jax.random.split(jax.random.key(seed), 3)
     return {
-        "clip": {"kernel": jax.random.normal(keys[0], (8, 4), jnp.bfloat16), "scale": jnp.float32(seed)},
+        "vision": {"kernel": jax.random.normal(keys[0], (8, 4), jnp.bfloat16), "scale": jnp.float32(seed)},
         "llm": {"layers": {"kernel": jax.random.normal(keys[1], (2, 4, 4))}},
     }
 

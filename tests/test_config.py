@@ -12,7 +12,7 @@ NAMES = ["tiny", "tiny_finetune", "tiny_lora", "small", "mimo_7b", "lisa_7b"]
 
 # One path of every group of parameters -> does it train?
 GROUPS = {
-    "clip/layers/block/mlp/fc1/kernel": False,
+    "vision/layers/block/mlp/fc1/kernel": False,
     "prompt/point/embedding": True,
     "aligner/queries": True,
     "llm/layers/block/attention/q/kernel": False,
@@ -67,12 +67,12 @@ def test_tiny_trains_everything_but_sams_prompt_encoder():
 
 def test_full_size_is_the_default_and_agrees_with_its_sources():
     model, lisa, small = (load(config=name).model for name in ("mimo_7b", "lisa_7b", "small"))
-    assert (model.clip.width, model.clip.layers, model.clip.activation, model.clip.eps) == (1280, 32, "gelu", 1e-5)
+    assert (model.vision.width, model.vision.layers, model.vision.activation, model.vision.eps) == (1280, 32, "gelu", 1e-5)
     assert (model.llm.vocab_size, model.llm.width, model.llm.mlp_width, model.llm.eps) == (32000, 4096, 11008, 1e-5)
     assert (model.sam.width, model.sam.layers // model.sam.global_every) == (1280, 4)
-    assert (lisa.clip.width, lisa.clip.activation, lisa.aligner.kind, lisa.seg_state) == (1024, "quick_gelu", "linear", "predict")
-    assert (lisa.clip.image_fit, lisa.clip.resample, lisa.grounding_tokens()) == ("crop", "bicubic", ("<SEG>",))
-    assert (lisa.clip.image_size // lisa.clip.patch_size) ** 2 == lisa.aligner.queries
+    assert (lisa.vision.width, lisa.vision.activation, lisa.aligner.kind, lisa.seg_state) == (1024, "quick_gelu", "linear", "predict")
+    assert (lisa.vision.image_fit, lisa.vision.resample, lisa.grounding_tokens()) == ("crop", "bicubic", ("<SEG>",))
+    assert (lisa.vision.image_size // lisa.vision.patch_size) ** 2 == lisa.aligner.queries
     assert (small.llm.kv_heads, small.llm.layers, small.sam.global_every) == (4, 22, 3)
 
 
@@ -162,18 +162,18 @@ def test_every_field_survives_json_and_an_unknown_one_is_named():
     config.mesh.data = 4
     assert Config.from_dict(config.to_dict()) == config
     values = config.to_dict()
-    values["model"]["clip"]["colour"] = 1
-    with pytest.raises(ConfigError, match=r"config\.model\.clip: unknown field colour; known are activation, "):
+    values["model"]["vision"]["colour"] = 1
+    with pytest.raises(ConfigError, match=r"config\.model\.vision: unknown field colour; known are activation, "):
         Config.from_dict(values)
 
 
 @pytest.mark.parametrize(
     ("path", "value", "answer"),
     [
-        ("model.clip.patch_size", 7, "model.clip.patch_size: must divide"),
+        ("model.vision.patch_size", 7, "model.vision.patch_size: must divide"),
         ("model.llm.kv_heads", 3, "model.llm.kv_heads"),
         ("model.lora.targets", "q,z", "model.lora.targets: z unknown"),
-        ("model.clip.resample", "nearest", "model.clip.resample: is 'nearest'; use bilinear or bicubic"),
+        ("model.vision.resample", "nearest", "model.vision.resample: is 'nearest'; use bilinear or bicubic"),
         ("model.seg_position", "before", "model.seg_position: is 'before'; use inside, after or bare"),
         ("data.image_tokens", "<im_start>", "data.image_tokens: is '<im_start>'; name two tokens"),
         ("data.image_tokens", "<im_start>,", "data.image_tokens: is '<im_start>,'; name two tokens"),
@@ -205,10 +205,10 @@ def test_what_cannot_run_is_refused_by_its_field(path, value, answer):
 
 
 @pytest.mark.parametrize(("kind", "fit"), [("mlp", "pad"), ("cross_attention", "crop")])
-def test_looks_are_refused_where_nothing_looks_or_the_grid_is_cut(kind, fit):
+def test_the_attention_map_loss_is_refused_without_queries_and_where_the_grid_is_cut(kind, fit):
     config = tiny_config()
-    config.model.aligner.kind, config.model.clip.image_fit = kind, fit
+    config.model.aligner.kind, config.model.vision.image_fit = kind, fit
     config.validate()
-    config.train.loss.look = 1.0
-    with pytest.raises(ConfigError, match=r"^config\.train\.loss\.look: needs aligner\.kind cross_attention"):
+    config.train.loss.attention_map = 1.0
+    with pytest.raises(ConfigError, match=r"^config\.train\.loss\.attention_map: needs aligner\.kind cross_attention"):
         config.validate()

@@ -13,11 +13,11 @@ from mimo_jax.data.transforms import image_to_frame
 from mimo_jax.geometry import (
     GeometryError,
     box_to_corners,
-    clip_frame,
     sam_frame,
     validate_boxes,
     validate_points,
     validate_scribbles,
+    vision_frame,
 )
 
 ODD_SIZES = [(1, 1), (1, 4000), (4000, 1), (17, 333), (333, 17), (512, 512), (181, 258), (1070, 1348)]
@@ -27,7 +27,7 @@ sizes = st.one_of(st.sampled_from(ODD_SIZES), st.tuples(st.integers(1, 5000), st
 def frames(height, width):
     return [
         *(sam_frame(height, width, 1024, fit) for fit in ("pad", "stretch")),
-        *(clip_frame(height, width, 224, fit) for fit in ("pad", "stretch", "crop")),
+        *(vision_frame(height, width, 224, fit) for fit in ("pad", "stretch", "crop")),
     ]
 
 
@@ -60,7 +60,7 @@ def test_the_image_fills_its_content_exactly(size):
 def test_thin_images_keep_a_row():
     assert sam_frame(1, 4000, 1024).size == (1, 1024)
     assert sam_frame(4000, 1, 1024).size == (1024, 1)
-    assert clip_frame(1, 4000, 224, "crop").content_width == 224 * 4000
+    assert vision_frame(1, 4000, 224, "crop").content_width == 224 * 4000
 
 
 def blob(height, width, x, y, sigma):
@@ -79,7 +79,7 @@ def centroid(grey):
 def test_a_prompt_on_a_dot_lands_on_the_resized_dot(height, width):
     x, y = 0.47 * width + 0.3, 0.55 * height - 0.2
     image = blob(height, width, x, y, 0.04 * min(height, width))
-    for frame in [sam_frame(height, width, 256), *(clip_frame(height, width, 224, fit) for fit in ("pad", "stretch", "crop"))]:
+    for frame in [sam_frame(height, width, 256), *(vision_frame(height, width, 224, fit) for fit in ("pad", "stretch", "crop"))]:
         seen = centroid(image_to_frame(image, frame)[:, :, 0])
         np.testing.assert_allclose(frame.to_frame(np.array([x, y])), seen, atol=0.05, err_msg=str(frame))
         # SAM's own rule is off by half of (1 - scale): the two must not be confused.
@@ -163,6 +163,6 @@ def test_sizes_and_fits_that_cannot_be():
     with pytest.raises(GeometryError, match="at least 1"):
         sam_frame(0, 10, 1024)
     with pytest.raises(GeometryError, match="pad, stretch, crop"):
-        clip_frame(10, 10, 224, "squash")
+        vision_frame(10, 10, 224, "squash")
     with pytest.raises(GeometryError, match="last axis"):
         sam_frame(10, 10, 1024).to_frame(np.zeros((2, 3)))

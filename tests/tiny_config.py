@@ -11,7 +11,7 @@ from mimo_jax.models import mimo
 def tiny_config(**model) -> Config:
     """Two layers of everything, widths of 16 to 32; keyword arguments replace fields of `config.model`."""
     fields = {
-        "clip": ClipConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32, feature_layer=-1),
+        "vision": ClipConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32, feature_layer=-1),
         "prompt": PromptConfig(width=16, max_tokens=12, scribble_points=4),
         "aligner": AlignerConfig(queries=4, blocks=2, width=16, heads=2, max_text=16),
         "llm": LlamaConfig(vocab_size=512, width=16, layers=2, heads=2, kv_heads=1, mlp_width=32, max_length=256),
@@ -43,7 +43,7 @@ def quick_config() -> Config:
     """`tiny_config` with less of what takes long to compile, a quarter in all; CLIP and SAM's encoder are frozen."""
     config = tiny_config(aligner=AlignerConfig(kind="linear"))
     config.model.sam.decoder_layers = 1
-    config.freeze = "^(clip|sam_encoder)/"
+    config.freeze = "^(vision|sam_encoder)/"
     return config
 
 
@@ -61,8 +61,8 @@ def random_batch(config: Config, seed: int = 0, length: int = 40) -> dict[str, n
     loss_mask = np.zeros((b, length), np.float32)
     loss_mask[:, length - 10 :] = 1
     return {
-        "clip_image": rng.integers(0, 256, (n, m.clip.image_size, m.clip.image_size, 3)).astype(np.uint8),
-        "clip_size": np.full((n, 2), m.clip.image_size, np.int32),
+        "vision_image": rng.integers(0, 256, (n, m.vision.image_size, m.vision.image_size, 3)).astype(np.uint8),
+        "vision_size": np.full((n, 2), m.vision.image_size, np.int32),
         "sam_image": rng.integers(0, 256, (n, m.sam.image_size, m.sam.image_size, 3)).astype(np.uint8),
         "sam_size": np.full((n, 2), m.sam.image_size, np.int32),
         "input_ids": ids,
@@ -71,10 +71,10 @@ def random_batch(config: Config, seed: int = 0, length: int = 40) -> dict[str, n
         "loss_mask": loss_mask,
         "instruction_ids": rng.integers(3, m.llm.vocab_size, (b, r, m.aligner.max_text)).astype(np.int32),
         "instruction_mask": np.ones((b, r, m.aligner.max_text), bool),
-        "prompt_xy": rng.uniform(0, m.clip.image_size - 1, (b, r, m.prompt.max_tokens, 2)).astype(np.float32),
+        "prompt_xy": rng.uniform(0, m.vision.image_size - 1, (b, r, m.prompt.max_tokens, 2)).astype(np.float32),
         "prompt_kind": rng.integers(0, 6, (b, r, m.prompt.max_tokens)).astype(np.int32),
-        "look": rng.integers(0, 2, (b, r, m.clip.grid(), m.clip.grid())).astype(np.uint8),
-        "look_mask": np.ones((b, r), bool),
+        "attention_target": rng.integers(0, 2, (b, r, m.vision.grid(), m.vision.grid())).astype(np.uint8),
+        "attention_target_mask": np.ones((b, r), bool),
         "seg_index": seg_index,
         "seg_mask": np.broadcast_to(np.arange(m.max_segs) < 2, (b, m.max_segs)).copy(),
         "masks": rng.integers(0, 2, (b, m.max_segs, m.mask_side(), m.mask_side())).astype(np.uint8),

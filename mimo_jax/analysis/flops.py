@@ -19,7 +19,7 @@ from mimo_jax.config import Config
 from mimo_jax.models import mimo
 
 # part -> the parts that feed it, and itself: where a parameter of one of them trains, gradients go through its activations.
-_FED_BY = {"clip": {"clip"}, "sam_encoder": {"sam_encoder"}, "aligner": {"clip", "prompt", "embedding", "aligner"}}
+_FED_BY = {"vision": {"vision"}, "sam_encoder": {"sam_encoder"}, "aligner": {"vision", "prompt", "embedding", "aligner"}}
 _FED_BY["llm"] = _FED_BY["aligner"] | {"llm"}
 _FED_BY["lm_head"] = _FED_BY["llm"] | {"lm_head"}
 _FED_BY["seg_projection"] = _FED_BY["llm"] | {"seg_projection"}
@@ -27,12 +27,12 @@ _FED_BY["sam_decoder"] = _FED_BY["seg_projection"] | {"sam_encoder", "sam_decode
 
 # Matrices that read less than what feeds their part. Pixels take no gradient.
 _READS = {
-    r"^(clip|sam_encoder)/patch/": set(),
-    r"^aligner/image/": {"clip"},
+    r"^(vision|sam_encoder)/patch/": set(),
+    r"^aligner/image/": {"vision"},
     r"^sam_decoder/first/(token_to_image/[kv]|image_to_token/q)/": {"sam_encoder"},
 }
 
-_ENCODERS = ("clip", "sam_encoder")
+_ENCODERS = ("vision", "sam_encoder")
 _DECODER_TOKENS = 6  # of one mask in SAM's decoder: IoU, four masks, <SEG>
 
 
@@ -73,20 +73,21 @@ def _by_part(config: Config, length: int, passes: Callable[[str, str | None], in
 
 def _tokens(config: Config, length: int) -> dict[str, float]:
     """Ordered path regex -> tokens of one sample that pass the matrix; 0 for what is no matrix, or is looked up."""
-    m, c, s = config.model, config.model.clip, config.model.sam
+    m, c, s = config.model, config.model.vision, config.model.sam
     share = 1 / config.data.samples_per_image  # of what is computed once per image
     image, turn, queries = c.tokens() * share, m.max_turns * (m.aligner.max_text + m.prompt.max_tokens), m.max_turns * m.aligner.queries
     grid = s.image_size // s.patch_size
     pixels, words = grid**2, _DECODER_TOKENS * m.max_segs
     return {
-        r"(bias|scale|token|tokens|embedding|rel_pos_[hw])$|^(prompt|embedding|sam_prompt)/|^aligner/(type|null_prompt|queries)$": 0,
-        r"^clip/patch/": c.grid() ** 2 * share,
-        r"^clip/layers/": (c.grid() ** 2 + 1) * share * (c.feature_layer % (c.layers + 1)) / c.layers,  # those that run
+        r"(bias|scale|token|tokens|embedding|rel_pos_[hw])$|^(prompt|embedding|sam_prompt)/": 0,
+        r"^aligner/(modality_embedding|null_prompt|queries)$": 0,
+        r"^vision/patch/": c.grid() ** 2 * share,
+        r"^vision/layers/": (c.grid() ** 2 + 1) * share * (c.feature_layer % (c.layers + 1)) / c.layers,  # those that run
         r"^aligner/image/": image,
         r"^aligner/text/": m.max_turns * m.aligner.max_text,
         r"^aligner/visual/": m.max_turns * m.prompt.max_tokens,
-        r"^aligner/look/[qo]/": turn,
-        r"^aligner/look/[kv]/": image,
+        r"^aligner/turn_to_image/[qo]/": turn,
+        r"^aligner/turn_to_image/[kv]/": image,
         r"^aligner/blocks/block/cross_attention/[kv]/": image + turn,
         r"^aligner/blocks/": queries,
         r"^aligner/project": queries if m.aligner.kind == "cross_attention" else image,
@@ -105,7 +106,7 @@ def _tokens(config: Config, length: int) -> dict[str, float]:
 
 def _products(config: Config, length: int) -> dict[str, float]:
     """part -> FLOPs of one sample's products of activations: of queries with keys, and of weights with values."""
-    m, c, s, a = config.model, config.model.clip, config.model.sam, config.model.aligner
+    m, c, s, a = config.model, config.model.vision, config.model.sam, config.model.aligner
     share = 1 / config.data.samples_per_image
     turn, grid = a.max_text + m.prompt.max_tokens, s.image_size // s.patch_size
     windows, stages = -(-grid // s.window), s.layers // s.global_every
@@ -117,14 +118,14 @@ def _products(config: Config, length: int) -> dict[str, float]:
         """Of `side`² tokens, `places` times; the positions' terms are products of each query with a row of each table."""
         return places * (attention(side**2, side**2, s.width) + 4.0 * side**3 * s.width)
 
-    looks = attention(turn, c.tokens(), a.width)
+    reading = attention(turn, c.tokens(), a.width)
     reads = attention(a.queries, a.queries, a.width) + attention(a.queries, c.tokens() + turn, a.width)
     across = attention(_DECODER_TOKENS, grid**2, s.decoder_width // 2)
     among = attention(_DECODER_TOKENS, _DECODER_TOKENS, s.decoder_width)
     paint = 2.0 * (4 * grid) ** 2 * s.decoder_width / 8
     return {
-        "clip": share * (c.feature_layer % (c.layers + 1)) * attention(c.grid() ** 2 + 1, c.grid() ** 2 + 1, c.width),
-        "aligner": m.max_turns * (looks + a.blocks * reads) if a.kind == "cross_attention" else 0.0,
+        "vision": share * (c.feature_layer % (c.layers + 1)) * attention(c.grid() ** 2 + 1, c.grid() ** 2 + 1, c.width),
+        "aligner": m.max_turns * (reading + a.blocks * reads) if a.kind == "cross_attention" else 0.0,
         "llm": m.llm.layers * attention(length, length / 2, m.llm.width),
         "sam_encoder": share * stages * ((s.global_every - 1) * sam_block(s.window, windows**2) + sam_block(grid, 1)),
         "sam_decoder": m.max_segs * (s.decoder_layers * (2 * across + among) + across + paint),

@@ -10,15 +10,15 @@ from mimo_jax.errors import EXIT_OK
 
 EXAMPLES = {
     "import": """examples:
-  mimo convert import --config configs/mimo_7b.py --clip CLIP-ViT-H-14 --llm vicuna-7b-v1.5 --sam sam_vit_h_4b8939.pth --out import
-  mimo convert import --config configs/mimo_7b.py --clip CLIP --llm VICUNA --sam SAM.pth --lora ADAPTER --lora-alpha 8 --out import
-  mimo convert import --config configs/lisa_7b.py --joint LISA-7B-v1 --clip clip-vit-large-patch14 --out lisa
+  mimo convert import --config configs/mimo_7b.py --vision CLIP-ViT-H-14 --llm vicuna-7b-v1.5 --sam sam_vit_h_4b8939.pth --out import
+  mimo convert import --config configs/mimo_7b.py --vision CLIP --llm VICUNA --sam SAM.pth --lora ADAPTER --lora-alpha 8 --out import
+  mimo convert import --config configs/lisa_7b.py --joint LISA-7B-v1 --vision clip-vit-large-patch14 --out lisa
   mimo convert import --config configs/mimo_7b.py --joint MODEL --key-map rows.json --out import
 
-A row of a key map is [torch key, path here] or [torch key, path here, op], with {llm_layer}, {clip_layer}, {aligner_block}, … for
+A row of a key map is [torch key, path here] or [torch key, path here, op], with {llm_layer}, {vision_layer}, {aligner_block}, … for
 the number of a layer; ops are identity, linear, conv, conv_transpose, squeeze.""",
     "export": """examples:
-  mimo convert export --checkpoint runs/b --format hf --out exported        # clip/ and llm/; LoRA merged into llm/
+  mimo convert export --checkpoint runs/b --format hf --out exported        # vision/ and llm/; LoRA merged into llm/
   mimo convert export --checkpoint runs/b --format peft --out adapter       # LoRA alone, for llm/ of --format hf --lora apart
   mimo convert export --checkpoint runs/b --format sam --out sam            # sam_vit_h.pth
   mimo convert export --checkpoint runs/b --format joint --lora apart --out whole
@@ -47,7 +47,7 @@ def add_verbs(convert: argparse.ArgumentParser) -> None:
         "is listed, and then nothing is written. Settings of the config are set as in `mimo train`: --config.model.llm.vocab_size=32002.",
     )
     add.add_argument("--config", required=True, metavar="FILE", help="a config file; packaged ones go by name, as configs/mimo_7b.py")
-    add.add_argument("--clip", type=Path, metavar="PATH", help="CLIP vision tower, of transformers or open_clip")
+    add.add_argument("--vision", type=Path, metavar="PATH", help="CLIP vision tower, of transformers or open_clip")
     add.add_argument("--llm", type=Path, metavar="PATH", help="Llama or Vicuna, with its tokenizer")
     add.add_argument("--sam", type=Path, metavar="PATH", help="SAM or MedSAM, facebook's or transformers'")
     add.add_argument("--lora", type=Path, metavar="PATH", help="a PEFT adapter of --llm")

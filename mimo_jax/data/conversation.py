@@ -52,7 +52,7 @@ class Rendered:
     prompted: list[list[str]]  # per user turn, ids of the masks that the user points at
     seg_positions: list[int]  # position of each <SEG>
     seg_targets: list[list[str]]  # ids of the masks that it stands for
-    looked: list[list[str] | None]  # per user turn, ids of all masks that the answer is about; None: unknown, or not trained on
+    answer_masks: list[list[str] | None]  # per user turn, ids of all masks that the answer is about; None: unknown, or not trained on
 
 
 def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
@@ -92,13 +92,13 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
         loss_mask=np.array(loss, np.float32),
         instructions=[instruction_ids(tokenizer, config, turn.text) for turn in users],
         prompted=[turn.prompted for turn in users],
-        looked=[_looked(sample, 2 * number + 1) if config.train.loss.look else None for number in range(len(users))],
+        answer_masks=[_answer_masks(sample, 2 * number + 1) if config.train.loss.attention_map else None for number in range(len(users))],
         seg_positions=np.flatnonzero(input_ids == tokenizer.seg).tolist(),
         seg_targets=seg_targets,
     )
 
 
-def _looked(sample: Sample, turn: int) -> list[str] | None:
+def _answer_masks(sample: Sample, turn: int) -> list[str] | None:
     """Ids of the masks that an assistant turn is about, none of them where it says that what was asked for is not there."""
     targets = [target for target in sample.targets if target.turn == turn]
     return sorted({mask_id for target in targets for mask_id in target.mask_ids}) if targets else None

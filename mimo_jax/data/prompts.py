@@ -181,13 +181,13 @@ def _walk(
     return cells
 
 
-def encode_prompts(prompts: Prompts, clip_frame: Frame, cfg: PromptConfig) -> tuple[np.ndarray, np.ndarray]:
+def encode_prompts(prompts: Prompts, vision_frame: Frame, cfg: PromptConfig) -> tuple[np.ndarray, np.ndarray]:
     """(xy float32 [P, 2] in pixels of the CLIP frame, kind int32 [P]): one token for a point, two for a box (its corners),
     `cfg.scribble_points` for a scribble; unused tokens are 0 with kind NONE.
 
     Raises GeometryError for a prompt off the image, PromptError for more than P = cfg.max_tokens tokens.
     """
-    height, width = clip_frame.height, clip_frame.width
+    height, width = vision_frame.height, vision_frame.width
     points = validate_points(prompts.points, height, width)
     boxes = validate_boxes(prompts.boxes, height, width)
     scribbles = validate_scribbles(prompts.scribbles, height, width)
@@ -203,17 +203,17 @@ def encode_prompts(prompts: Prompts, clip_frame: Frame, cfg: PromptConfig) -> tu
             f"model takes {cfg.max_tokens} in a turn (a point 1, a box 2, a scribble {cfg.scribble_points}): give fewer"
         )
     xy, kind = np.zeros((cfg.max_tokens, 2), np.float32), np.zeros(cfg.max_tokens, np.int32)
-    xy[: len(kinds)] = clip_frame.to_frame(np.concatenate(parts))
+    xy[: len(kinds)] = vision_frame.to_frame(np.concatenate(parts))
     kind[: len(kinds)] = kinds
     return xy, kind
 
 
-def sam_points(xy: np.ndarray, kind: np.ndarray, clip_frame: Frame, sam_frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+def sam_points(xy: np.ndarray, kind: np.ndarray, vision_frame: Frame, sam_frame: Frame) -> tuple[np.ndarray, np.ndarray]:
     """`encode_prompts`' tokens as points for SAM: (xy float32 [P + 1, 2] in pixels of the SAM frame, labels int32 [P + 1]: 1 in, 0
     out, 2 and 3 a box's corners, -2 unused). A scribble is points in; points without a box end with -1, as SAM was trained."""
     labels = _SAM_LABELS[kind]
     end = _NOT_A_POINT if (labels >= 0).any() and (labels <= 1).all() else _UNUSED
-    at = sam_frame.to_frame(clip_frame.from_frame(xy))
+    at = sam_frame.to_frame(vision_frame.from_frame(xy))
     return np.pad(at, [(0, 1), (0, 0)]).astype(np.float32), np.append(labels, end).astype(np.int32)
 
 

@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from scipy.special import ndtri
 
 from mimo_jax.errors import UserError
-from mimo_jax.geometry import Frame, clip_frame, sam_frame
+from mimo_jax.geometry import Frame, sam_frame, vision_frame
 from mimo_jax.model_config import ModelConfig
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow's other readers never see a user's bytes
@@ -144,17 +144,17 @@ def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles
 
 
 def preprocess(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """uint8 RGB [H, W, 3] -> what both towers see: `clip_image` uint8 [Hc, Hc, 3], `sam_image` uint8 [Hs, Hs, 3], and
-    `clip_size`, `sam_size` int32 [2], the (height, width) of the content of each; the rest is 0."""
+    """uint8 RGB [H, W, 3] -> what both towers see: `vision_image` uint8 [Hc, Hc, 3], `sam_image` uint8 [Hs, Hs, 3], and
+    `vision_size`, `sam_size` int32 [2], the (height, width) of the content of each; the rest is 0."""
     height, width = image.shape[:2]
-    clip = clip_frame(height, width, cfg.clip.image_size, cfg.clip.image_fit)
+    vision = vision_frame(height, width, cfg.vision.image_size, cfg.vision.image_fit)
     sam = sam_frame(height, width, cfg.sam.image_size, cfg.sam.image_fit)
     red, green, blue = (image[:, :, channel] for channel in range(3))
     if np.array_equal(red, green) and np.array_equal(red, blue):
         image = red  # one channel is resized in a third of the time, to the same values
     return {
-        "clip_image": image_to_frame(image, clip, cfg.clip.resample),
-        "clip_size": np.array(clip.size, np.int32),
+        "vision_image": image_to_frame(image, vision, cfg.vision.resample),
+        "vision_size": np.array(vision.size, np.int32),
         "sam_image": image_to_frame(image, sam),
         "sam_size": np.array(sam.size, np.int32),
     }

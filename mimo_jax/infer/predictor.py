@@ -30,7 +30,7 @@ from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mimo_jax.data.transforms import preprocess
 from mimo_jax.errors import UserError
-from mimo_jax.geometry import Frame, clip_frame, sam_frame
+from mimo_jax.geometry import Frame, sam_frame, vision_frame
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
 from mimo_jax.infer.engine.compiled import Engine
@@ -119,7 +119,7 @@ class Mimo:
         for at in range(0, len(images), size):
             chunk = images[at : at + size]
             seen = [preprocess(image.pixels, self.config.model) for image in chunk]
-            arrays = (stacked([v[name] for v in seen], size) for name in ("clip_image", "clip_size", "sam_image", "sam_size"))
+            arrays = (stacked([v[name] for v in seen], size) for name in ("vision_image", "vision_size", "sam_image", "sam_size"))
             x_img, features = self.engine.encode(*arrays, len(chunk))
             for i, image in enumerate(chunk):
                 image.x_img, image.features = x_img[i], features[i]
@@ -179,15 +179,15 @@ class Mimo:
     def _frames(self, pixels: np.ndarray) -> tuple[Frame, Frame]:
         m = self.config.model
         height, width = pixels.shape[:2]
-        clip = clip_frame(height, width, m.clip.image_size, m.clip.image_fit)
-        return clip, sam_frame(height, width, m.sam.image_size, m.sam.image_fit)
+        vision = vision_frame(height, width, m.vision.image_size, m.vision.image_fit)
+        return vision, sam_frame(height, width, m.sam.image_size, m.sam.image_fit)
 
     def _prepare(self, request: Request) -> EncodedTurn:
         image = request.image
         if not isinstance(image, EncodedImage):
             pixels = image.pixels if isinstance(image, MedicalImage) else image
             return prepare(request, self._frames(pixels)[0], self.tokenizer, self.config)
-        return prepare(request, image.clip_frame, self.tokenizer, self.config)
+        return prepare(request, image.vision_frame, self.tokenizer, self.config)
 
     def warm_up(self, progress: bool = False) -> None:
         """Compile all that a chat needs, so that no question waits for it: the encoders, every size of the cache with every length of

@@ -5,8 +5,8 @@ L instruction tokens, P prompt tokens, M keys of a turn, W aligner width, D widt
 
 MIMO, section "Multi-modal Input Aligner": X_q cross-attends to (X_img, X_q^t, X_q^v), then a linear
 projection into the language model. Image keys carry the position code of the prompts, through the
-same projection, so that a point and the patch under it look alike; and every token of the prompts and of the instruction
-looks at the image before the queries read it, so that "what is here?" and "is there one?" take one step of attention, not two.
+same projection, so that a point and the patch under it have similar keys; and every token of the prompts and of the instruction
+attends to the image before the queries read it, so that "what is here?" and "is there one?" take one step of attention, not two.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers
 class AlignerAttention(nnx.Module):
     """Multi-head attention of x [B, Q, W] over memory [B, M, W] and, before it, what the rows of an image share [N, J, W]."""
 
-    def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs, same_start: bool = False):
-        """same_start: keys begin with the queries' projection, so that like first attends to like."""
+    def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs, tie_qk_init: bool = False):
+        """tie_qk_init: keys begin with the queries' projection, so that like first attends to like."""
         self.heads = heads
 
         def linear() -> Linear:
             return Linear(width, width, dtype=dtype, rngs=rngs)
 
         self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
-        if same_start:
+        if tie_qk_init:
             self.k.kernel = nnx.Param(self.q.kernel[...])
 
     def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None, shared: jax.Array | None = None) -> jax.Array:
@@ -64,7 +64,7 @@ class AlignerBlock(nnx.Module):
         self.down = Linear(4 * width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, keys_image: jax.Array, keys_turn: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the queries [B, Q, W] and where in the image they looked [B, I], as logits."""
+        """Returns the queries [B, Q, W] and how much they attend to each place of the image [B, I], as logits."""
         y = self.self_norm(x)
         x = x + self.self_attention(y, y)
         y = self.cross_norm(x)
@@ -92,21 +92,21 @@ class Aligner(nnx.Module):
         self.kind, self.dtype = a.kind, dtype
         linear = lambda i, o: Linear(i, o, dtype=dtype, rngs=rngs)  # noqa: E731
         if a.kind == "linear":
-            self.project = linear(cfg.clip.width, out)
+            self.project = linear(cfg.vision.width, out)
         elif a.kind == "mlp":
-            self.project = linear(cfg.clip.width, out)
+            self.project = linear(cfg.vision.width, out)
             self.project_out = linear(out, out)
         else:
             width = a.width if a.kind == "cross_attention" else out
-            self.image = linear(cfg.clip.width, width)
+            self.image = linear(cfg.vision.width, width)
             self.text = linear(out, width)
             self.visual = linear(cfg.prompt.width, width)
-            self.type = nnx.Param(jax.random.normal(rngs.params(), (3, width)) * 0.02)
+            self.modality_embedding = nnx.Param(jax.random.normal(rngs.params(), (3, width)) * 0.02)
             self.null_prompt = nnx.Param(jax.random.normal(rngs.params(), (width,)) * 0.02)
         if a.kind == "cross_attention":
-            self.image_norm = nnx.LayerNorm(cfg.clip.width, dtype=dtype, rngs=rngs)
+            self.image_norm = nnx.LayerNorm(cfg.vision.width, dtype=dtype, rngs=rngs)
             self.text_norm = nnx.LayerNorm(out, dtype=dtype, rngs=rngs)
-            self.look = AlignerAttention(width, a.heads, dtype=dtype, rngs=rngs, same_start=True)
+            self.turn_to_image = AlignerAttention(width, a.heads, dtype=dtype, rngs=rngs, tie_qk_init=True)
             self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)))
             self.blocks = ScannedLayers(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, scan=scan)
             self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
@@ -121,31 +121,31 @@ class Aligner(nnx.Module):
     def __call__(
         self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array
     ) -> tuple[jax.Array, jax.Array | None]:
-        """X_q of B turns [B, Q, D], and where in the image the queries of the last block look [B, I] (logits; None without
+        """X_q of B turns [B, Q, D], and where in the image the queries of the last block attend [B, I] (logits; None without
         queries); for the kinds that read text and prompts.
 
         image [N, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask [B, P]. Where
         a turn has no prompt at all, a learned null token stands in the first place."""
         copies = text.shape[0] // image.shape[0]
-        type_ = self.type[...].astype(self.dtype)
+        modality = self.modality_embedding[...].astype(self.dtype)
         b, p = visual_mask.shape
         none = ~visual_mask.any(axis=1)
         null = none[:, None] & (jnp.arange(p) == 0)
-        seen = visual_mask | null
+        valid_mask = visual_mask | null
         if self.kind == "cross_attention":
             image, text = self.image_norm(image), self.text_norm(text)
         text = text + sinusoid(text.shape[1], text.shape[2]).astype(self.dtype)
-        keys_image = self.image(image) + self.visual(image_code) + type_[0]
-        keys_text = self.text(text) + type_[1]
-        keys_visual = jnp.where(null[..., None], self.null_prompt[...].astype(self.dtype), self.visual(visual)) + type_[2]
+        keys_image = self.image(image) + self.visual(image_code) + modality[0]
+        keys_text = self.text(text) + modality[1]
+        keys_visual = jnp.where(null[..., None], self.null_prompt[...].astype(self.dtype), self.visual(visual)) + modality[2]
         if self.kind == "none":
-            keep_text, keep_visual = text_mask[..., None], seen[..., None]
+            keep_text, keep_visual = text_mask[..., None], valid_mask[..., None]
             return jnp.concatenate([jnp.repeat(keys_image, copies, axis=0), keys_text * keep_text, keys_visual * keep_visual], axis=1), None
 
         keys_turn = jnp.concatenate([keys_text, keys_visual], axis=1)
-        looked = self.look(keys_turn.reshape(image.shape[0], -1, keys_turn.shape[-1]), keys_image)  # all turns of an image together
-        keys_turn = keys_turn + looked.reshape(keys_turn.shape)
-        mask = jnp.concatenate([text_mask, seen], axis=1)[:, None, None, :]  # [B, 1, 1, L + P]
+        read = self.turn_to_image(keys_turn.reshape(image.shape[0], -1, keys_turn.shape[-1]), keys_image)  # all turns of an image together
+        keys_turn = keys_turn + read.reshape(keys_turn.shape)
+        mask = jnp.concatenate([text_mask, valid_mask], axis=1)[:, None, None, :]  # [B, 1, 1, L + P]
         x = jnp.broadcast_to(self.queries[...].astype(self.dtype), (b, *self.queries.shape))
-        x, looks = self.blocks(x, keys_image, keys_turn, mask, with_output=True)
-        return self.project(self.norm(x)), looks[-1]
+        x, attention_maps = self.blocks(x, keys_image, keys_turn, mask, with_output=True)
+        return self.project(self.norm(x)), attention_maps[-1]

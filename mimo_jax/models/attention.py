@@ -26,11 +26,11 @@ def attention(
 
     q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] -> [B, T, H, V] in v's dtype. k and v may have fewer heads G, each for H/G
     heads of q in a row (grouped queries; a mask is then the same for all heads, and there is no bias).
-    mask: bool, broadcastable to [B, H, T, S], True where a query may look; a query that may look nowhere gets the mean of all
+    mask: bool, broadcastable to [B, H, T, S], True where a query may attend; a query that may attend nowhere gets the mean of all
     values, not NaN. bias: broadcastable to [B, H, T, S]. scale: K ** -0.5 unless given.
     shared: further keys and values [N, J, H, K], [N, J, H, V], unmasked, the n-th seen by the rows n·B/N … (n+1)·B/N - 1:
     the same as if they were repeated for each row and stood before k and v.
-    causal: the t-th query looks at keys 0 … t alone; in place of a mask, so that a kernel may serve (`kernels`).
+    causal: the t-th query attends to keys 0 … t alone; in place of a mask, so that a kernel may serve (`kernels`).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is None and bias is None and shared is None:

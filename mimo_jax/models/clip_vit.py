@@ -53,10 +53,10 @@ class ClipVit(nnx.Module):
 
     def __init__(self, cfg: ClipConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
         if cfg.activation not in ACTIVATIONS:
-            raise ConfigError(f"config.model.clip.activation: is {cfg.activation!r}; use one of {', '.join(ACTIVATIONS)}")
+            raise ConfigError(f"config.model.vision.activation: is {cfg.activation!r}; use one of {', '.join(ACTIVATIONS)}")
         if not -cfg.layers - 1 <= cfg.feature_layer <= cfg.layers:
             raise ConfigError(
-                f"config.model.clip.feature_layer: is {cfg.feature_layer}; use {-cfg.layers - 1} to {cfg.layers}, "
+                f"config.model.vision.feature_layer: is {cfg.feature_layer}; use {-cfg.layers - 1} to {cfg.layers}, "
                 "an index into [embeddings, layer 1 .. layer n]"
             )
         self.cfg = cfg

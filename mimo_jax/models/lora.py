@@ -3,7 +3,7 @@
 Axis letters: ... any leading axes, I in, O out, R rank.
 
 y = x W + (alpha / rank) (x A) B, as in PEFT: A uniform in ±1/sqrt(I), B zero, so that the update is
-zero at the start. Rank 0 makes no parameters. W may be held as integers (`quantize`), for inference.
+zero at the start. Rank 0 makes no parameters. W may be stored as integers (`quantize`), for inference.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class LoraLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """quantization: "" for W as it is, or "int8", "int4"."""
-        held = quantize.quantize(jax.random.normal(rngs.params(), (inputs, outputs), param_dtype) * inputs**-0.5, quantization)
-        for name, leaf in held.items():
+        stored = quantize.quantize(jax.random.normal(rngs.params(), (inputs, outputs), param_dtype) * inputs**-0.5, quantization)
+        for name, leaf in stored.items():
             setattr(self, name, nnx.Param(leaf))
-        self.held = tuple(held)
+        self.storage = tuple(stored)
         self.dtype = dtype
         self.scale = alpha / rank if rank else 0.0
         if rank:  # trained, so always fp32
@@ -49,7 +49,7 @@ class LoraLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         lead = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])  # one contracted axis in the weight gradient: see layers.Linear
-        y = quantize.quantized_matmul(x, {name: getattr(self, name)[...] for name in self.held}, self.dtype)
+        y = quantize.quantized_matmul(x, {name: getattr(self, name)[...] for name in self.storage}, self.dtype)
         if self.scale:
             y = y + (x @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(self.dtype) * self.scale
         return y.reshape(*lead, -1)

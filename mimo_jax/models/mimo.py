@@ -4,7 +4,7 @@ Axis letters: N images, B samples (B = N * K: sample b belongs to image b // K),
 sequence, Q tokens of one turn's X_q, L instruction tokens, P prompt tokens or points, S <SEG> slots, I image tokens,
 D width of the language model, C width of SAM's features, g side of SAM's grid, M side of a mask, V vocabulary.
 
-Reads like the paper: X_img = CLIP(image); X_vis = visual prompt encoder; X_q = Aligner(X_img, X_txt, X_vis);
+Reads like the paper: X_img = vision tower(image); X_vis = visual prompt encoder; X_q = Aligner(X_img, X_txt, X_vis);
 hidden = LLM(template with X_q spliced in); masks = SAM decoder(SAM encoder(image), proj(hidden at <SEG>)).
 """
 
@@ -55,9 +55,9 @@ class MimoModel(nnx.Module):
         dtype, base_dtype = jnp.dtype(m.dtype), jnp.float32
         self.config, self.dtype = m, dtype
         scan = ScanConfig(m.remat, m.unroll)
-        self.clip = ClipVit(m.clip, dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
+        self.vision = ClipVit(m.vision, dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
         grounding = len(m.grounding_tokens())
-        self.prompt = None if m.aligner.image_only() else VisualPromptEncoder(m.prompt, m.clip, dtype=dtype, rngs=rngs)
+        self.prompt = None if m.aligner.image_only() else VisualPromptEncoder(m.prompt, m.vision, dtype=dtype, rngs=rngs)
         self.aligner = Aligner(m, dtype=dtype, scan=scan, rngs=rngs)
         self.embedding = TokenEmbedding(m.llm, grounding=grounding, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
         self.llm = Llama(m.llm, m.lora, config.lora_targets(), dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
@@ -69,10 +69,10 @@ class MimoModel(nnx.Module):
 
     # --- what is computed once per image
 
-    def encode_clip(self, clip_image: jax.Array, clip_size: jax.Array) -> jax.Array:
+    def encode_vision(self, vision_image: jax.Array, vision_size: jax.Array) -> jax.Array:
         """uint8 [N, H, H, 3], content size [N, 2] -> X_img [N, I, Dc]."""
         mean, std = (tuple(255.0 * v for v in values) for values in (clip_vit.MEAN, clip_vit.STD))
-        return self.clip(normalize(clip_image, clip_size, mean, std, self.dtype))
+        return self.vision(normalize(vision_image, vision_size, mean, std, self.dtype))
 
     def encode_sam(self, sam_image: jax.Array, sam_size: jax.Array) -> jax.Array:
         """uint8 [N, H, H, 3], content size [N, 2] -> [N, g, g, C]."""
@@ -87,7 +87,7 @@ class MimoModel(nnx.Module):
         return self.align_with_attention(image, instruction_ids, instruction_mask, prompt_xy, prompt_kind)[0]
 
     def align_with_attention(self, image, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> tuple[jax.Array, jax.Array | None]:
-        """`align`, and where in the image each turn's queries look: logits [B, R, g, g] on the grid of CLIP's patches, or None
+        """`align`, and where in the image each turn's queries attend: logits [B, R, g, g] on the grid of the vision tower, or None
         where `aligner.kind` has no queries."""
         b, r, _ = instruction_ids.shape
         if self.prompt is None:
@@ -99,11 +99,11 @@ class MimoModel(nnx.Module):
 
         visual = self.prompt(fold(prompt_xy), fold(prompt_kind))
         text = mesh.constrain_batch(self.embedding(fold(instruction_ids)))
-        x_q, look = self.aligner(image, self.prompt.image_code(), text, fold(instruction_mask), visual, fold(prompt_kind) > 0)
-        if look is not None:
-            g = self.config.clip.grid()
-            look = look[:, -g * g :].reshape(b, r, g, g)  # without the class token
-        return x_q.reshape(b, r, *x_q.shape[1:]), look
+        x_q, attention_map = self.aligner(image, self.prompt.image_code(), text, fold(instruction_mask), visual, fold(prompt_kind) > 0)
+        if attention_map is not None:
+            g = self.config.vision.grid()
+            attention_map = attention_map[:, -g * g :].reshape(b, r, g, g)  # without the class token
+        return x_q.reshape(b, r, *x_q.shape[1:]), attention_map
 
     # --- the language model
 
@@ -147,39 +147,39 @@ class MimoModel(nnx.Module):
         b, s, _ = seg_states.shape
         n = features.shape[0]
         sparse = self.seg_projection(seg_states)[:, :, None]  # [B, S, 1, C]
-        seen = None
+        valid_mask = None
         if points is not None:
             xy, labels = points
             marked = self.sam_prompt.embed_points(xy + 0.5, jnp.maximum(labels, -1))[:, None]
             sparse = jnp.concatenate([jnp.broadcast_to(marked, (b, s, *marked.shape[2:])), sparse], axis=2)
-            seen = jnp.pad(labels >= -1, [(0, 0), (0, 1)], constant_values=True)[:, None]
-            seen = jnp.broadcast_to(seen, (b, s, seen.shape[-1])).reshape(n, b // n * s, -1)
+            valid_mask = jnp.pad(labels >= -1, [(0, 0), (0, 1)], constant_values=True)[:, None]
+            valid_mask = jnp.broadcast_to(valid_mask, (b, s, valid_mask.shape[-1])).reshape(n, b // n * s, -1)
         dense = self.sam_prompt.no_mask()
         if masks is not None:
             dense = self.sam_prompt.embed_masks(masks.astype(self.dtype))
             dense = dense.reshape(n, b // n * s, *dense.shape[2:])
         sparse = sparse.reshape(n, b // n * s, *sparse.shape[2:])
-        logits, iou = self.sam_decoder(features, self.sam_prompt.dense_pe(), sparse, dense, seen=seen)
+        logits, iou = self.sam_decoder(features, self.sam_prompt.dense_pe(), sparse, dense, valid_mask=valid_mask)
         return logits.reshape(b, s, *logits.shape[-2:]), iou.reshape(b, s)
 
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Teacher-forced forward: batch as `data/loader.py` makes it, with pictures or with what the encoders made of them ->
-        {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S], "look" [B, R, g, g] or None}."""
+        {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S], "attention_map" [B, R, g, g] or None}."""
         if "x_img" in batch:
             image, features = (
                 jax.lax.bitcast_convert_type(batch[key], jnp.bfloat16).astype(self.dtype) for key in ("x_img", "sam_features")
             )
         else:
-            image = self.encode_clip(batch["clip_image"], batch["clip_size"])
+            image = self.encode_vision(batch["vision_image"], batch["vision_size"])
             features = self.encode_sam(batch["sam_image"], batch["sam_size"])
         image, features = mesh.constrain_batch((image, features))
         turns = (batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
-        x_q, look = self.align_with_attention(image, *turns)
+        x_q, attention_map = self.align_with_attention(image, *turns)
         x = mesh.constrain_batch(self.embed(batch["input_ids"], batch["query_index"], x_q))
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
         hidden = mesh.constrain_batch(self.decode(x, positions))
         masks, iou = self.segment(features, self.seg_hidden(hidden, batch["seg_index"]))
-        return {"hidden": hidden, "masks": masks, "iou": iou, "look": look}
+        return {"hidden": hidden, "masks": masks, "iou": iou, "attention_map": attention_map}
 
 
 def abstract(config: Config):

@@ -130,8 +130,8 @@ class DecoderAttention(nnx.Module):
         self.v = Linear(width, inner, **types)
         self.o = Linear(inner, width, **types)
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-        """q [B, X, a, C], k and v [B, Y, b, C] -> [B, max(X, Y), a, C]; X and Y are the S masks, or 1: shared by all. seen: bool
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_mask: jax.Array | None = None) -> jax.Array:
+        """q [B, X, a, C], k and v [B, Y, b, C] -> [B, max(X, Y), a, C]; X and Y are the S masks, or 1: shared by all. valid_mask: bool
         [B, Y, b], the keys that count; None for all."""
         q, k, v = self.q(q), self.k(k), self.v(v)
         batch, masks, length, _ = q.shape
@@ -140,7 +140,7 @@ class DecoderAttention(nnx.Module):
             q = jnp.broadcast_to(q, (batch, masks, *q.shape[2:]))
         # Queries do not see one another, so over shared keys (leading axis B, not B*S) those of all masks go together.
         q, k, v = (x.reshape(batch * k.shape[1], -1, self.heads, x.shape[-1] // self.heads) for x in (q, k, v))
-        mask = None if seen is None else seen.reshape(q.shape[0], 1, 1, -1)
+        mask = None if valid_mask is None else valid_mask.reshape(q.shape[0], 1, 1, -1)
         return self.o(attention(q, k, v, mask).reshape(batch, masks, length, -1))
 
 
@@ -163,19 +163,19 @@ class TwoWayBlock(nnx.Module):
         self.image_to_token = DecoderAttention(c, c // 2, heads, **types)
         self.image_norm = layer_norm(c, 1e-5, **types)
 
-    def __call__(self, carry: tuple[jax.Array, jax.Array], token_code: jax.Array, image_code: jax.Array, seen: jax.Array | None):
+    def __call__(self, carry: tuple[jax.Array, jax.Array], token_code: jax.Array, image_code: jax.Array, valid_mask: jax.Array | None):
         """(tokens [B, S, t, C], image [B, 1 or S, p, C]), their position codes, the tokens that count bool [B, S, t] or None
         -> (tokens, image [B, S, p, C])."""
         tokens, image = carry
         if self.first:
-            tokens = self.self_attention(tokens, tokens, tokens, seen)
+            tokens = self.self_attention(tokens, tokens, tokens, valid_mask)
         else:
             coded = tokens + token_code
-            tokens = tokens + self.self_attention(coded, coded, tokens, seen)
+            tokens = tokens + self.self_attention(coded, coded, tokens, valid_mask)
         tokens = self.self_norm(tokens)
         tokens = self.token_norm(tokens + self.token_to_image(tokens + token_code, image + image_code, image))
         tokens = self.mlp_norm(tokens + self.down(jax.nn.relu(self.up(tokens))))
-        image = self.image_norm(image + self.image_to_token(image + image_code, tokens + token_code, tokens, seen))
+        image = self.image_norm(image + self.image_to_token(image + image_code, tokens + token_code, tokens, valid_mask))
         return tokens, image
 
 
@@ -257,12 +257,12 @@ class MaskDecoder(nnx.Module):
         sparse: jax.Array,
         dense: jax.Array,
         multimask: bool = False,
-        seen: jax.Array | None = None,
+        valid_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """features [B, g, g, C], image_pe [g, g, C], sparse [B, S, n, C], dense [C] or [B, S, g, g, C]
         -> mask logits float32 [B, S, m, 4g, 4g], predicted IoU float32 [B, S, m].
 
-        m = 1: the mask of token 0. multimask: m = 3, those of tokens 1 .. 3. sparse and dense: see `SamPromptEncoder`. seen: bool
+        m = 1: the mask of token 0. multimask: m = 3, those of tokens 1 .. 3. sparse and dense: see `SamPromptEncoder`. valid_mask: bool
         [B, S, n], the sparse prompts that are there, as if the others were left away; None for all."""
         b, s, _, c = sparse.shape
         g = features.shape[1]
@@ -272,12 +272,12 @@ class MaskDecoder(nnx.Module):
         image = image.reshape(b, -1, g * g, c)
         image_code = image_pe.astype(self.dtype).reshape(g * g, c)
 
-        if seen is not None:
-            seen = jnp.concatenate([jnp.ones((b, s, own.shape[0]), bool), seen], axis=2)
+        if valid_mask is not None:
+            valid_mask = jnp.concatenate([jnp.ones((b, s, own.shape[0]), bool), valid_mask], axis=2)
         token_code = tokens
-        tokens, image = self.first((tokens, image), token_code, image_code, seen)
+        tokens, image = self.first((tokens, image), token_code, image_code, valid_mask)
         if self.rest is not None:
-            tokens, image = self.rest((tokens, image), token_code, image_code, seen)
+            tokens, image = self.rest((tokens, image), token_code, image_code, valid_mask)
         tokens = self.final_norm(tokens + self.final_attention(tokens + token_code, image + image_code, image))
 
         image = gelu(self.upscale_norm(self.upscale1(image.reshape(b, s, g, g, c))))

@@ -90,12 +90,12 @@ class SamStage(nnx.Module):
             self.windowed = ScannedLayers(lambda r: SamBlock(cfg, cfg.window, rngs=r, **types), cfg.global_every - 1, rngs=rngs, scan=scan)
         else:
             self.windowed = None
-        self.whole = SamBlock(cfg, 0, rngs=rngs, **types)
+        self.global_block = SamBlock(cfg, 0, rngs=rngs, **types)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.windowed is not None:
             x = self.windowed(x)
-        return rematerialised(self.whole, self.scan.remat)(x)
+        return rematerialised(self.global_block, self.scan.remat)(x)
 
 
 class SamEncoder(nnx.Module):

@@ -19,16 +19,16 @@ KINDS = 6  # 0 none, 1 point in, 2 point out, 3 box top left, 4 box bottom right
 
 
 class VisualPromptEncoder(nnx.Module):
-    def __init__(self, cfg: PromptConfig, clip: ClipConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, cfg: PromptConfig, vision: ClipConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.image_size, self.patch_size, self.class_token = clip.image_size, clip.patch_size, clip.class_token
-        self.frequency = nnx.Param(jax.random.normal(rngs.params(), (2, cfg.width // 2)))
+        self.image_size, self.patch_size, self.class_token = vision.image_size, vision.patch_size, vision.class_token
+        self.fourier_basis = nnx.Param(jax.random.normal(rngs.params(), (2, cfg.width // 2)))
         self.kind = nnx.Param(jax.random.normal(rngs.params(), (KINDS, cfg.width)) * 0.5)
 
     def positional_encoding(self, xy: jax.Array) -> jax.Array:
-        """xy fp32 [..., 2], pixels of the CLIP frame (integers are centres) -> [..., W], always computed in fp32."""
+        """xy fp32 [..., 2], pixels of the vision frame (integers are centres) -> [..., W], always computed in fp32."""
         unit = 2.0 * (xy.astype(jnp.float32) + 0.5) / self.image_size - 1.0
-        angle = 2.0 * jnp.pi * (unit @ self.frequency[...])
+        angle = 2.0 * jnp.pi * (unit @ self.fourier_basis[...])
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).astype(self.dtype)
 
     def image_code(self) -> jax.Array:

@@ -1,8 +1,8 @@
-"""The training loss: l1·CE + l2·BCE + l3·Dice + l4·(predicted IoU − true IoU)² + l5·(BCE + Dice of the looks).
+"""The training loss: l1·CE + l2·BCE + l3·Dice + l4·(predicted IoU − true IoU)² + l5·(BCE + Dice of the attention map).
 
-Axis letters: B samples, T tokens, V vocabulary, S <SEG> slots, M side of a mask in pixels, R user turns, g side of CLIP's grid.
+Axis letters: B samples, T tokens, V vocabulary, S <SEG> slots, M side of a mask in pixels, R user turns, g side of the vision tower's grid.
 
-The last part is not the paper's: where the aligner's queries look [B, R, g, g], against the masks that the turn's answer is about
+The last part is not the paper's: where the aligner's queries attend [B, R, g, g], against the masks that the turn's answer is about
 (none where it says that something is absent), the mean over turns of which that is known.
 
 CE is the mean over unmasked tokens; BCE the mean over the pixels of a mask and Dice 1 − (2Σpg + 1)/(Σp + Σg + 1), both summed
@@ -86,23 +86,27 @@ def batch_sums(model, batch: dict[str, jax.Array], chunk: int) -> dict[str, jax.
     ce, tokens, right = token_loss(model.logits, out["hidden"], batch["input_ids"], told, chunk)
     seg_weight = batch["seg_mask"].astype(jnp.float32) * weight[:, None]
     sums = mask_losses(out["masks"], out["iou"], batch["masks"], seg_weight)
-    look = jnp.float32(0)
-    if out["look"] is not None:
-        bce, dice = bce_and_dice(out["look"], batch["look"].astype(jnp.float32))
-        look = ((bce + dice) * batch["look_mask"] * weight[:, None]).sum()
-    return {**sums, "look": look, "ce": ce, "tokens": tokens, "right": right, "segs": seg_weight.sum()}
+    attention_map = jnp.float32(0)
+    if out["attention_map"] is not None:
+        bce, dice = bce_and_dice(out["attention_map"], batch["attention_target"].astype(jnp.float32))
+        attention_map = ((bce + dice) * batch["attention_target_mask"] * weight[:, None]).sum()
+    return {**sums, "attention_map": attention_map, "ce": ce, "tokens": tokens, "right": right, "segs": seg_weight.sum()}
 
 
 def normalizers(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The weight of all tokens, of all masks and of all looks of a batch, from its arrays alone."""
+    """The weight of all tokens, of all masks and of all attention maps of a batch, from its arrays alone."""
     weight = batch["sample_weight"]
     tokens = (batch["loss_mask"][:, 1:] * weight[:, None]).sum()
     segs = (batch["seg_mask"].astype(jnp.float32) * weight[:, None]).sum()
-    looks = (batch["look_mask"] * weight[:, None]).sum()
-    return {"tokens": jnp.maximum(tokens, 1.0), "segs": jnp.maximum(segs, 1.0), "looks": jnp.maximum(looks, 1.0)}
+    maps = (batch["attention_target_mask"] * weight[:, None]).sum()
+    return {"tokens": jnp.maximum(tokens, 1.0), "segs": jnp.maximum(segs, 1.0), "attention_maps": jnp.maximum(maps, 1.0)}
 
 
 def combine(sums: dict[str, jax.Array], cfg: LossConfig, weights: dict[str, jax.Array]) -> jax.Array:
     """The loss of a micro-batch as its share of the whole batch, whose weights `normalizers` gives."""
     masks = cfg.bce * sums["bce"] + cfg.dice * sums["dice"] + cfg.iou * sums["iou"]
-    return cfg.ce * sums["ce"] / weights["tokens"] + masks / weights["segs"] + cfg.look * sums["look"] / weights["looks"]
+    return (
+        cfg.ce * sums["ce"] / weights["tokens"]
+        + masks / weights["segs"]
+        + cfg.attention_map * sums["attention_map"] / weights["attention_maps"]
+    )

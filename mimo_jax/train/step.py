@@ -64,7 +64,7 @@ def make_step(plan: TrainSetup) -> Callable:
             "loss": loss,
             "ce": sums["ce"] / weights["tokens"],
             **{name: sums[name] / weights["segs"] for name in ("bce", "dice", "iou", "true_iou")},
-            "look": sums["look"] / weights["looks"],
+            "attention_map": sums["attention_map"] / weights["attention_maps"],
             "token_accuracy": sums["right"] / weights["tokens"],
             "grad_norm": norm,
             "learning_rate": rate(state["step"]),

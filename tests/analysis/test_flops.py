@@ -18,7 +18,7 @@ TERA = 1e12
 def big(image_size: int):
     """ViT-H/14 at its last layer, which the budget counts; the config's features are of the one before."""
     config = mimo_7b.get_config()
-    config.model.clip.image_size, config.model.clip.feature_layer = image_size, -1
+    config.model.vision.image_size, config.model.vision.feature_layer = image_size, -1
     return config
 
 
@@ -29,7 +29,7 @@ def big(image_size: int):
 def test_the_budget_of_one_sample(image_size, length, clip, llm, llm_step, total):
     once, step = flops.forward(big(image_size), length), flops.step(big(image_size), length)
     assert once["sam_encoder"] / TERA == pytest.approx(5.98, rel=5e-3)
-    assert once["clip"] / TERA == pytest.approx(clip, rel=5e-3)
+    assert once["vision"] / TERA == pytest.approx(clip, rel=5e-3)
     assert (once["llm"] + once["lm_head"]) / TERA == pytest.approx(llm, rel=3e-3)
     assert (step["llm"] + step["lm_head"]) / TERA == pytest.approx(llm_step, rel=3e-3)
     assert sum(step.values()) / TERA == pytest.approx(total, rel=3e-3)
@@ -38,9 +38,9 @@ def test_the_budget_of_one_sample(image_size, length, clip, llm, llm_step, total
 
 def test_clip_counts_the_layers_that_run():
     config = big(224)
-    every = flops.forward(config, 512)["clip"]
-    config.model.clip.feature_layer = -2
-    assert flops.forward(config, 512)["clip"] / every == pytest.approx(31 / 32, rel=2e-3)
+    every = flops.forward(config, 512)["vision"]
+    config.model.vision.feature_layer = -2
+    assert flops.forward(config, 512)["vision"] / every == pytest.approx(31 / 32, rel=2e-3)
 
 
 def test_shared_images_and_cached_features_take_less():
@@ -51,7 +51,7 @@ def test_shared_images_and_cached_features_take_less():
     assert shared["sam_encoder"] == alone["sam_encoder"] / 4 and shared["llm"] == alone["llm"]
     config.data.features = True
     cached = flops.step(config, 512)
-    assert cached["sam_encoder"] == cached["clip"] == 0 and cached["llm"] == alone["llm"]
+    assert cached["sam_encoder"] == cached["vision"] == 0 and cached["llm"] == alone["llm"]
 
 
 # --- what the model's own trace holds
@@ -67,8 +67,8 @@ def traced(config, length: int):
     def loss(trained, frozen, batch):
         model = scan.bind(graphdef, pathtree.merge(trained, frozen))
         out = model(batch)
-        looks = 0.0 if out["look"] is None else out["look"].mean()
-        return model.logits(out["hidden"]).mean() + out["masks"].mean() + out["iou"].mean() + looks
+        attention = 0.0 if out["attention_map"] is None else out["attention_map"].mean()
+        return model.logits(out["hidden"]).mean() + out["masks"].mean() + out["iou"].mean() + attention
 
     return [jax.make_jaxpr(f)(trained, frozen, batch).jaxpr for f in (loss, jax.grad(loss))]
 
@@ -91,7 +91,7 @@ def products(jaxpr) -> float:
 
 def lora_under_a_trained_encoder():
     config = tiny_lora.get_config()
-    config.trainables[r"^clip/"] = 1.0
+    config.trainables[r"^vision/"] = 1.0
     return config
 
 
@@ -127,8 +127,8 @@ def test_the_formula_counts_what_xla_does():
     """Layers written out and wide, so that products outweigh all else, which XLA counts too."""
     config = tiny_config(unroll=True)
     m = config.model
-    m.clip.width = m.aligner.width = m.llm.width = m.sam.width = 256
-    m.clip.mlp_width = m.llm.mlp_width = 1024
+    m.vision.width = m.aligner.width = m.llm.width = m.sam.width = 256
+    m.vision.mlp_width = m.llm.mlp_width = 1024
     graphdef, shapes = mimo.abstract(config)
     batch = jax.tree.map(jnp.asarray, random_batch(config))
 

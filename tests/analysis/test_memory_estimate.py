@@ -19,7 +19,7 @@ from mimo_jax.models import mimo
 from tests.data.handmade import tokenizer
 from tests.tiny_config import random_batch, random_params, tiny_config
 
-IMAGES = ("clip_image", "clip_size", "sam_image", "sam_size")
+IMAGES = ("vision_image", "vision_size", "sam_image", "sam_size")
 
 
 @pytest.fixture(scope="module")

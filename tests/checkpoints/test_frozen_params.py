@@ -74,7 +74,7 @@ def test_a_wrong_or_damaged_base_is_refused(tmp_path):
     begin(run)
     begin(other, frozen=frozen_tree(1))
     flip_bit(run / "base" / "arrays")
-    with pytest.raises(CheckpointError, match=r"a/base is damaged \(SHA-256.*other/base is another base: clip/kernel"):
+    with pytest.raises(CheckpointError, match=r"a/base is damaged \(SHA-256.*other/base is another base: vision/kernel"):
         frozen_params.load(run, base=other)
 
 
@@ -94,8 +94,8 @@ def test_a_bit_flipped_in_any_file_of_the_base_stops_and_names_it(tmp_path):
 def test_base_of_other_shapes_is_listed(tmp_path):
     begin(tmp_path)
     wanted = pathtree.flatten(jax.eval_shape(frozen_tree))
-    wanted["clip/kernel"] = jax.ShapeDtypeStruct((8, 4), jnp.float32)
-    with pytest.raises(CheckpointError, match=r"clip/kernel is bfloat16\[8, 4\], the config needs float32\[8, 4\]"):
+    wanted["vision/kernel"] = jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    with pytest.raises(CheckpointError, match=r"vision/kernel is bfloat16\[8, 4\], the config needs float32\[8, 4\]"):
         frozen_params.load(tmp_path, pathtree.unflatten(wanted))
 
 

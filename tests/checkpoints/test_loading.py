@@ -31,7 +31,7 @@ def test_matrices_of_the_language_model_are_read_into_integers(tmp_path, weights
     kernel = jax.random.normal(jax.random.key(5), (2, 128, 6), jnp.bfloat16)
     frozen = {
         "llm": {"layers": {"block": {"q": {"kernel": kernel}, "norm": {"scale": jnp.ones((2, 6))}}}},
-        "clip": {"q": {"kernel": kernel}},
+        "vision": {"q": {"kernel": kernel}},
     }
     checkpoints = begin(tmp_path, frozen=frozen)
     checkpoints.save(1, {"params": {"llm": {"layers": {"block": {"up": {"kernel": kernel.astype(jnp.float32)}}}}}}, {})
@@ -41,7 +41,7 @@ def test_matrices_of_the_language_model_are_read_into_integers(tmp_path, weights
     for path, leaf in pathtree.flatten(loading.load_params(tmp_path)).items():
         want |= quantize.quantize_param(path, leaf, weights)
     assert_same(loaded.params, pathtree.unflatten(want))
-    assert loaded.params["clip"]["q"]["kernel"].dtype == jnp.bfloat16
+    assert loaded.params["vision"]["q"]["kernel"].dtype == jnp.bfloat16
     assert set(loaded.params["llm"]["layers"]["block"]["up"]) == {f"kernel_{weights}", "kernel_scale"}
     assert loaded.config.model.llm.quantization == weights and loaded.origin.endswith(f"language model in {weights}")
     assert checkpoint.read_config(tmp_path).model.llm.quantization == "", "what is on disk stays as it is"

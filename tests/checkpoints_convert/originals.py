@@ -67,10 +67,10 @@ def put_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1)
 
 
 def put_three(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> dict[str, Path]:
-    """CLIP and Vicuna as transformers saves them, SAM as facebook did: {"clip", "llm", "sam": path}."""
-    paths = {"clip": folder / "clip", "llm": folder / "llm", "sam": folder / "sam.pth"}
+    """CLIP and Vicuna as transformers saves them, SAM as facebook did: {"vision", "llm", "sam": path}."""
+    paths = {"vision": folder / "vision", "llm": folder / "llm", "sam": folder / "sam.pth"}
     m = config.model
-    randomised(torch_models.clip_model(m.clip), 1).to(dtype).save_pretrained(paths["clip"])
+    randomised(torch_models.clip_model(m.vision), 1).to(dtype).save_pretrained(paths["vision"])
     randomised(torch_models.llama_model(m.llm, PIECES), 2).to(dtype).save_pretrained(paths["llm"])
     put_tokenizer(paths["llm"])
     torch.save(randomised(torch_models.sam_model(m.sam), 3).to(dtype).state_dict(), paths["sam"])
@@ -109,9 +109,9 @@ def lisa_config(**model) -> Config:
     config = mimo_config(**(fields | model))
     config.trainables = dict(lisa_7b.TRAINABLES)
     config.model.aligner = like.model.aligner
-    config.model.aligner.queries = config.model.clip.tokens()
+    config.model.aligner.queries = config.model.vision.tokens()
     for name in ("activation", "feature_layer", "image_fit", "resample"):
-        setattr(config.model.clip, name, getattr(like.model.clip, name))
+        setattr(config.model.vision, name, getattr(like.model.vision, name))
     config.data.system_prompt, config.data.image_tokens = like.data.system_prompt, like.data.image_tokens
     config.data.chat_template = like.data.chat_template
     config.data.buckets = "192"

@@ -42,7 +42,7 @@ def imported(three, tmp_path_factory) -> Path:
 @pytest.fixture
 def copies(three, tmp_path) -> dict[str, Path]:
     """The originals, to be spoilt."""
-    shutil.copytree(three["clip"].parent, tmp_path / "originals")
+    shutil.copytree(three["vision"].parent, tmp_path / "originals")
     return {name: tmp_path / "originals" / path.name for name, path in three.items()}
 
 
@@ -74,7 +74,7 @@ def test_an_import_is_a_checkpoint_whose_base_stays_frozen_and_whose_rest_trains
     assert checkpoint.resolve(imported) == (imported, 0)
     params = pathtree.flatten(loading.load_params(imported))
     frozen = pathtree.flatten(frozen_params.load(imported))
-    assert {p.split("/")[0] for p in frozen} == {"clip", "llm", "embedding", "lm_head", "sam_encoder", "sam_prompt"}
+    assert {p.split("/")[0] for p in frozen} == {"vision", "llm", "embedding", "lm_head", "sam_encoder", "sam_prompt"}
     assert {p.split("/")[0] for p in params.keys() - frozen.keys()} == {
         *("aligner", "prompt", "seg_projection", "sam_decoder", "llm", "embedding", "lm_head"),
     }
@@ -152,7 +152,7 @@ def test_import_then_train_then_both_moved_then_ask(three, tmp_path, capsys):
     command = ["--config", originals.config_file(tmp_path / "config", config), "--data", str(tmp_path / "data")]
     runs = tmp_path / "runs"
     assert main.main(["train", *command, "--init", str(runs / "import"), "--workdir", str(runs / "b")]) == 0
-    assert re.search(r"^weights +base \w+, clip ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^weights +base \w+, vision ", capsys.readouterr().out, re.MULTILINE)
     assert not (runs / "b" / "base").exists(), "the import's base is referred to, not copied"
     assert provenance.read(runs / "b")["untrained"] == []
 
@@ -165,7 +165,7 @@ def test_import_then_train_then_both_moved_then_ask(three, tmp_path, capsys):
     )
     done = subprocess.run([sys.executable, "-c", code, *ask], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip().endswith("[]") and "weights: clip " in done.stderr
+    assert done.stderr.strip().endswith("[]") and "weights: vision " in done.stderr
     assert "entities" in json.loads(done.stdout.splitlines()[-1])
 
     # The base alone elsewhere, and another one in its place.
@@ -246,9 +246,9 @@ def test_half_an_overlay_is_refused(three, tmp_path):
 
 def test_settings_that_no_shape_shows_are_compared(three, tmp_path):
     config = originals.mimo_config()
-    config.model.clip.activation, config.model.llm.eps = "quick_gelu", 1e-3
+    config.model.vision.activation, config.model.llm.eps = "quick_gelu", 1e-3
     message = refused("its own settings are not those of the configuration", three, tmp_path, config)
-    assert "hidden_act is gelu, the configuration has quick_gelu: set --config.model.clip.activation=gelu" in message
+    assert "hidden_act is gelu, the configuration has quick_gelu: set --config.model.vision.activation=gelu" in message
     assert "rms_norm_eps is 1e-05, the configuration has 0.001: set --config.model.llm.eps=1e-05" in message
 
 

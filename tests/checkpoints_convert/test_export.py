@@ -70,7 +70,7 @@ def logits_there(language) -> np.ndarray:
 
 def test_transformers_loads_clip_and_the_language_model(run, model, tmp_path, caplog):
     export_checkpoint(run, "hf", tmp_path / "hf")
-    clip, told = quietly(lambda: transformers.CLIPVisionModel.from_pretrained(tmp_path / "hf" / "clip", output_loading_info=True))
+    clip, told = quietly(lambda: transformers.CLIPVisionModel.from_pretrained(tmp_path / "hf" / "vision", output_loading_info=True))
     assert not any(told.values()), told
     language, told = quietly(lambda: transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf" / "llm", output_loading_info=True))
     assert not any(told.values()), told
@@ -78,7 +78,7 @@ def test_transformers_loads_clip_and_the_language_model(run, model, tmp_path, ca
     pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     with torch.no_grad():
         wanted = clip.eval()(torch.tensor(pixels), output_hidden_states=True).hidden_states[-1][:, 1:].numpy()
-    assert relative_l2(model.clip(jnp.asarray(pixels.transpose(0, 2, 3, 1))), wanted) <= 1e-5
+    assert relative_l2(model.vision(jnp.asarray(pixels.transpose(0, 2, 3, 1))), wanted) <= 1e-5
     assert relative_l2(logits_here(model), logits_there(language)) <= 1e-5, "LoRA is merged"
 
 
@@ -148,7 +148,7 @@ def test_the_three_towers_too_give_the_same_bits(tmp_path):
     import_checkpoint(ImportRequest(config, given, tmp_path / "first", **say))
     export_checkpoint(tmp_path / "first", "hf", tmp_path / "hf")
     export_checkpoint(tmp_path / "first", "sam", tmp_path / "sam")
-    exported = {"clip": tmp_path / "hf" / "clip", "llm": tmp_path / "hf" / "llm", "sam": next((tmp_path / "sam").iterdir())}
+    exported = {"vision": tmp_path / "hf" / "vision", "llm": tmp_path / "hf" / "llm", "sam": next((tmp_path / "sam").iterdir())}
     again = originals.mimo_config(lora=LoraConfig(rank=0))
     import_checkpoint(ImportRequest(again, exported, tmp_path / "second", **say))
     first, second = flat(tmp_path / "first"), flat(tmp_path / "second")

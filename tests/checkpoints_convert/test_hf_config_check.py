@@ -26,7 +26,7 @@ def told(part: str) -> dict:
     """A config.json that agrees with the configuration, as transformers 5 or peft writes it."""
     m = config().model
     if part == "clip":
-        return torch_models.clip_model(m.clip).config.to_dict()
+        return torch_models.clip_model(m.vision).config.to_dict()
     if part == "llama":
         return torch_models.llama_model(m.llm, originals.PIECES).config.to_dict()
     if part == "lora":

@@ -15,7 +15,7 @@ from tests.checkpoints_convert.torch_models import LisaOracle
 
 def test_each_of_three_files_is_told_and_fits(tmp_path):
     config = originals.mimo_config()
-    titles = {"clip": "CLIP vision tower, transformers", "llm": "Llama", "sam": "SAM"}
+    titles = {"vision": "CLIP vision tower, transformers", "llm": "Llama", "sam": "SAM"}
     for name, path in originals.put_three(tmp_path, config, torch.bfloat16).items():
         found = inspect(path, config)
         assert found["parts"] == [{"title": titles[name], "prefix": ""}] and set(found["dtypes"]) == {"bfloat16"}
@@ -48,9 +48,9 @@ def test_what_misfits_a_config_is_listed(tmp_path, capsys):
     torch.save(tensors, paths["sam"])
     found = inspect(paths["sam"], config)
     assert found["missing"] == ["mask_decoder.mask_tokens.weight"] and found["left over"] == ["spare"]
-    config.model.clip.eps = 1e-3
-    assert inspect(paths["clip"], config)["other settings"] == [
-        "layer_norm_eps is 1e-05, the configuration has 0.001: set --config.model.clip.eps=1e-05"
+    config.model.vision.eps = 1e-3
+    assert inspect(paths["vision"], config)["other settings"] == [
+        "layer_norm_eps is 1e-05, the configuration has 0.001: set --config.model.vision.eps=1e-05"
     ]
     file = originals.config_file(tmp_path / "config", config)
     assert main.main(["convert", "inspect", str(paths["sam"]), "--config", file]) == 0
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_ours_tells_its_sources_and_what_is_untrained(tmp_path):
     import_checkpoint(ImportRequest(config, originals.put_three(tmp_path, config), tmp_path / "out", say=lambda line: None))
     for path in (tmp_path / "out", tmp_path / "out" / "steps" / "0"):
         found = inspect(path)
-        assert found["checkpoint"] == "mimo_jax, config test, step 0" and set(found["sources"]) == {"clip", "llm", "sam"}
+        assert found["checkpoint"] == "mimo_jax, config test, step 0" and set(found["sources"]) == {"vision", "llm", "sam"}
         assert found["untrained"].startswith("aligner (51)")
         assert "parameters: aligner" in describe(found)
 

@@ -12,7 +12,7 @@ from mimo_jax.cli import main
 from mimo_jax.data import conversation
 from mimo_jax.data.prompts import Prompts, encode_prompts
 from mimo_jax.data.transforms import logits_to_image, preprocess
-from mimo_jax.geometry import clip_frame, sam_frame
+from mimo_jax.geometry import sam_frame, vision_frame
 from mimo_jax.infer.predictor import Mimo
 from mimo_jax.model_config import LoraConfig
 from mimo_jax.models import mimo, scan
@@ -47,7 +47,7 @@ def ours(model: Mimo, image: np.ndarray, question: str, answer: list[int], promp
     ids, query_index = conversation.encode_user_turn(model.tokenizer, config, question, 0, True)
     said = np.array(ids + answer, np.int32)
     instruction = conversation.instruction_ids(model.tokenizer, config, question)
-    xy, kind = encode_prompts(prompts, clip_frame(height, width, m.clip.image_size, m.clip.image_fit), m.prompt)
+    xy, kind = encode_prompts(prompts, vision_frame(height, width, m.vision.image_size, m.vision.image_fit), m.prompt)
     seen = {name: value[None] for name, value in preprocess(image, m).items()}
     seg = [len(ids) + i for i, token in enumerate(answer) if token == model.tokenizer.seg]
     batch = {
@@ -95,7 +95,7 @@ def lisa_folder(folder: Path, oracle: LisaOracle, added: dict[str, int], **optio
     originals.put_tensors(folder / "lisa", oracle.state_dict(**options), shards=2)
     originals.put_tokenizer(folder / "lisa", added)
     oracle.llama_config.save_pretrained(folder / "lisa")
-    oracle.clip.save_pretrained(folder / "clip")
+    oracle.vision.save_pretrained(folder / "clip")
     return folder / "lisa"
 
 
@@ -116,7 +116,7 @@ def test_lisa(tmp_path, tower):
     oracle = LisaOracle(config, rows_there)
     say_seg(oracle, originals.PIECES)
     folder = lisa_folder(tmp_path, oracle, LISA_ADDED, vision_tower=tower == "inside")
-    clip = ["--clip", tmp_path / "clip"] if tower == "apart" else []
+    clip = ["--vision", tmp_path / "clip"] if tower == "apart" else []
     model = Mimo.load(convert(tmp_path / "made", config, "--joint", folder, *clip))
 
     order = lisa_order(rows_there, originals.PIECES)
@@ -135,7 +135,7 @@ def test_glamm_with_its_region_encoder(tmp_path):
     oracle = LisaOracle(config, originals.PIECES + 6, glamm=True)
     say_seg(oracle, 420)
     folder = lisa_folder(tmp_path, oracle, added)
-    out = convert(tmp_path / "made", config, "--joint", folder, "--clip", tmp_path / "clip")
+    out = convert(tmp_path / "made", config, "--joint", folder, "--vision", tmp_path / "clip")
     assert (out / "kept.safetensors").is_file()
     model = Mimo.load(out)
     order = np.array([*range(420), 421, 424, 425, 422, 423, 420])
@@ -162,16 +162,16 @@ def test_mimo_with_lora_and_prompts(tmp_path, names):
     tensors, flags = oracle.state_dict(vision_tower=True), []
     if names == "theirs":
         tensors, table = theirs(oracle)
-        oracle.clip.save_pretrained(tmp_path / "clip")
+        oracle.vision.save_pretrained(tmp_path / "clip")
         (tmp_path / "rows.json").write_text(json.dumps(table))
-        flags = ["--key-map", tmp_path / "rows.json", "--clip", tmp_path / "clip"]
+        flags = ["--key-map", tmp_path / "rows.json", "--vision", tmp_path / "clip"]
     originals.put_tensors(tmp_path / "mimo", tensors)
     originals.put_tokenizer(tmp_path / "mimo", {"<p>": 420, "</p>": 421, "<SEG>": 422})
     model = Mimo.load(convert(tmp_path / "made", config, "--joint", tmp_path / "mimo", "--lora-alpha", "8", *flags))
 
     image, boxes = picture(), [[10, 5, 40, 30]]
     prompts = Prompts(boxes=np.array(boxes, float))
-    frame = clip_frame(*image.shape[:2], config.model.clip.image_size, config.model.clip.image_fit)
+    frame = vision_frame(*image.shape[:2], config.model.vision.image_size, config.model.vision.image_fit)
     xy, kind = encode_prompts(prompts, frame, config.model.prompt)
     ids, query_index = conversation.encode_user_turn(model.tokenizer, model.config, QUESTION, 0, True)
     instruction = conversation.instruction_ids(model.tokenizer, model.config, QUESTION)

@@ -58,14 +58,14 @@ def renamed(tensors: dict, *changes: tuple[str, str]) -> dict:
 
 @functools.cache
 def clip() -> transformers.CLIPVisionModel:
-    return oracles.randomised(torch_models.clip_model(CONFIG.model.clip))
+    return oracles.randomised(torch_models.clip_model(CONFIG.model.vision))
 
 
 @pytest.fixture
 def clip_parameters(tmp_path) -> dict[str, np.ndarray]:
     """Of what transformers 5 saves, which has no prefix."""
     clip().save_pretrained(tmp_path / "clip5")
-    return imported(tmp_path / "clip5", "^clip/")
+    return imported(tmp_path / "clip5", "^vision/")
 
 
 def whole_clip() -> dict[str, torch.Tensor]:
@@ -109,19 +109,19 @@ def open_clip() -> dict[str, torch.Tensor]:
     lambda: renamed(open_clip(), ("^", "module.")),
 ], ids=["prefix", "module", "llava", "whole", "open_clip", "open_clip module"])  # fmt: skip
 def test_clip_in_every_layout(tmp_path, clip_parameters, tensors):
-    assert_same(imported(tmp_path / "other", "^clip/", tensors()), clip_parameters)
+    assert_same(imported(tmp_path / "other", "^vision/", tensors()), clip_parameters)
 
 
 @pytest.mark.parametrize("tensors", [whole_clip, open_clip])
 def test_what_no_clip_file_holds_is_left_over(tmp_path, tensors):
     with pytest.raises(name_map.KeyMapError, match=r"1 left over:\n  visual_adapter.weight$"):
-        imported(tmp_path / "other", "^clip/", tensors() | {"visual_adapter.weight": torch.zeros(2)})
+        imported(tmp_path / "other", "^vision/", tensors() | {"visual_adapter.weight": torch.zeros(2)})
 
 
 def test_the_tower_itself_is_read_and_not_the_text_tower(clip_parameters):
     there = clip().state_dict()
-    np.testing.assert_array_equal(clip_parameters["clip/layers/block/k/kernel"][1], there["encoder.layers.1.self_attn.k_proj.weight"].T)
-    np.testing.assert_array_equal(clip_parameters["clip/post_norm/scale"], there["post_layernorm.weight"])
+    np.testing.assert_array_equal(clip_parameters["vision/layers/block/k/kernel"][1], there["encoder.layers.1.self_attn.k_proj.weight"].T)
+    np.testing.assert_array_equal(clip_parameters["vision/post_norm/scale"], there["post_layernorm.weight"])
 
 
 # --- SAM
@@ -240,7 +240,7 @@ def test_every_published_key_is_mapped_with_its_shape(model):
     prefix = {"llama": "", "lora": "", "sam": "model.visual_model.", projector: "", "seg": ""}
     assert {part.name: part.prefix for part in found} == prefix
 
-    wanted = {path: leaf for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items() if not path.startswith("clip/")}
+    wanted = {path: leaf for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items() if not path.startswith("vision/")}
     table = [row for part in found for row in layouts.with_prefix(part.part.rows, part.prefix)]
     shapes = name_map.torch_shapes(wanted, table, name_map.layer_indices(config.model))
     assert shapes == {key: shape for key, shape in spelt.items() if key not in kept}
@@ -263,5 +263,5 @@ def test_a_part_that_is_there_twice_is_refused(key, title, places):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     originals.put_tensors(tmp_path, {f"bert.{i}": torch.zeros(1) for i in range(5)})
-    with pytest.raises(SourceError, match=f"--clip {tmp_path}: no known model is among its 5 tensors \\(bert.0, bert.1, bert.2, …\\)"):
-        Source("clip", tmp_path, INDICES)
+    with pytest.raises(SourceError, match=f"--vision {tmp_path}: no known model is among its 5 tensors \\(bert.0, bert.1, bert.2, …\\)"):
+        Source("vision", tmp_path, INDICES)

@@ -22,9 +22,9 @@ from mimo_jax.models.clip_vit import ClipVit
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.sam_encoder import SamEncoder
 
-ROOTS = {"clip": ClipVit, "sam_encoder": SamEncoder, "sam_prompt": SamPromptEncoder, "sam_decoder": MaskDecoder}
+ROOTS = {"vision": ClipVit, "sam_encoder": SamEncoder, "sam_prompt": SamPromptEncoder, "sam_decoder": MaskDecoder}
 TINY = ModelConfig(
-    clip=ClipConfig(image_size=16, patch_size=8, width=8, layers=3, heads=2, mlp_width=12),
+    vision=ClipConfig(image_size=16, patch_size=8, width=8, layers=3, heads=2, mlp_width=12),
     sam=SamConfig(
         image_size=32, patch_size=8, width=8, layers=4, heads=2, window=3, global_every=2, decoder_width=32, decoder_layers=3,
         decoder_heads=2, decoder_mlp_width=12, iou_head_width=6,
@@ -45,7 +45,7 @@ def leaves_of(cfg: ModelConfig, *roots: str) -> dict:
     """{path: ShapeDtypeStruct} of the modules at these roots."""
     leaves = {}
     for root in roots:
-        part = cfg.clip if root == "clip" else cfg.sam
+        part = cfg.vision if root == "vision" else cfg.sam
         key = f"{root} {part}"
         if key not in _LEAVES:
             _, params = scan.abstract(lambda rngs, root=root, part=part: ROOTS[root](part, rngs=rngs))
@@ -54,7 +54,7 @@ def leaves_of(cfg: ModelConfig, *roots: str) -> dict:
     return leaves
 
 
-CASES = {"clip": (CLIP, ("clip",)), "sam": (SAM, ("sam_encoder", "sam_prompt", "sam_decoder"))}
+CASES = {"clip": (CLIP, ("vision",)), "sam": (SAM, ("sam_encoder", "sam_prompt", "sam_decoder"))}
 
 
 def random_tensors(rows, roots, cfg=TINY, dtype=np.float32) -> dict[str, np.ndarray]:
@@ -65,7 +65,7 @@ def random_tensors(rows, roots, cfg=TINY, dtype=np.float32) -> dict[str, np.ndar
 
 def test_full_size_clip_has_every_published_tensor():
     rows = with_prefix(CLIP, "vision_model.")
-    shapes = name_map.torch_shapes(leaves_of(ModelConfig(), "clip"), rows, name_map.layer_indices(ModelConfig()))
+    shapes = name_map.torch_shapes(leaves_of(ModelConfig(), "vision"), rows, name_map.layer_indices(ModelConfig()))
     assert shapes == published("clip_vit_h14_hf_vision")
     assert len(shapes) == 519
 
@@ -113,12 +113,12 @@ def test_sam_without_windows_or_with_one_decoder_layer(changes):
 
 
 def test_every_problem_is_listed_in_one_error():
-    tensors = random_tensors(CLIP, ("clip",))
+    tensors = random_tensors(CLIP, ("vision",))
     del tensors["encoder.layers.1.mlp.fc1.bias"], tensors["post_layernorm.weight"]
     tensors["encoder.layers.3.mlp.fc1.bias"] = np.zeros(12, np.float32)
     tensors["embeddings.class_embedding"] = np.zeros(9, np.float32)
     with pytest.raises(KeyMapError) as error:
-        import_state(tensors, CLIP, name_map.layer_indices(TINY), leaves_of(TINY, "clip"), CLIP_IGNORED)
+        import_state(tensors, CLIP, name_map.layer_indices(TINY), leaves_of(TINY, "vision"), CLIP_IGNORED)
     message = str(error.value)
     assert "2 missing:\n  encoder.layers.1.mlp.fc1.bias\n  post_layernorm.weight\n" in message
     assert "1 left over:\n  encoder.layers.3.mlp.fc1.bias\n" in message
@@ -126,8 +126,8 @@ def test_every_problem_is_listed_in_one_error():
 
 
 def test_a_parameter_without_a_row_is_refused():
-    leaves = leaves_of(TINY, "clip") | {"clip/new/kernel": np.zeros(3)}
-    with pytest.raises(KeyMapError, match="no row names the parameters clip/new/kernel"):
+    leaves = leaves_of(TINY, "vision") | {"vision/new/kernel": np.zeros(3)}
+    with pytest.raises(KeyMapError, match="no row names the parameters vision/new/kernel"):
         name_map.torch_shapes(leaves, CLIP, name_map.layer_indices(TINY))
 
 

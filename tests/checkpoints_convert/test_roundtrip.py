@@ -20,7 +20,7 @@ def test_every_tensor_comes_through_and_a_changed_one_is_noticed(tmp_path, capsy
     tensors = torch.load(sources / "sam.pth")
     tensors["mask_decoder.iou_token.weight"][0, 3] += 1
     torch.save(tensors, sources / "sam.pth")
-    given = {"clip": sources / "clip", "llm": sources / "llm", "sam": sources / "sam.pth"}
+    given = {"vision": sources / "vision", "llm": sources / "llm", "sam": sources / "sam.pth"}
     assert _differing(config, given, tmp_path / "there" / "import")[0] == ["sam: mask_decoder.iou_token.weight"]
 
 

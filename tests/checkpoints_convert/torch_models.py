@@ -87,7 +87,7 @@ class Oracle(abc.ABC):
 
     def __init__(self, config: Config, vocab_rows: int, seed: int):
         m = self.config = config.model
-        self.clip = oracles.randomised(clip_model(m.clip), seed).requires_grad_(False)
+        self.vision = oracles.randomised(clip_model(m.vision), seed).requires_grad_(False)
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # SAM's position code is a buffer, drawn where it is made
             self.sam = sam_model(m.sam)
@@ -106,8 +106,8 @@ class Oracle(abc.ABC):
 
     def patches(self, pixels: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> X_img [I, Dc]."""
-        states = self.clip(self.clip_pixels(pixels), output_hidden_states=True).hidden_states[self.config.clip.feature_layer]
-        return states[0] if self.config.clip.class_token else states[0, 1:]
+        states = self.vision(self.clip_pixels(pixels), output_hidden_states=True).hidden_states[self.config.vision.feature_layer]
+        return states[0] if self.config.vision.class_token else states[0, 1:]
 
     def sam_features(self, pixels: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> [C, g, g]."""
@@ -161,7 +161,7 @@ class Oracle(abc.ABC):
 
     def vision_tower(self, root: str) -> dict[str, Tensor]:
         """CLIP's tensors as LLaVA keeps them: behind `root`, with transformers 4's "vision_model."."""
-        return {f"{root}vision_tower.vision_tower.vision_model.{key}": value for key, value in self.clip.state_dict().items()}
+        return {f"{root}vision_tower.vision_tower.vision_model.{key}": value for key, value in self.vision.state_dict().items()}
 
 
 class LisaOracle(Oracle):
@@ -174,7 +174,7 @@ class LisaOracle(Oracle):
 
     def __init__(self, config: Config, vocab_rows: int, seed: int = 0, glamm: bool = False):
         super().__init__(config, vocab_rows, seed)
-        inner, image, width = self.llama.model, config.model.clip.width, config.model.llm.width
+        inner, image, width = self.llama.model, config.model.vision.width, config.model.llm.width
         if config.model.aligner.kind == "mlp":
             inner.mm_projector = nn.Sequential(nn.Linear(image, width), nn.GELU(), nn.Linear(width, width))
         else:
@@ -192,7 +192,7 @@ class LisaOracle(Oracle):
         return self.llama.state_dict() | (self.vision_tower("model.") if vision_tower else {})
 
     def clip_pixels(self, pixels: np.ndarray) -> Tensor:
-        side = self.config.clip.image_size
+        side = self.config.vision.image_size
         processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         return processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
 
@@ -206,8 +206,8 @@ class VisualPrompt(nn.Module):
 
     def __init__(self, cfg: PromptConfig, clip: ClipConfig):
         super().__init__()
-        self.clip = clip
-        self.frequency = nn.Parameter(torch.empty(2, cfg.width // 2))
+        self.vision = clip
+        self.fourier_basis = nn.Parameter(torch.empty(2, cfg.width // 2))
         self.kind = nn.Parameter(torch.empty(PROMPT_KINDS, cfg.width))
         step, side = clip.patch_size, clip.image_size
         centres = [[(side - 1) / 2] * 2] if clip.class_token else []
@@ -216,7 +216,7 @@ class VisualPrompt(nn.Module):
 
     def positional_encoding(self, xy: Tensor) -> Tensor:
         """Pixels of the CLIP frame, integers being centres, [..., 2] -> [..., Wp]."""
-        angle = 2 * math.pi * (2 * (xy + 0.5) / self.clip.image_size - 1) @ self.frequency
+        angle = 2 * math.pi * (2 * (xy + 0.5) / self.vision.image_size - 1) @ self.fourier_basis
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
     def image_code(self) -> Tensor:
@@ -272,11 +272,11 @@ class Aligner(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         width, heads, out = cfg.aligner.width, cfg.aligner.heads, cfg.llm.width
-        self.image_norm, self.text_norm = nn.LayerNorm(cfg.clip.width, eps=1e-6), nn.LayerNorm(out, eps=1e-6)
-        self.image, self.text, self.visual = (nn.Linear(i, width) for i in (cfg.clip.width, out, cfg.prompt.width))
+        self.image_norm, self.text_norm = nn.LayerNorm(cfg.vision.width, eps=1e-6), nn.LayerNorm(out, eps=1e-6)
+        self.image, self.text, self.visual = (nn.Linear(i, width) for i in (cfg.vision.width, out, cfg.prompt.width))
         self.type_embedding = nn.Parameter(torch.empty(3, width))
         self.null_prompt = nn.Parameter(torch.empty(width))
-        self.look = Attention(width, heads)
+        self.turn_to_image = Attention(width, heads)
         self.queries = nn.Parameter(torch.empty(cfg.aligner.queries, width))
         self.blocks = nn.ModuleList(AlignerBlock(width, heads) for _ in range(cfg.aligner.blocks))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -289,7 +289,7 @@ class Aligner(nn.Module):
         keys_text = self.text(self.text_norm(text) + sinusoid(*text.shape)) + type_text
         keys_visual = (self.visual(visual) if len(visual) else self.null_prompt[None]) + type_visual
         keys_turn = torch.cat([keys_text, keys_visual])
-        memory = torch.cat([keys_image, keys_turn + self.look(keys_turn, keys_image)])
+        memory = torch.cat([keys_image, keys_turn + self.turn_to_image(keys_turn, keys_image)])
         x = self.queries
         for block in self.blocks:
             x = block(x, memory)
@@ -309,7 +309,7 @@ class MimoOracle(Oracle):
         m = config.model
         super().__init__(config, vocab_rows or m.llm.vocab_size + len(GROUNDING_TOKENS), seed)
         inner = self.llama.model
-        inner.visual_model, inner.aligner, inner.visual_prompt = self.sam, Aligner(m), VisualPrompt(m.prompt, m.clip)
+        inner.visual_model, inner.aligner, inner.visual_prompt = self.sam, Aligner(m), VisualPrompt(m.prompt, m.vision)
         # By their whole names: SAM's decoder has a q_proj and a v_proj too.
         targets = rf"model\.layers\.\d+\.\w+\.({'|'.join(config.lora_targets())})_proj"
         lora = peft.LoraConfig(r=m.lora.rank, lora_alpha=m.lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -324,7 +324,7 @@ class MimoOracle(Oracle):
         return model.state_dict() | (self.vision_tower(root) if vision_tower else {})
 
     def clip_pixels(self, pixels: np.ndarray) -> Tensor:
-        side = self.config.clip.image_size
+        side = self.config.vision.image_size
         resized = longest_side(pixels, side) / 255
         resized = (resized - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
         return F.pad(resized, (0, side - resized.shape[2], 0, side - resized.shape[1]))[None]

@@ -198,18 +198,18 @@ def test_targets_of_one_span_share_a_seg_and_masks_are_united(tokenizer):
 def test_what_an_answer_is_about(tokenizer):
     config = tiny_config(max_turns=2)
     config.data.buckets = "256"
-    assert render(two_turns(), tokenizer, config).looked == [None, None]
-    config.train.loss.look = 1.0
-    assert render(two_turns(), tokenizer, config).looked == [["l1", "l2", "s"], ["s"]]
+    assert render(two_turns(), tokenizer, config).answer_masks == [None, None]
+    config.train.loss.attention_map = 1.0
+    assert render(two_turns(), tokenizer, config).answer_masks == [["l1", "l2", "s"], ["s"]]
     turns = [Turn("user", "Is there a liver?"), Turn("assistant", "Yes.")]
 
     def looked(*targets):
         return render(Sample("s", "vqa", turns, list(targets)), tokenizer, config)
 
-    assert looked().looked == [None]
-    assert looked(Target(1, "liver", absent=True)).looked == [[]]
+    assert looked().answer_masks == [None]
+    assert looked(Target(1, "liver", absent=True)).answer_masks == [[]]
     shown = looked(Target(1, "liver", mask_ids=["l"]))
-    assert shown.looked == [["l"]] and shown.seg_targets == []
+    assert shown.answer_masks == [["l"]] and shown.seg_targets == []
 
 
 def test_instruction_is_cut_for_the_aligner_alone(tokenizer):

@@ -20,7 +20,7 @@ from mimo_jax.data.prompts import (
     prompts_from_mask,
     sam_points,
 )
-from mimo_jax.geometry import GeometryError, clip_frame, sam_frame, validate_boxes, validate_points, validate_scribbles
+from mimo_jax.geometry import GeometryError, sam_frame, validate_boxes, validate_points, validate_scribbles, vision_frame
 from mimo_jax.model_config import PromptConfig
 
 
@@ -71,7 +71,7 @@ def test_every_drawn_prompt_is_valid(mask, seed, kind):
     assert kind != "point" or 1 <= inside.sum() <= 3
     for scribble in prompts.scribbles:
         assert mask[scribble[:, 1].astype(int), scribble[:, 0].astype(int)].all()
-    xy, kinds = encode_prompts(prompts, clip_frame(height, width, 224, "pad"), PromptConfig())
+    xy, kinds = encode_prompts(prompts, vision_frame(height, width, 224, "pad"), PromptConfig())
     assert np.isfinite(xy).all() and kinds[0] != NONE
 
 
@@ -168,7 +168,7 @@ def test_encoding_token_by_token():
         boxes=np.array([[0, 0, 100, 50]]),
         scribbles=[np.array([[0, 0], [30, 0], [30, 40]])],
     )
-    frame = clip_frame(50, 100, 224, "pad")  # scale 2.24
+    frame = vision_frame(50, 100, 224, "pad")  # scale 2.24
     xy, kind = encode_prompts(prompts, frame, PromptConfig(max_tokens=16, scribble_points=8))
     assert xy.shape == (16, 2) and xy.dtype == np.float32 and kind.dtype == np.int32
     assert kind.tolist() == [POINT_IN, POINT_OUT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT] + [SCRIBBLE] * 8 + [NONE] * 4 == [
@@ -184,13 +184,13 @@ def test_encoding_token_by_token():
 
 
 def test_a_scribble_of_one_point_stays_there():
-    xy, kind = encode_prompts(Prompts(scribbles=[np.array([[3.0, 4.0]])]), clip_frame(10, 10, 10, "pad"), PromptConfig())
+    xy, kind = encode_prompts(Prompts(scribbles=[np.array([[3.0, 4.0]])]), vision_frame(10, 10, 10, "pad"), PromptConfig())
     np.testing.assert_allclose(xy[:8], [[3, 4]] * 8)
     assert (kind[:8] == SCRIBBLE).all()
 
 
 def test_too_many_or_misplaced_prompts():
-    frame = clip_frame(50, 100, 224, "pad")
+    frame = vision_frame(50, 100, 224, "pad")
     with pytest.raises(PromptError, match="17 prompt tokens.*takes 16"):
         encode_prompts(Prompts(points=np.ones((17, 3))), frame, PromptConfig())
     with pytest.raises(GeometryError, match="outside the image of 100x50"):
@@ -198,11 +198,11 @@ def test_too_many_or_misplaced_prompts():
 
 
 def test_sam_points_lie_where_the_prompts_do_and_end_as_sam_was_trained():
-    clip, sam = clip_frame(40, 60, 32, "pad"), sam_frame(40, 60, 64)
+    vision, sam = vision_frame(40, 60, 32, "pad"), sam_frame(40, 60, 64)
     config = PromptConfig(max_tokens=8, scribble_points=3)
 
     def points(**marks):
-        return sam_points(*encode_prompts(Prompts(**marks), clip, config), clip, sam)
+        return sam_points(*encode_prompts(Prompts(**marks), vision, config), vision, sam)
 
     one = {"points": np.array([[10, 20, 1], [50.5, 3, 0]])}
     xy, labels = points(**one)

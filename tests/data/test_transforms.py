@@ -26,7 +26,7 @@ from mimo_jax.data.transforms import (
     mask_to_frame,
     preprocess,
 )
-from mimo_jax.geometry import clip_frame, sam_frame
+from mimo_jax.geometry import sam_frame, vision_frame
 from mimo_jax.model_config import ModelConfig
 
 REAL = os.environ.get("MIMO_REAL_DATA", "")
@@ -209,11 +209,11 @@ def test_palette_masks_are_read_by_index():
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
 def test_views(height, width, fit, resample):
     cfg = ModelConfig()
-    cfg.clip.image_fit, cfg.clip.resample = fit, resample
+    cfg.vision.image_fit, cfg.vision.resample = fit, resample
     image = picture(height, width)
     out = preprocess(image, cfg)
     assert {k: (v.shape, v.dtype) for k, v in out.items()} == {
-        "clip_image": ((224, 224, 3), np.uint8), "clip_size": ((2,), np.int32),
+        "vision_image": ((224, 224, 3), np.uint8), "vision_size": ((2,), np.int32),
         "sam_image": ((1024, 1024, 3), np.uint8), "sam_size": ((2,), np.int32),
     }  # fmt: skip
     frame = sam_frame(height, width, 1024)
@@ -222,12 +222,12 @@ def test_views(height, width, fit, resample):
     resized = np.asarray(Image.fromarray(image).resize((int(cols), int(rows)), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(out["sam_image"][:rows, :cols], resized)
     assert not out["sam_image"][rows:].any() and not out["sam_image"][:, cols:].any()
-    frame = clip_frame(height, width, 224, fit)
-    assert tuple(out["clip_size"]) == frame.size
+    frame = vision_frame(height, width, 224, fit)
+    assert tuple(out["vision_size"]) == frame.size
     how = Image.Resampling[resample.upper()]
     whole = np.asarray(Image.fromarray(image).resize((frame.content_width, frame.content_height), how))
     seen = whole[-frame.offset_y :, -frame.offset_x :][: frame.size[0], : frame.size[1]].astype(int)
-    off = np.abs(out["clip_image"][: frame.size[0], : frame.size[1]] - seen).max()
+    off = np.abs(out["vision_image"][: frame.size[0], : frame.size[1]] - seen).max()
     assert off <= (fit == "crop" and width == 400)  # the visible part of a strip is cut out first, and Pillow rounds that apart
 
 
@@ -235,12 +235,12 @@ def test_views(height, width, fit, resample):
 def test_views_of_grey_are_those_of_its_channels(resample):
     """One channel is resized for all three, and every value is the same."""
     cfg = ModelConfig()
-    cfg.clip.resample = resample
+    cfg.vision.resample = resample
     for height, width in ((700, 411), (333, 501), (9, 500), (1024, 1024)):
         image = np.repeat(picture(height, width)[:, :, :1], 3, axis=2)
         out = preprocess(image, cfg)
         np.testing.assert_array_equal(out["sam_image"], image_to_frame(image, sam_frame(height, width, 1024)))
-        np.testing.assert_array_equal(out["clip_image"], image_to_frame(image, clip_frame(height, width, 224, "pad"), resample))
+        np.testing.assert_array_equal(out["vision_image"], image_to_frame(image, vision_frame(height, width, 224, "pad"), resample))
         image[height // 2, width // 2, 2] ^= 255  # one pixel in colour
         seen = preprocess(image, cfg)["sam_image"]
         assert (seen[..., 0] != seen[..., 2]).any() and np.array_equal(seen[..., :2], out["sam_image"][..., :2])
@@ -251,10 +251,10 @@ def test_views_of_grey_are_those_of_its_channels(resample):
 ])  # fmt: skip
 def test_the_crop_is_that_of_clips_stock_processor(height, width):
     cfg = ModelConfig()
-    cfg.clip.image_fit, cfg.clip.resample = "crop", "bicubic"
+    cfg.vision.image_fit, cfg.vision.resample = "crop", "bicubic"
     image = picture(height, width)
     theirs = CLIPImageProcessorPil(do_rescale=False, do_normalize=False)(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
-    np.testing.assert_array_equal(preprocess(image, cfg)["clip_image"], theirs.transpose(1, 2, 0))
+    np.testing.assert_array_equal(preprocess(image, cfg)["vision_image"], theirs.transpose(1, 2, 0))
 
 
 def brute_mask_to_frame(mask, frame, side):

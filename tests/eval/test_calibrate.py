@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     config = tiny_config()
     checkpoint.open_run(folder / "run", config)
     handmade.tokenizer(folder / "run")
-    frozen, train = pathtree.partition(painting_params(config), lambda path: path.startswith("clip/"))
+    frozen, train = pathtree.partition(painting_params(config), lambda path: path.startswith("vision/"))
     checkpoint.start_run(folder / "run", config, frozen)
     steps = checkpoint.Checkpoints(folder / "run")
     for step in (1, 2):

@@ -247,7 +247,7 @@ def test_from_checkpoint_and_data_to_report_and_pictures(mimo, tmp_path, capsys)
     run = tmp_path / "run"
     checkpoint.open_run(run, mimo.config)
     (run / "tokenizer.json").write_bytes(open(mimo.tokenizer.path, "rb").read())
-    frozen, train = pathtree.partition(mimo.engine.params, lambda path: path.startswith("clip/"))
+    frozen, train = pathtree.partition(mimo.engine.params, lambda path: path.startswith("vision/"))
     checkpoint.start_run(run, mimo.config, frozen)
     steps = checkpoint.Checkpoints(run)
     steps.save(1, {"params": train}, {})

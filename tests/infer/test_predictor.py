@@ -467,7 +467,7 @@ def test_frame_and_slice_are_refused_with_pixels(mimo, error, chosen):
 
 
 def test_load_answers_as_the_model_that_was_saved(mimo, tokenizer, tmp_path):
-    frozen, train = pathtree.partition(mimo.engine.params, lambda path: path.startswith("clip/"))
+    frozen, train = pathtree.partition(mimo.engine.params, lambda path: path.startswith("vision/"))
     checkpoint.open_run(tmp_path, mimo.config)
     (tmp_path / "tokenizer.json").write_bytes(open(tokenizer.path, "rb").read())
     checkpoint.start_run(tmp_path, mimo.config, frozen)

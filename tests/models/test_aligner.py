@@ -18,7 +18,7 @@ IMAGE_ONLY = ("linear", "mlp")
 
 def config(kind: str) -> ModelConfig:
     return ModelConfig(
-        clip=ClipConfig(image_size=32, patch_size=8, width=24, layers=2, heads=2),
+        vision=ClipConfig(image_size=32, patch_size=8, width=24, layers=2, heads=2),
         prompt=PromptConfig(width=16, max_tokens=6),
         aligner=AlignerConfig(kind=kind, queries=5, blocks=2, width=32, heads=4, max_text=7),
         llm=LlamaConfig(vocab_size=40, width=20, layers=1, heads=2, kv_heads=2),
@@ -103,12 +103,12 @@ def test_turns_that_share_an_image_are_those_of_the_image_repeated(kind):
     np.testing.assert_allclose(run(turns | {"image": images}), run(turns | {"image": jnp.repeat(images, 2, axis=0)}), atol=2e-5)
 
 
-def test_looks_are_the_mean_logits_of_the_last_block_toward_the_image():
+def test_the_attention_map_is_the_mean_logits_of_the_last_block_toward_the_image():
     cfg = config("cross_attention")
     aligner = Aligner(cfg, rngs=nnx.Rngs(0))
     given = inputs(cfg)
-    _, look = aligner(**given)
-    assert look.shape == (2, 16)
+    _, attention_map = aligner(**given)
+    assert attention_map.shape == (2, 16)
     attention = AlignerBlock(32, 4, dtype=jnp.float32, rngs=nnx.Rngs(1)).cross_attention
     x, keys = (jnp.asarray(np.random.default_rng(s).normal(size=(4 if s else 2, 5, 32)), jnp.float32) for s in (1, 0))
     q = np.asarray(attention.q(x)).reshape(4, 5, 4, 8)
@@ -117,6 +117,6 @@ def test_looks_are_the_mean_logits_of_the_last_block_toward_the_image():
     np.testing.assert_allclose(np.asarray(attention.scores(x, keys)), by_hand, atol=1e-4)
 
 
-def test_without_queries_nothing_looks():
+def test_without_queries_there_is_no_attention_map():
     cfg = config("none")
     assert Aligner(cfg, rngs=nnx.Rngs(0))(**inputs(cfg))[1] is None

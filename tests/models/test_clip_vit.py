@@ -32,7 +32,7 @@ def pixels(cfg: ClipConfig, n: int = 2) -> np.ndarray:
 
 def here(cfg: ClipConfig, oracle: torch.nn.Module, **kwargs):
     make = lambda rngs: clip_vit.ClipVit(cfg, rngs=rngs, **kwargs)  # noqa: E731
-    return oracles.brought_here(oracle, make, "clip", rows.CLIP, ModelConfig(clip=cfg))
+    return oracles.brought_here(oracle, make, "vision", rows.CLIP, ModelConfig(vision=cfg))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -83,5 +83,5 @@ def test_huge_has_its_published_size():
 
 
 def test_a_layer_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match=r"clip\.feature_layer: is 4; use -4 to 3"):
+    with pytest.raises(ConfigError, match=r"vision\.feature_layer: is 4; use -4 to 3"):
         scan.abstract(lambda rngs: clip_vit.ClipVit(dataclasses.replace(TINY, feature_layer=4), rngs=rngs))

@@ -25,7 +25,7 @@ def sam(made: dict[str, int]) -> int:
 
 def test_mimo_7b_has_the_published_sizes():
     made = counts("mimo_7b")
-    assert made["clip"] == pytest.approx(630.8e6, rel=1e-3)
+    assert made["vision"] == pytest.approx(630.8e6, rel=1e-3)
     assert made["llm"] + made["embedding"] + made["lm_head"] == 6_738_415_616
     assert sam(made) == pytest.approx(641.09e6, rel=1e-4)
     assert made["lora"] == 32 * 2 * 8 * (4096 + 4096)
@@ -34,7 +34,7 @@ def test_mimo_7b_has_the_published_sizes():
 
 def test_lisa_7b_has_the_published_sizes():
     made = counts("lisa_7b")
-    assert made["clip"] == pytest.approx(303.2e6, rel=2e-3)
+    assert made["vision"] == pytest.approx(303.2e6, rel=2e-3)
     assert made["aligner"] == 1024 * 4096 + 4096
     assert made["seg_projection"] == 4096 * 4096 + 4096 + 4096 * 256 + 256
     assert made["grounding"] == 2 * 4096 and "prompt" not in made
@@ -44,4 +44,4 @@ def test_small_has_the_sizes_of_its_parts():
     made = counts("small")
     assert made["llm"] + made["embedding"] + made["lm_head"] == pytest.approx(1.1e9, rel=1e-3)
     assert sam(made) == pytest.approx(93.7e6, rel=1e-2)
-    assert made["clip"] == pytest.approx(86e6, rel=1e-2)
+    assert made["vision"] == pytest.approx(86e6, rel=1e-2)

@@ -40,7 +40,7 @@ def test_forward_and_backward_of_every_kind(kind, seg_state, seg_position):
     dead = [p for p, g in pathtree.flatten(grads).items() if not np.isfinite(g).all()]
     assert not dead
     roots = {p.split("/")[0] for p, g in pathtree.flatten(grads).items() if np.abs(g).max() > 0}
-    wanted = {"clip", "aligner", "embedding", "llm", "lm_head", "seg_projection", "sam_encoder", "sam_decoder"}
+    wanted = {"vision", "aligner", "embedding", "llm", "lm_head", "seg_projection", "sam_encoder", "sam_decoder"}
     assert wanted <= roots and ("prompt" in params) == ("prompt" in roots) == (kind in ("cross_attention", "none"))
     rows = {"inside": 3, "after": 3, "bare": 1}[seg_position]
     assert params["embedding"]["grounding"].shape == (rows, 16) and params["lm_head"]["grounding"].shape == (16, rows)
@@ -52,11 +52,11 @@ def test_turns_of_the_kinds_that_read_the_image_alone_differ_by_image_only(kind)
     config.model.aligner.kind = kind
     model = scan.bind(mimo.abstract(config)[0], mimo.init_params(config, jax.random.key(0)))
     batch = random_batch(config, length=80)
-    image = model.encode_clip(batch["clip_image"], batch["clip_size"])
-    x_q, look = model.align_with_attention(
+    image = model.encode_vision(batch["vision_image"], batch["vision_size"])
+    x_q, attention_map = model.align_with_attention(
         image, *(batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
     )
-    assert look is None and x_q.shape == (4, 2, config.model.query_tokens(), 16)
+    assert attention_map is None and x_q.shape == (4, 2, config.model.query_tokens(), 16)
     for b in range(4):  # two samples of two turns to an image
         np.testing.assert_array_equal(x_q[b, 0], x_q[b, 1])
         np.testing.assert_allclose(x_q[b, 0], model.aligner.project_image(image[b // 2][None])[0], atol=1e-5)
@@ -70,7 +70,7 @@ def forward():
     return config, params, jax.jit(run)
 
 
-@pytest.mark.parametrize("name", ["instruction_ids", "prompt_xy", "clip_image"])
+@pytest.mark.parametrize("name", ["instruction_ids", "prompt_xy", "vision_image"])
 def test_question_prompt_and_image_change_the_hidden_states(forward, name):
     config, params, run = forward
     batch, other = random_batch(config), random_batch(config, seed=1)
@@ -82,7 +82,7 @@ def test_prompts_change_x_q_and_not_its_length(forward):
     graphdef, _ = mimo.abstract(config)
     model = scan.bind(graphdef, params)
     batch, other = random_batch(config), random_batch(config, seed=1)
-    image = model.encode_clip(batch["clip_image"], batch["clip_size"])
+    image = model.encode_vision(batch["vision_image"], batch["vision_size"])
 
     def align(b):
         return np.asarray(model.align(image, b["instruction_ids"], b["instruction_mask"], b["prompt_xy"], b["prompt_kind"]))
@@ -100,7 +100,7 @@ def test_samples_that_share_an_image_equal_samples_apart(forward):
     """K samples of one image against the same samples, each with its own copy of the image."""
     config, params, run = forward
     batch = random_batch(config)
-    apart = batch | {name: np.repeat(batch[name], 2, axis=0) for name in ("clip_image", "clip_size", "sam_image", "sam_size")}
+    apart = batch | {name: np.repeat(batch[name], 2, axis=0) for name in ("vision_image", "vision_size", "sam_image", "sam_size")}
     graphdef, _ = mimo.abstract(config)
     one, two = run(params, batch), scan.bind(graphdef, params)(apart)
     for name in one:
@@ -111,9 +111,9 @@ def test_what_lies_outside_the_content_is_not_seen(forward):
     config, params, run = forward
     batch = random_batch(config)
     batch["sam_size"][:] = (40, 64)
-    batch["clip_size"][:] = (20, 32)
+    batch["vision_size"][:] = (20, 32)
     noisy = {k: v.copy() for k, v in batch.items()}
-    noisy["sam_image"][:, 40:], noisy["clip_image"][:, 20:] = 255, 255
+    noisy["sam_image"][:, 40:], noisy["vision_image"][:, 20:] = 255, 255
     for a, b in zip(jax.tree.leaves(run(params, batch)), jax.tree.leaves(run(params, noisy)), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -124,7 +124,7 @@ def test_turns_have_their_own_x_q():
     params = mimo.init_params(config, jax.random.key(0))
     model = scan.bind(mimo.abstract(config)[0], params)
     batch = random_batch(config)
-    image = model.encode_clip(batch["clip_image"], batch["clip_size"])
+    image = model.encode_vision(batch["vision_image"], batch["vision_size"])
     rest = batch["instruction_ids"], batch["instruction_mask"]
     moved = batch["prompt_xy"].copy()
     moved[:, 1] += 5

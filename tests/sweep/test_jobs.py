@@ -110,6 +110,6 @@ def test_whether_a_jobset_is_at_work(cluster, answer, code, error, alive):
 
 def test_long_names_keep_their_seed_and_hash():
     assert job_name("base-s0-1832d8ed") == "base-s0-1832d8ed"
-    long = job_name("aligner-cross-attention-no-look-s0-89f59cbd")
+    long = job_name("aligner-cross-attention-no-map-loss-s0-89f59cbd")
     assert long == "aligner-cross-attention-no-l-s0-89f59cbd" and len(long) == 40
-    assert job_name("aligner-cross-attention-no-look-s12-89f59cbd").endswith("-s12-89f59cbd")
+    assert job_name("aligner-cross-attention-no-map-loss-s12-89f59cbd").endswith("-s12-89f59cbd")

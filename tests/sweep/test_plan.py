@@ -33,7 +33,7 @@ def plan(
 def test_the_base_runs_once_for_all_groups_and_first():
     sweep = plan(only=["aligner", "queries"], seeds=[0, 7])
     aligner, queries = sweep.groups["aligner"], sweep.groups["queries"]
-    assert list(aligner) == ["cross_attention", "cross_attention_no_look", "none"]
+    assert list(aligner) == ["cross_attention", "cross_attention_no_map_loss", "none"]
     assert list(queries) == ["8", "2", "4", "16"]  # the baseline before the others
     assert queries["8"] == aligner["cross_attention"] == [sweep.runs[0].name, sweep.runs[6].name]
     assert len(sweep.runs) == 2 * 6 and len({run.name for run in sweep.runs}) == 12
@@ -44,7 +44,7 @@ def test_the_base_runs_once_for_all_groups_and_first():
 
 def test_names_are_readable_and_depend_on_the_overrides_alone():
     first = plan(only=["aligner"]).runs
-    assert [run.name.rpartition("-")[0] for run in first] == ["base-s0", "aligner-cross-attention-no-look-s0", "aligner-none-s0"]
+    assert [run.name.rpartition("-")[0] for run in first] == ["base-s0", "aligner-cross-attention-no-map-loss-s0", "aligner-none-s0"]
     again = plan(only=["seg_position", "aligner"], shared=["--config.train.steps=7"]).runs
     assert {run.name for run in first} <= {run.name for run in again}
     assert len({run.name[-8:] for run in again}) == len(again)
@@ -54,7 +54,7 @@ def test_the_aligner_of_no_kind_gets_longer_sequences():
     run = plan(only=["aligner"]).runs[2]
     assert run.config.model.aligner.kind == "none" and run.config.buckets() == (56 + 144 + 16 + 8 - 8,)
     assert run.overrides == (
-        "--config.data.buckets=216", "--config.model.aligner.kind=none", "--config.train.loss.look=0.0", "--config.data.seed=0",
+        "--config.data.buckets=216", "--config.model.aligner.kind=none", "--config.train.loss.attention_map=0.0", "--config.data.seed=0",
         "--config.train.seed=0",
     )  # fmt: skip
     assert run.train() == [

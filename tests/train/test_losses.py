@@ -81,13 +81,13 @@ def test_a_sample_of_weight_zero_counts_nowhere():
         "loss_mask": jnp.ones((2, 4)),
         "sample_weight": jnp.asarray([1.0, 0.0]),
         "seg_mask": jnp.ones((2, 3), bool),
-        "look_mask": jnp.asarray([[True, False], [True, True]]),
+        "attention_target_mask": jnp.asarray([[True, False], [True, True]]),
     }
-    assert losses.normalizers(batch) == {"tokens": 3, "segs": 3, "looks": 1}
+    assert losses.normalizers(batch) == {"tokens": 3, "segs": 3, "attention_maps": 1}
 
 
 def test_total_weighs_the_parts_as_configured():
-    sums = {name: jnp.asarray(value) for name, value in {"ce": 6.0, "bce": 2.0, "dice": 4.0, "iou": 8.0, "look": 10.0}.items()}
-    weights = {"tokens": jnp.asarray(3.0), "segs": jnp.asarray(2.0), "looks": jnp.asarray(5.0)}
-    got = losses.combine(sums, LossConfig(ce=1.0, bce=2.0, dice=0.5, iou=0.25, look=0.5), weights)
+    sums = {name: jnp.asarray(value) for name, value in {"ce": 6.0, "bce": 2.0, "dice": 4.0, "iou": 8.0, "attention_map": 10.0}.items()}
+    weights = {"tokens": jnp.asarray(3.0), "segs": jnp.asarray(2.0), "attention_maps": jnp.asarray(5.0)}
+    got = losses.combine(sums, LossConfig(ce=1.0, bce=2.0, dice=0.5, iou=0.25, attention_map=0.5), weights)
     assert got == pytest.approx(6 / 3 + (2 * 2 + 0.5 * 4 + 0.25 * 8) / 2 + 0.5 * 10 / 5)

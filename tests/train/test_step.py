@@ -82,8 +82,8 @@ def test_accumulated_micro_batches_equal_one_batch():
     batch = random_batch(config)
     batch["loss_mask"][0, :36] = 0
     batch["seg_mask"][1:] = False
-    batch["look_mask"][-1] = False
-    config.train.loss.look = 1.0
+    batch["attention_target_mask"][-1] = False
+    config.train.loss.attention_map = 1.0
     results = {}
     for micro in (1, 2):
         config.train = dataclasses.replace(config.train, grad_accum_steps=micro)
@@ -91,7 +91,7 @@ def test_accumulated_micro_batches_equal_one_batch():
         state, frozen = plan.start(random_params(config))
         state, metrics = make_step(plan)(state, frozen, batch)
         results[micro] = metrics
-    for name in ("loss", "ce", "bce", "dice", "iou", "look", "grad_norm", "token_accuracy"):
+    for name in ("loss", "ce", "bce", "dice", "iou", "attention_map", "grad_norm", "token_accuracy"):
         np.testing.assert_allclose(results[1][name], results[2][name], rtol=1e-4)
 
 

@@ -16,7 +16,7 @@ from mimo_jax.data.prompts import Prompts, draw_prompts, encode_prompts
 from mimo_jax.data.schema import Record, RecordError, Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import decode_image, mask_to_frame, preprocess
-from mimo_jax.geometry import Frame, clip_frame, sam_frame
+from mimo_jax.geometry import Frame, sam_frame, vision_frame
 from mimo_jax.model_config import ModelConfig, PromptConfig
 
 _POINTS_MOST = 4  # tokens that a drawn point prompt takes at most: three inside, one outside
@@ -25,7 +25,7 @@ _POINTS_MOST = 4  # tokens that a drawn point prompt takes at most: three inside
 def make_example(record: Record, sample: Sample, tokenizer: Tokenizer, config: Config, rng: np.random.Generator) -> dict:
     """One image with one sample, ready for `stack_batch`. Raises ImageError, RecordError or SampleError if it is unusable.
 
-    Keys `clip_image`, `clip_size`, `sam_image`, `sam_size` (one image), and `samples`: a list of dicts of the other arrays of
+    Keys `vision_image`, `vision_size`, `sam_image`, `sam_size` (one image), and `samples`: a list of dicts of the other arrays of
     a batch, those along T unpadded. `rng` draws the prompts: a fixed one gives the same example.
     """
     image = record_image(record)
@@ -49,8 +49,8 @@ def record_image(record: Record) -> np.ndarray:
 
 def required_mask_ids(rendered: Rendered) -> list[str]:
     """Ids of the masks that a sample paints or points at, each once."""
-    looked = [ids for ids in rendered.looked if ids]
-    return list(dict.fromkeys(mask_id for ids in [*rendered.seg_targets, *rendered.prompted, *looked] for mask_id in ids))
+    answered = [ids for ids in rendered.answer_masks if ids]
+    return list(dict.fromkeys(mask_id for ids in [*rendered.seg_targets, *rendered.prompted, *answered] for mask_id in ids))
 
 
 def sample_arrays(
@@ -70,7 +70,7 @@ def sample_arrays(
     for turn, ids in enumerate(rendered.instructions):
         arrays["instruction_ids"][turn, : len(ids)] = ids
         arrays["instruction_mask"][turn, : len(ids)] = True
-    frame = clip_frame(*size, model.clip.image_size, model.clip.image_fit)
+    frame = vision_frame(*size, model.vision.image_size, model.vision.image_fit)
     for turn, mask_ids in enumerate(rendered.prompted):
         if mask_ids:
             prompts = sample_prompts([masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name, config.prompt_kinds())
@@ -88,10 +88,10 @@ def sample_arrays(
 
     for slot, mask_ids in enumerate(rendered.seg_targets):
         arrays["masks"][slot] = united(mask_ids, sam_frame(*size, model.sam.image_size, model.sam.image_fit), config.target_side())
-    for turn, mask_ids in enumerate(rendered.looked):
-        arrays["look_mask"][turn] = mask_ids is not None
+    for turn, mask_ids in enumerate(rendered.answer_masks):
+        arrays["attention_target_mask"][turn] = mask_ids is not None
         if mask_ids:
-            arrays["look"][turn] = united(mask_ids, frame, model.clip.grid())
+            arrays["attention_target"][turn] = united(mask_ids, frame, model.vision.grid())
     arrays["seg_index"][:count] = rendered.seg_positions
     arrays["seg_mask"][:count] = True
     arrays["sample_weight"] = np.float32(1)
@@ -116,8 +116,8 @@ def padding_sample(config: Config) -> dict[str, np.ndarray]:
         "instruction_mask": np.zeros((turns, model.aligner.max_text), bool),
         "prompt_xy": np.zeros((turns, tokens, 2), np.float32),
         "prompt_kind": np.zeros((turns, tokens), np.int32),
-        "look": np.zeros((turns, model.clip.grid(), model.clip.grid()), np.uint8),
-        "look_mask": np.zeros(turns, bool),
+        "attention_target": np.zeros((turns, model.vision.grid(), model.vision.grid()), np.uint8),
+        "attention_target_mask": np.zeros(turns, bool),
         "seg_index": np.zeros(slots, np.int32),
         "seg_mask": np.zeros(slots, bool),
         "masks": np.zeros((slots, side, side), np.uint8),
@@ -127,9 +127,9 @@ def padding_sample(config: Config) -> dict[str, np.ndarray]:
 
 def padding_image(model: ModelConfig) -> dict[str, np.ndarray]:
     """The views of a black image, for one that cannot be read."""
-    clip, sam = model.clip.image_size, model.sam.image_size
+    vision, sam = model.vision.image_size, model.sam.image_size
     return preprocess(np.zeros((1, 1, 3), np.uint8), model) | {
-        "clip_image": np.zeros((clip, clip, 3), np.uint8),
+        "vision_image": np.zeros((vision, vision, 3), np.uint8),
         "sam_image": np.zeros((sam, sam, 3), np.uint8),
     }
 

@@ -35,7 +35,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.models import mimo, scan
 from mimo_jax.preemption import StopSignal
 
-ENCODERS = ("clip/", "sam_encoder/")
+ENCODERS = ("vision/", "sam_encoder/")
 _SAM_FIELDS = ("image_size", "image_fit", "patch_size", "width", "layers", "heads", "mlp_ratio", "window", "global_every", "decoder_width")
 _VERSION = 1  # of how a file becomes pixels and pixels become features: raise it when that changes
 
@@ -55,7 +55,7 @@ def fingerprint(config: Config, params: Mapping[str, jax.Array | np.ndarray]) ->
     """SHA-256 of what decides the features of a picture: settings, and the encoders' parameters (by path; others are passed over) in
     bfloat16, as the features are, whatever dtype a run keeps them in."""
     sam = {name: getattr(config.model.sam, name) for name in _SAM_FIELDS}
-    about = {"version": _VERSION, "clip": dataclasses.asdict(config.model.clip), "sam": sam}
+    about = {"version": _VERSION, "vision": dataclasses.asdict(config.model.vision), "sam": sam}
     hashes = {path: storage.hash_array(leaf.astype(jnp.bfloat16)) for path, leaf in sorted(params.items()) if path.startswith(ENCODERS)}
     return hashlib.sha256(json.dumps([about, hashes], sort_keys=True).encode()).hexdigest()
 
@@ -65,7 +65,7 @@ def check_frozen(trained: Iterable[str]) -> None:
     moving = [path for path in trained if path.startswith(ENCODERS)]
     if moving:
         raise ConfigError(
-            f"config.data.features: features are of frozen encoders, and {moving[0]} trains; freeze clip/ and sam_encoder/ in "
+            f"config.data.features: features are of frozen encoders, and {moving[0]} trains; freeze vision/ and sam_encoder/ in "
             "config.trainables, or set config.data.features=False"
         )
 
@@ -138,7 +138,7 @@ def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tu
     def encode(params, seen):
         unused = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in rest.items()}  # XLA leaves them out
         model = scan.bind(graphdef, pathtree.unflatten({**params, **unused}))
-        x_img = model.encode_clip(seen["clip_image"], seen["clip_size"])
+        x_img = model.encode_vision(seen["vision_image"], seen["vision_size"])
         features = model.encode_sam(seen["sam_image"], seen["sam_size"])
         return tuple(jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) for x in (x_img, features))
 

@@ -1,6 +1,6 @@
 """Features of frozen image encoders, kept beside the records: written by `mimo data encode`, read instead of decoding pictures.
 
-DATA/features/FINGERPRINT/SHARD.clip.npy   uint16 [n, I, Dc]: X_img, the bits of bfloat16, which numpy has not
+DATA/features/FINGERPRINT/SHARD.vision.npy   uint16 [n, I, Dc]: X_img, the bits of bfloat16, which numpy has not
                           SHARD.sam.npy    uint16 [n, g, g, C]: SAM's features
                           SHARD.json       of each row: id of the record, SHA-256 of its picture, CRC-32; written last
 
@@ -25,13 +25,13 @@ from mimo_jax.data.schema import Record
 from mimo_jax.model_config import ModelConfig
 
 SHARD_BYTES = 128 << 20  # held in memory until they are written
-KEYS = {"x_img": "clip", "sam_features": "sam"}  # names in a batch -> in file names
+KEYS = {"x_img": "vision", "sam_features": "sam"}  # names in a batch -> in file names
 
 
 def feature_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of one picture, by name in a batch."""
     side = model.sam.image_size // model.sam.patch_size
-    return {"x_img": (model.clip.tokens(), model.clip.width), "sam_features": (side, side, model.sam.decoder_width)}
+    return {"x_img": (model.vision.tokens(), model.vision.width), "sam_features": (side, side, model.sam.decoder_width)}
 
 
 def feature_folder(source: RecordFolder | Manifest, fingerprint: str) -> Path:

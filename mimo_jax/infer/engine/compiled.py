@@ -48,10 +48,10 @@ class Engine:
         self.functions = functions(config.model_json(), eos_id, _cache_sharding(config, self.params))
         self.counts: Counter[str] = Counter()
 
-    def encode(self, clip_image, clip_size, sam_image, sam_size, count: int) -> tuple[jax.Array, jax.Array]:
+    def encode(self, vision_image, vision_size, sam_image, sam_size, count: int) -> tuple[jax.Array, jax.Array]:
         """N images as in a batch, of which `count` are no padding -> X_img [N, I, Dc] and SAM's features [N, g, g, C]."""
         self.counts["images"] += count
-        return self.functions.encode(self.params, clip_image, clip_size, sam_image, sam_size)
+        return self.functions.encode(self.params, vision_image, vision_size, sam_image, sam_size)
 
     def align(self, x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> jax.Array:
         """X_img [B, I, Dc] and the turns' own instructions and prompts [B, R, …] -> X_q [B, R, Q, D]."""
@@ -119,8 +119,8 @@ def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None
         bound = lambda params, *args, **kwargs: function(scan.bind(graphdef, params), *args, **kwargs)  # noqa: E731
         return jax.jit(bound, compiler_options=compiler, **options)
 
-    def encode(model, clip_image, clip_size, sam_image, sam_size):
-        return model.encode_clip(clip_image, clip_size), model.encode_sam(sam_image, sam_size)
+    def encode(model, vision_image, vision_size, sam_image, sam_size):
+        return model.encode_vision(vision_image, vision_size), model.encode_sam(sam_image, sam_size)
 
     def extend(cache, slots):
         return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, slots - a.shape[3]), (0, 0)]), cache)

@@ -191,7 +191,7 @@ class DecodeBatch:
     def _points(self) -> tuple[np.ndarray, np.ndarray]:
         """What every row's new turn marks, for SAM: xy [B, P + 1, 2], labels [B, P + 1]."""
         made = [
-            sam_points(turn.prompt_xy, turn.prompt_kind, image.clip_frame, image.sam_frame)
+            sam_points(turn.prompt_xy, turn.prompt_kind, image.vision_frame, image.sam_frame)
             for turn, image in zip(self.turns, self.images, strict=True)
         ]
         xy, labels = zip(*made, strict=True)

@@ -30,7 +30,7 @@ def lower_conversation(config: Config, params: dict, tokenizer: Tokenizer) -> Lo
     def picture(side: int) -> tuple:
         return array(jnp.uint8, 1, side, side, 3), array(jnp.int32, 1, 2)
 
-    images = (*picture(m.clip.image_size), *picture(m.sam.image_size))
+    images = (*picture(m.vision.image_size), *picture(m.sam.image_size))
     x_img, features = call.encode.eval_shape(params, *images)
     text, prompts = (1, 1, m.aligner.max_text), (1, 1, m.prompt.max_tokens)
     aligned = (x_img, array(jnp.int32, *text), array(bool, *text), array(jnp.float32, *prompts, 2), array(jnp.int32, *prompts))

@@ -33,7 +33,7 @@ class EncodedImage:
     go, and they are made again from the picture when they are asked for."""
 
     picture: MedicalImage
-    clip_frame: Frame
+    vision_frame: Frame
     sam_frame: Frame
     x_img: jax.Array | None = None
     features: jax.Array | None = None

@@ -151,7 +151,7 @@ def test_the_fingerprint_is_that_of_weights_and_settings_not_of_their_dtype():
     assert mark == encode_features.fingerprint(config, {**flat, "llm/norm/scale": flat["llm/norm/scale"] + 1})
     path = next(path for path in flat if path.startswith("sam_encoder/"))
     assert mark != encode_features.fingerprint(config, {**flat, path: flat[path] * 1.5})
-    config.model.clip.resample = "bicubic"
+    config.model.vision.resample = "bicubic"
     assert mark != encode_features.fingerprint(config, flat)
 
 
@@ -182,6 +182,6 @@ def test_what_features_cannot_serve_is_refused_before_a_run_begins(run, data, tm
     with pytest.raises(DataError, match="has no features of this run's encoders; write them with mimo data encode --checkpoint"):
         loop.train(config, tmp_path / "new")
     config.trainables = {r"^sam_encoder/": 0.1, **LORA_TABLE}
-    with pytest.raises(ConfigError, match="config.data.features: .* sam_encoder/.* trains; freeze clip/ and sam_encoder/"):
+    with pytest.raises(ConfigError, match="config.data.features: .* sam_encoder/.* trains; freeze vision/ and sam_encoder/"):
         loop.train(config, tmp_path / "new")
     assert not (tmp_path / "new" / "config.json").exists()

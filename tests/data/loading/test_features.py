@@ -61,7 +61,7 @@ def test_shards_are_bounded(tmp_path, monkeypatch):
     assert len(FeatureFolder(tmp_path, tiny_config().model)) == 5
 
 
-@pytest.mark.parametrize("name", ["clip", "sam"])
+@pytest.mark.parametrize("name", ["vision", "sam"])
 def test_a_flipped_bit_and_another_picture_are_found(tmp_path, name):
     written(tmp_path, range(2)).flush()
     (file,) = tmp_path.glob(f"*.{name}.npy")
@@ -110,7 +110,7 @@ def test_a_loader_with_features_differs_in_nothing_else(config, tokenizer, worke
     loader.close()
     known = {handmade.record(i).id: features_of(i) for i in range(4)}
     for batch, pictures in zip(made, expected, strict=True):
-        views = {"clip_image", "clip_size", "sam_image", "sam_size"}
+        views = {"vision_image", "vision_size", "sam_image", "sam_size"}
         assert batch.keys() == (pictures.keys() - views) | {"x_img", "sam_features"}
         assert all(np.array_equal(batch[key], pictures[key]) for key in pictures.keys() - views)
         for x_img, sam_features in zip(batch["x_img"], batch["sam_features"], strict=True):

@@ -14,7 +14,7 @@ from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NONE
 from mimo_jax.data.records import DataError, write_records
 from mimo_jax.data.schema import Sample, Target, Turn
-from mimo_jax.geometry import clip_frame
+from mimo_jax.geometry import vision_frame
 from tests.data import handmade
 from tests.tiny_config import random_batch, tiny_config
 
@@ -104,7 +104,7 @@ def test_a_batch_is_what_make_example_and_stack_batch_make(folder, tokenizer):
 
 def test_target_and_prompt_of_a_known_record(tokenizer):
     config = tiny_config()
-    config.train.loss.look = 1.0
+    config.train.loss.attention_map = 1.0
     record = handmade.record(0)
     naming = next(s for s in record.samples if s.perspective == "II")
     example = make_example(record, naming, tokenizer, config, np.random.default_rng(0))["samples"][0]
@@ -115,10 +115,10 @@ def test_target_and_prompt_of_a_known_record(tokenizer):
     assert np.abs(cells.min(0) * 1.75 - (rows[0], cols[0])).max() < 1.75
     assert np.abs((cells.max(0) + 1) * 1.75 - (rows[-1] + 1, cols[-1] + 1)).max() < 1.75
     assert example["masks"][1:].sum() == 0 and example["seg_mask"].tolist() == [True, False, False]
-    looked = np.argwhere(example["look"][0])  # CLIP frame 32, patches of 8: one cell is 56/32 * 8 = 14 pixels
-    assert example["look_mask"].tolist()[0] and np.abs(looked.min(0) * 14 - (rows[0], cols[0])).max() < 14
+    looked = np.argwhere(example["attention_target"][0])  # CLIP frame 32, patches of 8: one cell is 56/32 * 8 = 14 pixels
+    assert example["attention_target_mask"].tolist()[0] and np.abs(looked.min(0) * 14 - (rows[0], cols[0])).max() < 14
     used = example["prompt_kind"][0] != NONE
-    xy = clip_frame(40, 56, 32, "pad").from_frame(example["prompt_xy"][0][used])
+    xy = vision_frame(40, 56, 32, "pad").from_frame(example["prompt_xy"][0][used])
     top, left, bottom, right = rows[0], cols[0], rows[-1], cols[-1]
     assert used.any() and (xy >= (left - 7, top - 7)).all() and (xy <= (right + 7, bottom + 7)).all()
     plain = make_example(record, record.samples[0], tokenizer, config, np.random.default_rng(0))["samples"][0]
@@ -140,11 +140,11 @@ def test_arrays_of_lisas_layout(folder, lisa_tokenizer):
 @pytest.mark.parametrize("fit", ["pad", "stretch", "crop"])
 def test_without_their_loss_looks_are_not_made_and_every_fit_serves(fit, tokenizer):
     config = tiny_config()
-    config.model.clip.image_fit = fit
+    config.model.vision.image_fit = fit
     for record in map(handmade.record, range(3)):
         for sample in record.samples[:3]:
             example = make_example(record, sample, tokenizer, config, np.random.default_rng(0))["samples"][0]
-            assert not example["look"].any() and not example["look_mask"].any()
+            assert not example["attention_target"].any() and not example["attention_target_mask"].any()
 
 
 def test_samples_of_an_image_stand_together(folder, tokenizer):
@@ -158,7 +158,7 @@ def test_samples_of_an_image_stand_together(folder, tokenizer):
             held = [i for i, s in enumerate(samples) if s.perspective == picked[0].perspective]
             assert set(image.samples) == set(held)  # four or fewer of each: all of them, then again
     batch = take(loader_for(config, tokenizer), 1)[0]
-    assert batch["clip_image"].shape[0] == 2 and batch["input_ids"].shape[0] == 8
+    assert batch["vision_image"].shape[0] == 2 and batch["input_ids"].shape[0] == 8
 
 
 def test_repeated_samples_get_new_prompts(folder, tokenizer):

@@ -40,7 +40,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(max_turns=2)
     config.generate.batch_size = 2  # a window of 8 requests
-    frozen, train = pathtree.partition(random_params(config), lambda path: path.startswith("clip/"))
+    frozen, train = pathtree.partition(random_params(config), lambda path: path.startswith("vision/"))
     checkpoint.open_run(folder, config)
     make_tokenizer(folder)
     checkpoint.start_run(folder, config, frozen)

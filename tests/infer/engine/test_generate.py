@@ -15,7 +15,7 @@ from tests.tiny_config import random_batch, random_params, tiny_config
 
 NEW = 10
 LENGTHS = np.array([40, 17, 29, 8])
-IMAGES = ("clip_image", "clip_size", "sam_image", "sam_size")
+IMAGES = ("vision_image", "vision_size", "sam_image", "sam_size")
 PROMPTS = ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind")
 
 

@@ -25,10 +25,11 @@ from checkpoints_convert import hf_config_check, name_map, sources
 from checkpoints_convert.name_map import KeyMapError
 from checkpoints_convert.readers import is_finite
 from checkpoints_convert.sources import SEED, Source, SourceError
-from checkpoints_convert.staging import check_target, staged
+from checkpoints_convert.staging import check_target
 from checkpoints_convert.vocabulary import Vocabulary
 from mimo_jax import files, parameters, pathtree
 from mimo_jax.checkpoints import checkpoint, frozen_params, provenance, storage
+from mimo_jax.checkpoints.arrays import CheckpointError
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data.tokenizer import add_grounding
 from mimo_jax.models import mimo
@@ -150,7 +151,7 @@ class _Plan:
 def import_checkpoint(request: ImportRequest) -> dict[str, Any]:
     """Convert, and return what provenance.json records. UserError subclasses for everything that is the user's to mend; then
     nothing is written."""
-    out = storage.absolute(request.out)
+    out = files.absolute(request.out)
     check_target(out)
     plan = _Plan(request)
     check_target(out, plan.bytes() + _SPARE_BYTES)
@@ -160,7 +161,7 @@ def import_checkpoint(request: ImportRequest) -> dict[str, Any]:
     if nonfinite and not request.allow_nonfinite:
         raise KeyMapError("\n".join([f"{len(nonfinite)} tensors hold NaN or Inf (--allow-nonfinite takes them as they are)", *nonfinite]))
     request.say(f"read and hashed {len(hashes)} files: {time.monotonic() - started:.0f} s")
-    with staged(out) as stage:
+    with files.disk_errors(out, CheckpointError), files.atomic_folder(out) as stage:
         record = _write(plan, request, stage, out, hashes, nonfinite)
     request.say(f"written to {out}: {time.monotonic() - started:.0f} s; base {record['base'][:12]}")
     return record

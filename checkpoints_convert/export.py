@@ -25,9 +25,10 @@ from safetensors.numpy import load_file, save_file
 from checkpoints_convert import name_map, ops, rows
 from checkpoints_convert.layouts import with_prefix
 from checkpoints_convert.sources import SourceError
-from checkpoints_convert.staging import check_target, staged
+from checkpoints_convert.staging import check_target
 from mimo_jax import files
-from mimo_jax.checkpoints import checkpoint, frozen_params, provenance, storage
+from mimo_jax.checkpoints import checkpoint, frozen_params, provenance
+from mimo_jax.checkpoints.arrays import CheckpointError
 from mimo_jax.checkpoints.loading import LazyParams
 from mimo_jax.config import Config
 from mimo_jax.models.lora import merge_lora
@@ -42,14 +43,14 @@ def export_checkpoint(
 ) -> list[str]:
     """Write a checkpoint in another format; returns a line for each thing written. UserError where the checkpoint or the target
     cannot serve; then nothing is written. merge: fold LoRA into the language model (hf, joint)."""
-    out = storage.absolute(out)
+    out = files.absolute(out)
     check_target(out)
     leaves = LazyParams(path, base_at)
     if form == "peft" and not leaves.config.model.lora.rank:
         raise SourceError(f"{path}: has no LoRA to export (config.model.lora.rank is 0)")
     if form not in ("peft", "sam"):
         check_target(out, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.shapes.values()))
-    with staged(out) as stage:
+    with files.disk_errors(out, CheckpointError), files.atomic_folder(out) as stage:
         _WRITERS[form](leaves, stage, merge)
         written = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
         size = sum((stage / file).stat().st_size for file in written)
@@ -141,7 +142,7 @@ def _write_joint(leaves: LazyParams, out: Path, merge: bool) -> None:
 
 
 def _write_mimo(leaves: LazyParams, out: Path, merge: bool) -> None:
-    final = out.with_name(out.name.removeprefix(".").removesuffix(".partial"))
+    final = out.parents[1] / out.name  # see `files.atomic_folder`
     frozen_params.write(out, ((path, leaves[path]) for path in leaves if path not in leaves.trained), final)
     checkpoint.write_step(out, leaves.step, ((path, leaves[path]) for path in sorted(leaves.trained)), {})
     for name in ("config.json", "tokenizer.json", provenance.FILE, provenance.KEPT):

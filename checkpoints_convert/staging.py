@@ -1,14 +1,11 @@
-"""Where a conversion goes: a folder that is whole or not there."""
+"""What must be true of the folder that a conversion writes, before any work is done."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-from mimo_jax.checkpoints import frozen_params
 from mimo_jax.errors import UserError
 
 
@@ -27,21 +24,3 @@ def check_target(out: Path, needed: int = 0) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise TargetError(f"--out {out}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room, or choose another")
-
-
-@contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into. When the block ends well it becomes `out`; otherwise it goes, and what the disk refused
-    is a CheckpointError."""
-    stage = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(stage, ignore_errors=True)
-    try:
-        with frozen_params.writing(stage):
-            stage.mkdir()
-            yield stage
-            if out.exists():
-                out.rmdir()
-            os.rename(stage, out)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise

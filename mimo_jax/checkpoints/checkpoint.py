@@ -47,7 +47,7 @@ class CheckpointWarning(UserWarning):
 
 def open_run(workdir: str | os.PathLike, config: Config) -> bool:
     """Make `workdir` ready; true if a run was begun there, whose config must then fit (CheckpointError if not)."""
-    workdir = storage.absolute(workdir)
+    workdir = files.absolute(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,11 +62,11 @@ def open_run(workdir: str | os.PathLike, config: Config) -> bool:
 
 def start_run(workdir: str | os.PathLike, config: Config, frozen: dict) -> str:
     """Write the frozen base, the provenance and config.json of a new run; returns the base's fingerprint."""
-    workdir = storage.absolute(workdir)
+    workdir = files.absolute(workdir)
     source = run_of(config.init.path) if config.init.path else None
     fingerprint = frozen_params.save(workdir, frozen, source)
     if jax.process_index() == 0:
-        with frozen_params.writing(workdir / "config.json"):
+        with files.disk_errors(workdir / "config.json", CheckpointError):
             if source is not None:
                 provenance.copy_to_run(source, workdir, pathtree.flatten(frozen).keys())
             files.write_json(workdir / "config.json", config.to_dict())
@@ -120,7 +120,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep_last: int = 2, keep_every: int = 0):
         """keep_last: newest whole steps to keep; keep_every: beside them, every step that it divides (0: none)."""
-        self.workdir = storage.absolute(workdir)
+        self.workdir = files.absolute(workdir)
         self.keep_last, self.keep_every = max(1, keep_last), keep_every
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
@@ -201,14 +201,10 @@ class Checkpoints:
     def _give_up(self, step: int, error: Exception) -> NoReturn:
         """Remove what was half written and raise: as CheckpointError where the disk is at fault."""
         shutil.rmtree(self._folder(step), ignore_errors=True)
-        reason = storage.disk_fault(error)
-        if reason is None:
-            raise error
         last = self.latest()
         good = f"step {last} is the last good one" if last is not None else "no step was saved before"
-        raise CheckpointError(
-            f"{self._folder(step)}: cannot be written: {reason}; {good}; mend that and run the same command to go on"
-        ) from error
+        with files.disk_errors(self._folder(step), CheckpointError, f"{good}; mend that and run the same command to go on"):
+            raise error
 
 
 # --- reading a checkpoint from its path
@@ -292,7 +288,7 @@ def write_step(run: Path, step: int, leaves: Iterator[tuple[str, Any]], extra: d
     {path: [dtype, shape, SHA-256]}."""
     folder = run / "steps" / str(step)
     hashes: dict[str, list] = {}
-    with frozen_params.writing(folder):
+    with files.disk_errors(folder, CheckpointError), files.removed_on_failure(folder):
         folder.mkdir(parents=True)
         files.write_json(folder / "extra.json", extra)
         arrays.write(folder, frozen_params.hashed(leaves, hashes))

@@ -7,11 +7,9 @@ RUN/base/manifest.json   SHA-256 of every file; written last
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +28,7 @@ def write(run: Path, leaves: Iterator[tuple[str, Any]], place: Path | None = Non
     place: the run's directory in the end, if it is renamed afterwards."""
     hashes: dict[str, list] = {}
     folder = run / "base"
-    with writing(folder):
+    with files.disk_errors(folder, CheckpointError), files.removed_on_failure(folder):
         if jax.process_index() == 0:
             storage.remove(folder)
             folder.mkdir(parents=True)
@@ -84,7 +82,7 @@ def find(run: Path, base: str | os.PathLike | None = None, wanted: dict[str, Any
     if base is not None:
         places += [Path(base) / "base" if (Path(base) / "base").is_dir() else Path(base)]
     tried = {}
-    for folder in dict.fromkeys(storage.absolute(place) for place in places):
+    for folder in dict.fromkeys(files.absolute(place) for place in places):
         tried[folder] = _unfit(folder, record["leaves"], wanted)
         if tried[folder] is None:
             return folder
@@ -123,7 +121,7 @@ def _write_record(run: Path, folder: Path, leaves: dict, place: Path) -> dict:
     relative = os.path.relpath(folder, place)
     record = {"fingerprint": fingerprint(leaves), "path": str(folder), "relative": relative, "leaves": leaves}
     if jax.process_index() == 0:
-        with writing(run / "base.json"):
+        with files.disk_errors(run / "base.json", CheckpointError):
             files.write_json(run / "base.json", record)
     return record
 
@@ -133,7 +131,7 @@ def _lender(source: Path | None, leaves: dict) -> Path | None:
     if source is None:
         return None
     record = files.read_json(source / "base.json") or {"path": "", "relative": "base"}
-    places = [storage.absolute(source / record["relative"]), Path(record["path"])]
+    places = [files.absolute(source / record["relative"]), Path(record["path"])]
     fit = [jax.process_index() == 0 and _unfit(folder, leaves) is None for folder in places]
     return next((folder for folder, fits in zip(places, distributed.gather(fit)[0], strict=True) if fits), None)
 
@@ -152,17 +150,3 @@ def _unfit(folder: Path, leaves: dict, wanted: dict[str, Any] | None = None) -> 
     if differing:
         return f"is another base: {some(differing)}"
     return storage.verify(folder) if wanted is None else storage.verify(folder, arrays.files_read(folder, wanted))
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full or forbidden disk into CheckpointError; what was half written under `path` goes."""
-    try:
-        yield
-    except Exception as error:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        reason = storage.disk_fault(error)
-        if reason is None:
-            raise
-        raise CheckpointError(f"{path}: cannot be written: {reason}; mend that and run the same command again") from error

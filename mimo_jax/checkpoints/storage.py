@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -78,19 +76,3 @@ def remove(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def absolute(path: str | os.PathLike) -> Path:
-    return Path(os.path.abspath(path))
-
-
-def disk_fault(error: BaseException | None) -> str | None:
-    """What the operating system refused, if that is what went wrong; tensorstore reports it within a text."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            return os.strerror(error.errno)
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code:
-            return os.strerror(int(code.group(1)))
-        error = error.__cause__ or error.__context__
-    return None

@@ -8,14 +8,11 @@ dataset_info.json                   counts, licences, SHA-256 of every file, and
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import shutil
-import socket
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgpack
@@ -25,7 +22,7 @@ from array_record.python import array_record_data_source, array_record_module
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.schema import Record, Sample, Target, Turn
 from mimo_jax.errors import UserError
-from mimo_jax.files import sha256
+from mimo_jax.files import atomic_folder, disk_errors, sha256
 
 INFO = "dataset_info.json"
 SHARD_BYTES = 300 << 20  # a new shard begins once one holds so much
@@ -117,7 +114,7 @@ class ShardWriter:
 
     def __init__(self, path: Path):
         self.path, self.filled = path, 0  # filled: bytes of records
-        with writing(path):
+        with disk_errors(path, DataError):
             self._records = array_record_module.ArrayRecordWriter(str(path), _WRITER)
             self._samples = array_record_module.ArrayRecordWriter(f"{path}{SAMPLES}", _WRITER)
         self._shard = Shard(path.name, "", 0, IndexBuilder(), 0, Counter(), Counter(), Counter())
@@ -125,7 +122,7 @@ class ShardWriter:
     def add(self, record: Record) -> None:
         record.check()
         data, shard = record.to_bytes(), self._shard
-        with writing(self.path):
+        with disk_errors(self.path, DataError):
             self._records.write(data)
             self._samples.write(msgpack.packb(record.samples, default=vars))
         self.filled += len(data)
@@ -136,7 +133,7 @@ class ShardWriter:
         shard.licences[record.licence or "unknown"] += 1
 
     def close(self) -> Shard:
-        with writing(self.path):
+        with disk_errors(self.path, DataError):
             self._records.close()
             self._samples.close()
         self._shard.bytes, self._shard.sha256 = self.path.stat().st_size, sha256(self.path)
@@ -146,25 +143,25 @@ class ShardWriter:
 def join_shards(folder: Path, shards: Mapping[str, Sequence[Shard]], info: dict) -> dict:
     """Make the record folder `folder` of the shards of each split, which lie in it; returns what stands in its
     dataset_info.json: `info` and what is counted."""
-    written = {**info, "splits": {split: _join_split(folder, split, shards[split]) for split in sorted(shards)}}
-    (folder / INFO).write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with disk_errors(folder, DataError):
+        written = {**info, "splits": {split: _join_split(folder, split, shards[split]) for split in sorted(shards)}}
+        (folder / INFO).write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return written
 
 
 def _join_split(folder: Path, split: str, shards: Sequence[Shard]) -> dict:
     samples, files, builder = folder / f"{split}.samples.array_record", [], IndexBuilder()
-    with writing(samples):
-        writer = array_record_module.ArrayRecordWriter(str(samples), _WRITER)
-        for i, shard in enumerate(shards):
-            alone = folder / f"{shard.file}{SAMPLES}"
-            for row in array_record_data_source.ArrayRecordDataSource([f"{alone}[0:{len(shard.index.ids)}]"]):
-                writer.write(row)
-            alone.unlink()
-            name = f"{split}-{i:05d}-of-{len(shards):05d}.array_record"
-            (folder / shard.file).rename(folder / name)
-            builder.extend(shard.index)
-            files.append({"file": name, "records": len(shard.index.ids), "bytes": shard.bytes, "sha256": shard.sha256})
-        writer.close()
+    writer = array_record_module.ArrayRecordWriter(str(samples), _WRITER)
+    for i, shard in enumerate(shards):
+        alone = folder / f"{shard.file}{SAMPLES}"
+        for row in array_record_data_source.ArrayRecordDataSource([f"{alone}[0:{len(shard.index.ids)}]"]):
+            writer.write(row)
+        alone.unlink()
+        name = f"{split}-{i:05d}-of-{len(shards):05d}.array_record"
+        (folder / shard.file).rename(folder / name)
+        builder.extend(shard.index)
+        files.append({"file": name, "records": len(shard.index.ids), "bytes": shard.bytes, "sha256": shard.sha256})
+    writer.close()
     index = builder.build()
     index.save(folder / f"{split}.index.npz")
     beside = [samples, folder / f"{split}.index.npz"]
@@ -187,27 +184,17 @@ def _totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the disk does not take becomes one line; ArrayRecord's C++ raises errors of its own."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        raise DataError(f"{path}: cannot be written ({_line(error)}); make room, or give another --out") from error
-
-
-def write_records(out_dir: str | os.PathLike, records: Iterable[Record], info: dict, shard_bytes: int = SHARD_BYTES) -> dict:
+def write_records(
+    out_dir: str | os.PathLike, records: Iterable[Record], info: dict, shard_bytes: int = SHARD_BYTES, replace: bool = False
+) -> dict:
     """Write `records`, by their `split`, to a new folder; returns what stands in its dataset_info.json.
 
     info: what the builder says of itself (name, builder_version, seed, …). A new shard begins once one holds `shard_bytes`.
-    The folder appears under its name only when it is whole. Raises DataError if `out_dir` holds anything, if an id comes
-    twice, or if a group is in two splits; RecordError for a record that breaks the schema.
+    The folder appears under its name only when it is whole; with `replace`, it then takes the place of the one that is there.
+    Raises UserError if `out_dir` holds anything without that, DataError if an id comes twice, or if a group is in two splits,
+    RecordError for a record that breaks the schema.
     """
-    out_dir = Path(out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise DataError(f"{out_dir}: exists and is not an empty folder; give another --out or remove it")
-    work = _claim(out_dir)
-    try:
+    with atomic_folder(out_dir, replace) as folder:
         writers: dict[str, ShardWriter] = {}
         shards: dict[str, list[Shard]] = {}
         split_of_id: dict[str, str] = {}
@@ -223,47 +210,13 @@ def write_records(out_dir: str | os.PathLike, records: Iterable[Record], info: d
             if record.split in writers and writers[record.split].filled >= shard_bytes:
                 done.append(writers.pop(record.split).close())
             if record.split not in writers:
-                writers[record.split] = ShardWriter(work / f"{record.split}-{len(done):05d}.part")
+                writers[record.split] = ShardWriter(folder / f"{record.split}-{len(done):05d}.part")
             writers[record.split].add(record)
         if not writers:
             raise DataError(f"{out_dir}: there is no record to write")
         for split, writer in writers.items():
             shards[split].append(writer.close())
-        written = join_shards(work, shards, info)
-        (work / "writer.json").unlink()
-        os.rename(work, out_dir)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return written
-
-
-def _claim(out_dir: Path) -> Path:
-    """The temporary sibling that this process alone writes to; what a killed writer left there is removed."""
-    work = out_dir.parent / f".{out_dir.name}.writing"
-    me = {"host": socket.gethostname(), "pid": os.getpid()}
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    if work.exists():
-        try:
-            owner = json.loads((work / "writer.json").read_text())
-        except (OSError, ValueError):
-            owner = me
-        if owner["host"] != me["host"] or (owner["pid"] != me["pid"] and _alive(owner["pid"])):
-            raise DataError(f"{out_dir}: is being written by process {owner['pid']} on {owner['host']}; if it is not, remove {work}")
-        shutil.rmtree(work)
-    work.mkdir()
-    (work / "writer.json").write_text(json.dumps(me))
-    return work
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        return join_shards(folder, shards, info)
 
 
 def read_info(path: str | os.PathLike) -> dict:

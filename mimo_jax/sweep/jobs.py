@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimo_jax import config_flags, files
-from mimo_jax.checkpoints import storage
 from mimo_jax.sweep.plan import Run, SweepError
 from mimo_jax.sweep.run import JOB, Processes
 
@@ -32,7 +31,7 @@ class SweepCluster:
         """SweepError where it cannot be used for runs in `workdir`."""
         if not self._script().is_file():
             raise SweepError(f"--backend {self.backend}: {self._script()} is missing; run from a checkout of the project")
-        if self.backend == "gke" and not str(storage.absolute(workdir)).startswith(_MOUNTED):
+        if self.backend == "gke" and not str(files.absolute(workdir)).startswith(_MOUNTED):
             raise SweepError(
                 f"--workdir {workdir}: mount the bucket where jobs find it (gcsfuse BUCKET /gcs/BUCKET), and name /gcs/BUCKET/…"
             )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import pickle
 import signal
@@ -15,6 +14,7 @@ import pytest
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.records import DataError, damaged_files, open_records, read_info, write_records
 from mimo_jax.data.schema import RecordError
+from mimo_jax.errors import UserError
 from tests.data import handmade
 
 INFO = {"name": "handmade", "builder_version": "1", "seed": 7}
@@ -96,7 +96,7 @@ def test_an_unreadable_record_names_shard_and_record(folder):
 def test_refuses_a_folder_that_holds_something(tmp_path):
     (tmp_path / "set").mkdir()
     write_records(tmp_path / "set", records(), INFO)  # an empty one is fine
-    with pytest.raises(DataError, match="exists and is not an empty folder"):
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
         write_records(tmp_path / "set", records(), INFO)
     assert len(open_records(tmp_path / "set", "train")) == 5
 
@@ -149,19 +149,20 @@ def test_a_killed_write_leaves_no_folder_and_does_not_block_the_next(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "set")], env=env, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     left = [path.name for path in tmp_path.iterdir()]
-    assert left == [".set.writing"]  # killed while it wrote
+    assert left == [".set.partial"]  # killed while it wrote
     write_records(tmp_path / "set", records(), INFO)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert damaged_files(tmp_path / "set") == []
 
 
 def test_another_process_that_writes_is_left_alone(tmp_path):
-    work = tmp_path / ".set.writing"
-    work.mkdir()
-    (work / "writer.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    with pytest.raises(DataError, match="being written by process 1 on elsewhere"):
-        write_records(tmp_path / "set", records(), INFO)
-    assert work.exists()
+    def during():
+        with pytest.raises(UserError, match="set: is being written by another process; wait for it, or give another --out"):
+            write_records(tmp_path / "set", records(), INFO)
+        yield from records()
+
+    write_records(tmp_path / "set", during(), INFO)
+    assert damaged_files(tmp_path / "set") == []
 
 
 def test_opening_what_is_no_record_folder(tmp_path, folder):

@@ -24,7 +24,7 @@ from array_record.python import array_record_data_source, array_record_module
 from mimo_jax import files
 from mimo_jax.data.builder.items import Item
 from mimo_jax.data.builder.record import Made, Reject, make_record
-from mimo_jax.data.records import writing
+from mimo_jax.data.records import DataError
 from mimo_jax.data.schema import Mask, Record
 
 PART = 256  # items of a part: what a kill may cost each worker
@@ -57,7 +57,7 @@ def make_part(folder: Path, version: str, job: tuple[int, list[Item]]) -> ItemBa
     path = records_file(folder, number)
     known_file(folder, number).unlink(missing_ok=True)
     part = ItemBatch(number, fingerprint, [], [], [])
-    with writing(path):
+    with files.disk_errors(path, DataError):
         writer = array_record_module.ArrayRecordWriter(f"{path}.new", _WRITER)
     for item in items:
         made = make_record(item)
@@ -65,11 +65,11 @@ def make_part(folder: Path, version: str, job: tuple[int, list[Item]]) -> ItemBa
             part.rejects.append((made.item, made.reason))
             continue
         data = pack(made)
-        with writing(path):
+        with files.disk_errors(path, DataError):
             writer.write(data)
         part.rows.append(row_of(item.id, made.record, made.looks, len(data), made.complete, made.absent))
         part.notes.extend((item.id, note) for note in made.notes)
-    with writing(path):
+    with files.disk_errors(path, DataError):
         writer.close()
     os.replace(f"{path}.new", path)
     with files.atomic_write(known_file(folder, number)) as beside:

@@ -62,16 +62,11 @@ def build(reader: Reader, out: str | os.PathLike, options: Options, workers: int
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[Path]:
     """The work folder, of this process alone."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not an empty folder; give another --out or remove it")
+    files.check_new(out)
     work = out.absolute().parent / f".{out.name}.building"
-    for name in ("parts", "shards"):
-        (work / name).mkdir(parents=True, exist_ok=True)
-    try:
-        lock = files.locked(work / files.LOCK, blocking=False)
-    except BlockingIOError:
-        raise DataError(f"{out}: is being built by another process; wait for it, or give another --out") from None
-    with lock:
+    with files.claimed(work, out):
+        for name in ("parts", "shards"):
+            (work / name).mkdir(exist_ok=True)
         try:
             yield work
         finally:

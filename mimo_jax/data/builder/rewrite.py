@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from mimo_jax import files
 from mimo_jax.data.builder.build_plan import SPLITS, Options, Splits, decide_splits
 from mimo_jax.data.builder.item_batches import BuildIndex, ItemBatch, row_of
 from mimo_jax.data.builder.record import perceptual_hash
-from mimo_jax.data.records import DataError, RecordFolder, read_info, write_records
+from mimo_jax.data.records import RecordFolder, read_info, write_records
 from mimo_jax.data.schema import Record
 from mimo_jax.data.transforms import decode_image
 
@@ -34,25 +34,19 @@ def split_folder(folder: str | os.PathLike, out: str | os.PathLike | None, by: s
     """Write the records of `folder` to `out`, split anew: all of one group (or data set) into one split. Without `out` the new
     folder takes the old one's place, once it is whole. Raises as `merge_folders` does."""
     folder = Path(folder)
+    files.restore(folder)
     told = {"ratios": dict(options.shares), "split_by": by, "split_seed": options.seed, "duplicates": options.duplicates}
     info = {**_told(folder), **told}
-    beside = folder.absolute().parent / f".{folder.name}.split"
-    if out is None and beside.exists():
-        raise DataError(f"{beside}: is left of a split that was stopped; if {folder} is whole, remove it, else rename it to {folder}")
-    written = _rewrite([folder], Path(out or beside), info, options, lambda record: (getattr(record, by), ""), progress)
-    if out is None:
-        old = beside.with_name(f"{beside.name}.old")
-        os.rename(folder, old)
-        os.rename(beside, folder)
-        shutil.rmtree(old)
-    return written
+    return _rewrite([folder], Path(out or folder), info, options, lambda record: (getattr(record, by), ""), progress, out is None)
 
 
 def _told(folder: Path) -> dict:
     return {key: value for key, value in read_info(folder).items() if key not in ("splits", "files")}
 
 
-def _rewrite(folders: Sequence[Path], out: Path, info: dict, options: Options, kept, progress: bool) -> dict:
+def _rewrite(
+    folders: Sequence[Path], out: Path, info: dict, options: Options, kept: Callable, progress: bool, replace: bool = False
+) -> dict:
     """kept: record -> (the group that stays together, the split that it keeps or "")."""
     options.check()
     bar = {"unit": "image", "disable": not progress}
@@ -65,10 +59,10 @@ def _rewrite(folders: Sequence[Path], out: Path, info: dict, options: Options, k
         known.add(ItemBatch(0, "", [row], [], []))
         names.append(record.id)
     ids = [*_unique(names)]
-    decided = decide_splits(known, ids, options, names, out.absolute().parent / f"{out.name.lstrip('.')}.alike.jsonl")
+    decided = decide_splits(known, ids, options, names, out.absolute().parent / f"{out.name}.alike.jsonl")
     counted = {note: sum(1 for _, said, _ in decided.notes if said == note) for note in sorted({said for _, said, _ in decided.notes})}
     records = tqdm(_placed(_records(folders), ids, decided), desc="write", total=int((~decided.dropped).sum()), **bar)
-    return write_records(out, records, {**info, "notes": {**info.get("notes", {}), **counted}}, options.shard_bytes)
+    return write_records(out, records, {**info, "notes": {**info.get("notes", {}), **counted}}, options.shard_bytes, replace)
 
 
 def _records(folders: Iterable[Path]) -> Iterator[Record]:

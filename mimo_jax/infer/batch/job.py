@@ -14,6 +14,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,9 @@ COLUMNS = (
     *("voxels", "volume_mm3", "slices", "score", "uncertain"),  # of a scan, and of both
 )
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet would begin to compute
+
+
+disk_errors = partial(files.disk_errors, remedy="mend that and run the same command with --resume")
 
 
 class BatchJob:
@@ -74,11 +78,7 @@ class BatchJob:
 
     def writing(self, origin: str) -> BatchJob:
         """Claim the folder for this process; origin: of the checkpoint."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock = files.locked(self.out / files.LOCK, blocking=False)
-        except BlockingIOError:
-            raise UserError(f"{self.out}: is being written by another process; wait for it, or give another --out") from None
+        self._lock = files.claimed(self.out, self.out)
         self.state = self._found()
         if self.state["origin"] not in (None, origin):
             begun = self.state["origin"]
@@ -106,7 +106,7 @@ class BatchJob:
 
     def append(self, answers: Sequence[dict], failures: Sequence[dict], requests: int) -> None:
         """The lines of a window of so many requests; they count once all of them are on the disk."""
-        try:
+        with disk_errors(self.out):
             for name, lines in ((ANSWERS, answers), (FAILED, failures)):
                 self._files[name].write("".join(json.dumps(line) + "\n" for line in lines).encode())
                 self._files[name].flush()
@@ -116,34 +116,25 @@ class BatchJob:
             self.state["answered"] += len(answers)
             self.state["failed"] += len({failure["id"] for failure in failures})
             self._keep()
-        except OSError as error:
-            raise cannot_write(self.out, error) from None
 
     def _keep(self) -> None:
         files.write_json(self.out / STATE, self.state, durable=True)
 
 
-def cannot_write(out: Path, error: OSError) -> UserError:
-    return UserError(f"{out}: cannot be written: {error.strerror}; mend that and run the same command with --resume")
-
-
 def write_summary(out: Path) -> None:
     """summary.csv from answers.jsonl: COLUMNS, one row for each painted structure, and one that says so for an answer that paints
     nothing. box: x0,y0,x1,y1, half-open; slices: the first and the last."""
-    try:
-        with files.atomic_write(out / SUMMARY) as part:
-            with open(out / ANSWERS, encoding="utf-8") as answers, open(part, "w", newline="", encoding="utf-8") as file:
-                rows = csv.writer(file)
-                rows.writerow(COLUMNS)
-                for answer in map(json.loads, answers):
-                    for turn in answer.get("turns", [answer]):
-                        head = (answer["id"], answer["image"], turn["question"])
-                        painted = turn.get("entities", turn.get("structures"))
-                        rows.writerows(_row(*head, entity) for entity in painted)
-                        if not painted:
-                            rows.writerow(map(_cell, (*head, NOTHING_PAINTED, *[""] * (len(COLUMNS) - 4))))
-    except OSError as error:
-        raise cannot_write(out, error) from None
+    with disk_errors(out), files.atomic_write(out / SUMMARY) as part:
+        with open(out / ANSWERS, encoding="utf-8") as answers, open(part, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(COLUMNS)
+            for answer in map(json.loads, answers):
+                for turn in answer.get("turns", [answer]):
+                    head = (answer["id"], answer["image"], turn["question"])
+                    painted = turn.get("entities", turn.get("structures"))
+                    rows.writerows(_row(*head, entity) for entity in painted)
+                    if not painted:
+                        rows.writerow(map(_cell, (*head, NOTHING_PAINTED, *[""] * (len(COLUMNS) - 4))))
 
 
 def _row(id: str, image: str, question: str, entity: dict) -> Iterator[str]:

@@ -24,7 +24,7 @@ from mimo_jax.data.prompt_files import join_prompts, read_prompts
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer
-from mimo_jax.infer.batch.job import BatchJob, cannot_write, write_summary
+from mimo_jax.infer.batch.job import BatchJob, disk_errors, write_summary
 from mimo_jax.infer.batch.request_files import BatchRequest, BatchRequests
 from mimo_jax.infer.engine.requests import EncodedImage, Request, TurnHistory
 from mimo_jax.infer.predictor import Mimo
@@ -277,11 +277,10 @@ def _save(answer: Answer | VolumeAnswer, paths: Sequence[Path]) -> tuple[list[st
     for path in paths:
         if path.suffix == ".dcm" and not painted:
             continue
-        try:
-            answer.save(path)
-            names.append(path.name)
-        except UserError as error:
-            refused.append(_line(error))
-        except OSError as error:
-            raise cannot_write(path, error) from None
+        with disk_errors(path):
+            try:
+                answer.save(path)
+                names.append(path.name)
+            except UserError as error:
+                refused.append(_line(error))
     return names, refused

@@ -240,7 +240,7 @@ def test_two_builds_of_one_out(tmp_path):
     words = ["data", "build", "--source", "manifest", "--in", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
     done = run(source, tmp_path / "out", before=f"sys.argv = ['mimo', *{words!r}]\n{again}")
     assert done.returncode == 0 and done.stdout.startswith("2\n")
-    assert "is being built by another process" in done.stderr
+    assert "is being written by another process" in done.stderr
     assert find_faults(tmp_path / "out", progress=False) == []
     done = run(source, tmp_path / "out")
     assert done.returncode == 2 and "exists and is not an empty folder" in done.stderr

@@ -1,6 +1,9 @@
 """Datasets to another dataset: merged, or split anew."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +11,7 @@ from mimo_jax.data.builder.build_plan import LeakError, Options
 from mimo_jax.data.builder.rewrite import merge_folders, split_folder
 from mimo_jax.data.builder.validate import find_faults
 from mimo_jax.data.records import DataError, open_records, read_info, write_records
+from mimo_jax.errors import UserError
 from tests.data import handmade
 
 QUIET = {"progress": False}
@@ -75,6 +79,27 @@ def test_split_by_dataset(tmp_path):
 
 def test_a_failed_split_leaves_the_old_one(tmp_path):
     path = folder(tmp_path / "set", range(3))
-    with pytest.raises(DataError, match="exists and is not an empty folder"):
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
         split_folder(path, path, "group", Options(), **QUIET)
     assert len(open_records(path, "train")) == 3
+
+
+def test_a_split_that_was_killed_between_its_renames_is_made_good(tmp_path):
+    path = folder(tmp_path / "set", range(3))
+    code = """if 1:
+        import os, sys
+        from mimo_jax.data.builder.build_plan import Options
+        from mimo_jax.data.builder.rewrite import split_folder
+        inner = os.rename
+        def rename(source, target):
+            inner(source, target)
+            if target.name == "set.old":
+                os._exit(9)
+        os.rename = rename
+        split_folder(sys.argv[1], None, "group", Options(), progress=False)"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", code, str(path)], env=env, timeout=120).returncode == 9
+    assert not path.exists()
+    info = split_folder(path, None, "group", Options(seed=3), **QUIET)
+    assert info["split_seed"] == 3 and find_faults(path, **QUIET) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from mimo_jax.data.images.open_image import open_picture
+from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.loading.sources import open_source
 from mimo_jax.eval.calibrate import calibrate
-from mimo_jax.eval.evaluate import answered, choose
+from mimo_jax.eval.evaluate import collect_results, select_samples
 from mimo_jax.eval.standard_metrics import GROUNDED, score_quality
 from mimo_jax.infer.answers.calibration import Calibration
 from mimo_jax.infer.predictor import Mimo, Request
@@ -39,22 +39,22 @@ def main() -> None:
     print(mimo.origin)
     calibration, fitted = calibrate(mimo, open_source(args.data, "val"), None, GROUNDED, "val")
     test = open_source(args.data, "test")
-    results = answered(mimo, test, choose(test, None, GROUNDED))
+    results = collect_results(mimo, test, select_samples(test, None, GROUNDED))
 
-    print(f"\n{len(fitted.painted)} masks of val, {len(results.painted)} of test")
+    print(f"\n{len(fitted.segmented)} masks of val, {len(results.segmented)} of test")
     print(f"{'':24}{'bin error':>12}{'Spearman':>12}{'AUROC':>12}{'below':>12}")
-    _row("not calibrated", score_quality(results.painted, calibration)["plain"])
+    _row("not calibrated", score_quality(results.segmented, calibration)["plain"])
     for name, used in PARTS.items():
-        fit = Calibration.fit(_only(fitted.painted, used), {})
-        _row(name, score_quality(_only(results.painted, used), fit)["calibrated"])
-    score = score_quality(results.painted, calibration)
+        fit = Calibration.fit(_only(fitted.segmented, used), {})
+        _row(name, score_quality(_only(results.segmented, used), fit)["calibrated"])
+    score = score_quality(results.segmented, calibration)
     print("\nuncertain, for IoU < 0.5:")
     for kind in ("plain", "calibrated"):
         print(f"{kind:24} precision {score[kind]['uncertain']['precision']} recall {score[kind]['uncertain']['recall']}")
 
     absent = {n: [i for i, s in enumerate(test.samples(n)) if s.targets and all(t.absent for t in s.targets)] for n in range(len(test))}
-    nothing = answered(mimo, test, {n: indices for n, indices in absent.items() if indices})
-    scores = calibration.scores([evidence for evidence, _ in nothing.painted])
+    nothing = collect_results(mimo, test, {n: indices for n, indices in absent.items() if indices})
+    scores = calibration.scores([evidence for evidence, _ in nothing.segmented])
     marked = sum(not a.abstained for a in nothing.abstentions)
     print(
         f"\nphantoms without what is asked for: {marked} of {len(nothing.abstentions)} answers paint something, {len(scores)} masks in all"
@@ -62,7 +62,7 @@ def main() -> None:
     print(f"of these below the bound ({calibration.uncertain_below:.2f}): {int((scores < calibration.uncertain_below).sum())}")
 
     mimo.calibration = calibration
-    images = mimo.encode([open_picture(path) for path in args.images]) if args.images else []
+    images = mimo.encode([open_image(path) for path in args.images]) if args.images else []
     for question in QUESTIONS if images else ():
         answers = mimo.predict([Request(image, question) for image in images])
         shown = [f"{e.phrase} {e.score:.2f}{' uncertain' if e.uncertain else ''}" for answer in answers for e in answer.entities]

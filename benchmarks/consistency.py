@@ -81,7 +81,7 @@ def main() -> None:
             answer = chat.ask(request.question, prompts=request.prompts)
             own = len(encode_user_turn(mimo.tokenizer, mimo.config, request.question, number, number == 0)[0])
             extra += mimo.engine.counts["prefilled"] - before - own
-            ((whole, turn),) = mimo.converse([Request(chat.image, request.question, request.prompts, past=past)])
+            ((whole, turn),) = mimo.generate([Request(chat.image, request.question, request.prompts, past=past)])
             past.append(turn)
             tally.add(answer, whole)
         encoded += mimo.engine.counts["images"] - images_before

@@ -133,12 +133,12 @@ def main() -> None:
             print(f"| {workers} | {args.images / seconds:.0f} | {1000 * used / args.images:.1f} | {peak:.0f} | {same} |", flush=True)
             shutil.rmtree(out)
         out, most = Path(scratch) / "killed", args.images // 256 // 3
-        parts = out.parent / ".killed.building" / "parts"
-        build(root, out, counts[-1], lambda: parts.is_dir() and len(list(parts.glob("*.known"))) >= max(1, most))
-        kept = len(list(parts.glob("*.known")))
+        batches = out.parent / ".killed.building" / "batches"
+        build(root, out, counts[-1], lambda: batches.is_dir() and len(list(batches.glob("*.summary"))) >= max(1, most))
+        kept = len(list(batches.glob("*.summary")))
         build(root, out, counts[-1])
         same = "the same" if digest(out) == first else "DIFFER"
-        print(f"\nkilled after {kept} parts of 256 images, then gone on with: bytes {same}")
+        print(f"\nkilled after {kept} batches of 256 images, then resumed: bytes {same}")
 
 
 if __name__ == "__main__":

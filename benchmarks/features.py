@@ -32,6 +32,7 @@ from mimo_jax.data.loading.loader import make_loader  # noqa: E402
 from mimo_jax.data.loading.sources import open_sources  # noqa: E402
 from mimo_jax.data.records import open_records, write_records  # noqa: E402
 from mimo_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from mimo_jax.models import mimo
 from mimo_jax.train.loop import _initial_params  # noqa: E402
 from mimo_jax.train.state import TrainSetup  # noqa: E402
 from mimo_jax.train.step import make_step  # noqa: E402
@@ -56,7 +57,7 @@ class Way:
         tokenizer = load_tokenizer(checkpoint.tokenizer_path(config.init.path), config.model)
         loader = make_loader(config, tokenizer, open_sources(config, "train"))
         if config.data.features:
-            loader.use_features(fingerprint(config, pathtree.flatten(self.frozen)))
+            loader.use_features(fingerprint(config, pathtree.flatten(self.frozen)), mimo.feature_shapes(config))
         start = time.perf_counter()
         self.batches = list(itertools.islice(loader, steps))
         self.loading = steps * config.data.batch_size / (time.perf_counter() - start)

@@ -138,7 +138,7 @@ def compare(name: str, llm: LlamaConfig) -> None:
     engine = Engine(config, params, eos_id=-1)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, llm.vocab_size, rng.integers(8, LONGEST)) for _ in range(PROMPTS)]
-    ordered = sorted(prompts, key=len)  # as `Mimo.converse` puts them into batches
+    ordered = sorted(prompts, key=len)  # as `Mimo.generate` puts them into batches
     print(f"\n{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters:", flush=True)
 
     wanted = [theirs(model, [prompt], NEW)[0] for prompt in ordered]

@@ -35,7 +35,6 @@ from mimo_jax import parameters, pathtree, sharding  # noqa: E402
 from mimo_jax.analysis import flops, hardware
 from mimo_jax.config import Config, MeshConfig  # noqa: E402
 from mimo_jax.config_flags import load_config  # noqa: E402
-from mimo_jax.data.loading.features import feature_shapes  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
 from mimo_jax.train.state import TrainSetup  # noqa: E402
 from mimo_jax.train.step import make_step  # noqa: E402
@@ -65,7 +64,7 @@ def random_arrays(config: Config) -> dict[str, np.ndarray]:
     if not config.data.features:
         return batch
     rng = np.random.default_rng(0)
-    for key, shape in feature_shapes(config.model).items():
+    for key, shape in mimo.feature_shapes(config).items():
         values = rng.standard_normal((config.images(), *shape), np.float32)
         batch[key] = values.astype(ml_dtypes.bfloat16).view(np.uint16)
     return {key: value for key, value in batch.items() if not key.startswith(("vision_", "sam_")) or key in FEATURES}

@@ -1,9 +1,9 @@
 """The full-size language model in bf16 on a CPU, against a float32 reference and against torch in bf16.
 
-    mimo convert rehearse --config configs/mimo_7b.py --workdir /scratch/rehearsal
-    python benchmarks/llama_full_size.py /scratch/rehearsal
+    mimo convert roundtrip --config configs/mimo_7b.py --workdir /scratch/roundtrip
+    python benchmarks/llama_full_size.py /scratch/roundtrip
 
-Reads the Llama of a rehearsal, 13.5 GB of random bf16 weights: the reference and torch compute it layer by layer with
+Reads the Llama of the round trip, 13.5 GB of random bf16 weights: the reference and torch compute it layer by layer with
 transformers' own LlamaDecoderLayer, we compute it from the converted checkpoint as it stands. Each in a process of its own.
 """
 

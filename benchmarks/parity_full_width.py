@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints_convert import rows  # noqa: E402
-from mimo_jax.model_config import ClipConfig, LlamaConfig, ModelConfig, SamConfig
+from mimo_jax.model_config import ClipConfig, LlamaConfig, ModelConfig, SamVitConfig
 from mimo_jax.models import scan  # noqa: E402
 from mimo_jax.models.clip_vit import ClipVit  # noqa: E402
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder  # noqa: E402
@@ -29,7 +29,7 @@ from tests.checkpoints_convert import torch_models  # noqa: E402
 from tests.models import oracles  # noqa: E402
 from tests.models.test_llama import Language, convert  # noqa: E402
 
-SAM = SamConfig(layers=2, global_every=2)
+SAM = SamVitConfig(layers=2, global_every=2)
 RNG = np.random.default_rng(0)
 
 

@@ -33,8 +33,8 @@ class Recorded(Mimo):
 
     texts: list[str]
 
-    def converse(self, requests):
-        results = super().converse(requests)
+    def generate(self, requests):
+        results = super().generate(requests)
         self.texts += [answer.text for answer, _ in results]
         return results
 

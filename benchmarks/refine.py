@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from mimo_jax.data.loading.sources import open_source
-from mimo_jax.eval.evaluate import answered, choose
+from mimo_jax.eval.evaluate import collect_results, select_samples
 from mimo_jax.eval.report import make_report
 from mimo_jax.eval.standard_metrics import GROUNDED
 from mimo_jax.infer.predictor import Mimo
@@ -23,13 +23,13 @@ def main() -> None:
     args = parser.parse_args()
     mimo = Mimo.load(args.checkpoint)
     records = open_source(args.data, args.split)
-    chosen = choose(records, args.limit, GROUNDED)
+    chosen = select_samples(records, args.limit, GROUNDED)
     print(mimo.origin)
     print(f"{'mIoU':24}" + "".join(f"{p:>10}" for p in GROUNDED))
     for refine in (False, True):
         for sam_prompts in (False, True):
             mimo.config.generate.refine, mimo.config.generate.sam_prompts = refine, sam_prompts
-            report = make_report(answered(mimo, records, chosen))
+            report = make_report(collect_results(mimo, records, chosen))
             name = " + ".join(["refine"] * refine + ["sam_prompts"] * sam_prompts) or "neither"
             print(
                 f"{name:24}" + "".join(f"{'-' if value is None else f'{value:.4f}':>10}" for value in report["miou"].values()), flush=True

@@ -47,7 +47,7 @@ class Aligner(torch_models.Aligner):
     def forward(self, image: Tensor, image_code: Tensor, text: Tensor, text_mask: Tensor, visual: Tensor, visual_mask: Tensor):
         """image [N, I, Dc], image_code [I, Wp], text [B, L, D] and visual [B, P, Wp] with masks -> X_q [B, Q, D], attention_maps [B, I]."""
         n, b, device = len(image), len(text), text.device
-        type_image, type_text, type_visual = self.type_embedding
+        type_image, type_text, type_visual = self.modality_embedding
         null = torch.zeros_like(visual_mask)
         null[:, 0] = ~visual_mask.any(1)
         keys_image = self.image(self.image_norm(image)) + self.visual(image_code) + type_image
@@ -180,7 +180,7 @@ class TorchMimo(nn.Module):
         if FEATURES[0] in batch:
             image, features = (batch[key].view(torch.bfloat16).to(getattr(torch, self.config.dtype)) for key in FEATURES)
             return image, features.permute(0, 3, 1, 2)
-        vision_mean, vision_std = (tuple(255 * v for v in values) for values in (clip_vit.MEAN, clip_vit.STD))
+        vision_mean, vision_std = clip_vit.MEAN, clip_vit.STD
         with frozen_or_not(self.vision):
             pixels = normalise(batch["vision_image"], batch["vision_size"], vision_mean, vision_std).to(self.vision.dtype)
             states = self.vision(pixels, output_hidden_states=True).hidden_states[self.config.vision.feature_layer]

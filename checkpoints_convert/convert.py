@@ -198,7 +198,7 @@ def _write(plan: _Plan, request: ImportRequest, stage: Path, out: Path, hashes: 
 
 def _report(plan: _Plan, say: Callable[[str], None]) -> None:
     for name, source in plan.sources.items():
-        parts = ", ".join(found.part.title for found in source.found) or "rows of the key map"
+        parts = ", ".join(found.component.title for found in source.found) or "rows of the key map"
         say(f"{name}: {source.path} ({parts}; {len(source.kinds)} tensors)")
     for remark in plan.remarks:
         say(remark)

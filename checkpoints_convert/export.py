@@ -23,7 +23,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import name_map, ops, rows
-from checkpoints_convert.layouts import with_prefix
+from checkpoints_convert.layouts import COMPONENTS, with_prefix
+from checkpoints_convert.rows import Row
 from checkpoints_convert.sources import SourceError
 from checkpoints_convert.staging import check_target
 from mimo_jax import files
@@ -31,11 +32,14 @@ from mimo_jax.checkpoints import checkpoint, frozen_params, provenance
 from mimo_jax.checkpoints.arrays import CheckpointError
 from mimo_jax.checkpoints.loading import LazyParams
 from mimo_jax.config import Config
+from mimo_jax.data.tokenizer import load_tokenizer
+from mimo_jax.models import registry, standard_parts  # noqa: F401
 from mimo_jax.models.lora import merge_lora
 
 _SHARD_BYTES = 2 * 10**9
 _SAM_NAMES = {768: "b", 1024: "l", 1280: "h"}
-_JOINT_CLIP, _JOINT_SAM = "model.vision_tower.vision_tower.vision_model.", "model.visual_model."
+# What stands before the keys of a component in LISA's layout; the others' rows hold the whole key.
+_JOINT_PREFIXES = {"clip": "model.vision_tower.vision_tower.vision_model.", "sam": "model.visual_model."}
 
 
 def export_checkpoint(
@@ -48,6 +52,7 @@ def export_checkpoint(
     leaves = LazyParams(path, base_at)
     if form == "peft" and not leaves.config.model.lora.rank:
         raise SourceError(f"{path}: has no LoRA to export (config.model.lora.rank is 0)")
+    _check_form(leaves, form)
     if form not in ("peft", "sam"):
         check_target(out, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.shapes.values()))
     with files.disk_errors(out, CheckpointError), files.atomic_folder(out) as stage:
@@ -56,6 +61,23 @@ def export_checkpoint(
         size = sum((stage / file).stat().st_size for file in written)
     shown = [str(out / file) for file in written if file.suffix in (".safetensors", ".pth", ".json") and "steps" not in file.parts]
     return [*shown[:12], f"{form}: {size / 1e6:,.1f} MB in {len(written)} files under {out}, from step {leaves.step} of {leaves.run}"]
+
+
+def _check_form(leaves: LazyParams, form: str) -> None:
+    """SourceError for a format that has no place for the model's kinds."""
+    published = {"hf": (("vision", "clip"), ("llm", "llama")), "peft": (("llm", "llama"),), "joint": (), "sam": (), "mimo": ()}[form]
+    needed = {"sam": ("sam",), "joint": ("vision", "aligner", "llm", "sam")}.get(form, ())
+    names = {section: registry.part(leaves.config.model, section).component for section in registry.TABLES}
+    wrong = [section for section, name in published if names[section] != name] + [section for section in needed if not names[section]]
+    for section in wrong:
+        kind = getattr(leaves.config.model, section).kind
+        raise SourceError(f"--format {form}: has no layout for config.model.{section}.kind {kind}; export with --format mimo")
+
+
+def _table(leaves: LazyParams, section: str) -> tuple[str, tuple[Row, ...]]:
+    """(name of the component, its rows) of a part of the model."""
+    name = registry.part(leaves.config.model, section).component
+    return name, COMPONENTS[name].rows
 
 
 # --- the formats
@@ -83,13 +105,15 @@ def _write_llm(leaves: LazyParams, out: Path, tensors: Iterable[tuple[str, np.nd
 
     m = leaves.config.model.llm
     save_shards(tensors, out)
+    _write_tokenizer(leaves, out)
+    if _table(leaves, "llm")[0] != "llama":  # another's settings are in mimo_config.json
+        return
     transformers.LlamaConfig(
         vocab_size=m.vocab_size + len(leaves.config.model.grounding_tokens()), hidden_size=m.width, num_hidden_layers=m.layers,
         num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_width, rms_norm_eps=m.eps,
         rope_theta=m.rope_theta, max_position_embeddings=m.max_length, tie_word_embeddings=False, pad_token_id=0,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(out)  # fmt: skip
-    _write_tokenizer(leaves, out)
 
 
 def _write_peft(leaves: LazyParams, out: Path, merge: bool) -> None:
@@ -113,14 +137,14 @@ def _write_sam(leaves: LazyParams, out: Path, merge: bool) -> None:
         array = np.array(array)
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype == jnp.bfloat16 else torch.from_numpy(array)
 
-    width = leaves.config.model.sam.width
-    tensors = {key: tensor(value) for key, value in _tensors(leaves, rows.SAM, "sam_")}
-    torch.save(tensors, out / f"sam_vit_{_SAM_NAMES.get(width, width)}.pth")
+    sam = leaves.config.model.sam
+    component, table = _table(leaves, "sam")
+    tensors = {key: tensor(value) for key, value in _tensors(leaves, table, "sam_")}
+    size = _SAM_NAMES.get(sam.width, str(sam.width)) if component == "sam" else ""
+    torch.save(tensors, out / f"sam_{'_'.join(filter(None, (sam.kind, size)))}.pth")
 
 
 def _write_joint(leaves: LazyParams, out: Path, merge: bool) -> None:
-    kind = leaves.config.model.aligner.kind
-    aligner = {"linear": rows.PROJECTOR_LINEAR, "mlp": rows.PROJECTOR_MLP}.get(kind, rows.ALIGNER)
     apart = bool(leaves.config.model.lora.rank) and not merge
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
@@ -128,10 +152,12 @@ def _write_joint(leaves: LazyParams, out: Path, merge: bool) -> None:
         if apart:
             for key, value in _tensors(leaves, rows.LORA, "llm/", r"lora"):
                 yield key.replace("lora_A.weight", "lora_A.default.weight").replace("lora_B.weight", "lora_B.default.weight"), value
+        aligner = _table(leaves, "aligner")[1]
         for table, root in ((aligner, "aligner/"), (rows.PROMPT, "prompt/"), (rows.SEG_PROJECTION, "seg_projection/")):
             yield from _tensors(leaves, table, root)
-        yield from _tensors(leaves, with_prefix(rows.SAM, _JOINT_SAM), "sam_")
-        yield from _tensors(leaves, with_prefix(rows.CLIP, _JOINT_CLIP), "vision/")
+        for section, root in (("sam", "sam_"), ("vision", "vision/")):
+            name, table = _table(leaves, section)
+            yield from _tensors(leaves, with_prefix(table, _JOINT_PREFIXES.get(name, "")), root)
         if (leaves.run / provenance.KEPT).is_file():
             yield from load_file(leaves.run / provenance.KEPT).items()
 
@@ -168,7 +194,7 @@ def _llm_tensors(leaves: LazyParams, merge: bool) -> Iterator[tuple[str, np.ndar
     """The language model with its whole vocabulary, in the order of rows that the original had."""
     own = _Language(leaves, merge)
     order = _order(leaves)
-    for key, value in name_map.export_tensors(own, rows.LLAMA, name_map.layer_indices(leaves.config.model), own.shapes):
+    for key, value in name_map.export_tensors(own, _table(leaves, "llm")[1], name_map.layer_indices(leaves.config.model), own.shapes):
         if key in (rows.EMBEDDING_KEY, rows.HEAD_KEY):
             moved = np.empty_like(value)
             moved[order] = value
@@ -228,9 +254,15 @@ def _write_tokenizer(leaves: LazyParams, out: Path) -> None:
         token |= {"id": int(order[token["id"]]), "content": names.get(token["content"], token["content"])}
     values["added_tokens"].sort(key=lambda token: token["id"])
     backend = Tokenizer.from_str(json.dumps(values))
-    backend.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    read = load_tokenizer(checkpoint.tokenizer_path(leaves.run), leaves.config.model)
+    word = {i: token for token, i in read.control.items()}
+    if read.bos is not None:
+        bos = word[read.bos]
+        here = backend.token_to_id(bos)
+        backend.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, here)])
     backend.save(str(out / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    ids = {"bos_token": read.bos, "eos_token": read.eos, "unk_token": read.control.get("<unk>"), "pad_token": read.pad}
+    special = {name: word[i] for name, i in ids.items() if i in word}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": leaves.config.model.llm.max_length}
     files.write_json(out / "tokenizer_config.json", about | special)
 

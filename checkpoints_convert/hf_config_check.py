@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from checkpoints_convert.layouts import COMPONENTS
 from mimo_jax.config import Config
 from mimo_jax.errors import UserError
 
@@ -65,8 +66,6 @@ _LORA_ONLY = {
     "alpha_pattern": (None, {}), "fan_in_fan_out": (None, False), "layers_to_transform": (None,), "peft_type": (None, "LORA"),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # the others change the base too
 }  # fmt: skip
-# Parts of a whole model -> the kinds of aligner that they may be.
-_ALIGNERS = {"projector": ("linear",), "projector_mlp": ("mlp",), "aligner": ("cross_attention", "none")}
 _PROJECTIONS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
@@ -84,9 +83,13 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config) -> st
         if isinstance(targets, list) and sorted(_PROJECTIONS.get(t.rsplit(".", 1)[-1], t) for t in set(targets)) != wanted:
             named = ",".join(_PROJECTIONS.get(t.rsplit(".", 1)[-1], t) for t in targets)
             problems.append(f"target_modules is {targets}: set --config.model.lora.targets={named}")
-    for part, kinds in _ALIGNERS.items():
-        if part in parts and config.model.aligner.kind not in kinds:
-            problems.append(f"its aligner is not of kind {config.model.aligner.kind}: set --config.model.aligner.kind={kinds[0]}")
+    for component in (COMPONENTS[part] for part in sorted(parts)):
+        if not component.fits(config.model):
+            kind = f"config.model.{component.section}.kind"
+            now = getattr(config.model, component.section).kind
+            problems.append(f"its {component.title} does not fit {kind} {now}: set --{kind}={component.kinds[0]}")
+    if problems:
+        raise SettingsError(_listed(folder, problems))
     if "llama" in parts and told:
         told = _llama(told)
         problems += _differing(_LLAMA, told, config) + _unserved(_LLAMA_ONLY, told)
@@ -101,10 +104,14 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config) -> st
         if told["vision_config"].get("global_attn_indexes", whole) != whole:
             problems.append(f"global_attn_indexes is {told['vision_config']['global_attn_indexes']}, not {whole}: set config.model.sam")
     if problems:
-        raise SettingsError("\n".join([f"{folder}: its own settings are not those of the configuration", *(f"  {p}" for p in problems)]))
+        raise SettingsError(_listed(folder, problems))
     if not told and parts & {"clip", "clip_open", "llama"}:
         return f"{name}: no config.json in {folder}; heads, eps and activation are taken from the configuration"
     return None
+
+
+def _listed(folder: Path, problems: list[str]) -> str:
+    return "\n".join([f"{folder}: its own settings are not those of the configuration", *(f"  {problem}" for problem in problems)])
 
 
 def lora_alpha(path: Path) -> float | None:

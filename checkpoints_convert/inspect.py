@@ -29,7 +29,7 @@ def inspect(path: Path, config: Config | None = None, key_map: Path | None = Non
     source = Source("path", path, name_map.layer_indices(config_for_sizes.model), read_key_map(key_map) if key_map else ())
     found: dict[str, Any] = {
         "path": str(path),
-        "parts": [{"title": part.part.title, "prefix": part.prefix} for part in source.found],
+        "parts": [{"title": part.component.title, "prefix": part.prefix} for part in source.found],
         "tensors": len(source.kinds),
         "bytes": sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in source.kinds.values()),
         "dtypes": dict(Counter(str(dtype) for dtype, _ in source.kinds.values())),

@@ -1,18 +1,22 @@
 """Which model a file's tensors are, told by their names alone, and those names in one spelling.
 
-A `Part` is a table of rows with a key that gives it away; what stands before that key in a file is its prefix there. So a CLIP
+A `Component` is a table of rows with a key that gives it away; what stands before that key in a file is its prefix there. So a CLIP
 tower is found alone, in a whole CLIP file, and inside a LISA checkpoint.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from checkpoints_convert import rows
 from checkpoints_convert.rows import Row
 from mimo_jax.errors import UserError
+from mimo_jax.model_config import ModelConfig
+from mimo_jax.models.sam_decoder import MASK_TOKENS
 
 # Regex of a key -> what it is spelt here. PEFT wraps layers since 0.6, names its adapter, and wraps the model; DeepSpeed and
 # DataParallel wrap it again; GLaMM calls SAM otherwise.
@@ -55,44 +59,102 @@ _SAM_HF_SPELLINGS = (
 )  # fmt: skip
 
 
-class Part(NamedTuple):
-    """title: for people; probe: regex of the end of a key that only this part has, `key` the row key it stands for; ignored: what
-    else such files hold that nothing here needs."""
+class Component(NamedTuple):
+    """title: for people; probe: regex of the end of a key that only this component has; ignored: what else such files hold that nothing
+    here needs. section, kinds: the section of `config.model`, and those of its kinds, that the rows fill; empty for what every model
+    has. indices(model settings): what the placeholders of the rows run over, each an array with the shape of the stack's leading axes."""
 
     title: str
     rows: tuple[Row, ...]
     probe: str
     ignored: tuple[str, ...] = ()
+    section: str = ""
+    kinds: tuple[str, ...] = ()
+    indices: Callable[[ModelConfig], dict[str, np.ndarray]] = lambda model: {}
+
+    def fits(self, model: ModelConfig) -> bool:
+        """Whether a model of these settings has this component."""
+        return not self.section or getattr(model, self.section).kind in self.kinds
 
 
-PARTS = {
-    "clip": Part("CLIP vision tower, transformers", rows.CLIP, r"embeddings\.class_embedding$", rows.CLIP_IGNORED),
-    "clip_open": Part("CLIP vision tower, open_clip", rows.CLIP_OPEN, r"(?<=visual\.)class_embedding$", rows.CLIP_OPEN_IGNORED),
-    "llama": Part("Llama", rows.LLAMA, r"model\.embed_tokens\.weight$", rows.LLAMA_IGNORED),
-    "lora": Part("LoRA", rows.LORA, r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_A\.weight$"),
-    "sam": Part("SAM", rows.SAM, r"mask_decoder\.iou_token\.weight$"),
-    "projector": Part("linear projector (LISA, LLaVA)", rows.PROJECTOR_LINEAR, r"model\.mm_projector\.weight$"),
-    "projector_mlp": Part("MLP projector (GLaMM, LLaVA 1.5)", rows.PROJECTOR_MLP, r"model\.mm_projector\.0\.weight$"),
-    "seg": Part("projection of <SEG>", rows.SEG_PROJECTION, r"model\.text_hidden_fcs\.0\.0\.weight$"),
-    "aligner": Part("Multi-modal Input Aligner", rows.ALIGNER, r"model\.aligner\.type_embedding$"),
-    "prompt": Part("visual prompt encoder", rows.PROMPT, r"model\.visual_prompt\.kind$"),
+def sam_decoder_indices(model: ModelConfig) -> dict[str, np.ndarray]:
+    """Of `rows.SAM_DECODER`."""
+    layers = np.arange(1, model.sam.decoder_layers)
+    return {"sam_point": np.arange(4), "sam_decoder_layer": layers, "sam_mask": np.arange(MASK_TOKENS)}
+
+
+def _sam_indices(model: ModelConfig) -> dict[str, np.ndarray]:
+    blocks = np.arange(model.sam.layers).reshape(-1, model.sam.global_every)
+    return {"sam_windowed": blocks[:, :-1], "sam_global": blocks[:, -1], **sam_decoder_indices(model)}
+
+
+def _clip_indices(model: ModelConfig) -> dict[str, np.ndarray]:
+    return {"vision_layer": np.arange(model.vision.layers)}
+
+
+def _llama_indices(model: ModelConfig) -> dict[str, np.ndarray]:
+    return {"llm_layer": np.arange(model.llm.layers)}
+
+
+def _aligner_indices(model: ModelConfig) -> dict[str, np.ndarray]:
+    return {"aligner_block": np.arange(model.aligner.blocks)}
+
+
+COMPONENTS: dict[str, Component] = {}
+
+
+def register_component(name: str, component: Component) -> None:
+    """Add a table of tensors, which the row of a part in `mimo_jax.models.registry` may then name. ValueError for a name that is taken."""
+    if name in COMPONENTS:
+        raise ValueError(f"component {name}: is registered already; choose another name")
+    COMPONENTS[name] = component
+
+
+_CLIP = {"section": "vision", "kinds": ("clip",), "indices": _clip_indices}
+_LLAMA = {"section": "llm", "kinds": ("llama",), "indices": _llama_indices}
+_STANDARD = {
+    "clip": Component("CLIP vision tower, transformers", rows.CLIP, r"embeddings\.class_embedding$", rows.CLIP_IGNORED, **_CLIP),
+    "clip_open": Component(
+        "CLIP vision tower, open_clip", rows.CLIP_OPEN, r"(?<=visual\.)class_embedding$", rows.CLIP_OPEN_IGNORED, **_CLIP
+    ),
+    "llama": Component("Llama", rows.LLAMA, r"model\.embed_tokens\.weight$", rows.LLAMA_IGNORED, **_LLAMA),
+    "lora": Component("LoRA", rows.LORA, r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_A\.weight$", **_LLAMA),
+    "sam": Component("SAM", rows.SAM, r"mask_decoder\.iou_token\.weight$", section="sam", kinds=("vit",), indices=_sam_indices),
+    "projector": Component(
+        "linear projector (LISA, LLaVA)", rows.PROJECTOR_LINEAR, r"model\.mm_projector\.weight$", section="aligner", kinds=("linear",)
+    ),
+    "projector_mlp": Component(
+        "MLP projector (GLaMM, LLaVA 1.5)", rows.PROJECTOR_MLP, r"model\.mm_projector\.0\.weight$", section="aligner", kinds=("mlp",)
+    ),
+    "seg": Component("projection of <SEG>", rows.SEG_PROJECTION, r"model\.text_hidden_fcs\.0\.0\.weight$"),
+    "aligner": Component(
+        "Multi-modal Input Aligner",
+        rows.ALIGNER,
+        r"model\.aligner\.modality_embedding$",
+        section="aligner",
+        kinds=("cross_attention", "none"),
+        indices=_aligner_indices,
+    ),
+    "prompt": Component("visual prompt encoder", rows.PROMPT, r"model\.visual_prompt\.kind$"),
 }
+for _name, _component in _STANDARD.items():
+    register_component(_name, _component)
 # GLaMM's encoder of regions: not part of the model here, kept for export.
 KEPT = r"(^|\.)region_encoder\."
 
 
-class Found(NamedTuple):
-    """A part in a file, and what stands before its keys there."""
+class DetectedComponent(NamedTuple):
+    """A component in a file, and what stands before its keys there."""
 
     name: str
     prefix: str
 
     @property
-    def part(self) -> Part:
-        return PARTS[self.name]
+    def component(self) -> Component:
+        return COMPONENTS[self.name]
 
 
-def spelled(keys: Iterable[str]) -> dict[str, list[str]]:
+def normalize_keys(keys: Iterable[str]) -> dict[str, list[str]]:
     """{key as the tables spell it: keys of the file that are spelt so}."""
     keys = list(keys)
     spellings = _SPELLINGS + (_SAM_HF_SPELLINGS if any(re.search(_SAM_HF, key) for key in keys) else ())
@@ -105,17 +167,17 @@ def spelled(keys: Iterable[str]) -> dict[str, list[str]]:
     return made
 
 
-def detect(keys: Iterable[str]) -> list[Found]:
-    """The parts among keys as `spelled` gives them; UserError for a part that is there twice."""
+def detect(keys: Iterable[str]) -> list[DetectedComponent]:
+    """The components among keys as `normalize_keys` returns them; UserError for one that is there twice."""
     keys = list(keys)
     found = []
-    for name, part in PARTS.items():
-        matches = ((key, re.search(part.probe, key)) for key in keys)
+    for name, component in COMPONENTS.items():
+        matches = ((key, re.search(component.probe, key)) for key in keys)
         prefixes = sorted({key[: match.start()] for key, match in matches if match})
         if len(prefixes) > 1:
             named = ", ".join(prefix or "(none)" for prefix in prefixes)
-            raise UserError(f"the file holds {part.title} {len(prefixes)} times, behind {named}; give the checkpoint of one model")
-        found += [Found(name, prefix) for prefix in prefixes]
+            raise UserError(f"the file holds {component.title} {len(prefixes)} times, behind {named}; give the checkpoint of one model")
+        found += [DetectedComponent(name, prefix) for prefix in prefixes]
     return found
 
 

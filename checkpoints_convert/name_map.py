@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_convert.layouts import COMPONENTS
 from checkpoints_convert.ops import OPS, Op, copy
 from checkpoints_convert.rows import Row
 from mimo_jax.errors import UserError
 from mimo_jax.model_config import ModelConfig
-from mimo_jax.models.sam_decoder import MASK_TOKENS
 
 
 class KeyMapError(UserError):
@@ -33,18 +33,8 @@ Indices = Mapping[str, np.ndarray]
 
 
 def layer_indices(cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """What each placeholder of the tables runs over; its shape is that of the stack's leading axes (SAM: [stage, block])."""
-    blocks = np.arange(cfg.sam.layers).reshape(-1, cfg.sam.global_every)
-    return {
-        "vision_layer": np.arange(cfg.vision.layers),
-        "llm_layer": np.arange(cfg.llm.layers),
-        "aligner_block": np.arange(cfg.aligner.blocks),
-        "sam_windowed": blocks[:, :-1],
-        "sam_global": blocks[:, -1],
-        "sam_point": np.arange(4),
-        "sam_decoder_layer": np.arange(1, cfg.sam.decoder_layers),
-        "sam_mask": np.arange(MASK_TOKENS),
-    }
+    """What each placeholder of the tables of this model runs over; its shape is that of the stack's leading axes (SAM: [stage, block])."""
+    return {name: numbers for part in COMPONENTS.values() if part.fits(cfg) for name, numbers in part.indices(cfg).items()}
 
 
 def paths_of(row: Row) -> list[str]:

@@ -1,4 +1,4 @@
-"""`mimo convert rehearse`: random weights of a config's full size in the original layouts, converted, checked tensor by tensor, and
+"""`mimo convert roundtrip`: random weights of a config's full size in the original layouts, converted, checked tensor by tensor, and
 timed against copying and hashing the same files."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from checkpoints_convert.rows import Row
 from checkpoints_convert.sources import SourceError, open_sources
 from mimo_jax import files, pathtree
 from mimo_jax.checkpoints.loading import LazyParams
-from mimo_jax.config import Config
+from mimo_jax.config import Config, ConfigError
 from mimo_jax.data.tokenizer import train_tokenizer
 from mimo_jax.models import mimo
 
@@ -54,8 +54,11 @@ class MemoryWatch:
         self._thread.join()
 
 
-def rehearse(config: Config, workdir: Path) -> int:
+def roundtrip(config: Config, workdir: Path) -> int:
     """Run it in `workdir`, print a table and write report.json there; 0 if every tensor came through bit by bit, else 1."""
+    for section, kind in (("vision", "clip"), ("llm", "llama"), ("sam", "vit")):
+        if (there := getattr(config.model, section).kind) != kind:
+            raise ConfigError(f"config.model.{section}.kind: is {there}; random weights can be made of {kind} alone")
     tensors = {name: _wanted(config, table, roots) for name, (table, roots) in _TABLES.items()}
     size = 2 * sum(int(np.prod(shape)) for wanted in tensors.values() for shape in wanted.values())
     needed = int(3.1 * size)  # the originals, the checkpoint, and the copy that is timed

@@ -94,8 +94,8 @@ def _sam_two_way(layer: str, path: str) -> tuple[Row, ...]:
     )
 
 
-# facebook's segment-anything (sam_vit_{b,l,h}.pth, MedSAM); inside LISA and GLaMM behind a prefix.
-SAM: tuple[Row, ...] = (
+# The image encoder of facebook's segment-anything (sam_vit_{b,l,h}.pth, MedSAM).
+SAM_ENCODER: tuple[Row, ...] = (
     Row("image_encoder.pos_embed", "sam_encoder/position_embedding", "squeeze"),
     *_conv("image_encoder.patch_embed.proj", "sam_encoder/patch"),
     *_sam_block("sam_windowed", "sam_encoder/stages/block/windowed/block"),
@@ -104,6 +104,9 @@ SAM: tuple[Row, ...] = (
     *_norm("image_encoder.neck.1", "sam_encoder/neck_in_norm"),
     Row("image_encoder.neck.2.weight", "sam_encoder/neck_out/kernel", "conv"),
     *_norm("image_encoder.neck.3", "sam_encoder/neck_out_norm"),
+)
+# Its prompt encoder and mask decoder, the same for every image encoder.
+SAM_DECODER: tuple[Row, ...] = (
     Row("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", "sam_prompt/gaussian"),
     Row("prompt_encoder.point_embeddings.{sam_point}.weight", "sam_prompt/point_embedding", "squeeze"),
     Row("prompt_encoder.not_a_point_embed.weight", "sam_prompt/not_a_point_embedding", "squeeze"),
@@ -130,6 +133,9 @@ SAM: tuple[Row, ...] = (
     *(row for i in range(3) for row in _linear(f"mask_decoder.iou_prediction_head.layers.{i}", f"sam_decoder/iou_head/layer{i + 1}")),
 )
 
+# Inside LISA and GLaMM behind a prefix.
+SAM: tuple[Row, ...] = (*SAM_ENCODER, *SAM_DECODER)
+
 _LLAMA_LAYER = "model.layers.{llm_layer}"
 _LLAMA_PROJECTIONS = (
     *((f"self_attn.{name}_proj", name) for name in "qkvo"),
@@ -146,12 +152,13 @@ _LLAMA_LAYERS: tuple[Row, ...] = (
 EMBEDDING_KEY, HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def _vocabulary(rows: str) -> tuple[Row, ...]:
+def vocabulary(rows: str) -> tuple[Row, ...]:
+    """The tables of words: of the "base", or of "{base,grounding}" one above the other."""
     return Row(EMBEDDING_KEY, f"embedding/{rows}"), Row(HEAD_KEY, f"lm_head/{rows}", "linear")
 
 
-LLAMA: tuple[Row, ...] = (*_vocabulary("{base,grounding}"), *_LLAMA_LAYERS)
-LLAMA_BASE: tuple[Row, ...] = (*_vocabulary("base"), *_LLAMA_LAYERS)
+LLAMA: tuple[Row, ...] = (*vocabulary("{base,grounding}"), *_LLAMA_LAYERS)
+LLAMA_BASE: tuple[Row, ...] = (*vocabulary("base"), *_LLAMA_LAYERS)
 
 # A buffer of old versions.
 LLAMA_IGNORED = (r"rotary_emb\.inv_freq$",)
@@ -207,7 +214,7 @@ _BLOCK, _BLOCK_PATH = "model.aligner.blocks.{aligner_block}", "aligner/blocks/bl
 
 # MIMO's own parts. The names of the original are unknown: these are ours, a key map gives others.
 ALIGNER: tuple[Row, ...] = (
-    Row("model.aligner.type_embedding", "aligner/modality_embedding"),
+    Row("model.aligner.modality_embedding", "aligner/modality_embedding"),
     *(Row(f"model.aligner.{name}", f"aligner/{name}") for name in ("null_prompt", "queries")),
     *(row for name in ("image", "text", "visual", "project") for row in _linear(f"model.aligner.{name}", f"aligner/{name}")),
     *(row for name in ("image_norm", "text_norm", "norm") for row in _norm(f"model.aligner.{name}", f"aligner/{name}")),

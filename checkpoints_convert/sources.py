@@ -41,12 +41,12 @@ class Source:
     path: Path
     indices: name_map.Indices
     key_map: Sequence[Row] = ()
-    found: list[layouts.Found] = field(init=False)
+    found: list[layouts.DetectedComponent] = field(init=False)
     vocabulary: Vocabulary | None = field(init=False, default=None)
 
     def __post_init__(self):
         self.tensors = open_tensors(self.path)
-        spelt = layouts.spelled(self.tensors)
+        spelt = layouts.normalize_keys(self.tensors)
         for first, *others in spelt.values():
             for other in others:
                 if not np.array_equal(self.tensors[first], self.tensors[other]):
@@ -77,7 +77,7 @@ class Source:
         given = {path for row in self.key_map for path in name_map.paths_of(row)}
         tables = []
         for part in self.found:
-            table = part.part.rows
+            table = part.component.rows
             if part.name == "llama" and not (self.vocabulary and self.vocabulary.grounding):
                 table = rows.LLAMA_BASE
             tables += layouts.with_prefix(table, part.prefix)
@@ -85,7 +85,7 @@ class Source:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return (layouts.KEPT, *(pattern for part in self.found for pattern in part.part.ignored))
+        return (layouts.KEPT, *(pattern for part in self.found for pattern in part.component.ignored))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: shape for key, (_, shape) in self.kinds.items()}
@@ -238,7 +238,7 @@ def origins(sources: Mapping[str, Source], hashes: Mapping[Path, str]) -> dict[s
         files = {file.name: hashes[file] for file in source.tensors.files}
         made[name] = {
             "path": str(source.path.resolve()),
-            "layout": [found.part.title for found in source.found],
+            "layout": [found.component.title for found in source.found],
             "tensors": len(source.kinds),
             "dtypes": dict(Counter(str(dtype) for dtype, _ in source.kinds.values())),
             "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),

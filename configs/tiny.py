@@ -4,7 +4,7 @@ mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
 """
 
 from mimo_jax.config import Config
-from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraConfig, ModelConfig, PromptConfig, SamConfig
+from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraConfig, ModelConfig, PromptConfig, SamVitConfig
 
 
 def get_config() -> Config:
@@ -15,7 +15,7 @@ def get_config() -> Config:
         aligner=AlignerConfig(queries=8, blocks=2, width=128, heads=4, max_text=16),
         llm=LlamaConfig(vocab_size=1024, width=128, layers=3, heads=4, kv_heads=2, mlp_width=256, max_length=256),
         lora=LoraConfig(rank=0),
-        sam=SamConfig(
+        sam=SamVitConfig(
             image_size=96,
             patch_size=8,
             width=128,

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 from mimo_jax.chat_templates import CHAT_TEMPLATES, unknown_template
 from mimo_jax.errors import UserError
-from mimo_jax.model_config import ModelConfig
+from mimo_jax.model_config import KINDS, ModelConfig
 
 PERSPECTIVES = ("vqa", "I", "II", "III", "IV")
 PROMPTED = ("II", "IV")  # those in which the user points at something
 MODALITIES = ("CT", "MR", "X-ray", "ultrasound", "fundus", "dermoscopy", "endoscopy", "pathology")
-ALIGNER_KINDS = ("cross_attention", "none", "linear", "mlp")
 REMAT_POLICIES = ("none", "full", "dots")
 PROMPT_KINDS = ("point", "box", "scribble")
 BASE_PLACES = ("auto", "replicated", "sharded")
@@ -164,35 +163,21 @@ class Config:
             if not ok:
                 raise ConfigError(f"config.{name}: {remedy}")
 
-        need(m.aligner.kind in ALIGNER_KINDS, "model.aligner.kind", f"is {m.aligner.kind!r}; use one of {', '.join(ALIGNER_KINDS)}")
+        for section in KINDS:
+            part = getattr(m, section)
+            known = settings_class(section, part.kind)
+            wrong = f"is {part.kind!r}, whose settings are a {known.__name__}, not a {type(part).__name__}"
+            need(type(part) is known, f"model.{section}.kind", wrong)
+            for name, remedy in part.problems():
+                need(False, f"model.{section}.{name}", remedy)
         need(m.seg_state in ("token", "predict"), "model.seg_state", f"is {m.seg_state!r}; use token or predict")
         need(m.seg_position in ("inside", "after", "bare"), "model.seg_position", f"is {m.seg_position!r}; use inside, after or bare")
         need(m.remat in REMAT_POLICIES, "model.remat", f"is {m.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
-        need(m.vision.image_size % m.vision.patch_size == 0, "model.vision.patch_size", "must divide model.vision.image_size")
-        need(m.vision.width % m.vision.heads == 0, "model.vision.heads", "must divide model.vision.width")
-        need(
-            m.vision.image_fit in ("pad", "stretch", "crop"),
-            "model.vision.image_fit",
-            f"is {m.vision.image_fit!r}; use pad, stretch or crop",
-        )
-        need(m.vision.resample in ("bilinear", "bicubic"), "model.vision.resample", f"is {m.vision.resample!r}; use bilinear or bicubic")
-        need(m.sam.image_fit in ("pad", "stretch"), "model.sam.image_fit", f"is {m.sam.image_fit!r}; use pad or stretch")
-        need(m.sam.image_size % m.sam.patch_size == 0, "model.sam.patch_size", "must divide model.sam.image_size")
-        need(m.sam.pe_dtype in ("float32", "bfloat16"), "model.sam.pe_dtype", f"is {m.sam.pe_dtype!r}; use float32 or bfloat16")
-        need(m.sam.width % m.sam.heads == 0, "model.sam.heads", "must divide model.sam.width")
-        need(m.sam.layers % m.sam.global_every == 0, "model.sam.global_every", "must divide model.sam.layers")
-        need(m.sam.decoder_width % (2 * m.sam.decoder_heads) == 0, "model.sam.decoder_heads", "twice this must divide decoder_width")
-        need(m.llm.width % m.llm.heads == 0, "model.llm.heads", "must divide model.llm.width")
-        need(
-            m.llm.quantization == "",
-            "model.llm.quantization",
-            'is for inference alone; leave it empty here, and give --quantize int8 (in Python: Mimo.load(…, quantization="int8"))',
-        )
-        need(m.llm.heads % m.llm.kv_heads == 0, "model.llm.kv_heads", "must divide model.llm.heads")
-        need(m.aligner.width % m.aligner.heads == 0, "model.aligner.heads", "must divide model.aligner.width")
         need(m.lora.rank >= 0, "model.lora.rank", "must be 0 or more")
-        unknown = set(self.lora_targets()) - {"q", "k", "v", "o", "gate", "up", "down"}
-        need(not unknown, "model.lora.targets", f"{', '.join(sorted(unknown))} unknown; use q, k, v, o, gate, up, down")
+        names = m.llm.lora_names()
+        unknown = ", ".join(sorted(set(self.lora_targets()) - set(names)))
+        choice = f"use {', '.join(names)}" if names else f"a language model of kind {m.llm.kind} has no LoRA, so set model.lora.rank to 0"
+        need(not m.lora.rank or not unknown, "model.lora.targets", f"{unknown} unknown; {choice}")
         need(bool(self.trainables), "trainables", "is empty; say which parameters train")
         need(set(d.weights) <= set(PERSPECTIVES), "data.weights", f"name only {', '.join(PERSPECTIVES)}")
         need(d.samples_per_image >= 1 and d.batch_size % d.samples_per_image == 0, "data.samples_per_image", "must divide data.batch_size")
@@ -211,11 +196,11 @@ class Config:
             "data.image_tokens",
             f"is {d.image_tokens!r}; name two tokens, such as <im_start>,<im_end>, or none",
         )
-        mapped = m.aligner.kind == "cross_attention" and m.vision.image_fit != "crop"
+        mapped = m.aligner.has_attention_map() and m.vision.image_fit != "crop"
         need(
             self.train.loss.attention_map == 0 or mapped,
             "train.loss.attention_map",
-            "needs aligner.kind cross_attention and vision.image_fit pad or stretch",
+            "needs an aligner with an attention map, such as cross_attention, and vision.image_fit pad or stretch",
         )
         need(self.train.loss.mask_side >= 0, "train.loss.mask_side", "must be 0 or more")
         need(_is_regex(self.freeze), "freeze", f"is {self.freeze!r}; this is no regular expression")
@@ -240,10 +225,12 @@ class Config:
                 f"quantization: is {quantization!r}; use one of {', '.join(QUANTIZATIONS)}, or none for those of the checkpoint"
             )
         llm = self.model.llm
-        if quantization == "int4" and (llm.width % 2 or llm.mlp_width % 2):
-            raise ConfigError(
-                f"quantization: int4 needs an even width and mlp_width, and they are {llm.width} and {llm.mlp_width}; use int8"
-            )
+        inputs = llm.quantized_inputs()
+        if quantization and not inputs:
+            raise ConfigError(f"quantization: a language model of kind {llm.kind} has no matrices to store as integers; leave it out")
+        if quantization == "int4" and any(width % 2 for width in inputs):
+            widths = " and ".join(map(str, inputs))
+            raise ConfigError(f"quantization: int4 needs an even width and mlp_width, and they are {widths}; use int8")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, llm=dataclasses.replace(llm, quantization=quantization)))
 
     def images(self) -> int:
@@ -289,6 +276,15 @@ class Config:
         return _build(Config, values, "config")
 
 
+def settings_class(section: str, kind: str) -> type:
+    """The class that holds the settings of `config.model.<section>` of this kind; ConfigError for a kind that is not registered."""
+    if kind not in KINDS[section]:
+        known = ", ".join(KINDS[section])
+        remedy = f"use one of {known}, or name the module that registers it in MIMO_PLUGINS"
+        raise ConfigError(f"config.model.{section}.kind: is {kind!r}; {remedy}")
+    return KINDS[section][kind]
+
+
 def _is_regex(pattern: str) -> bool:
     try:
         return bool(re.compile(pattern))
@@ -303,7 +299,10 @@ def _build(kind: type, values: dict, where: str):
         raise ConfigError(f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     made = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(known[name]):
+        if kind is ModelConfig and name in KINDS:
+            default = next(iter(KINDS[name]))
+            value = _build(settings_class(name, value.get("kind", default)), value, f"{where}.{name}")
+        elif dataclasses.is_dataclass(known[name]):
             value = _build(known[name], value, f"{where}.{name}")
         elif known[name] == dict[str, SourceConfig]:
             value = {k: _build(SourceConfig, v, f"{where}.{name}.{k}") for k, v in value.items()}

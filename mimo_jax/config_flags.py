@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import re
 import runpy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
 from mimo_jax import pathtree
-from mimo_jax.config import PERSPECTIVES, Config, ConfigError, SourceConfig
+from mimo_jax.config import PERSPECTIVES, Config, ConfigError, SourceConfig, settings_class
+from mimo_jax.model_config import KINDS
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 
@@ -33,6 +35,7 @@ def load_config(argv: Sequence[str], sources: dict[str, SourceConfig] | None = N
     path, overrides = _split(argv)
     config = read_config_file(find_config(path))
     config.data.sources.update(sources or {})
+    _choose_kinds(config, overrides)
     for name in _names(overrides):
         _check_name(config, name)
     values = flags.FlagValues()
@@ -104,6 +107,15 @@ def _names(overrides: Sequence[str]) -> list[str]:
     if unknown:
         raise ConfigError(f"--{unknown[0]}: is unknown; overrides are written as --config.train.steps=500")
     return [name.removeprefix("config.") for name in names]
+
+
+def _choose_kinds(config: Config, overrides: Sequence[str]) -> None:
+    """Give each part whose `kind` the line changes to one with other settings the defaults of those, for the overrides to change."""
+    for argument in overrides:
+        if found := re.fullmatch(r"--config\.model\.(\w+)\.kind=(.*)", argument):
+            section, kind = found.groups()
+            if section in KINDS and type(getattr(config.model, section)) is not (settings := settings_class(section, kind)):
+                setattr(config.model, section, settings(kind=kind))
 
 
 def _check_name(config: Config, name: str) -> None:

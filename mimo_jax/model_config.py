@@ -1,15 +1,48 @@
 """The settings of a model's parts: mutable dataclasses; sizes are in pixels or tokens as each comment says."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 GROUNDING_TOKENS = ("<p>", "</p>", "<SEG>")  # in this order, after the base vocabulary; see ModelConfig.grounding_tokens
 
 
+Problem = tuple[str, str]  # (field of the part's own settings, what is wrong with it and the remedy)
+
+
 @dataclass
-class ClipConfig:
+class VisionConfig:
+    """What the settings of every vision tower hold; `kind` names a row of `models.registry.VISION_TOWERS`."""
+
+    kind: str
+    image_size: int  # pixels on a side
+    width: int  # D of X_img
+    image_fit: str = "pad"  # "pad", "stretch" or "crop" to the square
+    resample: str = "bilinear"  # or "bicubic" (CLIP's stock processor)
+
+    def grid(self) -> int:
+        """g, patches on a side."""
+        raise NotImplementedError
+
+    def extra_tokens(self) -> int:
+        """Tokens of X_img before those of the patches, such as a class token."""
+        return 0
+
+    def tokens(self) -> int:
+        """I, the length of X_img."""
+        return self.grid() ** 2 + self.extra_tokens()
+
+    def problems(self) -> Iterator[Problem]:
+        """What cannot run, of these settings alone."""
+        yield from _unless(self.image_fit in ("pad", "stretch", "crop"), "image_fit", f"is {self.image_fit!r}; use pad, stretch or crop")
+        yield from _unless(self.resample in ("bilinear", "bicubic"), "resample", f"is {self.resample!r}; use bilinear or bicubic")
+
+
+@dataclass
+class ClipConfig(VisionConfig):
     """CLIP's vision tower (frozen in MIMO)."""
 
-    image_size: int = 224  # pixels
+    kind: str = "clip"
+    image_size: int = 224
     patch_size: int = 14
     width: int = 1280
     layers: int = 32
@@ -19,16 +52,22 @@ class ClipConfig:
     eps: float = 1e-5
     feature_layer: int = -2  # which hidden state is X_img, as an index into [embeddings, layer 1 .. layer n]
     class_token: bool = False  # keep the class token as X_img's first key
-    image_fit: str = "pad"  # "pad", "stretch" or "crop" to the square
-    resample: str = "bilinear"  # or "bicubic" (CLIP's stock processor)
 
     def grid(self) -> int:
-        """g, patches on a side."""
         return self.image_size // self.patch_size
 
-    def tokens(self) -> int:
-        """I, the length of X_img."""
-        return self.grid() ** 2 + int(self.class_token)
+    def extra_tokens(self) -> int:
+        return int(self.class_token)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _unless(self.image_size % self.patch_size == 0, "patch_size", "must divide model.vision.image_size")
+        yield from _unless(self.width % self.heads == 0, "heads", "must divide model.vision.width")
+        yield from super().problems()
+        known = ("gelu", "quick_gelu")
+        yield from _unless(self.activation in known, "activation", f"is {self.activation!r}; use one of {', '.join(known)}")
+        n = self.layers
+        remedy = f"is {self.feature_layer}; use {-n - 1} to {n}, an index into [embeddings, layer 1 .. layer n]"
+        yield from _unless(-n - 1 <= self.feature_layer <= n, "feature_layer", remedy)
 
 
 @dataclass
@@ -42,9 +81,9 @@ class PromptConfig:
 
 @dataclass
 class AlignerConfig:
-    """The Multi-modal Input Aligner (its sizes are ours: the paper gives none)."""
+    """The Multi-modal Input Aligner (its sizes are ours: the paper gives none); `kind` names a row of `models.registry.ALIGNERS`."""
 
-    kind: str = "cross_attention"
+    kind: str = "cross_attention"  # "none", "linear" and "mlp" take none of the sizes below but max_text
     queries: int = 64  # Q, the length of X_q
     blocks: int = 4
     width: int = 1024
@@ -55,11 +94,53 @@ class AlignerConfig:
         """Whether this kind reads the image alone, neither the instruction nor prompts."""
         return self.kind in ("linear", "mlp")
 
+    def has_attention_map(self) -> bool:
+        """Whether this kind says where in the image its queries attend."""
+        return self.kind == "cross_attention"
+
+    def query_tokens(self, image: int, prompts: int) -> int:
+        """Q, the length of one turn's X_q for `image` image tokens and at most `prompts` prompt tokens."""
+        return {"cross_attention": self.queries, "none": image + self.max_text + prompts}.get(self.kind, image)
+
+    def problems(self) -> Iterator[Problem]:
+        """What cannot run, of these settings alone."""
+        yield from _unless(self.width % self.heads == 0, "heads", "must divide model.aligner.width")
+
 
 @dataclass
-class LlamaConfig:
-    """The language model. `vocab_size` counts the base rows only; grounding tokens follow them."""
+class LlmConfig:
+    """What the settings of every language model hold; `kind` names a row of `models.registry.LANGUAGE_MODELS`. `vocab_size` counts the
+    base rows only; grounding tokens follow them."""
 
+    kind: str
+    vocab_size: int
+    width: int
+    max_length: int = 2048  # tokens, X_q included
+    quantization: str = ""  # of the loaded model, never of a checkpoint: "int8" or "int4", chosen where it is loaded for inference
+
+    def tensor_parallel_heads(self) -> tuple[int, int]:
+        """(heads of the queries, heads of the KV cache), over which devices may split the model; (1, 1) where they may not."""
+        return 1, 1
+
+    def lora_names(self) -> tuple[str, ...]:
+        """Names of the matrices that LoRA may be put on."""
+        return ()
+
+    def quantized_inputs(self) -> tuple[int, ...]:
+        """Input widths of the matrices that `quantize` stores as integers."""
+        return ()
+
+    def problems(self) -> Iterator[Problem]:
+        """What cannot run, of these settings alone."""
+        remedy = 'is for inference alone; leave it empty here, and give --quantize int8 (in Python: Mimo.load(…, quantization="int8"))'
+        yield from _unless(self.quantization == "", "quantization", remedy)
+
+
+@dataclass
+class LlamaConfig(LlmConfig):
+    """Llama, and what has its architecture: Vicuna, TinyLlama, SmolLM."""
+
+    kind: str = "llama"
     vocab_size: int = 32000
     width: int = 4096
     layers: int = 32
@@ -68,30 +149,37 @@ class LlamaConfig:
     mlp_width: int = 11008
     rope_theta: float = 10000.0
     eps: float = 1e-5
-    max_length: int = 2048  # tokens, X_q included
-    quantization: str = ""  # of the loaded model, never of a checkpoint: "int8" or "int4", chosen where it is loaded for inference
+
+    def tensor_parallel_heads(self) -> tuple[int, int]:
+        return self.heads, self.kv_heads
+
+    def lora_names(self) -> tuple[str, ...]:
+        return "q", "k", "v", "o", "gate", "up", "down"
+
+    def quantized_inputs(self) -> tuple[int, ...]:
+        return self.width, self.mlp_width
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _unless(self.width % self.heads == 0, "heads", "must divide model.llm.width")
+        yield from super().problems()
+        yield from _unless(self.heads % self.kv_heads == 0, "kv_heads", "must divide model.llm.heads")
 
 
 @dataclass
 class LoraConfig:
     rank: int = 8  # 0 makes no parameters
     alpha: float = 8.0
-    targets: str = "q,v"  # comma-separated, of q, k, v, o, gate, up, down
+    targets: str = "q,v"  # comma-separated names of matrices of the language model
 
 
 @dataclass
 class SamConfig:
-    """SAM's image encoder, prompt encoder and mask decoder."""
+    """What the settings of every SAM hold: its frame, prompt encoder and mask decoder; `kind` names a row of
+    `models.registry.MASK_ENCODERS`, the image encoder."""
 
-    image_size: int = 1024  # pixels, longest side
+    kind: str
+    image_size: int  # pixels, longest side
     image_fit: str = "pad"  # as SAM was trained, or "stretch" to the square
-    patch_size: int = 16
-    width: int = 1280
-    layers: int = 32
-    heads: int = 16
-    mlp_ratio: float = 4.0
-    window: int = 14  # tokens
-    global_every: int = 8  # each stage is (global_every - 1) windowed blocks and one global block
     pe_dtype: str = "float32"  # of the position code; "bfloat16" as LISA and GLaMM compute it, and trained with it
     decoder_width: int = 256
     decoder_layers: int = 2
@@ -99,15 +187,64 @@ class SamConfig:
     decoder_mlp_width: int = 2048
     iou_head_width: int = 256
 
+    def grid(self) -> int:
+        """g, the side of the features that the decoder attends to."""
+        raise NotImplementedError
+
+    def problems(self) -> Iterator[Problem]:
+        """What cannot run, of these settings alone."""
+        yield from _unless(self.image_fit in ("pad", "stretch"), "image_fit", f"is {self.image_fit!r}; use pad or stretch")
+        yield from _unless(self.pe_dtype in ("float32", "bfloat16"), "pe_dtype", f"is {self.pe_dtype!r}; use float32 or bfloat16")
+        fits = self.decoder_width % (2 * self.decoder_heads) == 0
+        yield from _unless(fits, "decoder_heads", "twice this must divide decoder_width")
+
+
+@dataclass
+class SamVitConfig(SamConfig):
+    """SAM with the vision transformer of segment-anything (ViT-B, L and H; MedSAM)."""
+
+    kind: str = "vit"
+    image_size: int = 1024
+    patch_size: int = 16
+    width: int = 1280
+    layers: int = 32
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    window: int = 14  # tokens
+    global_every: int = 8  # each stage is (global_every - 1) windowed blocks and one global block
+
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from _unless(self.image_size % self.patch_size == 0, "patch_size", "must divide model.sam.image_size")
+        yield from _unless(self.width % self.heads == 0, "heads", "must divide model.sam.width")
+        yield from _unless(self.layers % self.global_every == 0, "global_every", "must divide model.sam.layers")
+
+
+def _unless(ok: bool, field: str, remedy: str) -> Iterator[Problem]:
+    if not ok:
+        yield field, remedy
+
+
+# Section of `ModelConfig` -> kind -> the class of its settings. `models.registry` adds the kinds that are registered.
+KINDS: dict[str, dict[str, type]] = {
+    "vision": {"clip": ClipConfig},
+    "aligner": dict.fromkeys(("cross_attention", "none", "linear", "mlp"), AlignerConfig),
+    "llm": {"llama": LlamaConfig},
+    "sam": {"vit": SamVitConfig},
+}
+
 
 @dataclass
 class ModelConfig:
-    vision: ClipConfig = field(default_factory=ClipConfig)
+    vision: VisionConfig = field(default_factory=ClipConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     aligner: AlignerConfig = field(default_factory=AlignerConfig)
-    llm: LlamaConfig = field(default_factory=LlamaConfig)
+    llm: LlmConfig = field(default_factory=LlamaConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    sam: SamConfig = field(default_factory=SamConfig)
+    sam: SamConfig = field(default_factory=SamVitConfig)
     seg_state: str = "token"  # the state of <SEG> itself, or "predict": the one that predicts it (LISA)
     seg_position: str = "inside"  # "inside": <p>x<SEG></p>; "after": <p> x </p> <SEG> (GLaMM); "bare": x <SEG> (LISA)
     max_turns: int = 1  # user turns in one training sample
@@ -119,13 +256,12 @@ class ModelConfig:
 
     def query_tokens(self) -> int:
         """Q, the fixed number of positions that one turn's X_q takes in the sequence, whatever the aligner's kind."""
-        image, a = self.vision.tokens(), self.aligner
-        return {"cross_attention": a.queries, "none": image + a.max_text + self.prompt.max_tokens}.get(a.kind, image)
+        return self.aligner.query_tokens(self.vision.tokens(), self.prompt.max_tokens)
 
     def grounding_tokens(self) -> tuple[str, ...]:
         """The tokens that follow the base vocabulary, in the order of their ids."""
         return ("<SEG>",) if self.seg_position == "bare" else GROUNDING_TOKENS
 
     def mask_side(self) -> int:
-        """M, the side of the decoder's masks in pixels: four per SAM patch."""
-        return 4 * self.sam.image_size // self.sam.patch_size
+        """M, the side of the decoder's masks in pixels: four per place of SAM's features."""
+        return 4 * self.sam.grid()

@@ -1,4 +1,4 @@
-"""Where every array lives: one ordered table from parameter path to mesh axes, used by all who place parameters.
+"""Where every array lives: one table from logical axes to mesh axes, and an ordered one from parameter path to logical axes.
 
 Specs are written for the trailing axes of a parameter; leading axes (stacked layers, SAM's stages) are
 never sharded. Mesh axes: `slice` (samples, over slow links), `data` (samples), `fsdp` (samples, and parameters where they are
@@ -8,7 +8,7 @@ sharded), `tensor` (heads and MLP columns).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,30 +19,61 @@ from jax.sharding import PartitionSpec as P
 
 from mimo_jax import pathtree
 from mimo_jax.config import ConfigError, MeshConfig
-from mimo_jax.model_config import LlamaConfig
+from mimo_jax.model_config import LlmConfig
 
 AXES = ("slice", "data", "fsdp", "tensor")
-SAMPLES = ("slice", "data", "fsdp")  # the axes over which samples are split
-BATCH = P(SAMPLES)
+# Logical axis -> the mesh axes that it is split over. All who place an array name logical axes: parameters (RULES), kernels, the mesh
+# context, batches and caches.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("slice", "data", "fsdp"),
+    "sequence": (),
+    "embed": ("fsdp",),  # the width of a residual stream
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
 _BASE_SHARE = 0.5  # of a device's memory that a replicated base may take
 
-# path regex -> axes of the trailing dimensions; the first match decides.
+# path regex -> logical axes of the trailing dimensions; the first match decides. Kinds of parts add rows: see `add_rules`.
 RULES: dict[str, tuple[str | None, ...]] = {
-    r"^embedding/base$": ("tensor", "fsdp"),
-    r"^lm_head/base$": ("fsdp", "tensor"),
+    r"^embedding/base$": ("vocab", "embed"),
+    r"^lm_head/base$": ("embed", "vocab"),
     r"^(embedding|lm_head)/grounding$": (),
-    r"^llm/.*/(q|k|v|gate|up)/kernel(_int8|_int4)?$": ("fsdp", "tensor"),
-    r"^llm/.*/(o|down)/kernel(_int8|_int4)?$": ("tensor", "fsdp"),
-    r"^llm/.*/(q|k|v|gate|up)/kernel_scale$": (None, "tensor"),  # groups of inputs are few, and need not divide
-    r"^llm/.*/(o|down)/kernel_scale$": (None, "fsdp"),
+    r"^llm/.*/(q|k|v)/kernel(_int8|_int4)?$": ("embed", "heads"),
+    r"^llm/.*/(gate|up)/kernel(_int8|_int4)?$": ("embed", "mlp"),
+    r"^llm/.*/o/kernel(_int8|_int4)?$": ("heads", "embed"),
+    r"^llm/.*/down/kernel(_int8|_int4)?$": ("mlp", "embed"),
+    r"^llm/.*/(q|k|v)/kernel_scale$": (None, "heads"),  # groups of inputs are few, and need not divide
+    r"^llm/.*/(gate|up)/kernel_scale$": (None, "mlp"),
+    r"^llm/.*/(o|down)/kernel_scale$": (None, "embed"),
     r"/lora_[ab]$": (),
-    r"^llm/.*norm/scale$": (),
-    r"^(vision|sam_encoder)/.*/(q|k|v|up)/kernel$": ("fsdp", "tensor"),
-    r"^(vision|sam_encoder)/.*/(o|down)/kernel$": ("tensor", "fsdp"),
-    r"^(vision|sam_encoder)/": (),
-    r"^(seg_projection/hidden|aligner/project_out)/kernel$": ("fsdp", "tensor"),
+    r"^(vision|sam_encoder)/.*/(q|k|v)/kernel$": ("embed", "heads"),
+    r"^(vision|sam_encoder)/.*/up/kernel$": ("embed", "mlp"),
+    r"^(vision|sam_encoder)/.*/o/kernel$": ("heads", "embed"),
+    r"^(vision|sam_encoder)/.*/down/kernel$": ("mlp", "embed"),
+    r"^(vision|sam_encoder|llm)/": (),
+    r"^(seg_projection/hidden|aligner/project_out)/kernel$": ("embed", "mlp"),
     r"^(prompt|aligner|seg_projection|sam_prompt|sam_decoder)/": (),
 }
+
+
+def add_rules(rows: Mapping[str, tuple[str | None, ...]]) -> None:
+    """Put rows before those of RULES. ValueError for an unknown logical axis, and for a regex that has a row with other axes."""
+    for pattern, axes in rows.items():
+        unknown = [axis for axis in axes if axis is not None and axis not in LOGICAL_AXES]
+        if unknown or RULES.get(pattern, axes) != axes:
+            why = f"unknown axis {unknown[0]!r}; use one of {', '.join(LOGICAL_AXES)}" if unknown else "has a row already"
+            raise ValueError(f"sharding rule {pattern!r}: {why}")
+    rest = {pattern: axes for pattern, axes in RULES.items() if pattern not in rows}
+    RULES.clear()
+    RULES.update({**rows, **rest})
+
+
+def mesh_axes(*logical: str | None) -> P:
+    """PartitionSpec of an array with these logical axes, None for one that is never split."""
+    made = (LOGICAL_AXES[axis] if axis is not None else () for axis in logical)
+    return P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in made))
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -68,14 +99,15 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def inference_mesh(llm: LlamaConfig) -> Mesh | None:
+def inference_mesh(llm: LlmConfig) -> Mesh | None:
     """A mesh over the devices of this process for a model that answers; None where there is one device alone. They split the heads
     of the language model, and with them its KV cache, where they divide them; else only its parameters (`fsdp`)."""
     devices = jax.local_devices()
     count = len(devices)
     if count == 1:
         return None
-    return _mesh((1, 1, 1, count) if llm.heads % count == 0 and llm.kv_heads % count == 0 else (1, 1, count, 1), devices)
+    divided = all(heads % count == 0 for heads in llm.tensor_parallel_heads())
+    return _mesh((1, 1, 1, count) if divided else (1, 1, count, 1), devices)
 
 
 def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
@@ -84,13 +116,13 @@ def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
 
 def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
-    return int(np.prod([mesh.shape[axis] for axis in SAMPLES]))
+    return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
 
 
 def spec(path: str, shape: tuple[int, ...]) -> P:
     """PartitionSpec of one parameter; KeyError if no row of RULES covers it."""
     axes = pathtree.first_match(path, RULES, "sharding.RULES")
-    return P(*([None] * (len(shape) - len(axes))), *axes) if axes else P()
+    return mesh_axes(*[None] * (len(shape) - len(axes)), *axes) if axes else P()
 
 
 def param_shardings(tree: dict, mesh: Mesh, whole: dict[str, str] | None = None, axes: Sequence[str] = AXES) -> dict:
@@ -149,9 +181,10 @@ def bytes_per_device(tree: Any, places: Any) -> int:
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 
 
-def cache_sharding(mesh: Mesh, llm: LlamaConfig) -> NamedSharding:
-    """Keys and values [N, B, G, S, K] (see `Llama.new_cache`): heads G over `tensor`, where it divides them."""
-    return NamedSharding(mesh, P(None, None, "tensor") if llm.kv_heads % mesh.shape["tensor"] == 0 else P())
+def cache_sharding(mesh: Mesh, llm: LlmConfig, axes: Sequence[str | None]) -> NamedSharding:
+    """Of every array of a cache of the language model, with these logical axes; not split where the heads of the cache are not divided."""
+    heads = math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["kv_heads"])
+    return NamedSharding(mesh, mesh_axes(*axes) if llm.tensor_parallel_heads()[1] % heads == 0 else P())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -159,10 +192,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis of every array of a batch, over `data` and `fsdp`."""
-    return NamedSharding(mesh, BATCH)
+    """Leading axis of every array of a batch, over the samples' axes of the mesh."""
+    return NamedSharding(mesh, mesh_axes("batch"))
 
 
 def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
     """The second axis of every array, behind that of the micro-batches."""
-    return NamedSharding(mesh, P(None, *BATCH))
+    return NamedSharding(mesh, mesh_axes(None, "batch"))

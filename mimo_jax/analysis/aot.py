@@ -27,7 +27,7 @@ from mimo_jax.analysis.hlo_cost import Cost, program_cost
 from mimo_jax.analysis.topology import Topology
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data.loading.collate import padding_image, padding_sample, stack_batch
-from mimo_jax.data.loading.features import feature_shapes
+from mimo_jax.models import mimo
 
 FITS = 0.9  # of a chip's memory that a step may take
 _COMPILATIONS = 5  # at most, to find the largest batch
@@ -93,7 +93,7 @@ def abstract_batch(config: Config, mesh: Mesh, length: int) -> dict[str, jax.Sha
     """Shapes and places of a global batch of `data.batch_size` samples, as the loader makes it."""
     views = padding_image(config.model)
     if config.data.features:
-        views = {key: np.zeros(shape, np.uint16) for key, shape in feature_shapes(config.model).items()}
+        views = {key: np.zeros(shape, np.uint16) for key, shape in mimo.feature_shapes(config).items()}
     one = stack_batch([{**views, "samples": [padding_sample(config)] * config.data.samples_per_image}], length)
     images, place = config.data.batch_size // config.data.samples_per_image, sharding.batch_sharding(mesh)
     return {key: jax.ShapeDtypeStruct((images * x.shape[0], *x.shape[1:]), x.dtype, sharding=place) for key, x in one.items()}

@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 from mimo_jax import parameters, pathtree
 from mimo_jax.config import Config
-from mimo_jax.models import mimo
+from mimo_jax.models import mimo, registry
+from mimo_jax.models.counts import attention_flops
 
 # part -> the parts that feed it, and itself: where a parameter of one of them trains, gradients go through its activations.
 _FED_BY = {"vision": {"vision"}, "sam_encoder": {"sam_encoder"}, "aligner": {"vision", "prompt", "embedding", "aligner"}}
@@ -60,73 +61,48 @@ def step(config: Config, length: int) -> dict[str, float]:
 def _by_part(config: Config, length: int, passes: Callable[[str, str | None], int]) -> dict[str, float]:
     """Sums over the matrices (part, path) and other products (part, None) of each part, each times `passes` of it."""
     sums: dict[str, float] = defaultdict(float)
-    tokens = _tokens(config, length)
+    tokens, by_part = _counts(config, length)
     for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items():
         count = pathtree.first_match(path, tokens, "flops")
         if count:
             part = path.split("/")[0]
             sums[part] += 2.0 * leaf.size * count * passes(part, path)
-    for part, products in _products(config, length).items():
+    for part, products in by_part.items():
         sums[part] += products * passes(part, None)
     return {part: 0.0 if config.data.features and part in _ENCODERS else total for part, total in sums.items()}
 
 
-def _tokens(config: Config, length: int) -> dict[str, float]:
-    """Ordered path regex -> tokens of one sample that pass the matrix; 0 for what is no matrix, or is looked up."""
-    m, c, s = config.model, config.model.vision, config.model.sam
+def _counts(config: Config, length: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(ordered path regex -> tokens of one sample that pass the matrix, 0 for what is no matrix or is looked up; part -> FLOPs of one
+    sample's products of activations: of queries with keys, and of weights with values)."""
+    m, s = config.model, config.model.sam
     share = 1 / config.data.samples_per_image  # of what is computed once per image
-    image, turn, queries = c.tokens() * share, m.max_turns * (m.aligner.max_text + m.prompt.max_tokens), m.max_turns * m.aligner.queries
-    grid = s.image_size // s.patch_size
-    pixels, words = grid**2, _DECODER_TOKENS * m.max_segs
-    return {
+    tower, llm, encoder = (registry.part(m, section).matmul_counts for section in ("vision", "llm", "sam"))
+    vision, language, sam = tower(m.vision), llm(m.llm, length), encoder(m.sam)
+    aligner = registry.part(m, "aligner").matmul_counts(m, share)
+    places, words = s.grid() ** 2, _DECODER_TOKENS * m.max_segs
+    tokens = {
         r"(bias|scale|token|tokens|embedding|rel_pos_[hw])$|^(prompt|embedding|sam_prompt)/": 0,
-        r"^aligner/(modality_embedding|null_prompt|queries)$": 0,
-        r"^vision/patch/": c.grid() ** 2 * share,
-        r"^vision/layers/": (c.grid() ** 2 + 1) * share * (c.feature_layer % (c.layers + 1)) / c.layers,  # those that run
-        r"^aligner/image/": image,
-        r"^aligner/text/": m.max_turns * m.aligner.max_text,
-        r"^aligner/visual/": m.max_turns * m.prompt.max_tokens,
-        r"^aligner/turn_to_image/[qo]/": turn,
-        r"^aligner/turn_to_image/[kv]/": image,
-        r"^aligner/blocks/block/cross_attention/[kv]/": image + turn,
-        r"^aligner/blocks/": queries,
-        r"^aligner/project": queries if m.aligner.kind == "cross_attention" else image,
-        r"^(llm|lm_head)/": length,
+        **{pattern: count * share for pattern, count in (vision.tokens | sam.tokens).items()},
+        **aligner.tokens,
+        **language.tokens,
+        r"^lm_head/": length,
         r"^seg_projection/": m.max_segs,
-        r"^sam_encoder/stages/block/windowed/block/[qkvo]/": (-(-grid // s.window) * s.window) ** 2 * share,
-        r"^sam_encoder/": pixels * share,
-        r"^sam_decoder/first/(token_to_image/[kv]|image_to_token/q)/": pixels * share,
-        r"^sam_decoder/.*(token_to_image/[kv]|image_to_token/[qo]|final_attention/[kv])/": pixels * m.max_segs,
-        r"^sam_decoder/upscale1/": pixels * m.max_segs,
-        r"^sam_decoder/upscale2/": 4 * pixels * m.max_segs,
+        r"^sam_decoder/first/(token_to_image/[kv]|image_to_token/q)/": places * share,
+        r"^sam_decoder/.*(token_to_image/[kv]|image_to_token/[qo]|final_attention/[kv])/": places * m.max_segs,
+        r"^sam_decoder/upscale1/": places * m.max_segs,
+        r"^sam_decoder/upscale2/": 4 * places * m.max_segs,
         r"^sam_decoder/(hyper|iou_head)/": m.max_segs,
         r"^sam_decoder/": words,
     }
-
-
-def _products(config: Config, length: int) -> dict[str, float]:
-    """part -> FLOPs of one sample's products of activations: of queries with keys, and of weights with values."""
-    m, c, s, a = config.model, config.model.vision, config.model.sam, config.model.aligner
-    share = 1 / config.data.samples_per_image
-    turn, grid = a.max_text + m.prompt.max_tokens, s.image_size // s.patch_size
-    windows, stages = -(-grid // s.window), s.layers // s.global_every
-
-    def attention(queries: int, keys: float, width: int) -> float:
-        return 4.0 * queries * keys * width
-
-    def sam_block(side: int, places: int) -> float:
-        """Of `side`² tokens, `places` times; the positions' terms are products of each query with a row of each table."""
-        return places * (attention(side**2, side**2, s.width) + 4.0 * side**3 * s.width)
-
-    reading = attention(turn, c.tokens(), a.width)
-    reads = attention(a.queries, a.queries, a.width) + attention(a.queries, c.tokens() + turn, a.width)
-    across = attention(_DECODER_TOKENS, grid**2, s.decoder_width // 2)
-    among = attention(_DECODER_TOKENS, _DECODER_TOKENS, s.decoder_width)
-    paint = 2.0 * (4 * grid) ** 2 * s.decoder_width / 8
-    return {
-        "vision": share * (c.feature_layer % (c.layers + 1)) * attention(c.grid() ** 2 + 1, c.grid() ** 2 + 1, c.width),
-        "aligner": m.max_turns * (reading + a.blocks * reads) if a.kind == "cross_attention" else 0.0,
-        "llm": m.llm.layers * attention(length, length / 2, m.llm.width),
-        "sam_encoder": share * stages * ((s.global_every - 1) * sam_block(s.window, windows**2) + sam_block(grid, 1)),
-        "sam_decoder": m.max_segs * (s.decoder_layers * (2 * across + among) + across + paint),
+    across = attention_flops(_DECODER_TOKENS, places, s.decoder_width // 2)
+    among = attention_flops(_DECODER_TOKENS, _DECODER_TOKENS, s.decoder_width)
+    masks = 2.0 * 16 * places * s.decoder_width / 8
+    products = {
+        "vision": share * vision.products,
+        "aligner": aligner.products,
+        "llm": language.products,
+        "sam_encoder": share * sam.products,
+        "sam_decoder": m.max_segs * (s.decoder_layers * (2 * across + among) + across + masks),
     }
+    return tokens, products

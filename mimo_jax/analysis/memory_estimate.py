@@ -27,7 +27,7 @@ PARTS = {
     r"/lora_[ab]$": "LoRA",
     r"^llm/": "language model",
     r"^(embedding|lm_head)/": "embedding and head",
-    r"^vision/": "CLIP",
+    r"^vision/": "vision tower",
     r"^sam_encoder/": "SAM image encoder",
     r"^(sam_decoder|sam_prompt|seg_projection)/": "mask decoder",
     r"^(aligner|prompt)/": "aligner and prompts",

@@ -27,9 +27,9 @@ the number of a layer; ops are identity, linear, conv, conv_transpose, squeeze."
   mimo convert inspect sam_vit_h_4b8939.pth
   mimo convert inspect vicuna-7b-v1.5 --config configs/mimo_7b.py
   mimo convert inspect runs/b""",
-    "rehearse": """examples:
-  mimo convert rehearse --config configs/mimo_7b.py --workdir /scratch/rehearsal
-  mimo convert rehearse --config configs/tiny.py --workdir rehearsal""",
+    "roundtrip": """examples:
+  mimo convert roundtrip --config configs/mimo_7b.py --workdir /scratch/roundtrip
+  mimo convert roundtrip --config configs/tiny.py --workdir roundtrip""",
 }
 
 
@@ -79,13 +79,13 @@ def add_verbs(convert: argparse.ArgumentParser) -> None:
     look.set_defaults(run=_inspect, overrides=())
 
     try_out = verb(
-        "rehearse",
+        "roundtrip",
         "convert random weights of the full size, check and time it",
         "Make random weights of a config's full size in the original layouts, import them, check every tensor, and time it.",
     )
     try_out.add_argument("--config", required=True, metavar="FILE", help="a config file")
     try_out.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where it is done; sources/ and import/ are left there")
-    try_out.set_defaults(run=_rehearse, overrides=())
+    try_out.set_defaults(run=_roundtrip, overrides=())
 
 
 def _config(args: argparse.Namespace):
@@ -131,7 +131,7 @@ def _inspect(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _rehearse(args: argparse.Namespace) -> int:
-    from checkpoints_convert.roundtrip import rehearse
+def _roundtrip(args: argparse.Namespace) -> int:
+    from checkpoints_convert.roundtrip import roundtrip
 
-    return rehearse(_config(args), args.workdir)
+    return roundtrip(_config(args), args.workdir)

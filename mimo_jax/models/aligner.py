@@ -17,6 +17,7 @@ from flax import nnx
 
 from mimo_jax.model_config import ModelConfig
 from mimo_jax.models.attention import attention
+from mimo_jax.models.counts import MatmulCounts, attention_flops
 from mimo_jax.models.layers import Linear
 from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers
 
@@ -79,73 +80,132 @@ def sinusoid(length: int, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[:, :width]
 
 
-class Aligner(nnx.Module):
-    """X_q of one turn from its image, instruction and prompts. `kind`:
+class PromptedAligner(nnx.Module):
+    """What the kinds share that read image, instruction and prompts: all three as keys of one width W."""
 
-    cross_attention  learnable queries over image, text and prompts: Q = aligner.queries
-    none             the paper's ablation: the three projected and concatenated, Q = I + L + P
-    linear, mlp      the image projected alone (LISA; GLaMM and LLaVA-1.5): Q = I
-    """
+    def __init__(self, cfg: ModelConfig, width: int, *, dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.image = Linear(cfg.vision.width, width, dtype=dtype, rngs=rngs)
+        self.text = Linear(cfg.llm.width, width, dtype=dtype, rngs=rngs)
+        self.visual = Linear(cfg.prompt.width, width, dtype=dtype, rngs=rngs)
+        self.modality_embedding = nnx.Param(jax.random.normal(rngs.params(), (3, width)) * 0.02)
+        self.null_prompt = nnx.Param(jax.random.normal(rngs.params(), (width,)) * 0.02)
 
-    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
-        a, width, out = cfg.aligner, cfg.aligner.width, cfg.llm.width
-        self.kind, self.dtype = a.kind, dtype
-        linear = lambda i, o: Linear(i, o, dtype=dtype, rngs=rngs)  # noqa: E731
-        if a.kind == "linear":
-            self.project = linear(cfg.vision.width, out)
-        elif a.kind == "mlp":
-            self.project = linear(cfg.vision.width, out)
-            self.project_out = linear(out, out)
-        else:
-            width = a.width if a.kind == "cross_attention" else out
-            self.image = linear(cfg.vision.width, width)
-            self.text = linear(out, width)
-            self.visual = linear(cfg.prompt.width, width)
-            self.modality_embedding = nnx.Param(jax.random.normal(rngs.params(), (3, width)) * 0.02)
-            self.null_prompt = nnx.Param(jax.random.normal(rngs.params(), (width,)) * 0.02)
-        if a.kind == "cross_attention":
-            self.image_norm = nnx.LayerNorm(cfg.vision.width, dtype=dtype, rngs=rngs)
-            self.text_norm = nnx.LayerNorm(out, dtype=dtype, rngs=rngs)
-            self.turn_to_image = AlignerAttention(width, a.heads, dtype=dtype, rngs=rngs, tie_qk_init=True)
-            self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)))
-            self.blocks = ScannedLayers(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, scan=scan)
-            self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-            self.project = linear(width, out)
-
-    def project_image(self, image: jax.Array) -> jax.Array:
-        """X_q of every turn of each image, [N, I, Dc] -> [N, I, D], for the kinds that read the image alone."""
-        if self.kind == "linear":
-            return self.project(image)
-        return self.project_out(jax.nn.gelu(self.project(image), approximate=False))
-
-    def __call__(
-        self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """X_q of B turns [B, Q, D], and where in the image the queries of the last block attend [B, I] (logits; None without
-        queries); for the kinds that read text and prompts.
-
-        image [N, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask [B, P]. Where
-        a turn has no prompt at all, a learned null token stands in the first place."""
-        copies = text.shape[0] // image.shape[0]
+    def keys(
+        self, image: jax.Array, image_code: jax.Array, text: jax.Array, visual: jax.Array, visual_mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Arguments as of `CrossAttentionAligner.__call__` -> keys of the image [N, I, W], of the text [B, L, W] and of the prompts
+        [B, P, W], and which of the prompts' count, bool [B, P]. Where a turn has no prompt at all, a learned null token stands in the
+        first place."""
         modality = self.modality_embedding[...].astype(self.dtype)
-        b, p = visual_mask.shape
         none = ~visual_mask.any(axis=1)
-        null = none[:, None] & (jnp.arange(p) == 0)
-        valid_mask = visual_mask | null
-        if self.kind == "cross_attention":
-            image, text = self.image_norm(image), self.text_norm(text)
+        null = none[:, None] & (jnp.arange(visual_mask.shape[1]) == 0)
         text = text + sinusoid(text.shape[1], text.shape[2]).astype(self.dtype)
         keys_image = self.image(image) + self.visual(image_code) + modality[0]
         keys_text = self.text(text) + modality[1]
         keys_visual = jnp.where(null[..., None], self.null_prompt[...].astype(self.dtype), self.visual(visual)) + modality[2]
-        if self.kind == "none":
-            keep_text, keep_visual = text_mask[..., None], valid_mask[..., None]
-            return jnp.concatenate([jnp.repeat(keys_image, copies, axis=0), keys_text * keep_text, keys_visual * keep_visual], axis=1), None
+        return keys_image, keys_text, keys_visual, visual_mask | null
 
+
+class CrossAttentionAligner(PromptedAligner):
+    """Learnable queries over image, text and prompts: Q = aligner.queries."""
+
+    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
+        a, width, out = cfg.aligner, cfg.aligner.width, cfg.llm.width
+        super().__init__(cfg, width, dtype=dtype, rngs=rngs)
+        self.image_norm = nnx.LayerNorm(cfg.vision.width, dtype=dtype, rngs=rngs)
+        self.text_norm = nnx.LayerNorm(out, dtype=dtype, rngs=rngs)
+        self.turn_to_image = AlignerAttention(width, a.heads, dtype=dtype, rngs=rngs, tie_qk_init=True)
+        self.queries = nnx.Param(jax.random.normal(rngs.params(), (a.queries, width)))
+        self.blocks = ScannedLayers(lambda r: AlignerBlock(width, a.heads, dtype=dtype, rngs=r), a.blocks, rngs=rngs, scan=scan)
+        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.project = Linear(width, out, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """X_q of B turns [B, Q, D], and where in the image the queries of the last block attend [B, I], as logits; None for a kind
+        that cannot say.
+
+        image [N, I, Dc], image_code [I, Wp], text [B, L, D] with mask bool [B, L], visual [B, P, Wp] with mask [B, P]."""
+        image, text = self.image_norm(image), self.text_norm(text)
+        keys_image, keys_text, keys_visual, valid_mask = self.keys(image, image_code, text, visual, visual_mask)
         keys_turn = jnp.concatenate([keys_text, keys_visual], axis=1)
         read = self.turn_to_image(keys_turn.reshape(image.shape[0], -1, keys_turn.shape[-1]), keys_image)  # all turns of an image together
         keys_turn = keys_turn + read.reshape(keys_turn.shape)
         mask = jnp.concatenate([text_mask, valid_mask], axis=1)[:, None, None, :]  # [B, 1, 1, L + P]
-        x = jnp.broadcast_to(self.queries[...].astype(self.dtype), (b, *self.queries.shape))
+        x = jnp.broadcast_to(self.queries[...].astype(self.dtype), (len(text), *self.queries.shape))
         x, attention_maps = self.blocks(x, keys_image, keys_turn, mask, with_output=True)
         return self.project(self.norm(x)), attention_maps[-1]
+
+
+class ConcatAligner(PromptedAligner):
+    """The paper's ablation ("none"): image, instruction and prompts projected and concatenated, Q = I + L + P."""
+
+    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
+        super().__init__(cfg, cfg.llm.width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, image: jax.Array, image_code: jax.Array, text: jax.Array, text_mask: jax.Array, visual: jax.Array, visual_mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """See `CrossAttentionAligner.__call__`; there is no map of attention."""
+        keys_image, keys_text, keys_visual, valid_mask = self.keys(image, image_code, text, visual, visual_mask)
+        keys_image = jnp.repeat(keys_image, len(text) // len(image), axis=0)
+        return jnp.concatenate([keys_image, keys_text * text_mask[..., None], keys_visual * valid_mask[..., None]], axis=1), None
+
+
+class LinearProjector(nnx.Module):
+    """The image projected alone (LISA): Q = I."""
+
+    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
+        self.project = Linear(cfg.vision.width, cfg.llm.width, dtype=dtype, rngs=rngs)
+
+    def project_image(self, image: jax.Array) -> jax.Array:
+        """X_q of every turn of each image, [N, I, Dc] -> [N, I, D]."""
+        return self.project(image)
+
+
+class MlpProjector(LinearProjector):
+    """The image projected alone, by two layers (GLaMM and LLaVA-1.5): Q = I."""
+
+    def __init__(self, cfg: ModelConfig, *, dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
+        super().__init__(cfg, dtype=dtype, scan=scan, rngs=rngs)
+        self.project_out = Linear(cfg.llm.width, cfg.llm.width, dtype=dtype, rngs=rngs)
+
+    def project_image(self, image: jax.Array) -> jax.Array:
+        return self.project_out(jax.nn.gelu(self.project(image), approximate=False))
+
+
+def cross_attention_counts(cfg: ModelConfig, share: float) -> MatmulCounts:
+    """Of all turns of one sample."""
+    a, width = cfg.aligner, cfg.aligner.width
+    keys = a.max_text + cfg.prompt.max_tokens
+    image, turn, queries = cfg.vision.tokens() * share, cfg.max_turns * keys, cfg.max_turns * a.queries
+    tokens = _projection_counts(cfg, share) | {
+        r"^aligner/turn_to_image/[qo]/": turn,
+        r"^aligner/turn_to_image/[kv]/": image,
+        r"^aligner/blocks/block/cross_attention/[kv]/": image + turn,
+        r"^aligner/(blocks|project)/": queries,
+    }
+    reading = attention_flops(keys, cfg.vision.tokens(), width)
+    block = attention_flops(a.queries, a.queries, width) + attention_flops(a.queries, cfg.vision.tokens() + keys, width)
+    return MatmulCounts(tokens, cfg.max_turns * (reading + a.blocks * block))
+
+
+def concat_counts(cfg: ModelConfig, share: float) -> MatmulCounts:
+    """Of all turns of one sample."""
+    return MatmulCounts(_projection_counts(cfg, share), 0.0)
+
+
+def projector_counts(cfg: ModelConfig, share: float) -> MatmulCounts:
+    """Of one sample, whose turns share the image."""
+    return MatmulCounts({r"^aligner/project": cfg.vision.tokens() * share}, 0.0)
+
+
+def _projection_counts(cfg: ModelConfig, share: float) -> dict[str, float]:
+    return {
+        r"^aligner/(modality_embedding|null_prompt|queries)$": 0,
+        r"^aligner/image/": cfg.vision.tokens() * share,
+        r"^aligner/text/": cfg.max_turns * cfg.aligner.max_text,
+        r"^aligner/visual/": cfg.max_turns * cfg.prompt.max_tokens,
+    }

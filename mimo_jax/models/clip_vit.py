@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.config import ConfigError
 from mimo_jax.model_config import ClipConfig
 from mimo_jax.models.attention import attention
+from mimo_jax.models.counts import MatmulCounts, attention_flops
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding, quick_gelu
 from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers
 
-# Per channel, RGB, for pixels in 0 .. 1.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+# Per channel, RGB, for pixels in 0 .. 255; published for 0 .. 1.
+MEAN = tuple(255.0 * mean for mean in (0.48145466, 0.4578275, 0.40821073))
+STD = tuple(255.0 * std for std in (0.26862954, 0.26130258, 0.27577711))
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
@@ -52,13 +52,6 @@ class ClipVit(nnx.Module):
     wholly both ways, but do not run."""
 
     def __init__(self, cfg: ClipConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
-        if cfg.activation not in ACTIVATIONS:
-            raise ConfigError(f"config.model.vision.activation: is {cfg.activation!r}; use one of {', '.join(ACTIVATIONS)}")
-        if not -cfg.layers - 1 <= cfg.feature_layer <= cfg.layers:
-            raise ConfigError(
-                f"config.model.vision.feature_layer: is {cfg.feature_layer}; use {-cfg.layers - 1} to {cfg.layers}, "
-                "an index into [embeddings, layer 1 .. layer n]"
-            )
         self.cfg = cfg
         self.dtype = dtype
         types = {"dtype": dtype, "param_dtype": param_dtype}
@@ -80,3 +73,10 @@ class ClipVit(nnx.Module):
         x = self.pre_norm(x + self.position_embedding[...].astype(self.dtype))
         x = self.layers(x, first=self.cfg.feature_layer % (self.cfg.layers + 1))
         return x if self.cfg.class_token else x[:, 1:]
+
+
+def matmul_counts(cfg: ClipConfig) -> MatmulCounts:
+    """Of one image, through the layers that run."""
+    patches, run = cfg.grid() ** 2, cfg.feature_layer % (cfg.layers + 1)
+    tokens = {r"^vision/patch/": patches, r"^vision/layers/": (patches + 1) * run / cfg.layers}
+    return MatmulCounts(tokens, run * attention_flops(patches + 1, patches + 1, cfg.width))

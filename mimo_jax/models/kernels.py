@@ -7,14 +7,15 @@ Short sequences, masks of any shape and biases are left to `attention`'s plain f
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec as P
 
 from mimo_jax.models.mesh import MeshContext
-from mimo_jax.sharding import SAMPLES
+from mimo_jax.sharding import LOGICAL_AXES, mesh_axes
 
 _CHUNK_LOGITS = 2**20  # of one head in one chunk
 _LONG = 2**21  # logits of one head from which on they are not to exist at once
@@ -39,9 +40,9 @@ def run_splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: b
     """q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] -> [B, T, H, V], each device with its own samples and heads. interpret: run the kernel
     on any device, slowly."""
     length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
-    shares = 1
-    if at.mesh is not None and groups % at.mesh.shape["tensor"] == 0:
-        shares = at.mesh.shape["tensor"]
+    shares = 1 if at.mesh is None else math.prod(at.mesh.shape[axis] for axis in LOGICAL_AXES["kv_heads"])
+    if groups % shares:
+        shares = 1
     block = next(size for size in (512, 384, 256, 128) if length % size == 0)
     sizes = splash.BlockSizes(
         **dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block),
@@ -59,7 +60,7 @@ def run_splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, causal: b
     q = (q * scale).astype(q.dtype)
     if at.mesh is None:
         return local(q, k, v)
-    spec = P(SAMPLES, None, "tensor" if shares > 1 else None)
+    spec = mesh_axes("batch", "sequence", "kv_heads" if shares > 1 else None)
     return jax.shard_map(local, mesh=at.mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
 
 

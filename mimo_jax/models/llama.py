@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.model_config import GROUNDING_TOKENS, LlamaConfig, LoraConfig
+from mimo_jax.model_config import GROUNDING_TOKENS, LlamaConfig, LlmConfig, LoraConfig
 from mimo_jax.models.attention import attention
+from mimo_jax.models.counts import MatmulCounts, attention_flops
 from mimo_jax.models.lora import LoraLinear
 from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers
 
@@ -114,6 +115,21 @@ class Llama(nnx.Module):
         shape = (self.cfg.layers, batch, self.cfg.kv_heads, length, self.cfg.width // self.cfg.heads)
         return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
 
+    @staticmethod
+    def extend_cache(cache: dict[str, jax.Array], length: int) -> dict[str, jax.Array]:
+        """The same cache with room for `length` tokens."""
+        return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, length - a.shape[3]), (0, 0)]), cache)
+
+    @staticmethod
+    def cache_length(cache: dict[str, jax.Array]) -> int:
+        """S, the tokens that a cache has room for."""
+        return cache["k"].shape[3]
+
+    @staticmethod
+    def cache_axes() -> tuple[str | None, ...]:
+        """Logical axes (`sharding.LOGICAL_AXES`) of every array of a cache."""
+        return None, None, "kv_heads", None, None
+
     def __call__(self, x: jax.Array, positions: jax.Array, cache: dict[str, jax.Array] | None = None):
         """x [B, T, D] at `positions` int [B, T], without a cache 0 … T-1 -> hidden [B, T, D] after the final norm.
 
@@ -123,12 +139,17 @@ class Llama(nnx.Module):
         """
         mask = None
         if cache is not None:
-            mask = (jnp.arange(cache["k"].shape[3]) <= positions[:, :, None])[:, None]  # [B, 1, T, S]
+            mask = (jnp.arange(self.cache_length(cache)) <= positions[:, :, None])[:, None]  # [B, 1, T, S]
         cos, sin = rotary(positions, self.cfg.width // self.cfg.heads, self.cfg.rope_theta)
         index = {"index": jnp.arange(self.cfg.layers)}
         out, cache_out = self.layers((x.astype(self.dtype), cache), positions, cos, sin, mask, per_layer=index)
         hidden = self.norm(out)
         return hidden if cache is None else (hidden, cache_out)
+
+
+def matmul_counts(cfg: LlamaConfig, length: int) -> MatmulCounts:
+    """Of one sample of `length` tokens; causal attention is half a square."""
+    return MatmulCounts({r"^llm/": length}, cfg.layers * attention_flops(length, length / 2, cfg.width))
 
 
 # Of rows drawn at random. Far above the customary 0.02, so that words stand out from what the layers of a small model add to them
@@ -140,7 +161,7 @@ class TokenEmbedding(nnx.Module):
     """Rows of the base vocabulary [V, D] and of the grounding tokens [E, D], which alone train under LoRA."""
 
     def __init__(
-        self, cfg: LlamaConfig, *, grounding: int = len(GROUNDING_TOKENS), dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+        self, cfg: LlmConfig, *, grounding: int = len(GROUNDING_TOKENS), dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
     ):
         """grounding: E."""
         self.dtype = dtype
@@ -159,7 +180,7 @@ class LanguageHead(nnx.Module):
     """hidden [..., D] -> logits fp32 [..., V + E]; columns of the grounding tokens stand apart, last."""
 
     def __init__(
-        self, cfg: LlamaConfig, *, grounding: int = len(GROUNDING_TOKENS), dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+        self, cfg: LlmConfig, *, grounding: int = len(GROUNDING_TOKENS), dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
     ):
         """grounding: E."""
         self.dtype = dtype

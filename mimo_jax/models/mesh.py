@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from mimo_jax.sharding import BATCH, num_batch_shards
+from mimo_jax.sharding import mesh_axes, num_batch_shards
 
 
 class MeshContext(NamedTuple):
@@ -61,6 +60,6 @@ def constrain_batch(tree: Any) -> Any:
 
     def place(x: jax.Array) -> jax.Array:
         whole = x.ndim == 0 or x.shape[0] % num_batch_shards(mesh)
-        return x if whole else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*BATCH)))
+        return x if whole else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, mesh_axes("batch")))
 
     return jax.tree.map(place, tree)

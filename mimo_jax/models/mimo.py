@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.config import Config
-from mimo_jax.models import clip_vit, mesh, sam_encoder
+from mimo_jax.models import mesh, registry, standard_parts  # noqa: F401 (standard_parts registers the package's own parts)
 from mimo_jax.models import scan as layer_scan
-from mimo_jax.models.aligner import Aligner
-from mimo_jax.models.clip_vit import ClipVit
 from mimo_jax.models.layers import Linear
-from mimo_jax.models.llama import LanguageHead, Llama, TokenEmbedding
-from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
-from mimo_jax.models.sam_encoder import SamEncoder
+from mimo_jax.models.llama import LanguageHead, TokenEmbedding
+from mimo_jax.models.sam_decoder import SamPromptEncoder
 from mimo_jax.models.scan import ScanConfig
 from mimo_jax.models.visual_prompt import VisualPromptEncoder
 
@@ -36,6 +35,23 @@ def normalize(pixels: jax.Array, size: jax.Array, mean: tuple, std: tuple, dtype
     rows = jnp.arange(pixels.shape[1])[None, :, None, None] < size[:, 0, None, None, None]
     cols = jnp.arange(pixels.shape[2])[None, None, :, None] < size[:, 1, None, None, None]
     return jnp.where(rows & cols, x, 0.0).astype(dtype)
+
+
+# Of SAM's image encoder: [N, g, g, C], or a tuple of arrays, one for each scale.
+Features = Any
+
+
+def pack_features(x_img: Any, features: Features) -> dict[str, Any]:
+    """What the encoders made of images, as entries of a batch: "x_img" and "sam_features", or "sam_features_0", … for the scales."""
+    scales = {f"sam_features_{i}": scale for i, scale in enumerate(features)} if isinstance(features, tuple) else {"sam_features": features}
+    return {"x_img": x_img, **scales}
+
+
+def unpack_features(packed: Mapping[str, Any]) -> tuple[Any, Features]:
+    """Inverse of `pack_features`; other entries are passed over."""
+    if "sam_features" in packed:
+        return packed["x_img"], packed["sam_features"]
+    return packed["x_img"], tuple(packed[f"sam_features_{i}"] for i in range(sum(key.startswith("sam_features_") for key in packed)))
 
 
 class SegProjection(nnx.Module):
@@ -55,28 +71,31 @@ class MimoModel(nnx.Module):
         dtype, base_dtype = jnp.dtype(m.dtype), jnp.float32
         self.config, self.dtype = m, dtype
         scan = ScanConfig(m.remat, m.unroll)
-        self.vision = ClipVit(m.vision, dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
+        types = {"dtype": dtype, "param_dtype": base_dtype}
+        tower, aligner, llm, sam = (registry.part(m, section) for section in ("vision", "aligner", "llm", "sam"))
+        self.vision = tower.build(m.vision, scan=scan, rngs=rngs, **types)
         grounding = len(m.grounding_tokens())
         self.prompt = None if m.aligner.image_only() else VisualPromptEncoder(m.prompt, m.vision, dtype=dtype, rngs=rngs)
-        self.aligner = Aligner(m, dtype=dtype, scan=scan, rngs=rngs)
-        self.embedding = TokenEmbedding(m.llm, grounding=grounding, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
-        self.llm = Llama(m.llm, m.lora, config.lora_targets(), dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
-        self.lm_head = LanguageHead(m.llm, grounding=grounding, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
+        self.aligner = aligner.build(m, dtype=dtype, scan=scan, rngs=rngs)
+        self.embedding = TokenEmbedding(m.llm, grounding=grounding, rngs=rngs, **types)
+        self.llm = llm.build(m.llm, m.lora, config.lora_targets(), scan=scan, rngs=rngs, **types)
+        self.lm_head = LanguageHead(m.llm, grounding=grounding, rngs=rngs, **types)
         self.seg_projection = SegProjection(m.llm.width, m.sam.decoder_width, dtype=dtype, rngs=rngs)
-        self.sam_encoder = SamEncoder(m.sam, dtype=dtype, param_dtype=base_dtype, scan=scan, rngs=rngs)
-        self.sam_prompt = SamPromptEncoder(m.sam, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
-        self.sam_decoder = MaskDecoder(m.sam, dtype=dtype, param_dtype=base_dtype, rngs=rngs)
+        self.sam_encoder = sam.build(m.sam, scan=scan, rngs=rngs, **types)
+        self.sam_prompt = SamPromptEncoder(m.sam, rngs=rngs, **types)
+        self.sam_decoder = sam.decoder(m.sam, rngs=rngs, **types)
 
     # --- what is computed once per image
 
     def encode_vision(self, vision_image: jax.Array, vision_size: jax.Array) -> jax.Array:
         """uint8 [N, H, H, 3], content size [N, 2] -> X_img [N, I, Dc]."""
-        mean, std = (tuple(255.0 * v for v in values) for values in (clip_vit.MEAN, clip_vit.STD))
-        return self.vision(normalize(vision_image, vision_size, mean, std, self.dtype))
+        tower = registry.part(self.config, "vision")
+        return self.vision(normalize(vision_image, vision_size, tower.mean, tower.std, self.dtype))
 
-    def encode_sam(self, sam_image: jax.Array, sam_size: jax.Array) -> jax.Array:
-        """uint8 [N, H, H, 3], content size [N, 2] -> [N, g, g, C]."""
-        return self.sam_encoder(normalize(sam_image, sam_size, sam_encoder.MEAN, sam_encoder.STD, self.dtype))
+    def encode_sam(self, sam_image: jax.Array, sam_size: jax.Array) -> Features:
+        """uint8 [N, H, H, 3], content size [N, 2] -> [N, g, g, C], or the tuple of arrays of a kind with several scales."""
+        encoder = registry.part(self.config, "sam")
+        return self.sam_encoder(normalize(sam_image, sam_size, encoder.mean, encoder.std, self.dtype))
 
     # --- what is computed once per turn
 
@@ -113,11 +132,12 @@ class MimoModel(nnx.Module):
         spliced = jnp.take_along_axis(queries, jnp.maximum(query_index, 0)[..., None], axis=1)
         return jnp.where((query_index >= 0)[..., None], spliced, self.embedding(input_ids))
 
-    def decode(self, x: jax.Array, positions: jax.Array, cache: dict[str, jax.Array] | None = None):
+    def decode(self, x: jax.Array, positions: jax.Array, cache: Any = None):
         """See `Llama.__call__`."""
         return self.llm(x, positions, cache)
 
-    def new_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
+    def new_cache(self, batch: int, length: int) -> Any:
+        """An empty cache of the language model for so many rows and tokens."""
         return self.llm.new_cache(batch, length)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -133,19 +153,19 @@ class MimoModel(nnx.Module):
 
     def segment(
         self,
-        features: jax.Array,
+        features: Features,
         seg_states: jax.Array,
         points: tuple[jax.Array, jax.Array] | None = None,
         masks: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """SAM features [N, g, g, C], r_seg [B, S, D] -> mask logits fp32 [B, S, M, M], predicted IoU fp32 [B, S].
+        """SAM features of N images, r_seg [B, S, D] -> mask logits fp32 [B, S, M, M], predicted IoU fp32 [B, S].
 
         proj(r_seg) is the only sparse prompt and `no_mask` the dense one, as in LISA; all masks of an image share its keys.
         points: (xy [B, P, 2] in pixels of SAM's frame, labels int [B, P]), which join proj(r_seg) at every <SEG> of a sample; labels
         as `SamPromptEncoder.embed_points` takes them, below -1 where there is nothing. masks: logits [B, S, M, M] for the dense
         prompt, such as an earlier call gave."""
         b, s, _ = seg_states.shape
-        n = features.shape[0]
+        n = jax.tree.leaves(features)[0].shape[0]
         sparse = self.seg_projection(seg_states)[:, :, None]  # [B, S, 1, C]
         valid_mask = None
         if points is not None:
@@ -166,9 +186,7 @@ class MimoModel(nnx.Module):
         """Teacher-forced forward: batch as `data/loader.py` makes it, with pictures or with what the encoders made of them ->
         {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S], "attention_map" [B, R, g, g] or None}."""
         if "x_img" in batch:
-            image, features = (
-                jax.lax.bitcast_convert_type(batch[key], jnp.bfloat16).astype(self.dtype) for key in ("x_img", "sam_features")
-            )
+            image, features = jax.tree.map(self._from_bits, unpack_features(batch))
         else:
             image = self.encode_vision(batch["vision_image"], batch["vision_size"])
             features = self.encode_sam(batch["sam_image"], batch["sam_size"])
@@ -180,6 +198,29 @@ class MimoModel(nnx.Module):
         hidden = mesh.constrain_batch(self.decode(x, positions))
         masks, iou = self.segment(features, self.seg_hidden(hidden, batch["seg_index"]))
         return {"hidden": hidden, "masks": masks, "iou": iou, "attention_map": attention_map}
+
+    def _from_bits(self, x: jax.Array) -> jax.Array:
+        """uint16, the bits of bfloat16, as `data.loading.features` stores them."""
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(self.dtype)
+
+
+def feature_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Of one image, by name in a batch: see `pack_features`."""
+    return {key: leaf.shape[1:] for key, leaf in _feature_shapes(config.model_json()).items()}
+
+
+@functools.lru_cache(maxsize=32)
+def _feature_shapes(model_json: str) -> dict[str, jax.ShapeDtypeStruct]:
+    config = Config.from_dict({"model": json.loads(model_json)})
+    graphdef, shapes = abstract(config)
+    m = config.model
+
+    def encode(params, vision_image, sam_image, size):
+        model = layer_scan.bind(graphdef, params)
+        return pack_features(model.encode_vision(vision_image, size), model.encode_sam(sam_image, size))
+
+    images = (jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8) for side in (m.vision.image_size, m.sam.image_size))
+    return jax.eval_shape(encode, shapes, *images, jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
 
 def abstract(config: Config):

@@ -78,7 +78,7 @@ class SamPromptEncoder(nnx.Module):
 
     def dense_pe(self) -> jax.Array:
         """Position code of the feature grid, float32 [g, g, C]."""
-        g = self.cfg.image_size // self.cfg.patch_size
+        g = self.cfg.grid()
         centres = (jnp.arange(g) + 0.5) / g
         x, y = jnp.meshgrid(centres, centres)
         return self.positional_encoding(jnp.stack([x, y], axis=-1))
@@ -280,9 +280,12 @@ class MaskDecoder(nnx.Module):
             tokens, image = self.rest((tokens, image), token_code, image_code, valid_mask)
         tokens = self.final_norm(tokens + self.final_attention(tokens + token_code, image + image_code, image))
 
-        image = gelu(self.upscale_norm(self.upscale1(image.reshape(b, s, g, g, c))))
-        image = gelu(self.upscale2(image))
+        image = self.upscale(image.reshape(b, s, g, g, c))
         chosen = slice(1, None) if multimask else slice(0, 1)
         hyper = self.hyper(tokens[:, :, 1 : 1 + MASK_TOKENS])[:, :, chosen]
         masks = jnp.einsum("bsmc,bshwc->bsmhw", hyper, image, preferred_element_type=jnp.float32)
         return masks, self.iou_head(tokens[:, :, 0])[..., chosen].astype(jnp.float32)
+
+    def upscale(self, image: jax.Array) -> jax.Array:
+        """[B, S, g, g, C] -> [B, S, 4g, 4g, C/8]."""
+        return gelu(self.upscale2(gelu(self.upscale_norm(self.upscale1(image)))))

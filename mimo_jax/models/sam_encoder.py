@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.model_config import SamConfig
+from mimo_jax.model_config import SamVitConfig
 from mimo_jax.models.attention import attention, fold_relative_position
+from mimo_jax.models.counts import MatmulCounts, attention_flops
 from mimo_jax.models.layers import Linear, gelu, layer_norm, patch_embedding
 from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers, rematerialised
 
@@ -45,9 +46,9 @@ def from_windows(x: jax.Array, g: int) -> jax.Array:
 class SamBlock(nnx.Module):
     """Pre-norm attention over windows of `window` tokens (0: over the whole grid), and MLP."""
 
-    def __init__(self, cfg: SamConfig, window: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, cfg: SamVitConfig, window: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         self.heads, self.window = cfg.heads, window
-        side = window or cfg.image_size // cfg.patch_size
+        side = window or cfg.grid()
         hidden = int(cfg.width * cfg.mlp_ratio)
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = layer_norm(cfg.width, EPS, **types)
@@ -83,7 +84,7 @@ class SamBlock(nnx.Module):
 class SamStage(nnx.Module):
     """(global_every - 1) windowed blocks and a global one."""
 
-    def __init__(self, cfg: SamConfig, *, dtype, param_dtype, scan: ScanConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: SamVitConfig, *, dtype, param_dtype, scan: ScanConfig, rngs: nnx.Rngs):
         self.scan = scan
         types = {"dtype": dtype, "param_dtype": param_dtype}
         if cfg.global_every > 1:
@@ -101,10 +102,10 @@ class SamStage(nnx.Module):
 class SamEncoder(nnx.Module):
     """ViT and neck."""
 
-    def __init__(self, cfg: SamConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
+    def __init__(self, cfg: SamVitConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
         self.dtype = dtype
         types = {"dtype": dtype, "param_dtype": param_dtype}
-        g = cfg.image_size // cfg.patch_size
+        g = cfg.grid()
         c = cfg.decoder_width
         self.patch = patch_embedding(cfg.patch_size, cfg.width, use_bias=True, rngs=rngs, **types)
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (g, g, cfg.width), param_dtype) * 0.02)
@@ -126,3 +127,16 @@ class SamEncoder(nnx.Module):
         x = self.patch(pixels) + self.position_embedding[...].astype(self.dtype)
         x = self.stages(x)
         return self.neck_out_norm(self.neck_out(self.neck_in_norm(self.neck_in(x))))
+
+
+def matmul_counts(cfg: SamVitConfig) -> MatmulCounts:
+    """Of one image. The terms of relative position are products of each query with a row of each table."""
+    g = cfg.grid()
+    windows, stages = -(-g // cfg.window), cfg.layers // cfg.global_every
+
+    def block(side: int) -> float:  # of side x side tokens
+        return attention_flops(side**2, side**2, cfg.width) + 4.0 * side**3 * cfg.width
+
+    windowed = r"^sam_encoder/stages/block/windowed/block/[qkvo]/"
+    products = stages * ((cfg.global_every - 1) * windows**2 * block(cfg.window) + block(g))
+    return MatmulCounts({windowed: (windows * cfg.window) ** 2, r"^sam_encoder/": g**2}, products)

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.model_config import ClipConfig, PromptConfig
+from mimo_jax.model_config import PromptConfig, VisionConfig
 
 KINDS = 6  # 0 none, 1 point in, 2 point out, 3 box top left, 4 box bottom right, 5 scribble
 
 
 class VisualPromptEncoder(nnx.Module):
-    def __init__(self, cfg: PromptConfig, vision: ClipConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, cfg: PromptConfig, vision: VisionConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.image_size, self.patch_size, self.class_token = vision.image_size, vision.patch_size, vision.class_token
+        self.image_size, self.grid, self.extra_tokens = vision.image_size, vision.grid(), vision.extra_tokens()
         self.fourier_basis = nnx.Param(jax.random.normal(rngs.params(), (2, cfg.width // 2)))
         self.kind = nnx.Param(jax.random.normal(rngs.params(), (KINDS, cfg.width)) * 0.5)
 
@@ -32,12 +32,11 @@ class VisualPromptEncoder(nnx.Module):
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).astype(self.dtype)
 
     def image_code(self) -> jax.Array:
-        """[I, W]: the code of each patch's centre, in the order of X_img; the class token, if kept, stands at the image's middle."""
-        grid = self.image_size // self.patch_size
-        centre = (jnp.arange(grid) + 0.5) * self.patch_size - 0.5
+        """[I, W]: the code of each patch's centre, in the order of X_img; tokens before the patches' stand at the image's middle."""
+        centre = (jnp.arange(self.grid) + 0.5) * (self.image_size / self.grid) - 0.5
         xy = jnp.stack(jnp.meshgrid(centre, centre, indexing="xy"), axis=-1).reshape(-1, 2)
-        if self.class_token:
-            xy = jnp.concatenate([jnp.full((1, 2), (self.image_size - 1) / 2), xy])
+        if self.extra_tokens:
+            xy = jnp.concatenate([jnp.full((self.extra_tokens, 2), (self.image_size - 1) / 2), xy])
         return self.positional_encoding(xy)
 
     def __call__(self, xy: jax.Array, kind: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from mimo_jax.analysis.hardware import of_kind
 from mimo_jax.analysis.topology import Topology
 from mimo_jax.config import ConfigError
 from mimo_jax.data.loading.features import FeatureFolder
+from mimo_jax.models import mimo
 from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.step import lower_step
 from tests.tiny_config import random_batch, tiny_config
@@ -96,7 +97,7 @@ def test_the_batch_is_what_the_loader_makes():
     assert {key: (leaf.shape, leaf.dtype) for key, leaf in made.items()} == {key: (x.shape, x.dtype) for key, x in expected.items()}
     config.data.features = True
     stored = aot.abstract_batch(config, mesh, 96)
-    blank = FeatureFolder(Path("nowhere"), config.model).blank()
+    blank = FeatureFolder(Path("nowhere"), mimo.feature_shapes(config)).blank()
     assert set(made) - set(stored) == {"vision_image", "vision_size", "sam_image", "sam_size"}
     assert {key: (stored[key].shape[1:], stored[key].dtype) for key in blank} == {key: (x.shape, x.dtype) for key, x in blank.items()}
 

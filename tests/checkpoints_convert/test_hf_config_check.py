@@ -10,9 +10,9 @@ import transformers
 
 from checkpoints_convert import hf_config_check
 from checkpoints_convert.hf_config_check import SettingsError, check_adapter_base, check_settings, lora_alpha
-from mimo_jax.config import ALIGNER_KINDS, Config
+from mimo_jax.config import Config
 from mimo_jax.config_flags import load_config
-from mimo_jax.model_config import LoraConfig
+from mimo_jax.model_config import KINDS, LoraConfig
 from tests.checkpoints_convert import originals, torch_models
 
 ADAPTER = {"r": 4, "lora_alpha": 24, "peft_type": "LORA", "base_model_name_or_path": "lmsys/vicuna-7b"}
@@ -126,7 +126,7 @@ def test_all_parts_of_a_joint_model_are_looked_at(tmp_path):
 @pytest.mark.parametrize("part, kind", [("projector", "linear"), ("projector_mlp", "mlp"), ("aligner", "cross_attention")])
 def test_the_part_that_aligns_says_the_kind(tmp_path, part, kind):
     mine = config()
-    for other in ALIGNER_KINDS:
+    for other in KINDS["aligner"]:
         mine.model.aligner.kind = other
         if other == kind or (other, kind) == ("none", "cross_attention"):  # "none" is the same part with fewer tensors
             assert check_settings("joint", tmp_path, {part}, mine) is None

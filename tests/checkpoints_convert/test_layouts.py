@@ -152,7 +152,7 @@ def test_sam_of_transformers_is_facebooks(tmp_path):
     """Its tensors, respelt, are a whole Sam of segment-anything's, which computes the same."""
     theirs, c = hf_sam(), CONFIG.model.sam
     tensors = theirs.state_dict()
-    spelt = layouts.spelled(tensors)
+    spelt = layouts.normalize_keys(tensors)
     assert [names for names in spelt.values() if len(names) > 1] == [list(MATRIX)] and torch.equal(*(tensors[key] for key in MATRIX))
     sam = torch_models.sam_model(c).requires_grad_(False)
     sam.load_state_dict({key: tensors[names[0]] for key, names in spelt.items()}, strict=True)
@@ -232,7 +232,7 @@ def test_every_published_key_is_mapped_with_its_shape(model):
     sam = renamed(published("sam_vit_h"), ("^", "model.grounding_encoder." if model == "glamm" else "model.visual_model."))
     parts = ("llama7b_V32003", "text_hidden_fcs", "lora_r8_qv_peft_le_0.5")
     keys = {key: shape for part in parts for key, shape in published(part).items()} | extra | sam
-    spelt = {key: keys[names[0]] for key, names in layouts.spelled(keys).items()}
+    spelt = {key: keys[names[0]] for key, names in layouts.normalize_keys(keys).items()}
     kept = {key for key in spelt if re.search(layouts.KEPT, key)}
     assert len(spelt) == len(keys) and kept == {key for key in extra if key.startswith("model.region_encoder.")}
     found = layouts.detect(spelt)
@@ -241,7 +241,7 @@ def test_every_published_key_is_mapped_with_its_shape(model):
     assert {part.name: part.prefix for part in found} == prefix
 
     wanted = {path: leaf for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items() if not path.startswith("vision/")}
-    table = [row for part in found for row in layouts.with_prefix(part.part.rows, part.prefix)]
+    table = [row for part in found for row in layouts.with_prefix(part.component.rows, part.prefix)]
     shapes = name_map.torch_shapes(wanted, table, name_map.layer_indices(config.model))
     assert shapes == {key: shape for key, shape in spelt.items() if key not in kept}
 

@@ -16,7 +16,7 @@ from checkpoints_convert.name_map import KeyMapError, export_state, import_state
 from checkpoints_convert.ops import OPS, copy
 from checkpoints_convert.rows import CLIP, CLIP_IGNORED, SAM, Row
 from mimo_jax import pathtree
-from mimo_jax.model_config import ClipConfig, ModelConfig, SamConfig
+from mimo_jax.model_config import ClipConfig, ModelConfig, SamVitConfig
 from mimo_jax.models import scan
 from mimo_jax.models.clip_vit import ClipVit
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
@@ -25,7 +25,7 @@ from mimo_jax.models.sam_encoder import SamEncoder
 ROOTS = {"vision": ClipVit, "sam_encoder": SamEncoder, "sam_prompt": SamPromptEncoder, "sam_decoder": MaskDecoder}
 TINY = ModelConfig(
     vision=ClipConfig(image_size=16, patch_size=8, width=8, layers=3, heads=2, mlp_width=12),
-    sam=SamConfig(
+    sam=SamVitConfig(
         image_size=32, patch_size=8, width=8, layers=4, heads=2, window=3, global_every=2, decoder_width=32, decoder_layers=3,
         decoder_heads=2, decoder_mlp_width=12, iou_head_width=6,
     ),
@@ -80,7 +80,7 @@ def test_full_size_sam_has_every_published_tensor():
     ("changes", "whole"), [({"layers": 12, "global_every": 3}, [2, 5, 8, 11]), ({"layers": 24, "global_every": 6}, [5, 11, 17, 23])]
 )
 def test_global_blocks_of_base_and_large(changes, whole):
-    cfg = ModelConfig(sam=SamConfig(**changes))
+    cfg = ModelConfig(sam=SamVitConfig(**changes))
     shapes = name_map.torch_shapes(leaves_of(cfg, "sam_encoder"), SAM, name_map.layer_indices(cfg))
     sizes = [shapes[f"image_encoder.blocks.{i}.attn.rel_pos_h"][0] for i in range(changes["layers"])]
     assert [i for i, size in enumerate(sizes) if size == 127] == whole

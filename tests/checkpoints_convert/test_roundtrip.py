@@ -3,14 +3,14 @@ import json
 import pytest
 import torch
 
-from checkpoints_convert.roundtrip import _differing, rehearse
+from checkpoints_convert.roundtrip import _differing, roundtrip
 from mimo_jax.errors import UserError
 from tests.checkpoints_convert import originals
 
 
 def test_every_tensor_comes_through_and_a_changed_one_is_noticed(tmp_path, capsys):
     config = originals.mimo_config(frozen_dtype="bfloat16")
-    assert rehearse(config, tmp_path / "there") == 0
+    assert roundtrip(config, tmp_path / "there") == 0
     assert "GB of disk are needed" in capsys.readouterr().out.splitlines()[0]
     report = json.loads((tmp_path / "there" / "report.json").read_text())
     assert report["differing"] == [] and report["checked"] == sum(report["tensors"].values())
@@ -28,5 +28,5 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(tmp_path, m
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("checkpoints_convert.roundtrip.shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="its disk has 0.0 GB free"):
-        rehearse(originals.mimo_config(), tmp_path / "there")
+        roundtrip(originals.mimo_config(), tmp_path / "there")
     assert not any((tmp_path / "there").iterdir())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimo_jax.config import Config
-from mimo_jax.model_config import GROUNDING_TOKENS, ClipConfig, LlamaConfig, ModelConfig, PromptConfig, SamConfig
+from mimo_jax.model_config import GROUNDING_TOKENS, ClipConfig, LlamaConfig, ModelConfig, PromptConfig, SamVitConfig
 from tests.models import oracles
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -50,7 +50,7 @@ def llama_model(cfg: LlamaConfig, vocab_rows: int) -> transformers.LlamaForCausa
     return transformers.LlamaForCausalLM(config)
 
 
-def sam_model(cfg: SamConfig) -> nn.Module:
+def sam_model(cfg: SamVitConfig) -> nn.Module:
     """segment-anything's `Sam`, as its `build_sam` makes it."""
     modeling = oracles.segment_anything()
     g = cfg.image_size // cfg.patch_size
@@ -274,7 +274,7 @@ class Aligner(nn.Module):
         width, heads, out = cfg.aligner.width, cfg.aligner.heads, cfg.llm.width
         self.image_norm, self.text_norm = nn.LayerNorm(cfg.vision.width, eps=1e-6), nn.LayerNorm(out, eps=1e-6)
         self.image, self.text, self.visual = (nn.Linear(i, width) for i in (cfg.vision.width, out, cfg.prompt.width))
-        self.type_embedding = nn.Parameter(torch.empty(3, width))
+        self.modality_embedding = nn.Parameter(torch.empty(3, width))
         self.null_prompt = nn.Parameter(torch.empty(width))
         self.turn_to_image = Attention(width, heads)
         self.queries = nn.Parameter(torch.empty(cfg.aligner.queries, width))
@@ -284,7 +284,7 @@ class Aligner(nn.Module):
 
     def forward(self, image: Tensor, image_code: Tensor, text: Tensor, visual: Tensor) -> Tensor:
         """image [I, Dc], image_code [I, Wp], text [L, D], visual [P, Wp], P = 0 where nothing is pointed at -> X_q [Q, D]."""
-        type_image, type_text, type_visual = self.type_embedding
+        type_image, type_text, type_visual = self.modality_embedding
         keys_image = self.image(self.image_norm(image)) + self.visual(image_code) + type_image
         keys_text = self.text(self.text_norm(text) + sinusoid(*text.shape)) + type_text
         keys_visual = (self.visual(visual) if len(visual) else self.null_prompt[None]) + type_visual

@@ -7,10 +7,9 @@ import pytest
 import torch
 from flax import nnx
 
-from mimo_jax.config import ALIGNER_KINDS
-from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, PromptConfig
-from mimo_jax.models import scan
-from mimo_jax.models.aligner import Aligner, AlignerBlock
+from mimo_jax.model_config import KINDS, AlignerConfig, ClipConfig, LlamaConfig, ModelConfig, PromptConfig
+from mimo_jax.models import registry, scan, standard_parts  # noqa: F401
+from mimo_jax.models.aligner import AlignerBlock
 
 READERS = ("cross_attention", "none")  # of text and prompts
 IMAGE_ONLY = ("linear", "mlp")
@@ -40,14 +39,14 @@ def inputs(cfg: ModelConfig, seed: int = 0) -> dict:
 
 def build(kind):
     cfg = config(kind)
-    graphdef, _ = scan.abstract(lambda rngs: Aligner(cfg, rngs=rngs))
-    params = scan.init_params(lambda rngs: Aligner(cfg, rngs=rngs), jax.random.key(0))
+    graphdef, _ = scan.abstract(lambda rngs: registry.part(cfg, "aligner").build(cfg, rngs=rngs))
+    params = scan.init_params(lambda rngs: registry.part(cfg, "aligner").build(cfg, rngs=rngs), jax.random.key(0))
     return cfg, lambda given: np.asarray(scan.bind(graphdef, params)(**given)[0])
 
 
 def test_kinds_are_told_apart_by_what_they_read():
-    assert READERS + IMAGE_ONLY == ALIGNER_KINDS
-    assert tuple(kind for kind in ALIGNER_KINDS if config(kind).aligner.image_only()) == IMAGE_ONLY
+    assert READERS + IMAGE_ONLY == tuple(KINDS["aligner"])
+    assert tuple(kind for kind in KINDS["aligner"] if config(kind).aligner.image_only()) == IMAGE_ONLY
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -83,7 +82,7 @@ def test_no_prompt_differs_from_any_prompt():
 
 def test_image_only_kinds_project_every_patch():
     image = inputs(config("linear"))["image"]
-    linear, mlp = (Aligner(config(kind), rngs=nnx.Rngs(0)) for kind in IMAGE_ONLY)
+    linear, mlp = (registry.ALIGNERS[kind].build(config(kind), rngs=nnx.Rngs(0)) for kind in IMAGE_ONLY)
     np.testing.assert_allclose(linear.project_image(image), image @ linear.project.kernel[...] + linear.project.bias[...], atol=1e-5)
     hidden = torch.nn.functional.gelu(torch.tensor(np.asarray(mlp.project(image))))
     np.testing.assert_allclose(mlp.project_image(image), mlp.project_out(jnp.asarray(hidden.numpy())), atol=1e-5)
@@ -105,7 +104,7 @@ def test_turns_that_share_an_image_are_those_of_the_image_repeated(kind):
 
 def test_the_attention_map_is_the_mean_logits_of_the_last_block_toward_the_image():
     cfg = config("cross_attention")
-    aligner = Aligner(cfg, rngs=nnx.Rngs(0))
+    aligner = registry.part(cfg, "aligner").build(cfg, rngs=nnx.Rngs(0))
     given = inputs(cfg)
     _, attention_map = aligner(**given)
     assert attention_map.shape == (2, 16)
@@ -119,4 +118,4 @@ def test_the_attention_map_is_the_mean_logits_of_the_last_block_toward_the_image
 
 def test_without_queries_there_is_no_attention_map():
     cfg = config("none")
-    assert Aligner(cfg, rngs=nnx.Rngs(0))(**inputs(cfg))[1] is None
+    assert registry.part(cfg, "aligner").build(cfg, rngs=nnx.Rngs(0))(**inputs(cfg))[1] is None

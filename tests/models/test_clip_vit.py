@@ -14,6 +14,7 @@ from mimo_jax.model_config import ClipConfig, ModelConfig
 from mimo_jax.models import clip_vit, scan
 from mimo_jax.models.scan import ScanConfig
 from tests.models import oracles
+from tests.tiny_config import tiny_config
 
 TINY = ClipConfig(image_size=32, patch_size=8, width=48, layers=3, heads=4, mlp_width=96, class_token=True)
 
@@ -84,4 +85,4 @@ def test_huge_has_its_published_size():
 
 def test_a_layer_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match=r"vision\.feature_layer: is 4; use -4 to 3"):
-        scan.abstract(lambda rngs: clip_vit.ClipVit(dataclasses.replace(TINY, feature_layer=4), rngs=rngs))
+        tiny_config(vision=dataclasses.replace(TINY, feature_layer=4)).validate()

@@ -6,7 +6,7 @@ import torch
 
 from checkpoints_convert import rows
 from mimo_jax import pathtree
-from mimo_jax.model_config import ModelConfig, SamConfig
+from mimo_jax.model_config import ModelConfig, SamVitConfig
 from mimo_jax.models import scan
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder, Upscale
 from tests.models import oracles
@@ -14,14 +14,14 @@ from tests.models import oracles
 B, S, N = 2, 3, 2  # images, masks of each, sparse prompts of a mask
 
 
-def tiny(**changes) -> SamConfig:
+def tiny(**changes) -> SamVitConfig:
     sizes = {
         "image_size": 64, "patch_size": 8, "decoder_width": 32, "decoder_heads": 4, "decoder_mlp_width": 48, "iou_head_width": 24
     }  # fmt: skip
-    return SamConfig(**{**sizes, **changes})
+    return SamVitConfig(**{**sizes, **changes})
 
 
-def torch_decoder(cfg: SamConfig) -> torch.nn.Module:
+def torch_decoder(cfg: SamVitConfig) -> torch.nn.Module:
     modeling = oracles.segment_anything()
     transformer = modeling.TwoWayTransformer(
         depth=cfg.decoder_layers, embedding_dim=cfg.decoder_width, mlp_dim=cfg.decoder_mlp_width, num_heads=cfg.decoder_heads
@@ -31,7 +31,7 @@ def torch_decoder(cfg: SamConfig) -> torch.nn.Module:
     )
 
 
-def torch_prompt(cfg: SamConfig) -> torch.nn.Module:
+def torch_prompt(cfg: SamVitConfig) -> torch.nn.Module:
     g = cfg.image_size // cfg.patch_size
     size = (cfg.image_size, cfg.image_size)
     return oracles.randomised(
@@ -41,19 +41,19 @@ def torch_prompt(cfg: SamConfig) -> torch.nn.Module:
     )
 
 
-def decoder_here(cfg: SamConfig, oracle: torch.nn.Module, grads: bool = False, **kwargs):
+def decoder_here(cfg: SamVitConfig, oracle: torch.nn.Module, grads: bool = False, **kwargs):
     make = lambda rngs: MaskDecoder(cfg, rngs=rngs, **kwargs)  # noqa: E731
     table = tuple(row for row in rows.SAM if row.path.startswith("sam_decoder/"))
     return oracles.brought_here(oracle, make, "sam_decoder", table, ModelConfig(sam=cfg), prefix="mask_decoder.", grads=grads)
 
 
-def prompt_here(cfg: SamConfig, oracle: torch.nn.Module, **kwargs) -> SamPromptEncoder:
+def prompt_here(cfg: SamVitConfig, oracle: torch.nn.Module, **kwargs) -> SamPromptEncoder:
     make = lambda rngs: SamPromptEncoder(cfg, rngs=rngs, **kwargs)  # noqa: E731
     table = tuple(row for row in rows.SAM if row.path.startswith("sam_prompt/"))
     return scan.bind(*oracles.brought_here(oracle, make, "sam_prompt", table, ModelConfig(sam=cfg), prefix="prompt_encoder."))
 
 
-def inputs(cfg: SamConfig, dense: str) -> tuple[np.ndarray, ...]:
+def inputs(cfg: SamVitConfig, dense: str) -> tuple[np.ndarray, ...]:
     """features [B, g, g, C], position code [g, g, C], sparse [B, S, N, C], dense [C] or [B, S, g, g, C]."""
     g, c = cfg.image_size // cfg.patch_size, cfg.decoder_width
     draw = np.random.default_rng(0).standard_normal

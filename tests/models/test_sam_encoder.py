@@ -8,7 +8,7 @@ import torch
 
 from checkpoints_convert import rows
 from mimo_jax import pathtree
-from mimo_jax.model_config import ModelConfig, SamConfig
+from mimo_jax.model_config import ModelConfig, SamVitConfig
 from mimo_jax.models import scan
 from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.sam_encoder import SamEncoder, from_windows, to_windows
@@ -18,12 +18,12 @@ from tests.models import oracles
 ROWS = tuple(row for row in rows.SAM if row.path.startswith("sam_encoder/"))
 
 
-def tiny(**changes) -> SamConfig:
+def tiny(**changes) -> SamVitConfig:
     sizes = {"image_size": 64, "patch_size": 8, "width": 48, "layers": 4, "heads": 4, "window": 3, "global_every": 2, "decoder_width": 32}
-    return SamConfig(**{**sizes, **changes})
+    return SamVitConfig(**{**sizes, **changes})
 
 
-def torch_model(cfg: SamConfig) -> torch.nn.Module:
+def torch_model(cfg: SamVitConfig) -> torch.nn.Module:
     return oracles.randomised(
         oracles.segment_anything().ImageEncoderViT(
             img_size=cfg.image_size, patch_size=cfg.patch_size, embed_dim=cfg.width, depth=cfg.layers, num_heads=cfg.heads,
@@ -33,13 +33,13 @@ def torch_model(cfg: SamConfig) -> torch.nn.Module:
     )  # fmt: skip
 
 
-def pixels(cfg: SamConfig) -> np.ndarray:
+def pixels(cfg: SamVitConfig) -> np.ndarray:
     x = np.random.default_rng(0).standard_normal((2, cfg.image_size, cfg.image_size, 3)).astype(np.float32)
     x[:, cfg.image_size // 2 + 3 :] = 0.0  # the padding of a wide image
     return x
 
 
-def here(cfg: SamConfig, oracle: torch.nn.Module, grads: bool = False, **kwargs):
+def here(cfg: SamVitConfig, oracle: torch.nn.Module, grads: bool = False, **kwargs):
     make = lambda rngs: SamEncoder(cfg, rngs=rngs, **kwargs)  # noqa: E731
     return oracles.brought_here(oracle, make, "sam_encoder", ROWS, ModelConfig(sam=cfg), prefix="image_encoder.", grads=grads)
 
@@ -104,7 +104,7 @@ def test_windows_come_back(g, w):
 
 
 def test_huge_has_its_published_size():
-    cfg = SamConfig()
+    cfg = SamVitConfig()
     count = 0
     for make in (SamEncoder, SamPromptEncoder, MaskDecoder):
         _, params = scan.abstract(lambda rngs, make=make: make(cfg, rngs=rngs))

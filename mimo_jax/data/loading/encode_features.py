@@ -1,6 +1,6 @@
 """`mimo data encode`: the features of frozen image encoders, once for every picture of a dataset, for training to read.
 
-Axis letters: N images, I image tokens, D width of CLIP, C width of SAM's features, g side of SAM's grid.
+Axis letters: N images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mimo_jax.models import mimo, scan
 from mimo_jax.preemption import StopSignal
 
 ENCODERS = ("vision/", "sam_encoder/")
-_SAM_FIELDS = ("image_size", "image_fit", "patch_size", "width", "layers", "heads", "mlp_ratio", "window", "global_every", "decoder_width")
+_DECODER_FIELDS = ("pe_dtype", "decoder_layers", "decoder_heads", "decoder_mlp_width", "iou_head_width")  # of no matter to the encoder
 _VERSION = 1  # of how a file becomes pixels and pixels become features: raise it when that changes
 
 
@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
 def fingerprint(config: Config, params: Mapping[str, jax.Array | np.ndarray]) -> str:
     """SHA-256 of what decides the features of a picture: settings, and the encoders' parameters (by path; others are passed over) in
     bfloat16, as the features are, whatever dtype a run keeps them in."""
-    sam = {name: getattr(config.model.sam, name) for name in _SAM_FIELDS}
+    sam = {name: value for name, value in dataclasses.asdict(config.model.sam).items() if name not in _DECODER_FIELDS}
     about = {"version": _VERSION, "vision": dataclasses.asdict(config.model.vision), "sam": sam}
     hashes = {path: storage.hash_array(leaf.astype(jnp.bfloat16)) for path, leaf in sorted(params.items()) if path.startswith(ENCODERS)}
     return hashlib.sha256(json.dumps([about, hashes], sort_keys=True).encode()).hexdigest()
@@ -99,19 +99,19 @@ def write_features(
 ) -> Encoded:
     """`encode_checkpoint` with the encoders' parameters, by path, in hand."""
     writer = FeatureWriter(folder)
-    there = FeatureFolder(folder, config.model)
+    there = FeatureFolder(folder, mimo.feature_shapes(config))
     mine = range(process_index, len(source), process_count)
     todo = [number for number in mine if source.index.ids[number].decode() not in there]
     encode, size = _encoder(config, params, batch)
     written, failed, stopped = 0, [], False
     with StopSignal() as stop, tqdm(total=len(mine), initial=len(mine) - len(todo), desc="encode", unit="image", disable=None) as bar:
         for some in _read(config, source, todo, size):
-            good = [(record, seen) for record, seen in some if not isinstance(seen, str)]
-            failed += [(record, seen) for record, seen in some if isinstance(seen, str)]
+            good = [(record, views) for record, views in some if not isinstance(views, str)]
+            failed += [(record, reason) for record, reason in some if isinstance(reason, str)]
             if good:
-                x_img, sam_features = encode([seen for _, seen in good])
+                features = encode([views for _, views in good])
                 for at, (record, _) in enumerate(good):
-                    writer.add(record, {"x_img": x_img[at], "sam_features": sam_features[at]})
+                    writer.add(record, {key: values[at] for key, values in features.items()})
             written += len(good)
             bar.update(len(some))
             if stop.received and written + len(failed) < len(todo):
@@ -126,7 +126,7 @@ def write_features(
 
 
 def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tuple[Callable, int]:
-    """(views of at most N pictures -> X_img uint16 [N, I, D], SAM's features uint16 [N, g, g, C]; N), over all devices of this process."""
+    """(views of at most N pictures -> their features by name in a batch, each uint16 [N, …]; N), over all devices of this process."""
     graphdef, shapes = mimo.abstract(config)
     rest = {path: leaf for path, leaf in pathtree.flatten(shapes).items() if path not in params}
     devices = jax.local_devices()
@@ -135,16 +135,16 @@ def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tu
     placed = jax.device_put(dict(params), NamedSharding(mesh, P()))
 
     @jax.jit
-    def encode(params, seen):
+    def encode(params, views):
         unused = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in rest.items()}  # XLA leaves them out
         model = scan.bind(graphdef, pathtree.unflatten({**params, **unused}))
-        x_img = model.encode_vision(seen["vision_image"], seen["vision_size"])
-        features = model.encode_sam(seen["sam_image"], seen["sam_size"])
-        return tuple(jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) for x in (x_img, features))
+        x_img = model.encode_vision(views["vision_image"], views["vision_size"])
+        features = mimo.pack_features(x_img, model.encode_sam(views["sam_image"], views["sam_size"]))
+        return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16), features)
 
-    def run(seen: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-        padded = seen + [seen[-1]] * (size - len(seen))
-        stacked = {name: np.stack([one[name] for one in padded]) for name in seen[0]}
+    def run(views: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        padded = views + [views[-1]] * (size - len(views))
+        stacked = {name: np.stack([one[name] for one in padded]) for name in views[0]}
         return jax.device_get(encode(placed, jax.device_put(stacked, split)))
 
     return run, size

@@ -1,7 +1,7 @@
 """Features of frozen image encoders, kept beside the records: written by `mimo data encode`, read instead of decoding pictures.
 
 DATA/features/FINGERPRINT/SHARD.vision.npy   uint16 [n, I, Dc]: X_img, the bits of bfloat16, which numpy has not
-                          SHARD.sam.npy    uint16 [n, g, g, C]: SAM's features
+                          SHARD.sam.npy    uint16 [n, g, g, C]: SAM's features; SHARD.sam_0.npy, … of several scales
                           SHARD.json       of each row: id of the record, SHA-256 of its picture, CRC-32; written last
 
 Of a manifest, DATA is its path and ".d". The fingerprint is that of the encoders (`train.encode`). A shard is named by what it
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +22,16 @@ from mimo_jax import files
 from mimo_jax.data.loading.sources import Manifest
 from mimo_jax.data.records import DataError, RecordFolder
 from mimo_jax.data.schema import Record
-from mimo_jax.model_config import ModelConfig
 
 SHARD_BYTES = 128 << 20  # held in memory until they are written
-KEYS = {"x_img": "vision", "sam_features": "sam"}  # names in a batch -> in file names
-
-
-def feature_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of one picture, by name in a batch."""
-    side = model.sam.image_size // model.sam.patch_size
-    return {"x_img": (model.vision.tokens(), model.vision.width), "sam_features": (side, side, model.sam.decoder_width)}
 
 
 def feature_folder(source: RecordFolder | Manifest, fingerprint: str) -> Path:
     return _home(source) / fingerprint[:16]
 
 
-def open_features(source: RecordFolder | Manifest, fingerprint: str, model: ModelConfig) -> FeatureFolder:
-    """Raises DataError with the remedy if a source has none of these encoders, or one that cannot be read."""
+def open_features(source: RecordFolder | Manifest, fingerprint: str, shapes: Mapping[str, tuple[int, ...]]) -> FeatureFolder:
+    """shapes: as of `FeatureFolder`. DataError with the remedy if a source has none of these encoders, or one that cannot be read."""
     folder = feature_folder(source, fingerprint)
     if not folder.is_dir():
         others = " (only those of other weights or settings)" if _home(source).is_dir() else ""
@@ -47,7 +39,7 @@ def open_features(source: RecordFolder | Manifest, fingerprint: str, model: Mode
             f"config.data.features: {source.path} has no features of this run's encoders{others}; write them with "
             f"mimo data encode --checkpoint CHECKPOINT --data {source.path}, of the checkpoint that this run starts from"
         )
-    return FeatureFolder(folder, model)
+    return FeatureFolder(folder, shapes)
 
 
 def _home(source: RecordFolder | Manifest) -> Path:
@@ -57,8 +49,9 @@ def _home(source: RecordFolder | Manifest) -> Path:
 class FeatureFolder:
     """The features of the records of one source, by their ids; can be pickled and read from several threads."""
 
-    def __init__(self, path: Path, model: ModelConfig):
-        self.path, self.shapes = path, feature_shapes(model)
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]):
+        """shapes: of the features of one picture, by name in a batch (`mimo.feature_shapes`)."""
+        self.path, self.shapes = path, dict(shapes)
         self._rows: dict[str, tuple[str, int, str, dict[str, int]]] = {}  # id -> shard, row, SHA-256 of the picture, CRC-32 by key
         self._open: dict[str, np.ndarray] = {}
         for about in sorted(path.glob("*.json")):
@@ -78,14 +71,14 @@ class FeatureFolder:
         return {**self.__dict__, "_open": {}}
 
     def read(self, record: Record) -> dict[str, np.ndarray]:
-        """`x_img` uint16 [I, Dc] and `sam_features` uint16 [g, g, C], bits of bfloat16. Raises DataError where there are none, where
+        """Features by name in a batch, uint16, the bits of bfloat16. Raises DataError where there are none, where
         they are of another picture, and where they are not as they were written."""
         if record.id not in self._rows:
             raise DataError(f"record {record.id}: has no features in {self.path}; run mimo data encode again")
         shard, row, picture, sums = self._rows[record.id]
         if picture != picture_digest(record):
             raise DataError(f"record {record.id}: its features are of another picture; remove {self.path} and run mimo data encode again")
-        found = {key: np.array(self._array(shard, key)[row]) for key in KEYS}
+        found = {key: np.array(self._array(shard, key)[row]) for key in self.shapes}
         for key, values in found.items():
             if values.shape != self.shapes[key] or zlib.crc32(values) != sums[key]:
                 raise DataError(f"{self._file(shard, key)}, row {row}: is damaged; remove {shard}.json and run mimo data encode again")
@@ -96,7 +89,7 @@ class FeatureFolder:
         return {key: np.zeros(shape, np.uint16) for key, shape in self.shapes.items()}
 
     def _file(self, shard: str, key: str) -> Path:
-        return self.path / f"{shard}.{KEYS[key]}.npy"
+        return self.path / f"{shard}.{_file_name(key)}.npy"
 
     def _array(self, shard: str, key: str) -> np.ndarray:
         file = self._file(shard, key)
@@ -114,16 +107,16 @@ class FeatureWriter:
     def __init__(self, path: Path):
         self.path = path
         self._rows: list[dict] = []
-        self._values: dict[str, list[np.ndarray]] = {key: [] for key in KEYS}
+        self._values: dict[str, list[np.ndarray]] = {}
         path.mkdir(parents=True, exist_ok=True)
 
     def add(self, record: Record, features: dict[str, np.ndarray]) -> None:
         """`features` as `FeatureFolder.read` gives them."""
-        features = {key: np.ascontiguousarray(features[key]) for key in KEYS}
+        features = {key: np.ascontiguousarray(values) for key, values in features.items()}
         sums = {key: zlib.crc32(values) for key, values in features.items()}
         self._rows.append({"id": record.id, "picture": picture_digest(record), "crc32": sums})
         for key, values in features.items():
-            self._values[key].append(values)
+            self._values.setdefault(key, []).append(values)
         if sum(values.nbytes for values in features.values()) * len(self._rows) >= SHARD_BYTES:
             self.flush()
 
@@ -132,12 +125,16 @@ class FeatureWriter:
         if not self._rows:
             return
         shard = _digest([row["id"] for row in self._rows])
-        for key, name in KEYS.items():
-            np.save(self.path / f"{shard}.{name}.npy", np.stack(self._values[key]))
-            self._values[key] = []
+        for key, values in self._values.items():
+            np.save(self.path / f"{shard}.{_file_name(key)}.npy", np.stack(values))
         with files.atomic_write(self.path / f"{shard}.json") as part:
             part.write_text(json.dumps(self._rows, indent=0) + "\n", encoding="utf-8")
-        self._rows = []
+        self._rows, self._values = [], {}
+
+
+def _file_name(key: str) -> str:
+    """Of a feature by its name in a batch: "vision", "sam", or "sam_0", … of several scales."""
+    return "vision" if key == "x_img" else key.replace("sam_features", "sam")
 
 
 def picture_digest(record: Record) -> str:

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -64,11 +64,11 @@ class Loader:
         self._iterator: grain.DatasetIterator | None = None
         self._bad: dict[str, dict] = {}
 
-    def use_features(self, fingerprint: str) -> None:
-        """From now on batches carry `x_img` and `sam_features`, as `FeatureFolder.read` gives them, in place of pictures. Raises
+    def use_features(self, fingerprint: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """From now on batches carry the features that `FeatureFolder.read` returns, in place of pictures; shapes: as of `FeatureFolder`. Raises
         DataError for a source that has none of the encoders of that fingerprint."""
         order, maker = self._batches.order, self._batches.maker
-        maker.features = [open_features(source, fingerprint, order.config.model) for source in order.sources]
+        maker.features = [open_features(source, fingerprint, shapes) for source in order.sources]
 
     @property
     def bad(self) -> list[dict]:

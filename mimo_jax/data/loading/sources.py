@@ -82,7 +82,7 @@ class Manifest:
 
         # Labels of a manifest are seldom complete: only what a line says to be absent is known to be.
         absent = {outline.id: line.get("absent_entities", []) for line, outline in zip(lines, outlines, strict=True)}
-        census = LabelStats.of(outlines, absent=absent)
+        census = LabelStats.from_records(outlines, absent=absent)
         self.bad: dict[str, str] = {}
         self._records: list[Record] = []
         with ThreadPoolExecutor() as pool:

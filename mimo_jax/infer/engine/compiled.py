@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.infer.engine import generate
 from mimo_jax.infer.engine.generate import Decoding
 from mimo_jax.models import mimo, scan
+from mimo_jax.models.mimo import Features
 
 
 class Functions(NamedTuple):
@@ -31,6 +33,7 @@ class Functions(NamedTuple):
     align: jax.stages.Wrapped
     splice: jax.stages.Wrapped
     new_cache: jax.stages.Wrapped
+    cache_length: Callable[[Any], int]
     extend: jax.stages.Wrapped
     prefill: jax.stages.Wrapped
     decode: jax.stages.Wrapped
@@ -45,11 +48,11 @@ class Engine:
         """params: nested dict of all parameters, wherever they are placed. UserError if they are not those of the config."""
         _fit(config, params)
         self.params = jax.tree.map(jnp.asarray, params)
-        self.functions = functions(config.model_json(), eos_id, _cache_sharding(config, self.params))
+        self.functions = functions(config.model_json(), eos_id, cache_sharding(config, self.params))
         self.counts: Counter[str] = Counter()
 
-    def encode(self, vision_image, vision_size, sam_image, sam_size, count: int) -> tuple[jax.Array, jax.Array]:
-        """N images as in a batch, of which `count` are no padding -> X_img [N, I, Dc] and SAM's features [N, g, g, C]."""
+    def encode(self, vision_image, vision_size, sam_image, sam_size, count: int) -> tuple[jax.Array, Features]:
+        """N images as in a batch, of which `count` are not padding -> X_img [N, I, Dc] and SAM's features."""
         self.counts["images"] += count
         return self.functions.encode(self.params, vision_image, vision_size, sam_image, sam_size)
 
@@ -57,12 +60,17 @@ class Engine:
         """X_img [B, I, Dc] and the turns' own instructions and prompts [B, R, …] -> X_q [B, R, Q, D]."""
         return self.functions.align(self.params, x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind)
 
-    def new_cache(self, rows: int, slots: int) -> dict[str, jax.Array]:
+    def new_cache(self, rows: int, slots: int) -> Any:
+        """An empty cache of the language model, in whatever form its kind has it."""
         return self.functions.new_cache(self.params, rows=rows, slots=slots)
 
-    def extend(self, cache: dict[str, jax.Array], slots: int) -> dict[str, jax.Array]:
+    def cache_length(self, cache: Any) -> int:
+        """Slots, the tokens that a cache has room for."""
+        return self.functions.cache_length(cache)
+
+    def extend(self, cache: Any, slots: int) -> Any:
         """The same cache with room for `slots` tokens; the given one is used up."""
-        return self.functions.extend(cache, slots=slots)
+        return self.functions.extend(self.params, cache, slots=slots)
 
     def prefill(self, cache, x_q, input_ids, query_index, start, lengths, limits, temperature, top_p, seed, new_tokens: int) -> Decoding:
         """See `generate.prefill`. x_q [B, R, Q, D]; input_ids, query_index int32 [B, T] as in a training batch. The cache is used up."""
@@ -75,7 +83,7 @@ class Engine:
         return self.functions.decode(self.params, state, np.int32(until))
 
     def segment(self, features, states, index, count: int, points=None, refine: bool = False) -> tuple[jax.Array, jax.Array]:
-        """SAM's features [B, g, g, C], states [B, M, D] of `Decoding`, index int32 [B, S] of each `<SEG>` among the new tokens
+        """SAM's features of B images, states [B, M, D] of `Decoding`, index int32 [B, S] of each `<SEG>` among the new tokens
         (any value in an unused slot; `count` are used) -> mask logits fp32 [B, S, m, m], predicted IoU fp32 [B, S].
 
         points: (xy [B, P, 2], labels int32 [B, P]) of each row's turn, as `prompts.sam_points` makes them; refine: decode again with
@@ -94,10 +102,14 @@ def _fit(config: Config, params: dict) -> None:
         raise UserError(f"checkpoint: {len(wrong)} parameters do not fit its model config: {shown}; was the config changed?")
 
 
-def _cache_sharding(config: Config, params: dict) -> NamedSharding | None:
-    """Where a KV cache lives: split as the heads of parameters that several devices share, None for the one device."""
+def cache_sharding(config: Config, params: dict) -> NamedSharding | None:
+    """Where a cache of the language model lives: split as the heads of parameters (arrays, or shapes with their shardings) that several
+    devices share; None for one device."""
     place = jax.tree.leaves(params)[0].sharding
-    return sharding.cache_sharding(place.mesh, config.model.llm) if isinstance(place, NamedSharding) else None
+    if not isinstance(place, NamedSharding):
+        return None
+    llm = scan.bind(mimo.abstract(config)[0], params).llm
+    return sharding.cache_sharding(place.mesh, config.model.llm, llm.cache_axes())
 
 
 def compiler_options(config: Config) -> dict[str, str] | None:
@@ -112,7 +124,8 @@ def compiler_options(config: Config) -> dict[str, str] | None:
 def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None = None) -> Functions:
     """The functions of a model config, kept so that evaluations during training compile once."""
     config = Config.from_dict({"model": json.loads(model_json)})
-    graphdef, _ = mimo.abstract(config)
+    graphdef, shapes = mimo.abstract(config)
+    llm = scan.bind(graphdef, shapes).llm
     compiler = compiler_options(config)
 
     def jitted(function, **options):
@@ -121,9 +134,6 @@ def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None
 
     def encode(model, vision_image, vision_size, sam_image, sam_size):
         return model.encode_vision(vision_image, vision_size), model.encode_sam(sam_image, sam_size)
-
-    def extend(cache, slots):
-        return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, slots - a.shape[3]), (0, 0)]), cache)
 
     def segment(model, features, states, index, points, refine):
         states = jnp.take_along_axis(states, index[..., None], axis=1)
@@ -138,7 +148,8 @@ def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None
         new_cache=jitted(
             lambda model, rows, slots: model.new_cache(rows, slots), static_argnames=("rows", "slots"), out_shardings=cache_sharding
         ),
-        extend=jax.jit(extend, static_argnames="slots"),
+        cache_length=llm.cache_length,
+        extend=jitted(lambda model, cache, slots: model.llm.extend_cache(cache, slots), static_argnames="slots"),
         prefill=jitted(generate.prefill, static_argnames="new_tokens", donate_argnums=1),
         decode=jitted(decode, donate_argnums=1),
         segment=jitted(segment, static_argnames="refine"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mimo_jax import sharding
 from mimo_jax.analysis.memory_estimate import LoweredConversation
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.infer.engine.compiled import functions
+from mimo_jax.infer.engine.compiled import cache_sharding, functions
 from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket
 
 
@@ -18,8 +17,6 @@ def lower_conversation(config: Config, params: dict, tokenizer: Tokenizer) -> Lo
     """The first turn about one image, whose question the aligner reads in full, in a cache of the whole context. params: nested dict of
     the shapes of all parameters, with their shardings where several devices hold them."""
     m = config.model
-    mesh = sharding.inference_mesh(m.llm)
-    cache_sharding = sharding.cache_sharding(mesh, m.llm) if mesh else None
     call = functions(config.model_json(), conversation.stop_id(tokenizer, config))
     slots = cache_bucket(m.llm.max_length)
     turn = bucket(min(len(conversation.encode_user_turn(tokenizer, config, "?", 0, True)[0]) + m.aligner.max_text, m.llm.max_length))
@@ -37,8 +34,8 @@ def lower_conversation(config: Config, params: dict, tokenizer: Tokenizer) -> Lo
     x_q = call.align.eval_shape(params, *aligned)
     words = (array(jnp.int32, 1, turn), array(jnp.int32, 1, turn), x_q)
     cache = call.new_cache.eval_shape(params, rows=1, slots=slots)
-    if cache_sharding:
-        cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cache_sharding), cache)
+    if place := cache_sharding(config, params):
+        cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), cache)
     row = array(jnp.int32, 1)
     asked = (cache, call.splice.eval_shape(params, *words), row, row, row)
     chosen = (array(jnp.float32, 1), array(jnp.float32, 1), array(jnp.uint32, 1))

@@ -22,7 +22,7 @@ from mimo_jax.data.loading.loader import make_loader
 from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.records import DataError, open_records, write_records
 from mimo_jax.model_config import LoraConfig
-from mimo_jax.models import scan
+from mimo_jax.models import mimo, scan
 from mimo_jax.train import loop, losses
 from mimo_jax.train.state import TrainSetup
 from tests.tiny_config import random_params, tiny_config
@@ -77,7 +77,7 @@ def test_processes_share_the_pictures_and_what_is_there_stays(run, data):
     assert (again.written, again.before) == (0, IMAGES)
     assert {path.name: path.read_bytes() for path in folder.glob("*.*.npy")} == files
     source = open_records(data, "train")
-    features = FeatureFolder(folder, tiny_config().model)
+    features = FeatureFolder(folder, mimo.feature_shapes(tiny_config()))
     assert all(
         np.isfinite(features.read(source[i])["x_img"].astype(np.uint32).__lshift__(16).view(np.float32)).all() for i in range(IMAGES)
     )
@@ -100,7 +100,7 @@ def test_a_stopped_job_keeps_what_it_has_and_goes_on_to_the_same_features(run, d
     rest = encode_features.encode_checkpoint(run, data, batch=2, process_index=0, process_count=1)
     assert not rest.stopped and (rest.written, rest.before) == (IMAGES - 4, 4)
     source = open_records(data, "train")
-    one, other = (FeatureFolder(next((path / "features").iterdir()), tiny_config().model) for path in (whole, data))
+    one, other = (FeatureFolder(next((path / "features").iterdir()), mimo.feature_shapes(tiny_config())) for path in (whole, data))
     for record in map(source.__getitem__, range(IMAGES)):
         assert all(np.array_equal(values, other.read(record)[key]) for key, values in one.read(record).items())
 
@@ -136,7 +136,7 @@ def test_the_loss_is_that_with_pictures(data):
     for features in (False, True):
         loader = make_loader(config, tokenizer, open_sources(config, "train"))
         if features:
-            loader.use_features(mark)
+            loader.use_features(mark, mimo.feature_shapes(tiny_config()))
         found.append([float(loss(params, batch)) for batch in itertools.islice(loader, 3)])
         loader.close()
     np.testing.assert_allclose(found[1], found[0], rtol=1e-3)

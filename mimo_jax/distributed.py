@@ -44,11 +44,11 @@ from mimo_jax.preemption import StopSignal
 
 _COORDINATOR, _PROCESSES, _PROCESS, _JOIN_TIMEOUT = "MIMO_COORDINATOR", "MIMO_PROCESSES", "MIMO_PROCESS", "MIMO_JOIN_TIMEOUT"
 _CHANNEL = "MIMO_WATCHER"  # set by the watcher for its worker: the number of the socket between them
-_GRACE = 5.0  # seconds in which the others may end by themselves once one has failed
-_FOREVER = 10**9  # milliseconds: lost peers are noticed by their heartbeat
+_GRACE_SECONDS = 5.0  # seconds in which the others may end by themselves once one has failed
+_FOREVER_MS = 10**9  # milliseconds: lost peers are noticed by their heartbeat
 # How errors of a collective begin or end when the fault is a peer's.
-_LOST = re.compile(r"gloo|nccl|coordination|heartbeat|unavailable|deadline_exceeded|connection (reset|closed|refused)", re.IGNORECASE)
-_FAILED = "mimo/failed"  # key of the exit code of the process that failed first, or "none" in the end
+_PEER_ERRORS = re.compile(r"gloo|nccl|coordination|heartbeat|unavailable|deadline_exceeded|connection (reset|closed|refused)", re.IGNORECASE)
+_FAILED_KEY = "mimo/failed"  # key of the exit code of the process that failed first, or "none" in the end
 _gathered = itertools.count()
 _ending = threading.Lock()
 _channel: socket.socket | None = None
@@ -64,7 +64,7 @@ class ProcessInfo(NamedTuple):
     process: int
     count: int
     coordinator: str | None
-    told: str
+    source: str
 
 
 def run(work: Callable[[], int], heartbeat_timeout: int = 100) -> int:
@@ -72,22 +72,22 @@ def run(work: Callable[[], int], heartbeat_timeout: int = 100) -> int:
     belongs to joined. heartbeat_timeout: seconds of silence after which a peer counts as dead.
 
     Raises ClusterError for variables that are set in part or wrong; of several processes, no error of `work` gets out."""
-    place = find_process_info()
-    if place is None:
+    info = find_process_info()
+    if info is None:
         return work()
     _join_timeout()  # a wrong one is told before anything starts
     if _CHANNEL not in os.environ:
-        return _watch(place)
-    return _worker(place, work, heartbeat_timeout)
+        return _watch(info)
+    return _worker(info, work, heartbeat_timeout)
 
 
 def find_process_info() -> ProcessInfo | None:
     """This process among those of its cluster, None if it is alone."""
-    told = {name: os.environ[name] for name in (_COORDINATOR, _PROCESSES, _PROCESS) if os.environ.get(name)}
-    if told.get(_PROCESSES) == "1":
+    values = {name: os.environ[name] for name in (_COORDINATOR, _PROCESSES, _PROCESS) if os.environ.get(name)}
+    if values.get(_PROCESSES) == "1":
         return None
-    if told:
-        return _told_place(told)
+    if values:
+        return _info_from_environment(values)
     try:
         cluster = find_cluster()
         if cluster is None or cluster.count == 1:
@@ -98,31 +98,31 @@ def find_process_info() -> ProcessInfo | None:
         raise ClusterError(f"{where}; set {_COORDINATOR}, {_PROCESSES} and {_PROCESS}, or {_PROCESSES}=1 to run alone") from error
 
 
-def _told_place(told: dict[str, str]) -> ProcessInfo:
+def _info_from_environment(values: dict[str, str]) -> ProcessInfo:
     for name in (_COORDINATOR, _PROCESSES, _PROCESS):
-        if name not in told:
-            raise ClusterError(f"{name}: is not set, but {', '.join(told)} is; set all three, or {_PROCESSES}=1 to run alone")
-    host, _, port = told[_COORDINATOR].rpartition(":")
+        if name not in values:
+            raise ClusterError(f"{name}: is not set, but {', '.join(values)} is; set all three, or {_PROCESSES}=1 to run alone")
+    host, _, port = values[_COORDINATOR].rpartition(":")
     if not host or not port.isdecimal():
-        raise ClusterError(f"{_COORDINATOR}={told[_COORDINATOR]}: is not host:port, such as 10.0.0.1:8476")
-    if not told[_PROCESSES].isdecimal() or int(told[_PROCESSES]) < 1:
-        raise ClusterError(f"{_PROCESSES}={told[_PROCESSES]}: is not a number of processes")
-    if not told[_PROCESS].isdecimal() or int(told[_PROCESS]) >= int(told[_PROCESSES]):
-        raise ClusterError(f"{_PROCESS}={told[_PROCESS]}: is not one of 0 … {int(told[_PROCESSES]) - 1} ({_PROCESSES}={told[_PROCESSES]})")
-    return ProcessInfo(int(told[_PROCESS]), int(told[_PROCESSES]), told[_COORDINATOR], _COORDINATOR)
+        raise ClusterError(f"{_COORDINATOR}={values[_COORDINATOR]}: is not host:port, such as 10.0.0.1:8476")
+    if not values[_PROCESSES].isdecimal() or int(values[_PROCESSES]) < 1:
+        raise ClusterError(f"{_PROCESSES}={values[_PROCESSES]}: is not a number of processes")
+    if not values[_PROCESS].isdecimal() or int(values[_PROCESS]) >= int(values[_PROCESSES]):
+        raise ClusterError(f"{_PROCESS}={values[_PROCESS]}: is not one of 0 … {int(values[_PROCESSES]) - 1} ({_PROCESSES}={values[_PROCESSES]})")
+    return ProcessInfo(int(values[_PROCESS]), int(values[_PROCESSES]), values[_COORDINATOR], _COORDINATOR)
 
 
 def _join_timeout() -> int:
-    told = os.environ.get(_JOIN_TIMEOUT) or "300"
-    if not told.isdecimal() or int(told) < 1:
-        raise ClusterError(f"{_JOIN_TIMEOUT}={told}: is not a number of seconds, such as 300")
-    return int(told)
+    value = os.environ.get(_JOIN_TIMEOUT) or "300"
+    if not value.isdecimal() or int(value) < 1:
+        raise ClusterError(f"{_JOIN_TIMEOUT}={value}: is not a number of seconds, such as 300")
+    return int(value)
 
 
 # --- the watcher
 
 
-def _watch(place: ProcessInfo) -> int:
+def _watch(info: ProcessInfo) -> int:
     """Start this same command as the worker, and wait; returns the exit code that is to be this process's."""
     ours, theirs = socket.socketpair()
     environment = os.environ | {_CHANNEL: str(theirs.fileno())}
@@ -140,26 +140,26 @@ def _watch(place: ProcessInfo) -> int:
         elif allowed and time.monotonic() - heard > allowed:
             worker.kill()
             worker.wait()
-            return _again(place, f"no step came back in {allowed:g} s (config.train.step_timeout), so it hangs, or a peer does")
+            return _report_restart(info, f"no step came back in {allowed:g} s (config.train.step_timeout), so it hangs, or a peer does")
     code = worker.wait()
     if code >= 0:
         return code
     name = signal.Signals(-code).name
     if -code == signal.SIGABRT and not joined:
-        at = f", process 0 at {place.coordinator}" if place.coordinator else ""
-        return _again(
-            place, f"not all processes came together within {_join_timeout()} s ({_JOIN_TIMEOUT}); {place.told} tells of {place.count}{at}"
+        at = f", process 0 at {info.coordinator}" if info.coordinator else ""
+        return _report_restart(
+            info, f"not all processes came together within {_join_timeout()} s ({_JOIN_TIMEOUT}); {info.source} tells of {info.count}{at}"
         )
     if -code == signal.SIGABRT:
-        return _again(place, "a peer died or does not answer any more; the lines above say which")
+        return _report_restart(info, "a peer died or does not answer any more; the lines above say which")
     if -code in (signal.SIGTERM, signal.SIGKILL):
-        return _again(place, f"was ended by {name}")
-    print(f"mimo: process {place.process}: was ended by {name}", file=sys.stderr)
+        return _report_restart(info, f"was ended by {name}")
+    print(f"mimo: process {info.process}: was ended by {name}", file=sys.stderr)
     return EXIT_INTERNAL
 
 
-def _again(place: ProcessInfo, why: str) -> int:
-    print(f"mimo: process {place.process}: {why}; run the same command for all {place.count} processes to go on", file=sys.stderr)
+def _report_restart(info: ProcessInfo, why: str) -> int:
+    print(f"mimo: process {info.process}: {why}; run the same command for all {info.count} processes to go on", file=sys.stderr)
     return EXIT_TEMPFAIL
 
 
@@ -172,36 +172,36 @@ def send_heartbeat(seconds: float) -> None:
 # --- the worker
 
 
-def _worker(place: ProcessInfo, work: Callable[[], int], heartbeat_timeout: int) -> int:
+def _worker(info: ProcessInfo, work: Callable[[], int], heartbeat_timeout: int) -> int:
     global _channel
     _channel = socket.socket(fileno=int(os.environ[_CHANNEL]))
     _channel.set_inheritable(False)
     threading.Thread(target=_end_with_watcher, daemon=True).start()
-    if not _join(place, heartbeat_timeout):
+    if not _join(info, heartbeat_timeout):
         return EXIT_TEMPFAIL
     send_heartbeat(0)
-    aloud = sys.stderr
-    if place.process:
+    stderr = sys.stderr
+    if info.process:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     listener = threading.Thread(target=_end_with_peers, daemon=True)
     listener.start()
     try:
         code = work()
     except BaseException as error:
-        _end(_tell(place, error, aloud))
+        _exit_all(_report_error(info, error, stderr))
     gather("done")
     with contextlib.suppress(Exception):  # one is enough
-        coordination_client().key_value_set(_FAILED, "none")
+        coordination_client().key_value_set(_FAILED_KEY, "none")
     listener.join()
     jax.distributed.shutdown()
     return code
 
 
-def _join(place: ProcessInfo, heartbeat_timeout: int) -> bool:
+def _join(info: ProcessInfo, heartbeat_timeout: int) -> bool:
     """Whether all processes came together; says why not."""
     explicit = {}
-    if place.coordinator:
-        explicit = {"coordinator_address": place.coordinator, "num_processes": place.count, "process_id": place.process}
+    if info.coordinator:
+        explicit = {"coordinator_address": info.coordinator, "num_processes": info.count, "process_id": info.process}
         explicit["cluster_detection_method"] = "deactivate"
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # on CPUs, programs in flight together mix up their collectives
     try:
@@ -209,12 +209,12 @@ def _join(place: ProcessInfo, heartbeat_timeout: int) -> bool:
             **explicit,
             initialization_timeout=_join_timeout(),
             heartbeat_timeout_seconds=heartbeat_timeout,
-            shutdown_timeout_seconds=_FOREVER // 1000,
+            shutdown_timeout_seconds=_FOREVER_MS // 1000,
         )
     except Exception as error:  # each cluster has errors of its own
-        what = "not all processes came" if place.process == 0 else f"process 0 was not reached at {place.coordinator or 'its address'}"
-        told = f"{what} within {_join_timeout()} s ({_JOIN_TIMEOUT}); as {place.told} says, there are {place.count}: {_first_line(error)}"
-        print(f"mimo: process {place.process}: {told}", file=sys.stderr)
+        what = "not all processes came" if info.process == 0 else f"process 0 was not reached at {info.coordinator or 'its address'}"
+        line = f"{what} within {_join_timeout()} s ({_JOIN_TIMEOUT}); as {info.source} says, there are {info.count}: {_first_line(error)}"
+        print(f"mimo: process {info.process}: {line}", file=sys.stderr)
         return False
     return True
 
@@ -224,11 +224,11 @@ def _end_with_watcher() -> None:
     os._exit(EXIT_INTERNAL)
 
 
-def _tell(place: ProcessInfo, error: BaseException, stream) -> int:
+def _report_error(info: ProcessInfo, error: BaseException, stream) -> int:
     """Say what went wrong; returns the exit code for it."""
-    lost = isinstance(error, Exception) and not isinstance(error, UserError) and _LOST.search(str(error))
+    lost = isinstance(error, Exception) and not isinstance(error, UserError) and _PEER_ERRORS.search(str(error))
     if lost:
-        time.sleep(2 * _GRACE)  # if the peer failed and said so, this process ends meanwhile as that one does
+        time.sleep(2 * _GRACE_SECONDS)  # if the peer failed and said so, this process ends meanwhile as that one does
     if isinstance(error, KeyboardInterrupt):
         line, code = "interrupted", EXIT_INTERRUPTED
     elif lost:
@@ -239,7 +239,7 @@ def _tell(place: ProcessInfo, error: BaseException, stream) -> int:
             traceback.print_exception(error, file=stream)
     else:
         line, code = "".join(traceback.format_exception(error)), EXIT_INTERNAL
-    print(f"mimo: process {place.process}: error: {line}", file=stream, flush=True)
+    print(f"mimo: process {info.process}: error: {line}", file=stream, flush=True)
     return code
 
 
@@ -247,15 +247,15 @@ def _first_line(error: BaseException) -> str:
     return str(error).split("\n")[0][:200]
 
 
-def _end(code: int) -> NoReturn:
+def _exit_all(code: int) -> NoReturn:
     """End this process, and all others with the same code."""
     if not _ending.acquire(blocking=False):  # another thread is at it
         threading.Event().wait()
     client = coordination_client()
     with contextlib.suppress(Exception):
-        client.key_value_set(_FAILED, str(code))
+        client.key_value_set(_FAILED_KEY, str(code))
     with contextlib.suppress(Exception):
-        client.wait_at_barrier("mimo/ended", int(3000 * _GRACE))
+        client.wait_at_barrier("mimo/ended", int(3000 * _GRACE_SECONDS))
     if jax.process_index() == 0:
         time.sleep(1)  # it serves the others, who abort when it is gone
     os._exit(code)
@@ -263,12 +263,12 @@ def _end(code: int) -> NoReturn:
 
 def _end_with_peers() -> None:
     try:
-        told = coordination_client().blocking_key_value_get(_FAILED, _FOREVER)
+        code = coordination_client().blocking_key_value_get(_FAILED_KEY, _FOREVER_MS)
     except Exception:  # process 0 is gone: this one is about to be aborted
         return
-    if told != "none":
-        time.sleep(_GRACE)
-        _end(int(told))
+    if code != "none":
+        time.sleep(_GRACE_SECONDS)
+        _exit_all(int(code))
 
 
 # --- what the processes of a run do together; each of these is called by all of them
@@ -281,7 +281,7 @@ def gather(value: Any) -> list:
         return [value]
     key = f"mimo/gathered/{next(_gathered)}"
     client.key_value_set(f"{key}/{jax.process_index():08d}", json.dumps(value))
-    client.wait_at_barrier(key, _FOREVER)
+    client.wait_at_barrier(key, _FOREVER_MS)
     return [json.loads(text) for _, text in sorted(client.key_value_dir_get(key))]
 
 
@@ -290,17 +290,17 @@ class PreemptionGuard:
     stops after the same step."""
 
     def __init__(self):
-        self._alone = StopSignal() if coordination_client() is None else None
+        self._stop_signal = StopSignal() if coordination_client() is None else None
         self._interrupt = None
-        if self._alone is None:  # jax listens to SIGTERM, and to notices of the platform
+        if self._stop_signal is None:  # jax listens to SIGTERM, and to notices of the platform
             self._interrupt = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
-    def after(self, step: int) -> bool:
+    def should_stop_after(self, step: int) -> bool:
         """Whether this step is the last. Of several processes, all must ask after every step."""
-        return self._alone.received if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        return self._stop_signal.received if self._stop_signal else multihost_utils.reached_preemption_sync_point(step)
 
     def restore(self) -> None:
-        if self._alone:
-            self._alone.restore()
+        if self._stop_signal:
+            self._stop_signal.restore()
         else:
             signal.signal(signal.SIGINT, self._interrupt)

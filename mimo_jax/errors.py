@@ -14,10 +14,22 @@ EXIT_PARTIAL = 3  # done in part
 EXIT_TEMPFAIL = 75  # stopped on request, or a peer was lost: the same command goes on
 EXIT_INTERRUPTED = 130
 
-# Refused because of the machine or its permissions, whatever the file.
-_REFUSED = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+# Refused because of the machine or its permissions, whatever the file; with what the user can do.
+_ENVIRONMENT_ERRORS = {
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EFBIG: "raise the limit on the size of files",
+}
 # Refused because the path leads elsewhere; the user's to mend only where they named the path.
-_MISPLACED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_PATH_ERRORS = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "name a file",
+}
+_REMEDIES = _ENVIRONMENT_ERRORS | _PATH_ERRORS
 
 
 class UserError(Exception):
@@ -46,14 +58,25 @@ def user_path(*paths: str | os.PathLike, contents: bool = False) -> Iterator[Non
     try:
         yield
     except OSError as error:
-        named = error.errno in _MISPLACED and _is_of(error.filename, paths, contents)
-        if error.errno not in _REFUSED and not named:
+        named = error.errno in _PATH_ERRORS and _is_under(error.filename, paths, contents)
+        if error.errno not in _ENVIRONMENT_ERRORS and not named:
             raise
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
-        raise UserError(f"{where}{os.strerror(error.errno)}") from error
+        raise UserError(f"{where}{os.strerror(error.errno)}; {_REMEDIES[error.errno]}") from error
 
 
-def _is_of(filename: object, paths: tuple[str | os.PathLike, ...], contents: bool) -> bool:
+@contextlib.contextmanager
+def config_path(field: str, path: str | os.PathLike) -> Iterator[None]:
+    """Around the reading of a path that a field of the config names: `user_path` for it and the files within it, and every UserError
+    names the field."""
+    try:
+        with user_path(path, contents=True):
+            yield
+    except UserError as error:
+        raise type(error)(f"{field}: {error}") from error
+
+
+def _is_under(filename: object, paths: tuple[str | os.PathLike, ...], contents: bool) -> bool:
     if not isinstance(filename, str | bytes | os.PathLike):
         return False
     missing = os.path.abspath(os.fsdecode(filename))

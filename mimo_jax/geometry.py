@@ -119,7 +119,7 @@ def box_to_corners(boxes: np.ndarray) -> np.ndarray:
 def validate_points(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """float64 [n, 3] (x, y, label) of points on an image; GeometryError for a wrong shape, NaN, a label other than
     1 (in) or 0 (out), or a point outside [-0.5, W-0.5] x [-0.5, H-0.5]."""
-    points = _array(points, 3, "points", "x, y, label")
+    points = _rows(points, 3, "points", "x, y, label")
     for i, (x, y, label) in enumerate(points):
         if label not in (0.0, 1.0):
             raise GeometryError(f"point {i}: label {label:g}; use 1 (inside the structure) or 0 (outside)")
@@ -130,7 +130,7 @@ def validate_points(points: np.ndarray, height: int, width: int) -> np.ndarray:
 def validate_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
     """float64 [n, 4] of half-open boxes (x0, y0, x1, y1) on an image; GeometryError for a wrong shape, NaN, a box
     without area or one that leaves [0, W] x [0, H]."""
-    boxes = _array(boxes, 4, "boxes", "x0, y0, x1, y1")
+    boxes = _rows(boxes, 4, "boxes", "x0, y0, x1, y1")
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         shown = f"box {i} [{x0:g}, {y0:g}, {x1:g}, {y1:g})"
         if x0 >= x1 or y0 >= y1:
@@ -144,7 +144,7 @@ def validate_scribbles(scribbles: list[np.ndarray], height: int, width: int) -> 
     """List of float64 [m, 2] polylines (x, y), m >= 1; GeometryError for a wrong shape, NaN or a vertex outside."""
     checked = []
     for i, scribble in enumerate(scribbles):
-        scribble = _array(scribble, 2, f"scribble {i}", "x, y")
+        scribble = _rows(scribble, 2, f"scribble {i}", "x, y")
         if not len(scribble):
             raise GeometryError(f"scribble {i} has no points")
         for x, y in scribble:
@@ -153,7 +153,7 @@ def validate_scribbles(scribbles: list[np.ndarray], height: int, width: int) -> 
     return checked
 
 
-def _array(values: np.ndarray, columns: int, what: str, names: str) -> np.ndarray:
+def _rows(values: np.ndarray, columns: int, what: str, names: str) -> np.ndarray:
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError):

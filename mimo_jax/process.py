@@ -12,13 +12,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 256 << 20  # of glibc's mallopt; bytes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _THRESHOLD = -1, -3, 256 << 20  # of glibc's mallopt; bytes
 
 
 def set_up(command: str) -> None:
     """Set up this process for `mimo COMMAND`."""
     if command == "train":
-        _ask_for_huge_pages()
+        _restart_with_huge_pages()
     if command == "data":
         keep_freed_memory()
     warnings.formatwarning = lambda message, category, *_, **__: f"mimo: warning: {message}\n"
@@ -32,10 +32,10 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed: to map and clear the pages of every picture again takes a fifth of a builder's time."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(option, _KEPT)
+            ctypes.CDLL(None).mallopt(option, _THRESHOLD)
 
 
-def _ask_for_huge_pages() -> None:
+def _restart_with_huge_pages() -> None:
     """Start this process again with huge pages for big arrays, which the C library takes up only as it starts: on a CPU a step takes
     a tenth less time, or more (benchmarks/RESULTS.md). Where it does not know the setting, nothing changes."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
@@ -49,17 +49,17 @@ def _ask_for_huge_pages() -> None:
 
 def quiet_orbax() -> None:
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_worth_saying)
-    sys.unraisablehook = _worth_raising
+        logging.getLogger(name).addFilter(_is_worth_logging)
+    sys.unraisablehook = _unraisable_hook
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _is_worth_logging(record: logging.LogRecord) -> bool:
     if record.name == "asyncio":
         return "Handler._open_and_write" not in record.getMessage()
     orbax = f"{os.sep}orbax{os.sep}" in record.pathname
     return not orbax or (record.levelno < logging.ERROR and "Skipping merge of OCDBT" not in str(record.msg))
 
 
-def _worth_raising(unraisable: Any) -> None:
+def _unraisable_hook(unraisable: Any) -> None:
     if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)

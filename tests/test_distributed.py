@@ -39,7 +39,7 @@ def work():
         distributed.send_heartbeat(4 if case == "hangs" else 0)
         float(add(ones))
         time.sleep(0.02)
-        if stop.after(step):
+        if stop.should_stop_after(step):
             open(f"stopped{me}", "w").write(str(step))
             return 75
 

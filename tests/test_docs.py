@@ -23,7 +23,7 @@ from mimo_jax.cli.train import sources_of
 from mimo_jax.config import Config
 from mimo_jax.config_flags import load_config
 from mimo_jax.errors import UserError
-from mimo_jax.sweep.plan import base_of
+from mimo_jax.sweep.plan import base_config
 from tests.example_types import Types
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,11 +74,11 @@ def name(page: Path) -> str:
 
 def check_mimo(arguments: list[str]) -> None:
     """Raise what `mimo` would for these arguments before it runs; nothing is read but config files."""
-    args = main._parse(main._negatives_joined(arguments))
+    args = main._parse(main._join_negative_values(arguments))
     if args.overrides or hasattr(args, "workdir") and hasattr(args, "config"):
         config = args.config
         if args.command == "sweep":
-            config = args.base_config or base_of(str(ROOT / config))
+            config = args.base_config or base_config(str(ROOT / config))
         data = args.data if args.command in ("train", "sweep") else []
         load_config(["--config", config, *args.overrides], sources_of(data))
     if getattr(args, "config", None):

@@ -1,4 +1,4 @@
-"""Values of command-line flags: text to what it means, or argparse's error with an example."""
+"""Types of command-line arguments: each parses a text, or raises argparse's error with an example."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from pathlib import Path
 
 from mimo_jax.errors import UserError, user_path
 
-_BUCKETS = Path("/gcs")  # where every launcher mounts them, and Vertex AI does
-_OUTPUTS = {"out", "workdir", "overlays", "plots", "llm_cache"}  # flags of what is written: a file gone from there is not the user's fault
-_TEXTS = {"question", "command"}
+_BUCKETS = Path("/gcs")  # where every launcher, and Vertex AI, mounts buckets
+
+
+class InputPath(str):
+    """The path of a file or folder that a command reads; of `--data`, also NAME=PATH."""
+
+
+class OutputPath(str):
+    """The path of a file or folder that a command writes."""
 
 
 def positive(text: str) -> int:
@@ -50,8 +56,8 @@ def box(text: str) -> list[float]:
 
 
 def window(text: str) -> str | tuple[float, float]:
-    """`data.images.image.parse_window`, with argparse's error."""
-    from mimo_jax.data.images.image import parse_window  # loads NumPy, which other flags do without
+    """Like `data.images.image.parse_window`, but with argparse's error."""
+    from mimo_jax.data.images.image import parse_window  # imports NumPy, which `--help` does not need
 
     try:
         return parse_window(text)
@@ -67,19 +73,19 @@ def scribble(text: str) -> list[list[float]]:
 
 
 def endings(text: str) -> list[str]:
-    """ ".png,nii.gz" as [".png", ".nii.gz"]."""
+    """Parses ".png,nii.gz" as [".png", ".nii.gz"]."""
     return list(dict.fromkeys(f".{part.strip().lstrip('.').lower()}" for part in text.split(",") if part.strip(" .")))
 
 
-def part(text: str) -> tuple[int, int]:
+def shard(text: str) -> tuple[int, int]:
     which, _, count = text.partition("/")
     if not which.isdecimal() or not count.isdecimal() or int(which) >= int(count):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/4")
     return int(which), int(count)
 
 
-def share(text: str) -> float:
-    value = numbers(text, (1,), "a share such as 0.01")[0]
+def fraction(text: str) -> float:
+    value = numbers(text, (1,), "a fraction such as 0.01")[0]
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not from 0 to 1")
     return value
@@ -93,7 +99,7 @@ def ratios(text: str) -> tuple[float, ...]:
 
 
 def names(text: str) -> list[str]:
-    """ "aligner,queries" as ["aligner", "queries"]."""
+    """Parses "aligner,queries" as ["aligner", "queries"]."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -101,9 +107,9 @@ def seeds(text: str) -> list[int]:
     return list(dict.fromkeys(index(part) for part in names(text)))
 
 
-def mounted(word: str) -> str:
-    """A word of the command line with gs://BUCKET/x, also behind an equals sign, as the file /gcs/BUCKET/x. UserError where the bucket is
-    not mounted there, and for other object stores: their names would be taken for folders of this machine."""
+def resolve_bucket(word: str) -> str:
+    """Replace gs://BUCKET/x in a word of the command line, also after an equals sign, by /gcs/BUCKET/x. Raises UserError if the bucket is
+    not mounted there, and for other object stores, whose URLs would otherwise be used as local paths."""
     place = re.search(r"(?:^|=)((gs|s3|r2|az|abfs)://([^/]+))", word)
     if not place:
         return word
@@ -117,11 +123,14 @@ def mounted(word: str) -> str:
 
 @contextlib.contextmanager
 def named_paths(args: argparse.Namespace) -> Iterator[None]:
-    """`user_path` for every path that the command line names, NAME=PATH included."""
-    named: dict[bool, list[str]] = {True: [], False: []}
-    for flag, value in vars(args).items():
-        for word in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(word, str | Path) and str(word) and flag not in _TEXTS:
-                named[flag not in _OUTPUTS] += [str(word), str(word).partition("=")[2] or str(word)]
-    with user_path(*named[False]), user_path(*named[True], contents=True):
+    """`user_path` for every InputPath and OutputPath of the command line; a file missing within an OutputPath is an internal error."""
+    read: list[str] = []
+    written: list[str] = []
+    for value in vars(args).values():
+        for path in value if isinstance(value, list) else [value]:
+            if path and isinstance(path, InputPath):
+                read += [path, path.partition("=")[2] or path]
+            elif path and isinstance(path, OutputPath):
+                written.append(path)
+    with user_path(*written), user_path(*read, contents=True):
         yield

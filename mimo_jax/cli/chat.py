@@ -1,4 +1,4 @@
-"""`mimo chat`: a conversation about one image, a line for each question, the answer as it comes."""
+"""`mimo chat`: an interactive conversation about one image; each line is a question, and answers are streamed."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any, TextIO
 
 from mimo_jax.cli.arg_types import box, point, scribble
 from mimo_jax.errors import UserError
-from mimo_jax.infer.answers.answer import NOTHING_PAINTED, Entity
+from mimo_jax.infer.answers.answer import NO_MASKS, Entity
 from mimo_jax.infer.predictor import Chat
 
-HELP = """/point X,Y,LABEL     mark a point for the next question; label 1: in, 0: out
-/box X0,Y0,X1,Y1     mark a box; x1 and y1 are outside
-/scribble X,Y X,Y …  mark a stroke
-/prompts FILE        mark what a mask image or a JSON file holds
-/clear               take the marks back
+HELP = """/point X,Y,LABEL     add a point to the next question; label 1: inside, 0: outside
+/box X0,Y0,X1,Y1     add a box; x1 and y1 are exclusive
+/scribble X,Y X,Y …  add a stroke
+/prompts FILE        add the prompts of a mask image or a JSON file
+/clear               remove these prompts
 /save FILE …         write the last answer: .png, .json, .npy, .nii.gz, .dcm
-/new                 forget the conversation; the image stays
+/new                 start a new conversation about the same image
 /help, /quit"""
-_MARKS = {"/point": ("points", point), "/box": ("boxes", box), "/scribble": ("scribbles", scribble)}
+_PROMPTS = {"/point": ("points", point), "/box": ("boxes", box), "/scribble": ("scribbles", scribble)}
 
 
-class Session:
-    """The lines of a conversation. What cannot be done is said in one line, and the conversation goes on."""
+class ChatSession:
+    """Processes the lines of a conversation. An error is printed in one line, and the conversation continues."""
 
     def __init__(self, chat: Chat, out: TextIO, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0):
         self.chat, self.out = chat, out
         self.options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        self.marks: dict[str, Any] = {}
-        self.failed = 0  # lines that could not be done
+        self.prompts: dict[str, Any] = {}
+        self.failed = 0  # number of lines with an error
 
     def run(self, lines: Iterable[str]) -> None:
         for line in map(str.strip, lines):
@@ -41,51 +41,51 @@ class Session:
                 self.command(line) if line.startswith("/") else line and self.ask(line)
             except (UserError, argparse.ArgumentTypeError) as error:
                 self.failed += 1
-                self.say(f"! {error}")
+                self.print(f"! {error}")
             except KeyboardInterrupt:
-                self.say("\n! interrupted; the question was not asked")
+                self.print("\n! interrupted; the question was not asked")
 
-    def say(self, text: str, end: str = "\n") -> None:
+    def print(self, text: str, end: str = "\n") -> None:
         print(text, end=end, file=self.out, flush=True)
 
     def ask(self, question: str) -> None:
-        """One turn; its marks count for it alone."""
+        """Ask one turn with the current prompts, which are then removed."""
         entities: list[Entity] = []
-        for event in self.chat.stream(question, **self.marks, **self.options):
-            self.say(event.text, end="")
+        for event in self.chat.stream(question, **self.prompts, **self.options):
+            self.print(event.text, end="")
             entities += [event.entity] if event.entity else []
-        self.marks = {}
+        self.prompts = {}
         answer = self.chat.answers[-1]
-        self.say("\n(cut off at the token limit)" if answer.truncated else "")
+        self.print("\n(cut off at the token limit)" if answer.truncated else "")
         for entity in answer.entities:
-            self.say(f"  {entity.describe()}")
+            self.print(f"  {entity.describe()}")
         if not answer.entities:
-            self.say(NOTHING_PAINTED)
+            self.print(NO_MASKS)
 
     def command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         rest = rest.strip()
-        if name in _MARKS:
-            kind, parse = _MARKS[name]
-            self.marks.setdefault(kind, []).append(parse(rest))
+        if name in _PROMPTS:
+            kind, parse = _PROMPTS[name]
+            self.prompts.setdefault(kind, []).append(parse(rest))
         elif name == "/prompts" and rest:
-            self.marks["prompts"] = rest
+            self.prompts["prompts"] = rest
         elif name == "/clear":
-            self.marks = {}
+            self.prompts = {}
         elif name == "/new":
-            self.chat, self.marks = Chat(self.chat.mimo, self.chat.image), {}
+            self.chat, self.prompts = Chat(self.chat.mimo, self.chat.image), {}
         elif name == "/save" and rest:
             self.save(_words(rest))
         elif name == "/help":
-            self.say(HELP)
+            self.print(HELP)
         else:
-            raise UserError(f"{line}: is not understood; /help lists what is")
+            raise UserError(f"{line}: is not a command; see /help")
 
     def save(self, paths: list[str]) -> None:
         if not self.chat.answers:
-            raise UserError("/save: nothing was answered yet")
+            raise UserError("/save: there is no answer yet")
         self.chat.answers[-1].save(*paths)
-        self.say(f"written to {', '.join(paths)}")
+        self.print(f"written to {', '.join(paths)}")
 
 
 def _words(text: str) -> list[str]:
@@ -95,8 +95,8 @@ def _words(text: str) -> list[str]:
         raise UserError(f"/save {text}: {error}") from None
 
 
-def typed(prompt: str = "> ", read: Callable[[str], str] = input) -> Iterable[str]:
-    """Lines from the keyboard, with editing and history where the terminal has them; Ctrl-C empties a line, Ctrl-D ends."""
+def keyboard_lines(prompt: str = "> ", read: Callable[[str], str] = input) -> Iterable[str]:
+    """Yield lines from the keyboard, with editing and history if readline is available; Ctrl-C clears a line, Ctrl-D ends."""
     try:
         import readline  # noqa: F401, it changes what input() does
     except ImportError:
@@ -110,10 +110,10 @@ def typed(prompt: str = "> ", read: Callable[[str], str] = input) -> Iterable[st
             return
 
 
-def converse(chat: Chat, **options) -> int:
-    """A session on standard input: typed at a terminal, or lines from a pipe or file. Returns how many lines could not be done."""
-    session = Session(chat, sys.stdout, **options)
+def run_chat(chat: Chat, **options) -> int:
+    """Run a session on standard input, which is a terminal, a pipe or a file. Returns the number of lines with an error."""
+    session = ChatSession(chat, sys.stdout, **options)
     if sys.stdin.isatty():
-        session.say("Ask, or /help. Research use only.")
-    session.run(typed() if sys.stdin.isatty() else sys.stdin)
+        session.print("Ask, or /help. Research use only.")
+    session.run(keyboard_lines() if sys.stdin.isatty() else sys.stdin)
     return session.failed

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from mimo_jax.cli.arg_types import InputPath, OutputPath
 from mimo_jax.errors import EXIT_OK
 
 EXAMPLES = {
@@ -46,35 +47,43 @@ def add_verbs(convert: argparse.ArgumentParser) -> None:
         "Turn PyTorch checkpoints into a mimo_jax checkpoint that computes the same. What is missing, left over or of another shape "
         "is listed, and then nothing is written. Settings of the config are set as in `mimo train`: --config.model.llm.vocab_size=32002.",
     )
-    add.add_argument("--config", required=True, metavar="FILE", help="a config file; packaged ones go by name, as configs/mimo_7b.py")
-    add.add_argument("--vision", type=Path, metavar="PATH", help="CLIP vision tower, of transformers or open_clip")
-    add.add_argument("--llm", type=Path, metavar="PATH", help="Llama or Vicuna, with its tokenizer")
-    add.add_argument("--sam", type=Path, metavar="PATH", help="SAM or MedSAM, facebook's or transformers'")
-    add.add_argument("--lora", type=Path, metavar="PATH", help="a PEFT adapter of --llm")
+    add.add_argument(
+        "--config", type=InputPath, required=True, metavar="FILE", help="a config file; packaged ones go by name, as configs/mimo_7b.py"
+    )
+    add.add_argument("--vision", type=InputPath, metavar="PATH", help="CLIP vision tower, of transformers or open_clip")
+    add.add_argument("--llm", type=InputPath, metavar="PATH", help="Llama or Vicuna, with its tokenizer")
+    add.add_argument("--sam", type=InputPath, metavar="PATH", help="SAM or MedSAM, facebook's or transformers'")
+    add.add_argument("--lora", type=InputPath, metavar="PATH", help="a PEFT adapter of --llm")
     add.add_argument("--lora-alpha", type=float, metavar="A", help="alpha of the LoRA weights, where no adapter_config.json says it")
     add.add_argument("--lora-base", metavar="NAME", help="the adapter's base_model_name_or_path, where --llm is that under another name")
-    add.add_argument("--joint", type=Path, metavar="PATH", help="a whole model: LISA, GLaMM, MIMO")
-    add.add_argument("--overlay", type=Path, metavar="PATH", help="tensors that stand in for those of the other sources")
-    add.add_argument("--key-map", type=Path, metavar="FILE", help="JSON rows beside the tables, for --joint and --overlay")
+    add.add_argument("--joint", type=InputPath, metavar="PATH", help="a whole model: LISA, GLaMM, MIMO")
+    add.add_argument("--overlay", type=InputPath, metavar="PATH", help="tensors that stand in for those of the other sources")
+    add.add_argument("--key-map", type=InputPath, metavar="FILE", help="JSON rows beside the tables, for --joint and --overlay")
     add.add_argument("--seed", type=int, default=0, metavar="N", help="of what no source holds; default: 0")
     add.add_argument("--allow-missing", action="append", default=[], metavar="REGEX", help="tensors that may be missing; repeatable")
     add.add_argument("--ignore-extra", action="append", default=[], metavar="REGEX", help="tensors that may be left over; repeatable")
     add.add_argument("--allow-nonfinite", action="store_true", help="take tensors with NaN or Inf as they are")
-    add.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint goes; must not be there")
+    add.add_argument("--out", type=OutputPath, required=True, metavar="DIR", help="where the checkpoint goes; must not be there")
     add.set_defaults(run=_import, overrides=())
 
     out = verb("export", "back to PyTorch, or one self-contained directory", "Write a checkpoint in the formats of other libraries.")
-    out.add_argument("--checkpoint", required=True, metavar="PATH", help="a run directory (its newest whole step), one step, or an import")
-    out.add_argument("--base", metavar="DIR", help="where the frozen base lies, if it was moved")
+    out.add_argument(
+        "--checkpoint",
+        type=InputPath,
+        required=True,
+        metavar="PATH",
+        help="a run directory (its newest whole step), one step, or an import",
+    )
+    out.add_argument("--base", type=InputPath, metavar="DIR", help="where the frozen base lies, if it was moved")
     out.add_argument("--format", required=True, choices=("hf", "peft", "sam", "joint", "mimo"), help="see the examples")
     out.add_argument("--lora", default="merged", choices=("merged", "apart"), help="hf, joint: what becomes of LoRA; default: merged")
-    out.add_argument("--out", type=Path, required=True, metavar="DIR", help="where it goes; must not be there")
+    out.add_argument("--out", type=OutputPath, required=True, metavar="DIR", help="where it goes; must not be there")
     out.set_defaults(run=_export)
 
     look = verb("inspect", "what a file of weights is", "Tell what a file or folder of weights is, and how it fits a config.")
-    look.add_argument("path", type=Path, metavar="PATH", help="a file, a folder of weights, or a mimo_jax checkpoint")
-    look.add_argument("--config", metavar="FILE", help="compare with this config: missing and left-over tensors")
-    look.add_argument("--key-map", type=Path, metavar="FILE", help="JSON rows beside the tables")
+    look.add_argument("path", type=InputPath, metavar="PATH", help="a file, a folder of weights, or a mimo_jax checkpoint")
+    look.add_argument("--config", type=InputPath, metavar="FILE", help="compare with this config: missing and left-over tensors")
+    look.add_argument("--key-map", type=InputPath, metavar="FILE", help="JSON rows beside the tables")
     look.add_argument("--json", action="store_true", help="print JSON")
     look.set_defaults(run=_inspect, overrides=())
 
@@ -83,8 +92,10 @@ def add_verbs(convert: argparse.ArgumentParser) -> None:
         "convert random weights of the full size, check and time it",
         "Make random weights of a config's full size in the original layouts, import them, check every tensor, and time it.",
     )
-    try_out.add_argument("--config", required=True, metavar="FILE", help="a config file")
-    try_out.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where it is done; sources/ and import/ are left there")
+    try_out.add_argument("--config", type=InputPath, required=True, metavar="FILE", help="a config file")
+    try_out.add_argument(
+        "--workdir", type=OutputPath, required=True, metavar="DIR", help="where it is done; sources/ and import/ are left there"
+    )
     try_out.set_defaults(run=_roundtrip, overrides=())
 
 
@@ -101,10 +112,10 @@ def _import(args: argparse.Namespace) -> int:
     import_checkpoint(
         ImportRequest(
             config=_config(args),
-            given={name: getattr(args, name) for name in SOURCES if getattr(args, name) is not None},
-            out=args.out,
+            given={name: Path(getattr(args, name)) for name in SOURCES if getattr(args, name) is not None},
+            out=Path(args.out),
             seed=args.seed,
-            key_map=args.key_map,
+            key_map=Path(args.key_map) if args.key_map else None,
             lora_alpha=args.lora_alpha,
             lora_base=args.lora_base,
             allow_missing=args.allow_missing,
@@ -118,7 +129,7 @@ def _import(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from checkpoints_convert.export import export_checkpoint
 
-    for line in export_checkpoint(args.checkpoint, args.format, args.out, base_at=args.base, merge=args.lora == "merged"):
+    for line in export_checkpoint(args.checkpoint, args.format, Path(args.out), base_at=args.base, merge=args.lora == "merged"):
         print(line)
     return EXIT_OK
 
@@ -126,7 +137,7 @@ def _export(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from checkpoints_convert.inspect import describe, inspect
 
-    found = inspect(args.path, _config(args) if args.config else None, args.key_map)
+    found = inspect(Path(args.path), _config(args) if args.config else None, Path(args.key_map) if args.key_map else None)
     print(json.dumps(found, indent=1) if args.json else describe(found))
     return EXIT_OK
 
@@ -134,4 +145,4 @@ def _inspect(args: argparse.Namespace) -> int:
 def _roundtrip(args: argparse.Namespace) -> int:
     from checkpoints_convert.roundtrip import roundtrip
 
-    return roundtrip(_config(args), args.workdir)
+    return roundtrip(_config(args), Path(args.workdir))

@@ -1,4 +1,4 @@
-"""`mimo ask`, `mimo chat` and `mimo batch`: their flags, and what they call when they run."""
+"""The commands `mimo ask`, `mimo chat` and `mimo batch`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from mimo_jax.cli.arg_types import box, endings, index, index_or_all, point, positive, scribble, window
+from mimo_jax.cli.arg_types import InputPath, OutputPath, box, endings, index, index_or_all, point, positive, scribble, window
 from mimo_jax.config import QUANTIZATIONS
 from mimo_jax.errors import EXIT_OK, EXIT_PARTIAL, EXIT_TEMPFAIL, UserError
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 def checkpoint_flags(command: argparse.ArgumentParser) -> None:
-    """Which checkpoint a command reads."""
-    what = "a run directory (its newest whole step), one step, or an import"
-    command.add_argument("--checkpoint", required=True, metavar="PATH", help=what)
-    command.add_argument("--base", metavar="DIR", help="where the frozen base lies, if it was moved")
-    command.add_argument("--allow-untrained", action="store_true", help="take a checkpoint in which parameters are as a seed drew them")
+    """Add the flags that select a checkpoint."""
+    what = "a run directory (its newest complete step), one step, or an import"
+    command.add_argument("--checkpoint", type=InputPath, required=True, metavar="PATH", help=what)
+    command.add_argument("--base", type=InputPath, metavar="DIR", help="folder of the frozen base, if it was moved")
+    command.add_argument("--allow-untrained", action="store_true", help="accept a checkpoint with randomly initialised parameters")
 
 
 def _model_flags(command: argparse.ArgumentParser) -> None:
-    """How the model is held, and how it paints."""
-    weights_help = "hold the language model in integers: a half (int8) or a quarter (int4) of the memory of bf16"
-    command.add_argument("--quantize", choices=QUANTIZATIONS, default="", help=weights_help)
-    command.add_argument("--refine", action="store_true", help="paint twice: SAM's decoder sees its own mask again")
-    command.add_argument("--sam-prompts", action="store_true", help="give points, boxes and scribbles to SAM's prompt encoder too")
+    """Add the flags for quantization and mask decoding."""
+    quantize_help = "store the language model as integers, with a half (int8) or a quarter (int4) of the memory of bf16"
+    command.add_argument("--quantize", choices=QUANTIZATIONS, default="", help=quantize_help)
+    command.add_argument("--refine", action="store_true", help="decode each mask twice, with the first mask as input of SAM's decoder")
+    command.add_argument("--sam-prompts", action="store_true", help="also give points, boxes and scribbles to SAM's prompt encoder")
 
 
 def _load(args: argparse.Namespace) -> Mimo:
@@ -48,15 +48,15 @@ def _load(args: argparse.Namespace) -> Mimo:
 
 
 def add_ask(commands) -> None:
-    """The parser of `mimo ask` among those of the other commands."""
+    """Add the parser of `mimo ask`."""
     ask = commands.add_parser(
         "ask",
-        help="ask about one image, or every slice of a scan",
+        help="ask about one image, or about every slice of a scan",
         description="""Ask about one image. Coordinates are pixels of the image: x right, y down, integers are pixel centres.
 
-Of a scan (a folder of DICOM files, --slice axial:all, --frame all) every slice is asked the same; what goes by one name becomes one
-structure, and --out writes one label map or DICOM SEG for all slices, or a sheet of painted ones (.png). Points, boxes and scribbles
-mark one slice: choose it.""",
+For a scan (a folder of DICOM files, --slice axial:all, --frame all), the question is asked about every slice. Masks with the same name
+become one structure, and --out writes one label map or DICOM SEG for all slices, or a sheet of segmented ones (.png). Points, boxes and
+scribbles need a single slice.""",
         epilog="""examples:
   mimo ask --checkpoint runs/a image.png "Segment the liver." --out overlay.png
   mimo ask --checkpoint runs/a image.png "What is this?" --box 10,12,40,44 --json
@@ -73,36 +73,44 @@ mark one slice: choose it.""",
     checkpoint_flags(ask)
     _model_flags(ask)
     ask.add_argument(
-        "image", metavar="IMAGE", nargs="?", help="an image file (PNG, JPEG, TIFF, BMP, DICOM, NIfTI), or a folder of DICOM files"
+        "image",
+        type=InputPath,
+        metavar="IMAGE",
+        nargs="?",
+        help="an image file (PNG, JPEG, TIFF, BMP, DICOM, NIfTI), or a folder of DICOM files",
     )
     ask.add_argument("question", metavar="QUESTION", nargs="?")
-    ask.add_argument("--point", type=point, action="append", default=[], metavar="X,Y,LABEL", help="label 1: in, 0: out; repeatable")
-    ask.add_argument("--box", type=box, action="append", default=[], metavar="X0,Y0,X1,Y1", help="x1 and y1 are outside; repeatable")
+    ask.add_argument(
+        "--point", type=point, action="append", default=[], metavar="X,Y,LABEL", help="label 1: inside, 0: outside; repeatable"
+    )
+    ask.add_argument("--box", type=box, action="append", default=[], metavar="X0,Y0,X1,Y1", help="x1 and y1 are exclusive; repeatable")
     ask.add_argument("--scribble", type=scribble, action="append", default=[], metavar='"X,Y X,Y …"', help="a stroke; repeatable")
     prompts_help = "a mask image, or JSON of points, boxes, scribbles, masks (COCO RLE), or a COCO annotation; repeatable"
-    ask.add_argument("--prompts", action="append", default=[], metavar="FILE", help=prompts_help)
+    ask.add_argument("--prompts", type=InputPath, action="append", default=[], metavar="FILE", help=prompts_help)
     _picture_flags(ask, scans=True)
-    out_help = "write the overlay (.png), the answer (.json), the masks (.npy), or on the input's own grid .nii, .nii.gz, .dcm; repeatable"
-    ask.add_argument("--out", action="append", default=[], metavar="FILE", help=out_help)
+    out_help = "write the overlay (.png), the answer (.json), or the masks (.npy; .nii, .nii.gz, .dcm on the input's grid); repeatable"
+    ask.add_argument("--out", type=OutputPath, action="append", default=[], metavar="FILE", help=out_help)
     ask.add_argument("--json", action="store_true", help="print the answer as JSON, masks as COCO RLE")
     ask.add_argument(
-        "--estimate-memory", action="store_true", help="ask nothing; say what memory the model takes, and whether it fits here"
+        "--estimate-memory", action="store_true", help="ask nothing; print how much memory the model needs, and whether it fits this device"
     )
     ask.set_defaults(run=_ask)
 
 
 def _picture_flags(command: argparse.ArgumentParser, scans: bool = False) -> None:
-    """What to show of a file (or, of `scans`, of a folder, and all of it), and how long an answer may be."""
-    frame_help = "of a DICOM of several frames, from 0; such as 12" + ", or all" * scans
+    """Add the flags that select an image from a file (with `scans`, also all slices of it), and the length of an answer."""
+    frame_help = "frame of a multi-frame DICOM file, from 0, such as 12" + "; or all" * scans
     command.add_argument("--frame", type=index_or_all if scans else index, metavar="N|all" if scans else "N", help=frame_help)
-    slice_help = "of a NIfTI volume; AXIS axial, coronal, sagittal, or the file's i, j, k; INDEX along it, from 0; such as axial:30"
-    slice_help += ", or axial:all; of a folder, INDEX alone, from 0 in the direction of its slices' normal" * scans
+    slice_help = "slice of a NIfTI volume, such as axial:30; AXIS is axial, coronal, sagittal, or the file's i, j, k; INDEX starts at 0"
+    slice_help += "; or axial:all; for a folder only INDEX, from 0 along the normal of its slices" * scans
     command.add_argument("--slice", metavar="AXIS:INDEX", help=slice_help)
     if scans:
-        command.add_argument("--series", type=positive, metavar="N", help="of a folder of several series; without it they are listed")
-    window_help = "values that become black and white, such as -160,240; or, in HU, lung, bone, soft, brain, abdomen or mediastinum"
+        command.add_argument(
+            "--series", type=positive, metavar="N", help="number of the series in a folder with several; if it is missing, they are listed"
+        )
+    window_help = "values shown as black and white, such as -160,240; or a CT window: lung, bone, soft, brain, abdomen or mediastinum"
     command.add_argument("--window", type=window, metavar="LOW,HIGH|NAME", help=window_help)
-    command.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer, in tokens")
+    command.add_argument("--max-new-tokens", type=positive, metavar="N", help="maximum length of an answer, in tokens")
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -113,20 +121,20 @@ def _ask(args: argparse.Namespace) -> int:
         print(table(estimate_checkpoint_memory(args.checkpoint, lower_conversation, args.quantize)))
         return EXIT_OK
     if args.question is None:
-        raise UserError("IMAGE and QUESTION are needed, such as: image.png 'Segment the liver.' (see mimo ask --help)")
+        raise UserError("IMAGE and QUESTION are missing; give them, such as image.png 'Segment the liver.' (see mimo ask --help)")
     from mimo_jax.data.images.image import Volume
     from mimo_jax.data.images.volume import open_scan
     from mimo_jax.data.prompt_files import join_prompts, read_prompts
     from mimo_jax.infer.answers.answer import check_outputs
 
-    # A big model takes minutes to load: what is wrong with the image or the outputs is said before.
+    # A large model takes minutes to load, so the image and the outputs are checked first.
     picture = open_scan(args.image, frame=args.frame, slice=args.slice, series=args.series, window=args.window)
     check_outputs(*args.out, grid=picture.grids if isinstance(picture, Volume) else picture.grid)
     for out in filter(os.path.exists, args.out):
         if os.path.samefile(out, args.image):
             raise UserError(f"--out {out}: is the image itself; choose another name")
         if os.path.samefile(os.path.dirname(out) or ".", args.image):
-            raise UserError(f"--out {out}: is a file of the folder asked about; choose another name")
+            raise UserError(f"--out {out}: is in the folder of the images; choose another folder")
     if isinstance(picture, Volume):
         return _ask_volume(args, picture)
     flags = {"points": args.point, "boxes": args.box, "scribbles": args.scribble}
@@ -149,7 +157,7 @@ def _ask(args: argparse.Namespace) -> int:
 
 def _ask_volume(args: argparse.Namespace, volume: Volume) -> int:
     if args.point or args.box or args.scribble or args.prompts:
-        raise UserError("--point, --box, --scribble and --prompts mark one slice; choose it, as --slice 30 or --frame 12")
+        raise UserError("--point, --box, --scribble and --prompts need a single slice; choose one, such as --slice 30 or --frame 12")
     from mimo_jax.infer.volume import ask_volume
 
     answer = ask_volume(_load(args), volume, args.question, max_new_tokens=args.max_new_tokens)
@@ -161,12 +169,12 @@ def _ask_volume(args: argparse.Namespace, volume: Volume) -> int:
 
 
 def add_chat(commands) -> None:
-    """The parser of `mimo chat` among those of the other commands."""
+    """Add the parser of `mimo chat`."""
     chat = commands.add_parser(
         "chat",
         help="a conversation about one image",
-        description="""A conversation about one image: a line for each question, from the keyboard or a pipe. The image is
-encoded once, earlier turns are kept. Lines that begin with / mark, save or end: /help lists them.""",
+        description="""A conversation about one image: one line per question, from the keyboard or a pipe. The image is encoded
+once, and earlier turns are kept. Lines that start with / are commands: /help lists them.""",
         epilog="""examples:
   mimo chat --checkpoint runs/a image.png
   mimo chat --checkpoint runs/a ct.nii.gz --slice axial:30 --window soft
@@ -174,16 +182,18 @@ encoded once, earlier turns are kept. Lines that begin with / mark, save or end:
     )
     checkpoint_flags(chat)
     _model_flags(chat)
-    chat.add_argument("image", metavar="IMAGE", help="an image file: PNG, JPEG, TIFF, BMP, DICOM or NIfTI; or a folder of DICOM files")
+    chat.add_argument(
+        "image", type=InputPath, metavar="IMAGE", help="an image file: PNG, JPEG, TIFF, BMP, DICOM or NIfTI; or a folder of DICOM files"
+    )
     _picture_flags(chat, scans=True)
-    temperature_help = "0, the default: the likeliest words; 1: drawn as they come"
+    temperature_help = "sampling temperature; default: 0 (greedy)"
     chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help=temperature_help)
-    chat.add_argument("--seed", type=index, default=0, metavar="N", help="of what is drawn; default: 0")
+    chat.add_argument("--seed", type=index, default=0, metavar="N", help="seed of the sampling; default: 0")
     chat.set_defaults(run=_chat)
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from mimo_jax.cli.chat import converse
+    from mimo_jax.cli.chat import run_chat
     from mimo_jax.infer.engine.requests import Sampling
     from mimo_jax.infer.predictor import read_image
 
@@ -193,31 +203,31 @@ def _chat(args: argparse.Namespace) -> int:
     if sys.stdin.isatty():
         mimo.warm_up(progress=True)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
-    failed = converse(mimo.open(picture), **options)
+    failed = run_chat(mimo.open(picture), **options)
     return EXIT_PARTIAL if failed and not sys.stdin.isatty() else EXIT_OK
 
 
 def add_batch(commands) -> None:
-    """The parser of `mimo batch` among those of the other commands."""
+    """Add the parser of `mimo batch`."""
     batch = commands.add_parser(
         "batch",
         help="ask about many images",
-        description="""Ask one question about every picture of a folder, or the requests of a file. OUT/answers.jsonl gets a line for
-each answer (masks as COCO RLE), OUT/failed.jsonl one for each request that could not be asked, or file that could not be
-saved, with the reason, and OUT/summary.csv a row for each painted structure.
+        description="""Ask one question about every image of a folder, or the requests of a file. OUT/answers.jsonl gets one line per
+answer (masks as COCO RLE), OUT/failed.jsonl one line, with the reason, per request that could not be asked or file that could not be
+saved, and OUT/summary.csv one row per segmented structure.
 
-requests.jsonl holds an object on each line, requests.csv has the same names in its header (cells that begin with [ or { are JSON):
-  image             path of a picture, relative to the file
+requests.jsonl has one JSON object per line, requests.csv the same names in its header (cells that start with [ or { are JSON):
+  image             path of an image, relative to the file
   question          a text, or a list of texts: the turns of one conversation
-  id                name of the answer's files; without it the running number and the picture's name
-  points, boxes, scribbles, mask, prompts    of the first turn; mask and prompts: a file as of `mimo ask --prompts`, or an object
-  frame, slice, series, window, max_new_tokens    as the flags, which count for requests that do not say theirs
+  id                name of the answer's files; default: the running number and the image's name
+  points, boxes, scribbles, mask, prompts    prompts of the first turn; mask and prompts: a file as in `mimo ask --prompts`, or an object
+  frame, slice, series, window, max_new_tokens    like the flags, which are the defaults
 
-Scans are asked whole, slice by slice: --volumes takes every NIfTI file below a folder, and every folder of DICOM files, for one; a
-request names a folder of DICOM files, or says slice axial:all or frame all.
+A scan is asked about slice by slice: with --volumes, every NIfTI file and every folder of DICOM files below the folder is a scan; in a
+file of requests, a scan is a folder of DICOM files, or has slice axial:all or frame all.
 
-A job that was stopped (Ctrl-C, SIGTERM: exit code 75) or killed goes on when --resume is added to the same command, and ends as
-if it had not been. Without --resume the folder OUT must be new or empty.""",
+A job that was stopped (Ctrl-C, SIGTERM: exit code 75) or killed resumes if --resume is added to the same command; its output is then
+the same as that of an uninterrupted job. Without --resume, the folder OUT must be new or empty.""",
         epilog="""examples:
   mimo batch --checkpoint runs/a --in films --question "Segment the lungs." --out answers
   mimo batch --checkpoint runs/a --in films --question "Segment the lungs." --out answers --save .png,.dcm --window soft
@@ -226,14 +236,14 @@ if it had not been. Without --resume the folder OUT must be new or empty.""",
     )
     checkpoint_flags(batch)
     _model_flags(batch)
-    in_help = "a folder of pictures (and of folders; hidden files are left out), a .jsonl or a .csv of requests"
-    batch.add_argument("--in", required=True, metavar="PATH", dest="source", help=in_help)
-    batch.add_argument("--question", metavar="TEXT", help="of all pictures of a folder, or of requests without their own")
-    batch.add_argument("--out", required=True, metavar="DIR", help="where the answers go")
-    save_help = "files for each answer, OUT/ID.png and so on: .png, .npy, on the input's own grid .nii, .nii.gz, .dcm; with commas"
+    in_help = "a folder of images (searched recursively, without hidden files), or a .jsonl or .csv file of requests"
+    batch.add_argument("--in", type=InputPath, required=True, metavar="PATH", dest="source", help=in_help)
+    batch.add_argument("--question", metavar="TEXT", help="question about all images of a folder, or for requests without their own")
+    batch.add_argument("--out", type=OutputPath, required=True, metavar="DIR", help="folder of the answers")
+    save_help = "files to save for each answer, as OUT/ID.png and so on; comma-separated: .png, .npy, .nii, .nii.gz, .dcm"
     batch.add_argument("--save", type=endings, default=[], metavar="ENDINGS", help=save_help)
-    batch.add_argument("--volumes", action="store_true", help="ask whole scans: NIfTI files and folders of DICOM files")
-    batch.add_argument("--resume", action="store_true", help="go on with the same job in OUT, if it was begun")
+    batch.add_argument("--volumes", action="store_true", help="ask about every slice of NIfTI files and folders of DICOM files")
+    batch.add_argument("--resume", action="store_true", help="resume the same job in OUT, if it was started")
     _picture_flags(batch, scans=True)
     batch.set_defaults(run=_batch)
 
@@ -245,11 +255,11 @@ def _batch(args: argparse.Namespace) -> int:
     chosen = {name: getattr(args, name) for name in ("frame", "slice", "series", "window", "max_new_tokens", "save", "volumes", "resume")}
     done = run_batch(lambda: _load(args), args.source, args.out, args.question, **chosen)
     if done.burned_in:
-        print(f"mimo: warning: {done.burned_in} pictures may contain burned-in text, such as a patient's name", file=sys.stderr)
+        print(f"mimo: warning: {done.burned_in} images may contain burned-in text, such as a patient's name", file=sys.stderr)
     if done.failed:
-        print(f"{done.failed} requests failed in whole or in part; why stands in {os.path.join(args.out, FAILED)}", file=sys.stderr)
+        print(f"{done.failed} requests failed at least in part; see the reasons in {os.path.join(args.out, FAILED)}", file=sys.stderr)
     if done.stopped:
-        print(f"stopped after {done.done} requests; run the same command with --resume to go on", file=sys.stderr)
+        print(f"stopped after {done.done} requests; run the same command with --resume to continue", file=sys.stderr)
         return EXIT_TEMPFAIL
     print(f"{done.answered} answers in {args.out}; a table in {os.path.join(args.out, SUMMARY)}")
     return EXIT_PARTIAL if done.failed else EXIT_OK

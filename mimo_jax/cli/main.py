@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mimo_jax import __version__, errors
-from mimo_jax.cli.arg_types import mounted, named_paths, positive
+from mimo_jax.cli.arg_types import InputPath, OutputPath, named_paths, positive, resolve_bucket
 from mimo_jax.cli.convert import add_verbs
 from mimo_jax.cli.data import add_data
 from mimo_jax.cli.infer import add_ask, add_batch, add_chat, checkpoint_flags
+from mimo_jax.cli.plugins import import_plugins
 from mimo_jax.cli.sweep import add_sweep
 from mimo_jax.cli.train import add_compile, add_profile, add_train
 from mimo_jax.config import QUANTIZATIONS
@@ -77,12 +78,14 @@ MIMO_TRACEBACK=1 in the environment shows the traceback of every error.""",
   mimo eval --checkpoint runs/a --data data/phantom --split val --calibrate""",
     )
     checkpoint_flags(evaluate)
-    evaluate.add_argument("--data", required=True, metavar="DIR", help="a folder that `mimo data` wrote, or a .jsonl manifest")
+    evaluate.add_argument(
+        "--data", type=InputPath, required=True, metavar="DIR", help="a folder that `mimo data` wrote, or a .jsonl manifest"
+    )
     evaluate.add_argument("--split", choices=("train", "val", "test"), help="default: test; with --calibrate: val")
-    evaluate.add_argument("--out", metavar="FILE", help="where the report goes, as JSON")
+    evaluate.add_argument("--out", type=OutputPath, metavar="FILE", help="where the report goes, as JSON")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N samples")
     evaluate.add_argument("--quantize", choices=QUANTIZATIONS, default="", help="hold the language model in integers")
-    evaluate.add_argument("--overlays", metavar="DIR", help="write pictures of answers there")
+    evaluate.add_argument("--overlays", type=OutputPath, metavar="DIR", help="write pictures of answers there")
     calibrate_help = "instead of a report: fit the scores to the IoU found, and keep that with the checkpoint"
     evaluate.add_argument("--calibrate", action="store_true", help=calibrate_help)
     evaluate.set_defaults(run=_eval)
@@ -105,8 +108,9 @@ MIMO_TRACEBACK=1 in the environment shows the traceback of every error.""",
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors that are ours are raised."""
     try:
-        args = _parse(_negatives_joined([mounted(word) for word in (sys.argv[1:] if argv is None else argv)]))
+        args = _parse(_join_negative_values([resolve_bucket(word) for word in (sys.argv[1:] if argv is None else argv)]))
         with named_paths(args):
+            import_plugins()
             return args.run(args)
     except UserError as error:
         if errors.traceback_wanted():
@@ -145,7 +149,7 @@ def _command(top: Parser, argv: Sequence[str]) -> Parser:
     return top
 
 
-def _negatives_joined(argv: Sequence[str]) -> list[str]:
+def _join_negative_values(argv: Sequence[str]) -> list[str]:
     """`--box -3,4,9,9` as `--box=-3,4,9,9`: argparse takes a leading minus for a flag."""
     joined: list[str] = []
     for argument in argv:

@@ -1,4 +1,4 @@
-"""`mimo sweep`: from flags to runs, and to one summary of them."""
+"""The command `mimo sweep`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimo_jax.cli.arg_types import names, positive, seeds
+from mimo_jax.cli.arg_types import InputPath, OutputPath, names, positive, seeds
 from mimo_jax.errors import EXIT_OK, EXIT_PARTIAL, EXIT_TEMPFAIL, UserError
 
 if TYPE_CHECKING:
@@ -21,47 +21,59 @@ CLUSTERS = ("slurm", "gke")
 
 
 def add_sweep(commands) -> None:
-    """The parser of `mimo sweep` among those of the other commands."""
+    """Add the parser of `mimo sweep`."""
     sweep = commands.add_parser(
         "sweep",
-        help="train and measure variants of a config; the same command goes on where it stopped",
-        description="Train every variant of a config with every seed, measure each on the test split, and sum them up.",
+        help="train and evaluate variants of a config; the same command resumes a stopped sweep",
+        description="Train every variant of a config with every seed, evaluate each on the test split, and write a summary.",
         epilog="""examples:
   mimo sweep --config configs/ablations.py --data data/phantom --workdir runs/ablations --dry-run
   mimo sweep --config configs/ablations.py --data data/phantom --workdir runs/ablations --only aligner,queries --seeds 0,1,2
   mimo sweep --config configs/ablations.py --base-config configs/mimo_7b.py --init IMPORT --data DIR --workdir DIR --only data
   mimo sweep --config configs/ablations.py --data DIR --workdir DIR --backend slurm --launch="--accelerator h100:8 --nodes 2"
 
-Finished runs are passed over, stopped ones go on. --config.… flags count for every run, as --config.train.steps=500.""",
+Finished runs are skipped, stopped ones resume. --config.… flags, such as --config.train.steps=500, apply to every run.""",
     )
-    sweep.add_argument("--config", required=True, metavar="FILE", help="names groups of variants, as configs/ablations.py does")
-    sweep.add_argument("--base-config", metavar="FILE", help="vary this config instead of the one that FILE names")
-    sweep.add_argument("--workdir", required=True, metavar="DIR", help="where every run gets a directory, and the summary lies")
-    sweep.add_argument("--data", action="append", required=True, metavar="[NAME=]DIR", help="as for `mimo train`; repeatable")
-    sweep.add_argument("--test", metavar="DIR", help="whose test split is asked (default: that of --data, if it is one)")
-    sweep.add_argument("--init", metavar="PATH", help="checkpoint whose weights every run starts from")
+    sweep.add_argument(
+        "--config",
+        type=InputPath,
+        required=True,
+        metavar="FILE",
+        help="a file that defines groups of variants, such as configs/ablations.py",
+    )
+    sweep.add_argument("--base-config", type=InputPath, metavar="FILE", help="vary this config instead of the one named in FILE")
+    sweep.add_argument("--workdir", type=OutputPath, required=True, metavar="DIR", help="directory for the runs and the summary")
+    sweep.add_argument(
+        "--data", type=InputPath, action="append", required=True, metavar="[NAME=]DIR", help="as for `mimo train`; repeatable"
+    )
+    sweep.add_argument(
+        "--test", type=InputPath, metavar="DIR", help="dataset whose test split is evaluated (default: --data, if there is only one)"
+    )
+    sweep.add_argument("--init", type=InputPath, metavar="PATH", help="checkpoint to initialise the parameters of every run from")
     sweep.add_argument("--only", type=names, default=[], metavar="GROUP,…", help="groups to run (default: all)")
     sweep.add_argument("--seeds", type=seeds, default=[0], metavar="N,…", help="seeds of every variant (default: 0)")
     sweep.add_argument("--limit", type=positive, metavar="N", help="only the first N samples of the test split")
-    sweep.add_argument("--backend", choices=("local", *CLUSTERS), default="local", help="where to train (default: on this machine)")
-    sweep.add_argument("--launch", type=shlex.split, default=[], metavar="FLAGS", help="for the launcher of --backend, as one word after =")
-    sweep.add_argument("--jobs", type=positive, metavar="N", help="runs at a time (default: 1; on a cluster all)")
-    sweep.add_argument("--dry-run", action="store_true", help="print the runs and their commands, and do nothing")
+    sweep.add_argument("--backend", choices=("local", *CLUSTERS), default="local", help="where to train (default: local, on this machine)")
+    sweep.add_argument(
+        "--launch", type=shlex.split, default=[], metavar="FLAGS", help="flags for the launcher of --backend, as one word after ="
+    )
+    sweep.add_argument("--jobs", type=positive, metavar="N", help="number of runs at a time (default: 1; on a cluster, all)")
+    sweep.add_argument("--dry-run", action="store_true", help="print the runs and their commands without running them")
     sweep.set_defaults(run=_sweep, overrides=())
 
 
 def _sweep(args: argparse.Namespace) -> int:
     from mimo_jax.cli.train import sources_of
-    from mimo_jax.sweep.jobs import SubmittedJob, SweepCluster
-    from mimo_jax.sweep.plan import Common, base_of, check_folders, make_sweep
-    from mimo_jax.sweep.run import Processes, run_all
+    from mimo_jax.sweep.jobs import ClusterWorker, SweepCluster
+    from mimo_jax.sweep.plan import SharedSettings, base_config, check_folders, make_sweep
+    from mimo_jax.sweep.run import LocalWorker, run_all
 
     sources = sources_of(args.data)
     if not args.test and len(sources) > 1:
-        raise UserError("--test: is missing; of several --data, say whose test split is asked")
+        raise UserError("--test: is missing; with several --data, name the dataset whose test split is evaluated")
     test = os.path.abspath(args.test) if args.test else next(iter(sources.values())).path
     shared = (*([f"--config.init.path={args.init}"] if args.init else []), *args.overrides)
-    common = Common(args.base_config or base_of(args.config), tuple(args.data), shared, test, args.limit)
+    common = SharedSettings(args.base_config or base_config(args.config), tuple(args.data), shared, test, args.limit)
     workdir = Path(args.workdir)
     sweep = make_sweep(args.config, workdir, sources, common, args.only, args.seeds)
     check_folders(sweep.runs)
@@ -69,14 +81,14 @@ def _sweep(args: argparse.Namespace) -> int:
     if cluster:
         cluster.check(workdir)
     elif args.launch:
-        raise UserError(f"--launch {shlex.join(args.launch)}: is for a cluster; add --backend {' or '.join(CLUSTERS)}")
+        raise UserError(f"--launch {shlex.join(args.launch)}: applies only to a cluster; add --backend {' or '.join(CLUSTERS)}")
     if args.dry_run:
-        _show(sweep, cluster)
+        _print_plan(sweep, cluster)
         return EXIT_OK
-    begin = partial(SubmittedJob, cluster=cluster) if cluster else Processes
+    begin = partial(ClusterWorker, cluster=cluster) if cluster else LocalWorker
     failed, stopped = run_all(sweep.runs, begin, args.jobs or (len(sweep.runs) if cluster else 1))
     if stopped:
-        print("stopped; run the same command to go on" + ("; submitted jobs do so by themselves" if cluster else ""), file=sys.stderr)
+        print("stopped; run the same command to resume" + ("; submitted jobs continue by themselves" if cluster else ""), file=sys.stderr)
         return EXIT_TEMPFAIL
 
     from mimo_jax.sweep.summary import write_summary
@@ -91,13 +103,13 @@ def _sweep(args: argparse.Namespace) -> int:
     return EXIT_PARTIAL if failed else EXIT_OK
 
 
-def _show(sweep: Sweep, cluster: SweepCluster | None) -> None:
-    """The groups, and every command of every run that is due."""
+def _print_plan(sweep: Sweep, cluster: SweepCluster | None) -> None:
+    """Print the groups, and the remaining commands of every run."""
     for group, variants in sweep.groups.items():
         for variant, runs in variants.items():
-            print(f"{group:14}{variant:26}{' '.join(runs)}")
+            print(f"{group:14}{variant:30}{' '.join(runs)}")
     for run in sweep.runs:
-        due = run.due()
-        print(f"\n# {run.name}{'' if due else ': finished'}")
-        for words in due:
+        remaining = run.remaining()
+        print(f"\n# {run.name}{'' if remaining else ': finished'}")
+        for words in remaining:
             print(shlex.join(cluster.submit(run) if cluster and words[0] == "train" else ["mimo", *words]))

@@ -1,6 +1,6 @@
-"""What an evaluation gathers: one row for everything that was asked, named or painted, from which every metric is computed.
+"""The raw results of an evaluation: one row per question, name or mask, from which every metric is computed.
 
-Each row carries its `group`, the patient or case, for the bootstrap. Axis letters: H, W height and width of the original image.
+Each row has a `group`, the patient or case, for the bootstrap. Axis letters: H, W height and width of the original image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, Confid
 
 @dataclass
 class EntityResult:
-    """One true entity and what was painted for it. intersection, union: pixels. baselines: IoU of each trivial predictor."""
+    """One true entity and the mask predicted for it. intersection, union: in pixels. baselines: IoU of each trivial predictor."""
 
     perspective: str
     modality: str
@@ -31,7 +31,7 @@ class EntityResult:
 
 @dataclass
 class NameCounts:
-    """Names of one turn's answer against the true ones."""
+    """The names in the answer of one turn, counted against the true names."""
 
     perspective: str
     group: str
@@ -42,7 +42,7 @@ class NameCounts:
 
 @dataclass
 class NamingResult:
-    """One turn of perspective II: the class of its target, and whether the answer names it first."""
+    """One turn of perspective II: the class of its target, and whether it is the first entity that the answer names."""
 
     group: str
     target: str
@@ -51,13 +51,13 @@ class NamingResult:
 
 @dataclass
 class AbstentionResult:
-    """One grounded sample. no_target: nothing that it asks for is there; abstained: nothing was marked; painted_px: union of the
-    masks, summed over its turns."""
+    """One grounded sample. no_target: nothing that it asks for is present; abstained: no mask was predicted; segmented_px: pixels in the
+    union of the predicted masks, summed over its turns."""
 
     group: str
     no_target: bool
     abstained: bool
-    painted_px: int
+    segmented_px: int
 
 
 @dataclass
@@ -72,24 +72,25 @@ class ClosedEndedResult:
 
 @dataclass
 class Accumulator:
-    """Everything that a report is made of. painted: evidence and IoU of every painted entity; samples: number by perspective."""
+    """All results that a report is computed from. segmented: confidence features and IoU of every predicted mask; samples: number of
+    samples per perspective."""
 
     calibration: Calibration = UNCALIBRATED
     samples: Counter = field(default_factory=Counter)
     entities: list[EntityResult] = field(default_factory=list)
-    painted: list[tuple[ConfidenceFeatures, float]] = field(default_factory=list)
+    segmented: list[tuple[ConfidenceFeatures, float]] = field(default_factory=list)
     names: list[NameCounts] = field(default_factory=list)
     naming: list[NamingResult] = field(default_factory=list)
     naming_no_prompt: list[NamingResult] = field(default_factory=list)
     abstentions: list[AbstentionResult] = field(default_factory=list)
     closed_ended: list[ClosedEndedResult] = field(default_factory=list)
     closed_ended_image_blanked: list[ClosedEndedResult] = field(default_factory=list)
-    unusable: list[dict] = field(default_factory=list)  # {"sample": id, "reason": why}
+    unusable: list[dict] = field(default_factory=list)  # {"sample": id, "reason": text}
 
 
 @dataclass
 class GroundTruth:
-    """What one span of a true answer stands for. name: the entity; written: the words of the span, also accepted."""
+    """The entity of one span of a true answer. name: its name; written: the words of the span, accepted as another name."""
 
     name: str
     written: str
@@ -97,7 +98,7 @@ class GroundTruth:
 
 
 def ground_truths(record: Record, sample: Sample, turn: int) -> list[GroundTruth]:
-    """What assistant turn `turn` (index into sample.turns) marks: one for each span, the masks of its targets united."""
+    """The grounded spans of assistant turn `turn` (index into sample.turns), each with the union of the masks of its targets."""
     spans: dict[tuple[int, ...] | None, list] = defaultdict(list)
     for number, target in enumerate(sample.targets):
         if target.turn == turn and not target.absent:

@@ -1,8 +1,7 @@
-"""What can be had without looking: trivial predictors that every reported figure stands beside.
+"""Trivial baselines that a report compares the model with: the mean training mask of an entity, and the best single brightness
+threshold for it. Both are fitted to maximize their mean IoU on the training images.
 
-Masks: the mean training mask of an entity, and the best single threshold of brightness for it. Both are fitted to do their
-best on the training images.
-Fields are float or bool [height, width]; the *unit square* is the whole image, stretched.
+Masks are float or bool [height, width]; the *unit square* is the full image, stretched.
 """
 
 from __future__ import annotations
@@ -17,30 +16,30 @@ from mimo_jax.data.loading.collate import record_image
 from mimo_jax.data.schema import Record
 
 GRID = 64  # cells along each side of the unit square
-KEPT = 400  # training masks of an entity on which the mean mask's level is chosen
+MAX_STORED_MASKS = 400  # maximum number of training masks per entity on which the level of the mean mask is chosen
 
 
 def brightness(image: np.ndarray) -> np.ndarray:
-    """uint8 [height, width] of uint8 [height, width] or [height, width, channels]: the mean of the channels."""
+    """The mean over the channels, uint8 [height, width], of an image uint8 [height, width] or [height, width, channels]."""
     return image if image.ndim == 2 else image[..., :3].mean(-1).astype(np.uint8)
 
 
 def entity_masks(record: Record) -> dict[str, np.ndarray]:
     """Entity → the union of its instances, bool [height, width]."""
-    united: dict[str, np.ndarray] = {}
+    merged: dict[str, np.ndarray] = {}
     for mask in record.masks:
         pixels = mask.decode()
-        united[mask.entity] = united[mask.entity] | pixels if mask.entity in united else pixels
-    return united
+        merged[mask.entity] = merged[mask.entity] | pixels if mask.entity in merged else pixels
+    return merged
 
 
 class MeanMask:
-    """Paints an entity where it lies on average, at the level that scored best on the training masks."""
+    """Predicts the mean training mask of an entity, thresholded at the level that scored best on the training masks."""
 
     def __init__(self):
         self.sums: dict[str, np.ndarray] = {}
-        self.numbers: Counter[str] = Counter()
-        self.kept: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.counts: Counter[str] = Counter()
+        self.stored: dict[str, list[np.ndarray]] = defaultdict(list)
         self.levels: dict[str, float] = {}
 
     def fit(self, records: Iterable[Record]) -> MeanMask:
@@ -52,13 +51,13 @@ class MeanMask:
         for entity, mask in masks.items():
             cells = _resize(mask.astype(np.float32), GRID, GRID)
             self.sums[entity] = self.sums.get(entity, 0) + cells
-            self.numbers[entity] += 1
-            if len(self.kept[entity]) < KEPT:
-                self.kept[entity].append(cells >= 0.5)
+            self.counts[entity] += 1
+            if len(self.stored[entity]) < MAX_STORED_MASKS:
+                self.stored[entity].append(cells >= 0.5)
 
     def finish(self) -> MeanMask:
         for entity, total in self.sums.items():
-            mean, truths = total / self.numbers[entity], np.stack(self.kept[entity])
+            mean, truths = total / self.counts[entity], np.stack(self.stored[entity])
             levels = mean.max() * np.linspace(0.02, 0.98, 49)
             scores = []
             for level in levels:
@@ -69,14 +68,14 @@ class MeanMask:
         return self
 
     def predict(self, entity: str, height: int, width: int, image: np.ndarray | None = None) -> np.ndarray:
-        """bool [height, width]; nothing for an entity that was never seen."""
+        """bool [height, width]; empty for an entity that does not occur in the training data."""
         if entity not in self.levels:
             return np.zeros((height, width), bool)
-        return _resize(self.sums[entity] / self.numbers[entity], height, width) >= self.levels[entity]
+        return _resize(self.sums[entity] / self.counts[entity], height, width) >= self.levels[entity]
 
 
 class BestThreshold:
-    """Paints all that is brighter (or all that is darker) than one value, the best for the entity on the training images."""
+    """Predicts all pixels brighter (or all darker) than one value, the best one for the entity on the training images."""
 
     def __init__(self):
         self.scores: dict[str, np.ndarray] = {}  # [2, 256]: summed IoU of brightness >= t, and of brightness < t
@@ -90,7 +89,7 @@ class BestThreshold:
     def add(self, image: np.ndarray, masks: dict[str, np.ndarray]) -> None:
         grey = brightness(image)
         everywhere = np.bincount(grey.ravel(), minlength=256)
-        below_all = np.cumsum(everywhere) - everywhere  # pixels darker than t
+        below_all = np.cumsum(everywhere) - everywhere  # number of pixels darker than t
         for entity, mask in masks.items():
             inside = np.bincount(grey[mask], minlength=256)
             below = np.cumsum(inside) - inside
@@ -106,7 +105,7 @@ class BestThreshold:
         return self
 
     def predict(self, entity: str, height: int, width: int, image: np.ndarray) -> np.ndarray:
-        """bool [height, width]; nothing for an entity that was never seen."""
+        """bool [height, width]; empty for an entity that does not occur in the training data."""
         if entity not in self.best:
             return np.zeros((height, width), bool)
         side, value = self.best[entity]
@@ -115,7 +114,7 @@ class BestThreshold:
 
 
 def fit_baselines(records: Iterable[Record]) -> dict[str, MeanMask | BestThreshold]:
-    """Both baselines, from one pass over the training records."""
+    """Fit both baselines in one pass over the training records."""
     mean, threshold = MeanMask(), BestThreshold()
     for record in records:
         masks = entity_masks(record)

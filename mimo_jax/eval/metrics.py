@@ -1,9 +1,9 @@
-"""Every measure of a report, in plain numpy, each with its convention.
+"""The measures that a report is computed from, in plain numpy, each with its convention.
 
 Axis letters: H, W height and width of the original image in pixels; T true entities and P predicted ones of one
 turn; C clusters of a bootstrap.
 
-Nearly every headline is a ratio of two sums (a mean is sum / count, micro-F1 is 2 tp / (2 tp + fp + fn), cIoU is
+Nearly every metric is a ratio of two sums (a mean is sum / count, micro-F1 is 2 tp / (2 tp + fp + fn), cIoU is
 sum of intersections / sum of unions), so one `ratio` and one bootstrap, `bootstrap_ci`, serve them all.
 """
 
@@ -34,7 +34,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bool masks [H, W]; 1 where both are empty."""
+    """Intersection over union of two bool masks [H, W]; 1 if both are empty."""
     return iou_of_pair(*overlap(a, b))
 
 
@@ -44,7 +44,7 @@ def dice_from_iou(value: float) -> float:
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Dice of two bool masks [H, W]; 1 where both are empty."""
+    """Dice of two bool masks [H, W]; 1 if both are empty."""
     return dice_from_iou(iou(a, b))
 
 
@@ -59,7 +59,7 @@ def match(
 
     Only equal canonical names can match; several of a name are assigned one to one so that their summed IoU is
     greatest. `by_name=False` (perspective II, whose single target is not named in the question) lets any prediction
-    match. An entity without a prediction has IoU 0; predictions left over cost nothing here, they count in `f1`.
+    match. An entity without a prediction has IoU 0; unmatched predictions are not penalised here but in `f1`.
     """
     pairs: list[tuple[int | None, float]] = [(None, 0.0)] * len(true_names)
     for name in dict.fromkeys(true_names) if by_name else [None]:
@@ -77,14 +77,14 @@ def match(
 
 
 def name_counts(true: Sequence[str], pred: Sequence[str]) -> tuple[int, int, int]:
-    """(tp, fp, fn) between the names of one turn, as multisets: two lesions of three found are tp 2, fn 1."""
+    """(tp, fp, fn) of the names of one turn, as multisets: if two of three lesions are found, tp is 2 and fn 1."""
     t, p = Counter(true), Counter(pred)
     tp = sum((t & p).values())
     return tp, sum(p.values()) - tp, sum(t.values()) - tp
 
 
 def f1(tp: float, fp: float, fn: float) -> float:
-    """2 tp / (2 tp + fp + fn); nan where there is nothing to find and nothing was found."""
+    """2 tp / (2 tp + fp + fn); nan if all counts are 0."""
     return ratio(2 * tp, 2 * tp + fp + fn)
 
 
@@ -92,11 +92,11 @@ def f1(tp: float, fp: float, fn: float) -> float:
 
 
 def closed_answer(text: str, choices: Sequence[str] = ()) -> str:
-    """Short answer in a sentence, for comparison by equality.
+    """The short answer in a sentence, for comparison by equality.
 
-    With `choices`: the one that stands in the text as whole words (the longest where one contains another); none or
-    several give "". Else the first yes or no; else the first number, words up to twelve included; else the whole text
-    without articles and punctuation.
+    With `choices`: the choice that the text contains as complete words (the longest if one contains another); "" if there are
+    none or several. Otherwise the first yes or no; else the first number, including number words up to twelve; else the full
+    text without articles and punctuation.
     """
     words = [_NUMBER_OF.get(w, w) for w in re.findall(r"[^\W_]+(?:[.'-][^\W_]+)*", text.casefold()) if w not in _ARTICLES]
     plain = f" {' '.join(words)} "
@@ -114,8 +114,8 @@ def closed_answer(text: str, choices: Sequence[str] = ()) -> str:
 
 
 def closed_correct(text: str, references: Sequence[str], choices: Sequence[str] = ()) -> bool:
-    """True where the short answer in `text` equals that in any reference (normalised exact match). A reference that `choices`
-    lack is one of them."""
+    """True if the short answer in `text` equals that in any reference (normalised exact match). References that are missing from
+    `choices` are added to them."""
     choices = [*choices, *references] if choices else ()
     given = closed_answer(text, choices)
     return bool(given) and any(given == closed_answer(r, choices) for r in references)
@@ -125,8 +125,8 @@ def closed_correct(text: str, references: Sequence[str], choices: Sequence[str] 
 
 
 def expected_calibration_error(scores: Sequence[float], values: Sequence[float], bins: int = 10) -> float:
-    """Mean over `bins` bins of equal count, by score, of |mean score - mean value|; nan for fewer items than bins. What has the
-    same score enters with the mean of its values, so that no order among equals counts."""
+    """Mean over `bins` bins of equal count, by score, of |mean score - mean value|; nan for fewer items than bins. Items with equal
+    scores are replaced by the mean of their values, so that their order does not matter."""
     if len(scores) < bins:
         return float("nan")
     scores, values = np.asarray(scores, float), np.asarray(values, float)
@@ -137,14 +137,14 @@ def expected_calibration_error(scores: Sequence[float], values: Sequence[float],
 
 
 def spearman(scores: Sequence[float], values: Sequence[float]) -> float:
-    """Correlation of ranks, equals sharing their mean rank; nan where either is constant."""
+    """Spearman's rank correlation, ties with their mean rank; nan if either sequence is constant."""
     if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(values) == 0:
         return float("nan")
     return float(spearmanr(scores, values).statistic)
 
 
 def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
-    """Probability that a positive scores higher than a negative, equals counting one half; nan where there is but one kind."""
+    """Probability that a positive scores higher than a negative, ties counting one half; nan if all are positive or all negative."""
     positive = np.asarray(positive, bool)
     above, below = int(positive.sum()), int((~positive).sum())
     if not above or not below:
@@ -156,7 +156,7 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
 
 
 def ratio(numerator: float | Sequence[float], denominator: float | Sequence[float]) -> float:
-    """Sum over sum; nan where the denominator is 0 (nothing to measure)."""
+    """Sum over sum; nan if the denominator is 0 (nothing to measure)."""
     below = float(np.sum(denominator))
     return float(np.sum(numerator)) / below if below else float("nan")
 
@@ -172,7 +172,7 @@ def bootstrap_ci(
     """Percentile bootstrap interval of `ratio`, drawing whole clusters (patients, cases) with replacement.
 
     One entry per item in each sequence. Items of one image are not independent, so the cluster is the patient or case.
-    (nan, nan) where there is nothing to measure.
+    (nan, nan) if there is nothing to measure.
     """
     if not len(clusters) or not np.sum(denominator):
         return float("nan"), float("nan")
@@ -187,5 +187,5 @@ def bootstrap_ci(
 
 
 def iou_of_pair(intersection: int, union: int) -> float:
-    """IoU of an (intersection, union) pair as LISA's gIoU counts it: an empty union (no target, nothing painted) is 1."""
+    """IoU of an (intersection, union) pair as LISA's gIoU counts it: an empty union (no target, no mask) is 1."""
     return intersection / union if union else 1.0

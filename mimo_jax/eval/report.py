@@ -1,4 +1,4 @@
-"""From the results of an evaluation to report.json: figures with intervals, and a table to read. Both follow the table of metrics.
+"""Make the report of an evaluation: values with intervals as JSON, and a printed table. Both follow the registry of metrics.
 
 Axis letters: H, W height and width of the original image.
 """
@@ -18,14 +18,14 @@ from mimo_jax.eval.registry import METRICS, compute_metrics, conventions
 from mimo_jax.eval.standard_metrics import GROUNDED
 from mimo_jax.infer.answers.answer import Answer
 
-_SCORE = {  # heading of a column of the score's block -> its figure
+_SCORE = {  # column heading in the block of confidence scores -> key of its value
     "ECE": "expected_calibration_error",
     **{name: name for name in ("spearman", "auroc", "below", "precision", "recall")},
 }
 
 
 def make_report(results: Accumulator) -> dict:
-    """The figures as plain JSON values; None where there was nothing to measure."""
+    """The metrics as plain JSON values; None if there was nothing to measure."""
     values, intervals = compute_metrics(results)
     rows = (*results.entities, *results.closed_ended, *(a for a in results.abstentions if a.no_target))
     counts = {
@@ -40,7 +40,7 @@ def make_report(results: Accumulator) -> dict:
 
 
 def table(report: dict) -> str:
-    """The report as text: a block each of figures by perspective, single figures, confidence scores and breakdowns."""
+    """The report as text, in blocks: values per perspective, single values, confidence scores, and breakdowns."""
 
     def lines(format: str) -> list[str]:
         return [line for metric in METRICS.values() if metric.format == format for line in _LINES[format](metric.name, report)]
@@ -52,14 +52,14 @@ def table(report: dict) -> str:
         out += ["", "not evaluable (fewer than two patients or cases): " + ", ".join(report["not_evaluable"])]
     if report["unusable"]:
         first = report["unusable"][0]
-        out += ["", f"{len(report['unusable'])} samples could not be used, the first: {first['sample']}: {first['reason']}"]
+        out += ["", f"{len(report['unusable'])} samples could not be used; the first: {first['sample']}: {first['reason']}"]
     out += ["", *(f"{name}: {text}" for name, text in report["conventions"].items())]
     return "\n".join(out)
 
 
 def score_table(score: dict) -> list[str]:
-    """Lines of `standard_metrics.score_quality`."""
-    lines = [f"{'score':18}{score['n']:>8} painted" + "".join(f"{name:>16}" for name in _SCORE)]
+    """The lines for the result of `standard_metrics.score_quality`."""
+    lines = [f"{'score':18}{score['n']:>10} masks" + "".join(f"{name:>16}" for name in _SCORE)]
     for kind in ("plain", "calibrated"):
         if score[kind] is not None:
             flat = score[kind] | score[kind]["uncertain"]
@@ -68,7 +68,7 @@ def score_table(score: dict) -> list[str]:
 
 
 def write_comparison(path: Path, answer: Answer, truth_text: str, truths: Sequence[tuple[str, np.ndarray]]) -> None:
-    """PNG of two overlays side by side: the answer, and the truth (name, bool [H, W])."""
+    """Write a PNG of two overlays side by side: the answer, and the ground truth (name, bool [H, W])."""
     named = [(e.phrase or f"structure {e.id + 1}", e.mask) for e in answer.entities]
     left = draw_overlay(answer.image, named, answer.prompts, f"{answer.question}\nmodel: {answer.describe()}")
     right = draw_overlay(answer.image, truths, answer.prompts, f"{answer.question}\ntruth: {truth_text}")

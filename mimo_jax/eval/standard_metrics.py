@@ -1,4 +1,4 @@
-"""The metrics of every report: one function and one row each."""
+"""The standard metrics of a report: one function and one entry in the registry each."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def giou(results: Accumulator) -> Ratio:
 
 def _pairs(results: Accumulator) -> tuple[list[str], list[tuple[int, int]]]:
     """Groups and (intersection, union) of every true entity and of every no-target sample."""
-    nothing = [a for a in results.abstentions if a.no_target]
-    pairs = [(e.intersection, e.union) for e in results.entities] + [(0, a.painted_px) for a in nothing]
-    return [row.group for row in (*results.entities, *nothing)], pairs
+    no_target = [a for a in results.abstentions if a.no_target]
+    pairs = [(e.intersection, e.union) for e in results.entities] + [(0, a.segmented_px) for a in no_target]
+    return [row.group for row in (*results.entities, *no_target)], pairs
 
 
 def baselines(results: Accumulator) -> dict[str, dict[str, float | None]]:
@@ -59,7 +59,7 @@ def per_entity(results: Accumulator) -> dict[str, dict]:
 
 
 def _breakdown(results: Accumulator, key: Callable[[EntityResult], str]) -> dict[str, dict]:
-    """miou, dice, baselines and numbers of each modality or entity, over I to IV."""
+    """The miou, dice, baselines and counts of each modality or entity, over perspectives I to IV."""
     return {
         name: {
             "miou": _mean(e.iou for e in rows),
@@ -110,26 +110,29 @@ def abstention(results: Accumulator) -> dict[str, Ratio]:
 
 
 def score(results: Accumulator) -> dict:
-    return score_quality(results.painted, results.calibration)
+    return score_quality(results.segmented, results.calibration)
 
 
-def score_quality(painted: Sequence[tuple[ConfidenceFeatures, float]], calibration: Calibration) -> dict:
-    """How well scores tell the IoU of what was painted, without and with a calibration; None for that where it is not fitted."""
+def score_quality(segmented: Sequence[tuple[ConfidenceFeatures, float]], calibration: Calibration) -> dict:
+    """How well scores predict the IoU of a mask, without and with a calibration; "calibrated" is None if there is no fitted one."""
 
-    def quality(by: Calibration) -> dict:
-        scores = by.scores([evidence for evidence, _ in painted])
-        ious = np.array([iou for _, iou in painted])
-        bad, marked = ious < 0.5, scores < by.uncertain_below
+    def quality(calibration: Calibration) -> dict:
+        scores = calibration.scores([features for features, _ in segmented])
+        ious = np.array([iou for _, iou in segmented])
+        bad, uncertain = ious < 0.5, scores < calibration.uncertain_below
         return {
             "expected_calibration_error": as_number(metrics.expected_calibration_error(scores, ious)),
             "spearman": as_number(metrics.spearman(scores, ious)),
             "auroc": as_number(metrics.auroc(-scores, bad)),
-            "below": by.uncertain_below,
-            "uncertain": {"precision": as_number(metrics.ratio(bad[marked], marked)), "recall": as_number(metrics.ratio(marked[bad], bad))},
+            "below": calibration.uncertain_below,
+            "uncertain": {
+                "precision": as_number(metrics.ratio(bad[uncertain], uncertain)),
+                "recall": as_number(metrics.ratio(uncertain[bad], bad)),
+            },
         }
 
     calibrated = quality(calibration) if calibration else None
-    return {"n": len(painted), "plain": quality(UNCALIBRATED), "calibrated": calibrated, "fitted": calibration.fitted}
+    return {"n": len(segmented), "plain": quality(UNCALIBRATED), "calibrated": calibrated, "fitted": calibration.fitted}
 
 
 # --- closed-ended questions ------------------------------------------------------------------------------------------
@@ -181,33 +184,33 @@ def _majority_share(values: Sequence[str]) -> float | None:
     return as_number(Counter(values).most_common(1)[0][1] / len(values)) if values else None
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- registration ----------------------------------------------------------------------------------------------------
 
 for _compute, _format, _convention in (
     (miou, "perspectives", "free-running greedy answers from image, question and prompts alone; mean over true entities; a prediction "
-     "counts for the true entity of its name in its turn (II: for the single target), several of a name by best IoU, none = 0; original "
-     "resolution, threshold 0; no-target entities do not enter"),
+     "is matched to the true entity with its name in its turn (II: to the single target), several of one name by best IoU, none = 0; "
+     "original resolution, threshold 0; absent entities are not counted"),
     (dice, "value", "as miou, perspectives I to IV together, 2 IoU / (1 + IoU) of each pair"),
-    (ciou, "value", "sum of intersections / sum of unions, I to IV; what is painted in answer to a no-target sample enters the unions"),
-    (giou, "value", "LISA's: mean IoU of I to IV, a no-target sample entering with 1 if nothing is painted, else 0"),
-    (entity_f1, "perspectives", "names found against names true, per turn, as multisets; micro"),
+    (ciou, "value", "sum of intersections / sum of unions, I to IV; masks predicted for a no-target sample are added to the unions"),
+    (giou, "value", "as in LISA: mean IoU over I to IV; a no-target sample counts as 1 if no mask is predicted, else as 0"),
+    (entity_f1, "perspectives", "predicted names against true names, per turn, as multisets; micro-averaged"),
     (naming_accuracy, "value", "II: the first entity that the answer names is the target"),
-    (naming_accuracy_without_prompt, "value", "the same questions with points, boxes and scribbles taken away"),
-    (majority_class_share, "value", "II: the share of targets that are of the most frequent class"),
-    (no_target_fpr, "value", "of samples that ask only for what is not there, the share in which anything is marked"),
-    (abstention, "parts", "precision: of the samples (I to IV) without any mark, the share that asks only for what is not there; recall: "
+    (naming_accuracy_without_prompt, "value", "the same questions without points, boxes and scribbles"),
+    (majority_class_share, "value", "II: the fraction of targets that belong to the most frequent class"),
+    (no_target_fpr, "value", "the fraction of no-target samples (which ask only for absent entities) for which any mask is predicted"),
+    (abstention, "parts", "precision: the fraction of no-target samples among the samples (I to IV) without any predicted mask; recall: "
      "1 - no_target_fpr"),
-    (score, "score", "of everything painted in I to IV, with its IoU as in miou (0 where no true entity of its turn is met): "
+    (score, "score", "over all masks predicted in I to IV, each with its IoU as in miou (0 if it matches no true entity of its turn): "
      "expected_calibration_error (ECE): |mean score - mean IoU| in 10 bins of equal count, averaged; spearman: rank correlation of score "
      "and IoU; auroc: of the score for IoU < 0.5; uncertain: precision and recall of `score < below` for IoU < 0.5. plain: iou × "
      "seg_prob; calibrated: with the checkpoint's calibration"),
-    (vqa_closed_accuracy, "value", "short answer (yes or no, number, choice) equal to a reference after normalising"),
-    (vqa_closed_accuracy_image_blanked, "value", "the same questions over a black image"),
-    (vqa_majority, "value", "the share of the most frequent short answer among the same questions; by_kind: the best constant answer to "
-     "each kind"),
+    (vqa_closed_accuracy, "value", "the short answer (yes or no, number, choice) equals a reference after normalisation"),
+    (vqa_closed_accuracy_image_blanked, "value", "the same questions with a black image"),
+    (vqa_majority, "value", "the fraction of the most frequent short answer among the same questions; by_kind: with the best constant "
+     "answer to each kind of question"),
     (vqa_majority_by_kind, "value", ""),
     (vqa_closed_accuracy_by_kind, "none", ""),
-    (baselines, "baselines", "miou of trivial predictors that are told the entity's name, fitted on the training split"),
+    (baselines, "baselines", "miou of trivial predictors that know the entity's name, fitted on the training split"),
     (per_modality, "breakdown", ""),
     (per_entity, "breakdown", ""),
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""One question asked of every slice of a scan, and what was painted put together: a structure is what goes by one name.
+"""Ask one question about every slice of a volume and merge the masks by entity name into structures.
 
 Axis letters: F slices, H, W height and width of each in pixels; S structures.
 """
@@ -23,17 +23,17 @@ from mimo_jax.infer.answers.write_masks import on_grid, write_nifti, write_seg
 from mimo_jax.infer.engine.requests import Request
 from mimo_jax.infer.predictor import Mimo
 
-_TILES = 25  # slices on a sheet
+_MAX_TILES = 25  # maximum number of slices on a contact sheet
 
 
 @dataclass
 class VolumeEntity:
-    """What the answers paint under one name.
+    """A structure: the union of all masks with one entity name.
 
-    id: place among the structures, from 0; a label map holds id + 1. entity: the canonical name; phrase: the words of the first
-    slice that uses it. voxels: how many are painted; volume_mm3: None where a voxel's is not known. slices: the first and the
-    last that is painted, None if none is. score: mean over the slices that name it, weighted by painted area. uncertain: a score
-    below the calibration's bound (0.5 without one), or nothing painted.
+    id: index among the structures, from 0; its value in a label map is id + 1. entity: the canonical name; phrase: the words of
+    the first slice that names it. voxels: number of segmented voxels; volume_mm3: None if the voxel size is unknown. slices: the
+    first and last segmented slice, None if there is none. score: mean over the slices that name it, weighted by mask area.
+    uncertain: the score is below the calibration's threshold (0.5 without one), or nothing is segmented.
     """
 
     id: int
@@ -45,27 +45,27 @@ class VolumeEntity:
     score: float
     uncertain: bool
     shape: tuple[int, int, int] = field(repr=False)  # F, H, W
-    bits: dict[int, np.ndarray] = field(repr=False)  # of each painted slice: uint8 [H, ceil(W / 8)], a bit a voxel
+    bits: dict[int, np.ndarray] = field(repr=False)  # segmented slice -> uint8 [H, ceil(W / 8)], one bit per voxel
 
     @property
     def mask(self) -> np.ndarray:
-        """bool [F, H, W], made anew."""
+        """bool [F, H, W], a new array."""
         mask = np.zeros(self.shape, bool)
         for k in self.bits:
             mask[k] = self.on_slice(k)
         return mask
 
     def on_slice(self, k: int) -> np.ndarray:
-        """bool [H, W]."""
+        """The mask of slice k, bool [H, W]."""
         bits = self.bits.get(k)
         return np.zeros(self.shape[1:], bool) if bits is None else np.unpackbits(bits, axis=-1, count=self.shape[2]).view(bool)
 
     def to_json(self) -> dict:
-        """As a plain dict; the mask as COCO RLE of each painted slice, by its index."""
+        """As a plain dict; the mask as one COCO RLE per segmented slice, by its index."""
         rle = {}
         for k in sorted(self.bits):
-            made: Any = coco.encode(np.asfortranarray(self.on_slice(k).view(np.uint8)))
-            rle[str(k)] = {"size": [int(s) for s in made["size"]], "counts": made["counts"].decode("ascii")}
+            encoded: Any = coco.encode(np.asfortranarray(self.on_slice(k).view(np.uint8)))
+            rle[str(k)] = {"size": [int(s) for s in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
         return {
             "id": self.id,
             "phrase": self.phrase,
@@ -81,9 +81,10 @@ class VolumeEntity:
 
 @dataclass
 class VolumeAnswer:
-    """texts: what was said of each slice. structures: in the order in which the slices name them. truncated: slices whose answer
-    reached the token limit. Masks and RLE are in pixels of each slice as it is shown. calibrated: whether scores are expected IoUs
-    of a slice's mask."""
+    """The merged answers for all slices of a volume.
+
+    texts: the answer for each slice. structures: in the order in which the slices name them. truncated: slices whose answer reached the
+    token limit. calibrated: whether scores are expected IoUs of a slice's mask. Masks and RLEs are in pixels of each slice as shown."""
 
     question: str
     texts: list[str]
@@ -92,25 +93,26 @@ class VolumeAnswer:
     volume: Volume = field(repr=False)
     calibrated: bool = False
 
-    def painted(self) -> list[int]:
-        """Indices of the slices on which anything is painted."""
+    def segmented_slices(self) -> list[int]:
+        """Indices of the slices with any mask."""
         return sorted({k for structure in self.structures for k in structure.bits})
 
     def describe(self) -> str:
-        """One line for each structure, and one that says on how many slices nothing is painted."""
+        """One line per structure, and one that says on how many slices nothing is segmented."""
         lines = []
         for s in self.structures:
             size = f"{s.voxels} voxels" if s.volume_mm3 is None else f"{s.voxels} voxels, {s.volume_mm3 / 1000:.2f} cm³"
             first, last = s.slices or (None, None)
             where = "no slice" if first is None else f"slice {first}" if first == last else f"slices {first} to {last}"
             lines.append(f"{s.phrase or 'unnamed'}: {size}, {where}, score {s.score:.2f}{', uncertain' * s.uncertain}")
-        empty = len(self.texts) - len(self.painted())
-        lines.append(f"nothing painted on {empty} of {len(self.texts)} slices")
+        empty = len(self.texts) - len(self.segmented_slices())
+        lines.append(f"nothing segmented on {empty} of {len(self.texts)} slices")
         if self.truncated:
             lines.append(f"cut off at the token limit on {len(self.truncated)} of {len(self.texts)} slices")
         return "\n".join(lines)
 
     def to_json(self) -> dict:
+        """As a plain dict."""
         spacing = self.volume.spacing_mm
         return {
             "slices": len(self.texts),
@@ -123,11 +125,11 @@ class VolumeAnswer:
         }
 
     def save(self, *paths: str | Path) -> None:
-        """Write the answer to each path by its ending: .png a sheet of painted slices, at most 25; .json `to_json`; .npy the masks
-        bool [S, …] on the file's own axes (NIfTI) or [S, F, H, W] (DICOM); .nii and .nii.gz a label map on the input's grid, in
-        which later structures lie on top; .dcm one DICOM SEG for all slices.
+        """Write the answer to each path by its ending: .png a contact sheet of at most 25 segmented slices; .json `to_json`; .npy the
+        masks bool [S, …] on the file's own axes (NIfTI) or [S, F, H, W] (DICOM); .nii and .nii.gz a label map on the input's grid, in
+        which later structures overwrite earlier ones; .dcm one DICOM SEG for all slices.
 
-        All are written, or none. UserError for what `check_outputs` refuses, and for a .dcm where all masks are empty."""
+        Either all files are written or none. Raises UserError as `check_outputs` does, and for a .dcm if all masks are empty."""
         grids = self.volume.grids
         check_outputs(*paths, grid=grids)
         write_all(
@@ -146,31 +148,33 @@ class VolumeAnswer:
         return (structure.mask for structure in self.structures)
 
     def _write_masks(self, file: BinaryIO) -> None:
-        """`np.save`, but one mask at a time."""
+        """Like `np.save`, but with only one mask in memory at a time."""
         shape = getattr(self.volume.grids[0], "shape", (len(self.volume), *self.volume.size))
         header = {"descr": "|b1", "fortran_order": False, "shape": (len(self.structures), *shape)}
         np.lib.format.write_array_header_1_0(file, header)
         for mask in self._masks():
-            laid = np.zeros(shape, bool)
-            for plane, painted in zip(on_grid(laid, self.volume.grids), mask, strict=True):
-                plane[:] = painted
-            file.write(laid.data)
+            array = np.zeros(shape, bool)
+            for plane, slice_mask in zip(on_grid(array, self.volume.grids), mask, strict=True):
+                plane[:] = slice_mask
+            file.write(array.data)
 
     def _sheet(self) -> Any:
-        painted = self.painted()
-        chosen = [painted[n] for n in np.unique(np.linspace(0, len(painted) - 1, min(_TILES, len(painted))).round().astype(int))]
+        painted = self.segmented_slices()
+        chosen = [painted[n] for n in np.unique(np.linspace(0, len(painted) - 1, min(_MAX_TILES, len(painted))).round().astype(int))]
         tiles = [(f"slice {k}", self.volume[k].pixels, [s.on_slice(k) for s in self.structures]) for k in chosen]
         names = [s.phrase or f"structure {s.id + 1}" for s in self.structures]
         return draw_sheet(tiles, names, f"{self.question}\n{self.describe()}".replace("cm³", "ml"))  # the font has no ³
 
 
 def ask_volume(mimo: Mimo, volume: Volume, question: str, *, max_new_tokens: int | None = None, progress: bool = True) -> VolumeAnswer:
-    """Ask the same of every slice, in batches of `config.generate.batch_size`; only one batch of pictures is in memory at a time.
-    progress: a bar where stderr is a terminal. UserError, before anything runs, for a question that cannot be asked."""
+    """Ask the question about every slice, in batches of `config.generate.batch_size`; only one batch of slices is in memory at a time.
+    progress: show a progress bar if stderr is a terminal. Raises UserError, before anything runs, for an invalid question."""
     mimo.check(Request(volume[0], question, max_new_tokens=max_new_tokens))
-    merged = _Merged(volume, mimo.calibration)
+    merged = _VolumeMerger(volume, mimo.calibration)
     size = mimo.config.generate.batch_size
-    batches = np.array_split(np.arange(len(volume)), -(-len(volume) // size))  # of even length: one slice alone would be compiled anew
+    batches = np.array_split(
+        np.arange(len(volume)), -(-len(volume) // size)
+    )  # of even length: a single slice would need another compilation
     with tqdm(total=len(volume), desc="ask", unit="slice", disable=None if progress else True) as bar:
         for batch in batches:
             asked = [Request(volume[k], question, max_new_tokens=max_new_tokens) for k in batch]
@@ -180,16 +184,17 @@ def ask_volume(mimo: Mimo, volume: Volume, question: str, *, max_new_tokens: int
     return VolumeAnswer(question, merged.texts, merged.structures(), merged.truncated, volume, bool(mimo.calibration))
 
 
-class _Merged:
-    """The answers of slices, as they come."""
+class _VolumeMerger:
+    """Merges the answers for the slices as they arrive."""
 
     def __init__(self, volume: Volume, calibration: Calibration):
         self.volume, self.calibration = volume, calibration
         self.texts: list[str] = []
         self.truncated: list[int] = []
-        self.phrases: dict[str, str] = {}  # of each canonical name, as the rest
+        # By canonical name:
+        self.phrases: dict[str, str] = {}
         self.bits: dict[str, dict[int, np.ndarray]] = {}
-        self.scores: dict[str, list[tuple[float, int]]] = {}  # (score, painted pixels) of each entity
+        self.scores: dict[str, list[tuple[float, int]]] = {}  # (score, mask area in pixels) of each entity
 
     def add(self, k: int, answer: Answer) -> None:
         self.texts.append(answer.text)
@@ -197,9 +202,9 @@ class _Merged:
         for e in answer.entities:
             self.phrases.setdefault(e.entity, e.phrase)
             self.scores.setdefault(e.entity, []).append((e.score, e.area_px))
-            painted = self.bits.setdefault(e.entity, {})
+            bits = self.bits.setdefault(e.entity, {})
             if e.area_px:
-                painted[k] = np.packbits(e.mask, axis=-1) | painted.get(k, 0)
+                bits[k] = np.packbits(e.mask, axis=-1) | bits.get(k, 0)
 
     def structures(self) -> list[VolumeEntity]:
         return [self._structure(n, name) for n, name in enumerate(self.phrases)]

@@ -1,6 +1,6 @@
-"""The runs of a sweep on this machine: `mimo train`, then `mimo eval`, as processes of their own.
+"""The runs of a sweep on this machine: `mimo train`, then `mimo eval`, each in its own process.
 
-What is finished is passed over, what was stopped goes on, and what fails does not stop the others.
+Finished runs are skipped, stopped runs resume, and a run that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from typing import IO, Protocol
 
 from mimo_jax import files
 from mimo_jax.preemption import StopSignal
-from mimo_jax.sweep.plan import Run
+from mimo_jax.sweep.plan import SweepRun
 
-JOB = "job.json"  # in a run's directory while a cluster works on it
-_GLANCE = 0.2  # seconds between two looks at what is at work
+JOB_FILE = "job.json"  # exists in a run's directory while a cluster job works on the run
+_POLL_SECONDS = 0.2  # between two polls of the active workers
 
 
-class Work(Protocol):
-    """What is done for one run. reason: why it failed, empty while it has not."""
+class RunWorker(Protocol):
+    """Does the remaining work of one run. reason: why the run failed, empty if it has not failed."""
 
-    run: Run
+    run: SweepRun
     reason: str
 
-    def going(self, stopping: bool) -> bool:
-        """Does what is next, where nothing is to stop; whether anything is at work."""
+    def poll(self, stopping: bool) -> bool:
+        """Start the next command if none is running, unless `stopping`; returns whether the worker is still active."""
         ...
 
     def stop(self) -> None:
-        """Asks what is at work to save and end."""
+        """Ask the running command to save and exit."""
         ...
 
 
-class Processes:
-    """Work on this machine. The lock on the run's directory is the processes' too, so that one which outlives a killed sweep keeps
-    the next from starting another beside it."""
+class LocalWorker:
+    """Runs the commands on this machine. The child processes inherit the lock on the run's directory, so that a child that outlives a
+    killed sweep prevents the next sweep from starting a second one."""
 
-    def __init__(self, run: Run, backend: str = "local"):
+    def __init__(self, run: SweepRun, backend: str = "local"):
         self.run, self.reason = run, ""
-        self.due = run.due()
+        self.remaining = run.remaining()
         self.child: subprocess.Popen | None = None
         run.folder.mkdir(parents=True, exist_ok=True)
         self.lock = _lock(run.folder / files.LOCK)
-        job = files.read_json(run.folder / JOB)
+        job = files.read_json(run.folder / JOB_FILE)
         if self.lock is None:
-            self._fail("another process is at work on it; wait for that one, or end it")
+            self._fail("another process is working on it; wait for that process, or end it")
         elif job and job["backend"] != backend:
-            self._fail(f"job {job['id']} was submitted for it; sweep with --backend {job['backend']}, or end that and remove {JOB}")
+            self._fail(f"job {job['id']} was submitted for it; sweep with --backend {job['backend']}, or end that and remove {JOB_FILE}")
 
-    def going(self, stopping: bool) -> bool:
+    def poll(self, stopping: bool) -> bool:
         if self.child is not None:
             code = self.child.poll()
             if code is None:
                 return True
             self.child = None
-            done = self.due.pop(0)
+            done = self.remaining.pop(0)
             if code and not stopping:
                 self._fail(f"mimo {done[0]} ended with exit code {code}; see {self._log(done)}")
-        if self.due and not stopping:
-            words = self.due[0]
+        if self.remaining and not stopping:
+            words = self.remaining[0]
             with open(self._log(words), "a") as log:
                 print(f"$ mimo {shlex.join(words)}", file=log, flush=True)
-                alone = os.environ | {"MIMO_PROCESSES": "1"}  # also where a sweep is one task of a cluster's
+                environment = os.environ | {"MIMO_PROCESSES": "1"}  # a run is a single process even if the sweep is a cluster task
                 self.child = subprocess.Popen(
-                    [sys.executable, "-m", "mimo_jax.cli", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=alone,
+                    [sys.executable, "-m", "mimo_jax.cli", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                     start_new_session=True, pass_fds=[self.lock.fileno()],
                 )  # fmt: skip
             return True
@@ -86,42 +86,42 @@ class Processes:
         return self.run.folder / f"{words[0]}.log"
 
     def _fail(self, reason: str) -> None:
-        self.due, self.reason = [], reason
+        self.remaining, self.reason = [], reason
 
 
 def _lock(path: Path) -> IO | None:
-    """The locked file, None if another process has it."""
+    """The locked file, None if another process holds the lock."""
     try:
         return files.locked(path, blocking=False)
     except BlockingIOError:
         return None
 
 
-def run_all(runs: Sequence[Run], begin: Callable[[Run], Work], jobs: int) -> tuple[dict[str, str], bool]:
-    """Does what is due, `jobs` runs at a time; (name → why, of every run that failed; whether it was stopped on request)."""
-    waiting = [run for run in runs if run.due()]
+def run_all(runs: Sequence[SweepRun], start: Callable[[SweepRun], RunWorker], jobs: int) -> tuple[dict[str, str], bool]:
+    """Finish all runs, `jobs` at a time; returns ({name of a failed run: reason}, whether the sweep was stopped on request)."""
+    waiting = [run for run in runs if run.remaining()]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already", flush=True)
-    at_work: list[Work] = []
+    active: list[RunWorker] = []
     failed: dict[str, str] = {}
-    told = False
-    with StopSignal() as stop, ExitStack() as leaving:  # no child stays behind, whatever ends the sweep
-        leaving.callback(lambda: [work.stop() for work in at_work])
-        while at_work or (waiting and not stop.received):
-            while waiting and len(at_work) < jobs and not stop.received:
-                at_work.append(begin(waiting.pop(0)))
-                _say(at_work[-1].run, f"begins, {len(waiting)} wait")
-            if stop.received and not told:
-                told = True
-                for work in at_work:
-                    work.stop()
-            for work in [work for work in at_work if not work.going(stop.received)]:
-                at_work.remove(work)
-                if work.reason:
-                    failed[work.run.name] = work.reason
-                _say(work.run, f"failed: {work.reason}" if work.reason else "stopped" if work.run.due() else "done")
-            time.sleep(_GLANCE)
+    stop_sent = False
+    with StopSignal() as stop, ExitStack() as stack:  # no child is left behind, whatever ends the sweep
+        stack.callback(lambda: [worker.stop() for worker in active])
+        while active or (waiting and not stop.received):
+            while waiting and len(active) < jobs and not stop.received:
+                active.append(start(waiting.pop(0)))
+                _print_status(active[-1].run, f"started, {len(waiting)} waiting")
+            if stop.received and not stop_sent:
+                stop_sent = True
+                for worker in active:
+                    worker.stop()
+            for worker in [worker for worker in active if not worker.poll(stop.received)]:
+                active.remove(worker)
+                if worker.reason:
+                    failed[worker.run.name] = worker.reason
+                _print_status(worker.run, f"failed: {worker.reason}" if worker.reason else "stopped" if worker.run.remaining() else "done")
+            time.sleep(_POLL_SECONDS)
     return failed, stop.received
 
 
-def _say(run: Run, what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {run.name}: {what}", flush=True)
+def _print_status(run: SweepRun, status: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {run.name}: {status}", flush=True)

@@ -1,4 +1,4 @@
-"""What happens around the steps: each hook owns its interval and sees every tick of the loop."""
+"""Hooks of the training loop: each is called after every step and decides for itself how often it acts."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from mimo_jax.train.goodput import Goodput
 
 @dataclass
 class StepInfo:
-    """After one step. `state` lives until the next step donates it."""
+    """The outcome of one step. `state` is valid until the next step donates it."""
 
-    step: int  # steps done
+    step: int  # number of steps done
     state: dict[str, Any]
-    metrics: dict[str, jax.Array]  # of this step, on the device
-    samples: int  # in this step's global batch
-    last: bool  # nothing follows: the end, or a stop
-    position: Callable[[], dict]  # the loader's position, JSON-able
-    length: int = 0  # T, tokens to which its sequences are padded
+    metrics: dict[str, jax.Array]  # metrics of this step, on the device
+    samples: int  # number of samples in the global batch
+    last: bool  # no step follows: the run ends or was stopped
+    position: Callable[[], dict]  # returns the loader's position, JSON-serializable
+    length: int = 0  # T, the number of tokens that the sequences are padded to
     wait: float = 0.0  # seconds spent waiting for data
-    dispatch: float = 0.0  # seconds until the step was handed to the device; the first of a length is compiled in them
+    dispatch: float = 0.0  # seconds until the step was dispatched; for the first step of a length, this includes compilation
 
 
 @dataclass
 class Save:
-    """A checkpoint every `every` steps and at the end."""
+    """Saves a checkpoint every `every` steps and at the end."""
 
     checkpoints: Checkpoints
     every: int
     goodput: Goodput
 
-    def __call__(self, tick: StepInfo) -> None:
-        if tick.step % self.every == 0 or tick.last:
+    def __call__(self, info: StepInfo) -> None:
+        if info.step % self.every == 0 or info.last:
             with self.goodput.during("save"):
-                self.checkpoints.save(tick.step, tick.state, tick.position())
+                self.checkpoints.save(info.step, info.state, info.position())
 
     def close(self) -> None:
         with self.goodput.during("save"):
@@ -47,14 +47,14 @@ class Save:
 
 @dataclass
 class Periodic:
-    """Calls `run(tick)` every `every` steps (0: never)."""
+    """Calls `run(info)` every `every` steps (0: never)."""
 
     every: int
     run: Callable[[StepInfo], None]
 
-    def __call__(self, tick: StepInfo) -> None:
-        if self.every and tick.step % self.every == 0 and not tick.last:
-            self.run(tick)
+    def __call__(self, info: StepInfo) -> None:
+        if self.every and info.step % self.every == 0 and not info.last:
+            self.run(info)
 
     def close(self) -> None:
         pass

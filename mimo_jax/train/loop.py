@@ -1,7 +1,7 @@
-"""`mimo train`: from a config and a working directory to checkpoints, metrics, a report and overlays.
+"""`mimo train`: trains the model of a config and writes checkpoints, metrics, evaluation reports and overlays to a working directory.
 
-The same command goes on where a run stopped: parameters, optimizer, step and the data's position come
-back, and the next step is bit-identical to what it would have been.
+The same command resumes a stopped run: parameters, optimizer state, step and data position are restored, and the next step is
+bit-identical to that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,38 +30,39 @@ from mimo_jax.data.loading.loader import Loader, make_loader
 from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mimo_jax.distributed import PreemptionGuard
-from mimo_jax.errors import EXIT_OK, EXIT_TEMPFAIL
+from mimo_jax.errors import EXIT_OK, EXIT_TEMPFAIL, config_path
 from mimo_jax.eval import calibrate, evaluate
 from mimo_jax.eval.calibrate import UNCALIBRATED, Calibration
-from mimo_jax.train import global_batch, writers
+from mimo_jax.models import mimo
+from mimo_jax.train import global_batch
 from mimo_jax.train.goodput import Goodput
 from mimo_jax.train.guard import NonFiniteGuard
 from mimo_jax.train.hooks import Periodic, Save, StepInfo
 from mimo_jax.train.metrics import Metrics
 from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.step import make_step
-from mimo_jax.train.writers import MetricWriters
+from mimo_jax.train.writers import MetricWriters, check_writers
 
 
 def train(config: Config, workdir: str | Path) -> int:
-    """Train to `config.train.steps`; returns the exit code: 0 done, 75 stopped on request with the state saved. Of several processes
-    (`distributed.run`) all call it.
+    """Train to `config.train.steps`; returns the exit code: 0 done, 75 stopped on request with the state saved. If there are several
+    processes (`distributed.run`), all must call it.
 
-    Raises UserError subclasses (exit 2) before any work for a config, data or checkpoint that cannot serve."""
+    Raises UserError subclasses (exit 2) before any work if the config, the data or a checkpoint cannot be used."""
     began = time.time()
-    ready = prepare(config, workdir)
-    run_summary.show(ready.plan, ready.sources, ready.checkpoints.workdir, ready.first)
-    workdir, first, total = ready.checkpoints.workdir, ready.first, config.train.steps
-    with Goodput(workdir, began, first, total, ready.restored) as goodput, MetricWriters(config, workdir, first) as told:
-        code = _run(ready, goodput, told)
+    resumed = prepare(config, workdir)
+    run_summary.show(resumed.setup, resumed.sources, resumed.checkpoints.workdir, resumed.first)
+    workdir, first, total = resumed.checkpoints.workdir, resumed.first, config.train.steps
+    with Goodput(workdir, began, first, total, resumed.restored) as goodput, MetricWriters(config, workdir, first) as writers:
+        code = run_steps(resumed, goodput, writers)
     print(goodput.summary())
     return code
 
 
 class ResumedTraining(NamedTuple):
-    """A run that the next step can be taken of. first: steps done; restored: seconds that it took to get back there, 0 for a new run."""
+    """A run that is ready for its next step. first: number of steps done; restored: seconds that restoring took, 0 for a new run."""
 
-    plan: TrainSetup
+    setup: TrainSetup
     state: dict
     frozen: dict
     loader: Loader
@@ -73,181 +74,187 @@ class ResumedTraining(NamedTuple):
 
 
 def prepare(config: Config, workdir: str | Path) -> ResumedTraining:
-    """Open the run in `workdir`, or begin it. UserErrors as in `train`."""
+    """Open the run in `workdir`, or start it. Raises UserErrors as `train` does."""
     config.validate()
-    writers.check(config)
+    check_writers(config)
     workdir = Path(workdir)
     if not config.data.sources:
         raise ConfigError("config.data.sources: is empty; name a dataset with --data DIR")
     resumed = distributed.gather(checkpoint.open_run(workdir, config))[0]
     mesh = sharding.make_mesh(config.mesh)
-    plan = TrainSetup(config, mesh)
+    setup = TrainSetup(config, mesh)
     if config.data.features:
-        encode_features.check_frozen(path for path in plan.multipliers if plan.trains(path))
+        encode_features.check_frozen(path for path in setup.multipliers if setup.trains(path))
     sources = open_sources(config, config.data.split)
     tokenizer = _tokenizer(config, workdir, sources)
     loader = make_loader(config, tokenizer, sources, global_batch.images_here(mesh, config.images()))
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
 
     since = time.perf_counter()
-    state, frozen = _restore(plan, checkpoints, loader) if resumed else (None, None)
+    state, frozen = _restore(setup, checkpoints, loader) if resumed else (None, None)
     begun = state is not None
     restored = time.perf_counter() - since if begun else 0.0
     if not begun:
-        state, frozen = plan.start(_initial_params(plan))
+        state, frozen = setup.start(_initial_params(setup))
     if config.data.features:
-        loader.use_features(encode_features.fingerprint(config, pathtree.flatten(frozen)))
+        loader.use_features(encode_features.fingerprint(config, pathtree.flatten(frozen)), mimo.feature_shapes(config))
     if not begun:
         checkpoint.start_run(workdir, config, frozen)
-    return ResumedTraining(plan, state, frozen, loader, tokenizer, sources, checkpoints, _steps_done(loader), restored)
+    return ResumedTraining(setup, state, frozen, loader, tokenizer, sources, checkpoints, _num_steps_done(loader), restored)
 
 
-def _run(ready: ResumedTraining, goodput: Goodput, told: MetricWriters) -> int:
-    """Every step that is left, and what follows the last; returns the exit code."""
-    plan, frozen, loader, workdir = ready.plan, ready.frozen, ready.loader, ready.checkpoints.workdir
-    config = plan.config
+def run_steps(resumed: ResumedTraining, goodput: Goodput, writers: MetricWriters) -> int:
+    """Run all remaining steps, then the final calibration and evaluation; returns the exit code."""
+    setup, frozen, loader, workdir = resumed.setup, resumed.frozen, resumed.loader, resumed.checkpoints.workdir
+    config = setup.config
 
-    def judge(state: dict, work: Callable[[dict], None]) -> None:
+    def evaluate_with(state: dict, work: Callable[[dict], None]) -> None:
         with goodput.during("evaluate"):
-            _with_params(plan, state, frozen, work)
+            _with_params(setup, state, frozen, work)
 
-    def look(tick: StepInfo) -> None:
-        judge(tick.state, lambda params: _evaluate(config, params, ready.tokenizer, workdir, tick.step, told))
+    def evaluate_at(info: StepInfo) -> None:
+        evaluate_with(info.state, lambda params: _evaluate(config, params, resumed.tokenizer, workdir, info.step, writers))
 
     hooks = [
-        NonFiniteGuard(config.train, ready.checkpoints, loader.records),
-        Metrics(config, goodput, told),
-        Save(ready.checkpoints, config.train.checkpoint_every, goodput),
-        Periodic(config.train.eval_every, look),
+        NonFiniteGuard(config.train, resumed.checkpoints, loader.records),
+        Metrics(config, goodput, writers),
+        Save(resumed.checkpoints, config.train.checkpoint_every, goodput),
+        Periodic(config.train.eval_every, evaluate_at),
     ]
     stop = PreemptionGuard()
-    tick = None
+    info = None
     try:
-        for tick in steps(plan, ready.state, frozen, loader, stop, config.train.steps):
+        for info in steps(setup, resumed.state, frozen, loader, stop, config.train.steps):
             for hook in hooks:
-                hook(tick)
+                hook(info)
     finally:
         distributed.send_heartbeat(0)
         stop.restore()
         for hook in hooks:
             hook.close()
         loader.close()
-    _write_bad(workdir / "bad_samples.jsonl", loader.bad)
-    done = _steps_done(loader)
+    _write_bad_samples(workdir / "bad_samples.jsonl", loader.bad)
+    done = _num_steps_done(loader)
     if done < config.train.steps:
-        print(f"stopped at step {done}, state saved; run the same command to go on", file=sys.stderr)
+        print(f"stopped at step {done}, state saved; run the same command to resume", file=sys.stderr)
         return EXIT_TEMPFAIL
-    if tick is not None:
-        judge(tick.state, lambda params: _finish(config, params, ready.tokenizer, workdir, done, told))
+    if info is not None:
+        evaluate_with(info.state, lambda params: _finish(config, params, resumed.tokenizer, workdir, done, writers))
     return EXIT_OK
 
 
-def steps(plan: TrainSetup, state: dict, frozen: dict, loader: Loader, stop: PreemptionGuard, total: int) -> Iterator[StepInfo]:
-    """One Tick a step, until `total` are done, or a stop signal. A step takes one batch, whether it moves the state or is skipped."""
-    config = plan.config
-    step_fn = make_step(plan)
+def steps(setup: TrainSetup, state: dict, frozen: dict, loader: Loader, stop: PreemptionGuard, num_steps: int) -> Iterator[StepInfo]:
+    """Yield a StepInfo per step until `num_steps` are done or a stop signal arrives. Every step consumes one batch, also a skipped one."""
+    config = setup.config
+    step_fn = make_step(setup)
     images = config.images()
-    here = global_batch.images_here(plan.mesh, images)
-    done = _steps_done(loader)
+    here = global_batch.images_here(setup.mesh, images)
+    done = _num_steps_done(loader)
     batches, compiled = iter(loader), set()
-    while done < total:
+    while done < num_steps:
         distributed.send_heartbeat(config.train.step_timeout)
         since = time.perf_counter()
         batch = next(batches)
         position = loader.state()
         wait = time.perf_counter() - since
-        placed = global_batch.place(plan.mesh, images, here, batch)
+        placed = global_batch.place(setup.mesh, images, here, batch)
         length = batch["input_ids"].shape[1]
         handed = time.perf_counter()
         if length not in compiled:
             program = step_fn.lower(state, frozen, placed).compile()
             tqdm.write(run_summary.program(program, length, time.perf_counter() - handed))
-            distributed.gather(None)  # a collective waits half a minute for peers, and they may compile for longer
+            distributed.gather(None)  # collectives time out after half a minute, but peers may compile for longer
             compiled.add(length)
         with jax.profiler.StepTraceAnnotation("train", step_num=done):
             state, metrics = step_fn(state, frozen, placed)
         dispatch = time.perf_counter() - handed
         done += 1
-        last = done == total or stop.after(done)
+        last = done == num_steps or stop.should_stop_after(done)
         yield StepInfo(done, state, metrics, config.data.batch_size, last, lambda position=position: position, length, wait, dispatch)
         if last:
             return
 
 
-def _steps_done(loader: Loader) -> int:
+def _num_steps_done(loader: Loader) -> int:
     return loader.state()["batch"]
 
 
 def _tokenizer(config: Config, workdir: Path, sources: dict) -> Tokenizer:
-    """The run's own, else that of `init.path`, else the configured file, else one learnt from the corpus; kept in the run."""
+    """Load the run's tokenizer. A new run copies that of `init.path`, else the configured file, else trains one on its data."""
     path = workdir / "tokenizer.json"
     if jax.process_index() == 0 and not path.exists():
         with files.atomic_write(path) as part:
             if config.init.path:
-                shutil.copy(checkpoint.tokenizer_path(config.init.path), part)
+                with config_path("config.init.path", config.init.path):
+                    _copy_tokenizer(checkpoint.tokenizer_path(config.init.path), part, config)
             elif config.tokenizer == "train":
                 train_tokenizer(_corpus(config, sources), config.model.llm.vocab_size, part, config.model.grounding_tokens())
             elif config.tokenizer:
-                if not Path(config.tokenizer).is_file():
-                    raise ConfigError(f"config.tokenizer: no file {config.tokenizer}")
-                shutil.copy(config.tokenizer, part)
+                with config_path("config.tokenizer", config.tokenizer):
+                    _copy_tokenizer(Path(config.tokenizer), part, config)
             else:
-                raise ConfigError('config.tokenizer: is empty; give a tokenizer.json, or "train" to learn one from the data')
+                raise ConfigError('config.tokenizer: is empty; give a tokenizer.json, or "train" to train one on the data')
     distributed.gather(None)
     return load_tokenizer(path, config.model)
 
 
+def _copy_tokenizer(source: Path, target: Path, config: Config) -> None:
+    load_tokenizer(source, config.model)  # one that does not fit must not stay in the new run
+    shutil.copy(source, target)
+
+
 def _corpus(config: Config, sources: dict) -> Iterator[str]:
-    """Every conversation of the training data as the template words it, without reading an image."""
+    """Yield every conversation of the training data formatted by the chat template, without reading any image."""
     for source in sources.values():
         for index in range(len(source)):
             for sample in source.samples(index):
                 yield conversation.template_text(config, [turn.text for turn in sample.turns])
 
 
-def _initial_params(plan: TrainSetup) -> dict:
-    """From `init.path` where it is set, else from the seed. Parameters that the source lacks must be matched by `init.reinit`."""
-    config = plan.config
+def _initial_params(setup: TrainSetup) -> dict:
+    """Parameters from `init.path` if it is set, else from the seed. Those that `init.path` lacks must be matched by `init.reinit`."""
+    config = setup.config
     key = jax.random.key(config.train.seed)
     if not config.init.path:
-        return plan.initial_params(key)
-    wanted, places = pathtree.flatten(plan.params), pathtree.flatten(plan.param_shardings)
+        return setup.initial_params(key)
+    wanted, shardings = pathtree.flatten(setup.params), pathtree.flatten(setup.param_shardings)
 
     def fits(path: str, leaf) -> bool:
         return path in wanted and wanted[path].shape == leaf.shape
 
-    def place(abstract: dict) -> dict:  # straight to where it will live
-        elsewhere = sharding.replicated(plan.mesh)
+    def place(abstract: dict) -> dict:  # loads each parameter directly into its final sharding
+        replicated = sharding.replicated(setup.mesh)
         flat = pathtree.flatten(abstract)
-        return pathtree.unflatten({path: places[path] if fits(path, leaf) else elsewhere for path, leaf in flat.items()})
+        return pathtree.unflatten({path: shardings[path] if fits(path, leaf) else replicated for path, leaf in flat.items()})
 
-    source = pathtree.flatten(loading.load_params(config.init.path, place=place))
+    with config_path("config.init.path", config.init.path):
+        source = pathtree.flatten(loading.load_params(config.init.path, place=place))
     absent = [path for path in wanted if path not in source or not fits(path, source[path])]
     refused = [p for p in absent if not (config.init.reinit and re.search(config.init.reinit, p))]
     if refused:
         raise CheckpointError(
-            f"{config.init.path}: lacks, or has in another shape: {', '.join(refused)}; "
-            "use its model config, or let config.init.reinit match them"
+            f"{config.init.path}: these parameters are missing or have another shape: {', '.join(refused)}; "
+            "use the checkpoint's model config, or let config.init.reinit match them"
         )
-    made = pathtree.flatten(plan.initial_params(key)) if absent else {}
-    return pathtree.unflatten({p: made[p] if p in absent else source.pop(p).astype(leaf.dtype) for p, leaf in wanted.items()})
+    initial = pathtree.flatten(setup.initial_params(key)) if absent else {}
+    return pathtree.unflatten({p: initial[p] if p in absent else source.pop(p).astype(leaf.dtype) for p, leaf in wanted.items()})
 
 
-def _restore(plan: TrainSetup, checkpoints: Checkpoints, loader: Loader):
-    """(state, frozen) of the newest whole step, with the loader set to its position; (None, None) if there is none."""
+def _restore(setup: TrainSetup, checkpoints: Checkpoints, loader: Loader):
+    """Returns (state, frozen) of the newest complete checkpoint and sets the loader to its position; (None, None) if there is none."""
     step = checkpoints.latest()
     if step is None:
         return None, None
-    state, position = checkpoints.restore(step, plan.state, plan.state_shardings)
-    frozen = frozen_params.load(checkpoints.workdir, plan.frozen, plan.frozen_shardings)
+    state, position = checkpoints.restore(step, setup.state, setup.state_shardings)
+    frozen = frozen_params.load(checkpoints.workdir, setup.frozen, setup.frozen_shardings)
     loader.restore(position)
     return state, frozen
 
 
-def _with_params(plan: TrainSetup, state: dict, frozen: dict, work: Callable[[dict], None]) -> None:
-    """`work` with all parameters: in process 0 alone, on its own devices, while the others wait."""
+def _with_params(setup: TrainSetup, state: dict, frozen: dict, work: Callable[[dict], None]) -> None:
+    """Call `work` with all parameters in process 0, on its own devices, while the other processes wait."""
     distributed.send_heartbeat(0)
-    mesh = sharding.inference_mesh(plan.config.model.llm)
+    mesh = sharding.inference_mesh(setup.config.model.llm)
     place = partial(sharding.param_shardings, mesh=mesh) if mesh else None
     params = arrays.on_first_process(pathtree.merge(state["params"], frozen), place)
     if params is not None:
@@ -255,34 +262,40 @@ def _with_params(plan: TrainSetup, state: dict, frozen: dict, work: Callable[[di
     distributed.gather(None)
 
 
-def _finish(config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, told: MetricWriters) -> None:
-    """Scores fitted on validation samples and kept with the last step, then an evaluation with them."""
-    fitted = UNCALIBRATED
+def _finish(config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, writers: MetricWriters) -> None:
+    """Fit the confidence calibration on validation samples, save it with the last step, and evaluate with it."""
+    calibration = UNCALIBRATED
     if config.train.calibrate_samples:
-        fitted = calibrate.calibrate_params(config, params, tokenizer)
-        if fitted:
-            fitted.write(checkpoint.calibration_path(workdir, step))
+        calibration = calibrate.calibrate_params(config, params, tokenizer)
+        if calibration:
+            calibration.write(checkpoint.calibration_path(workdir, step))
     if config.train.eval_samples:
-        _evaluate(config, params, tokenizer, workdir, step, told, fitted)
+        _evaluate(config, params, tokenizer, workdir, step, writers, calibration)
 
 
 def _evaluate(
-    config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, told: MetricWriters, fitted: Calibration = UNCALIBRATED
+    config: Config,
+    params: dict,
+    tokenizer: Tokenizer,
+    workdir: Path,
+    step: int,
+    writers: MetricWriters,
+    calibration: Calibration = UNCALIBRATED,
 ) -> None:
-    """Free-running evaluation of `eval_samples` validation samples, and overlays of the first few, under `eval/<step>/`."""
+    """Evaluate `eval_samples` validation samples by free-running generation; write the report and overlays to `eval/<step>/`."""
     out = workdir / "eval" / f"{step:08d}"
     samples, overlays = config.train.eval_samples, config.train.num_overlays
     report = evaluate.evaluate_params(
-        config, params, tokenizer, split="val", limit=samples, overlays=out, overlay_count=overlays, calibration=fitted
+        config, params, tokenizer, split="val", limit=samples, overlays=out, overlay_count=overlays, calibration=calibration
     )
     if report is not None:
         files.write_json(out / "report.json", report)
-        told.pictures(step, out)
+        writers.write_images(step, out)
 
 
-def _write_bad(path: Path, bad: list[dict]) -> None:
-    """The samples that no process could use, if there are any."""
-    rows = {row["sample"]: row for rows in distributed.gather(bad) for row in rows}
+def _write_bad_samples(path: Path, bad_samples: list[dict]) -> None:
+    """Write the samples that could not be used in any process, if there are any."""
+    rows = {row["sample"]: row for rows in distributed.gather(bad_samples) for row in rows}
     if rows and jax.process_index() == 0:
         print(f"{len(rows)} samples could not be used; listed in {path}", file=sys.stderr)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))

@@ -12,8 +12,8 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from mimo_jax import pathtree
 from mimo_jax.config import TrainConfig
 
-# What Muon turns: the matrices inside the towers, the last two axes of a kernel, layer by layer where layers are stacked.
-# Convolutions, embeddings, the language head and LoRA's thin factors stay with Adam.
+# Muon orthogonalises the matrices inside the towers: the last two axes of a kernel, layer by layer where layers are stacked.
+# Convolutions, embeddings, the language head and LoRA's thin factors are optimized with Adam.
 MATRICES = r"/kernel$"
 NOT_MATRICES = r"/(patch|neck_in|neck_out|mask_down1|mask_down2|mask_out|upscale1|upscale2)/"
 
@@ -31,7 +31,7 @@ def schedule(cfg: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(cfg: TrainConfig, table: dict[str, float | None]) -> optax.GradientTransformation:
-    """Clip by global norm, Adam or Muon, decoupled weight decay of matrices, schedule, and each path's multiplier."""
+    """Clipping by global norm, Adam or Muon, decoupled weight decay of matrices, the schedule, and each path's multiplier."""
 
     def scale_by_path(updates, _params=None):
         flat = pathtree.flatten(updates)
@@ -56,8 +56,8 @@ def _muon_or_adam(params: dict) -> dict:
 
 
 def _muon() -> optax.GradientTransformation:
-    """Orthogonalised momentum (Jordan et al. 2024), scaled so that an update's entries are as large as Adam's are: the same
-    learning rate serves both (Liu et al. 2025, "Muon is scalable", section 2.2)."""
+    """Orthogonalised momentum (Jordan et al. 2024), scaled so that the entries of an update are as large as Adam's: the same
+    learning rate suits both (Liu et al. 2025, "Muon is scalable", section 2.2)."""
 
     def axes(params):
         return jax.tree.map(lambda p: MuonDimensionNumbers(reduction_axis=p.ndim - 2, output_axis=p.ndim - 1), params)

@@ -1,4 +1,4 @@
-"""One training step, under one `jax.jit`: gradients of the trained parameters alone, then the optimizer."""
+"""One training step under one `jax.jit`: the gradients of the trained parameters, then the optimizer."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from mimo_jax.train import losses
 from mimo_jax.train.optimizer import schedule
 from mimo_jax.train.state import TrainSetup
 
-# XLA's options by platform. TPU: a layer's weights are gathered whole, ahead of their use; XLA would multiply by one device's slice of
-# them at a time, of 80 columns for SAM on 16 devices, and add up the partial products in memory.
+# XLA options by platform. TPU: all-gather a layer's weights before they are used. Otherwise XLA multiplies by one device's slice at a
+# time (80 columns for SAM on 16 devices) and accumulates the partial products in memory.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
-def make_step(plan: TrainSetup) -> Callable:
-    """(state donated, frozen, batch) -> (state, metrics: scalars fp32).
+def make_step(setup: TrainSetup) -> Callable:
+    """Returns the jitted step: (state, donated; frozen; batch) -> (state, metrics as fp32 scalars).
 
-    A step whose loss or gradient is not finite leaves the state as it was and reports `finite` = 0.
-    With `train.grad_accum_steps` micro-batches, the loss is the same as without: sums are divided once by the weight of the whole batch.
+    A step whose loss or gradient is not finite leaves the state unchanged and reports `finite` = 0.
+    With `train.grad_accum_steps` micro-batches the loss is the same as without: sums are divided once by the weight of the full batch.
     """
-    cfg = plan.config.train
+    cfg = setup.config.train
     rate = schedule(cfg)
 
     def loss_fn(params, frozen, batch, weights):
-        model = scan.bind(plan.graphdef, pathtree.merge(params, frozen))
-        with mesh.use_mesh(plan.mesh):
+        model = scan.bind(setup.graphdef, pathtree.merge(params, frozen))
+        with mesh.use_mesh(setup.mesh):
             sums = losses.batch_sums(model, batch, cfg.loss_chunk)
         return losses.combine(sums, cfg.loss, weights), sums
 
@@ -42,8 +42,8 @@ def make_step(plan: TrainSetup) -> Callable:
     def accumulated(params, frozen, batch, weights):
         if cfg.grad_accum_steps == 1:
             return gradient(params, frozen, batch, weights)
-        micro = micro_batches(batch, plan.config.data.batch_size // plan.config.data.samples_per_image, cfg.grad_accum_steps)
-        micro = jax.lax.with_sharding_constraint(micro, sharding.micro_batch_sharding(plan.mesh))
+        micro = micro_batches(batch, setup.config.data.batch_size // setup.config.data.samples_per_image, cfg.grad_accum_steps)
+        micro = jax.lax.with_sharding_constraint(micro, sharding.micro_batch_sharding(setup.mesh))
 
         def body(carry, part):
             return jax.tree.map(jnp.add, carry, gradient(params, frozen, part, weights)), None
@@ -56,7 +56,7 @@ def make_step(plan: TrainSetup) -> Callable:
         weights = losses.normalizers(batch)
         (loss, sums), grads = accumulated(state["params"], frozen, batch, weights)
         norm = optax.global_norm(grads)
-        updates, opt = plan.optimizer.update(grads, state["opt"], state["params"])
+        updates, opt = setup.optimizer.update(grads, state["opt"], state["params"])
         moved = {"params": optax.apply_updates(state["params"], updates), "opt": opt, "step": state["step"] + 1}
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, state)
@@ -74,25 +74,25 @@ def make_step(plan: TrainSetup) -> Callable:
         }
         return new, metrics
 
-    everywhere = sharding.replicated(plan.mesh)
+    everywhere = sharding.replicated(setup.mesh)
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(plan.state_shardings, plan.frozen_shardings, sharding.batch_sharding(plan.mesh)),
-        out_shardings=(plan.state_shardings, everywhere),
-        compiler_options=COMPILER_OPTIONS.get(plan.mesh.devices.flat[0].platform),
+        in_shardings=(setup.state_shardings, setup.frozen_shardings, sharding.batch_sharding(setup.mesh)),
+        out_shardings=(setup.state_shardings, everywhere),
+        compiler_options=COMPILER_OPTIONS.get(setup.mesh.devices.flat[0].platform),
     )
 
 
 def lower_step(config: Config, mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]) -> LoweredStep:
-    """The step of a config on a mesh, which may be of devices that are only described, for `analysis.aot.compile_step`."""
+    """Lower the step of a config on a mesh, whose devices may be described only, for `analysis.aot.compile_step`."""
     setup = TrainSetup(config, mesh)
     return LoweredStep(make_step(setup).lower(setup.state, setup.frozen, batch), setup.state, setup.base_reason)
 
 
 def micro_batches(batch: dict[str, jax.Array], images: int, parts: int) -> dict[str, jax.Array]:
-    """A batch of so many images, each array with one row or K rows an image, in `parts` [parts, rows / parts, ...]: every part-th image
-    with its samples, so that each device cuts up its own rows and sends none."""
+    """Split a batch of `images` images, whose arrays have one row or K rows per image, into [parts, rows / parts, ...]: part i gets the
+    images i, i + parts, … with their samples, so that each device splits its own rows and nothing is communicated."""
 
     def cut(x: jax.Array) -> jax.Array:
         rows = x.shape[0] // images

@@ -1,5 +1,5 @@
-"""Where rows of figures and pictures of a run go: RUN/metrics.jsonl always, TensorBoard under RUN/tensorboard, and W&B where
-`config.train.wandb` names a project. Process 0 alone writes."""
+"""Write the metrics and images of a run to RUN/metrics.jsonl, to TensorBoard under RUN/tensorboard, and to W&B if
+`config.train.wandb` names a project. Only process 0 writes."""
 
 from __future__ import annotations
 
@@ -19,63 +19,63 @@ from mimo_jax.config import Config, ConfigError
 FILE = "metrics.jsonl"
 
 
-def check(config: Config) -> None:
-    """ConfigError if what a run is to report to is not there; before any work."""
-    found = importlib.util.find_spec("wandb") if config.train.wandb else None
-    if config.train.wandb and (found is None or found.origin is None):  # a folder of its runs, ./wandb, is no library
+def check_writers(config: Config) -> None:
+    """Raises ConfigError if a writer that the config asks for is not installed."""
+    spec = importlib.util.find_spec("wandb") if config.train.wandb else None
+    if config.train.wandb and (spec is None or spec.origin is None):  # without an origin it is ./wandb, the folder of W&B runs
         raise ConfigError("config.train.wandb: W&B is not installed; pip install 'mimo_jax[wandb]', or leave it empty")
 
 
 class MetricWriters:
-    """All that a run reports to, while it holds."""
+    """All writers of a run, as a context manager."""
 
     def __init__(self, config: Config, workdir: Path, first: int):
-        """first: the step at which the run goes on; rows beyond it are of steps that will be done again, and go."""
-        self.places: list[Any] = []
+        """first: the step from which the run resumes; rows of later steps are removed, since these steps are repeated."""
+        self.writers: list[Any] = []
         if jax.process_index() == 0:
-            self.places = [JsonlWriter(workdir, first), TensorBoardWriter(workdir, first)]
+            self.writers = [JsonlWriter(workdir, first), TensorBoardWriter(workdir, first)]
             if config.train.wandb:
-                self.places.append(_Wandb(config, workdir))
+                self.writers.append(WandbWriter(config, workdir))
 
-    def row(self, step: int, row: dict[str, float | None]) -> None:
-        for place in self.places:
-            place.row(step, row)
+    def write_scalars(self, step: int, row: dict[str, float | None]) -> None:
+        for writer in self.writers:
+            writer.write_scalars(step, row)
 
-    def pictures(self, step: int, folder: Path) -> None:
-        """The overlays that an evaluation wrote; they are of the same samples every time, each under its name."""
-        for path in sorted(folder.glob("*.png")) if self.places else ():
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            for place in self.places:
-                place.picture(step, path.stem, pixels)
+    def write_images(self, step: int, folder: Path) -> None:
+        """Write the overlays of an evaluation, each under its file name; every evaluation uses the same samples."""
+        for path in sorted(folder.glob("*.png")) if self.writers else ():
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            for writer in self.writers:
+                writer.write_image(step, path.stem, pixels)
 
     def __enter__(self) -> MetricWriters:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_) -> None:
-        for place in self.places:
-            place.close(failed is not None)
+        for writer in self.writers:
+            writer.close(failed is not None)
 
 
 class JsonlWriter:
-    """metrics.jsonl."""
+    """Writes metrics.jsonl."""
 
     def __init__(self, workdir: Path, first: int):
-        cut_rows(workdir / FILE, first)
+        truncate_rows(workdir / FILE, first)
         self.file = open(workdir / FILE, "a", buffering=1)
 
-    def row(self, step: int, row: dict) -> None:
+    def write_scalars(self, step: int, row: dict) -> None:
         self.file.write(json.dumps({"step": step, **row}) + "\n")
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        pass  # they lie in RUN/eval
+    def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        pass  # the images are already in RUN/eval
 
     def close(self, failed: bool) -> None:
         self.file.close()
 
 
-def cut_rows(path: Path, step: int) -> None:
-    """Take away rows beyond `step`, and one that a kill cut short; the old file stands until the new one is whole."""
+def truncate_rows(path: Path, step: int) -> None:
+    """Remove the rows after `step` and an incomplete last row; the old file is replaced once the new one is complete."""
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
@@ -86,27 +86,27 @@ def cut_rows(path: Path, step: int) -> None:
 
 
 class TensorBoardWriter:
-    """TensorBoard, by tensorboardX, which imports torch wherever torch is installed: hence not before a run begins."""
+    """Writes to TensorBoard. tensorboardX imports torch if it is installed, so it is imported only when a run starts."""
 
     def __init__(self, workdir: Path, first: int):
         from tensorboardX import SummaryWriter
 
         self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
 
-    def row(self, step: int, row: dict) -> None:
+    def write_scalars(self, step: int, row: dict) -> None:
         for name, value in row.items():
             if value is not None:
                 self.writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self.writer.add_image(f"eval/{name}", pixels, step, dataformats="HWC")
 
     def close(self, failed: bool) -> None:
         self.writer.close()
 
 
-class _Wandb:
-    """W&B; RUN/wandb.json remembers which of its runs this is, so that a resumed one goes on there."""
+class WandbWriter:
+    """Writes to W&B; RUN/wandb.json stores the id of the W&B run, so that a resumed run continues it."""
 
     def __init__(self, config: Config, workdir: Path):
         import wandb
@@ -121,13 +121,13 @@ class _Wandb:
         except wandb.errors.Error as error:
             raise ConfigError(f"config.train.wandb: {error}; run `wandb login`, set WANDB_MODE=offline, or leave it empty") from error
         self.image = wandb.Image
-        self.run.define_metric("*", step_metric="step")  # steps that are done again are not refused
+        self.run.define_metric("*", step_metric="step")  # otherwise W&B rejects repeated steps
         files.write_json(path, {"project": project, "id": name})
 
-    def row(self, step: int, row: dict) -> None:
+    def write_scalars(self, step: int, row: dict) -> None:
         self.run.log({"step": step, **{name: value for name, value in row.items() if value is not None}})
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self.run.log({"step": step, f"eval/{name}": self.image(pixels)})
 
     def close(self, failed: bool) -> None:

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from mimo_jax.cli.chat import HELP, Session, typed
-from mimo_jax.infer.answers.answer import NOTHING_PAINTED
+from mimo_jax.cli.chat import HELP, ChatSession, keyboard_lines
+from mimo_jax.infer.answers.answer import NO_MASKS
 from mimo_jax.infer.predictor import Mimo
 from tests.data.handmade import tokenizer as make_tokenizer
 from tests.tiny_config import random_params, tiny_config
@@ -22,7 +22,7 @@ def mimo(tmp_path_factory):
 
 @pytest.fixture
 def session(mimo):
-    return Session(mimo.open(np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)), io.StringIO())
+    return ChatSession(mimo.open(np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)), io.StringIO())
 
 
 def said(session, *lines):
@@ -42,7 +42,7 @@ def test_lines_are_questions_and_marks_count_for_the_next_one_alone(session, mim
     marks = {"points": [[5, 6, 1]], "boxes": [[2, 3, 30, 20]], "scribbles": [[[1, 1], [9, 9]]]}
     assert twin.ask("What is this?", **marks).text == first.text and twin.ask("And then?").text == second.text
     assert all(e.describe() in shown for a in (first, second) for e in a.entities)
-    assert (NOTHING_PAINTED in shown) == (not first.entities or not second.entities)
+    assert (NO_MASKS in shown) == (not first.entities or not second.entities)
 
 
 def test_marks_from_a_file_and_taking_them_back(session, tmp_path):
@@ -105,4 +105,4 @@ def test_typed_lines_survive_ctrl_c_and_end_with_ctrl_d(capsys):
             return key
         raise key
 
-    assert list(typed(read=read)) == ["a", "b"]
+    assert list(keyboard_lines(read=read)) == ["a", "b"]

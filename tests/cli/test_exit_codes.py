@@ -88,7 +88,7 @@ def test_user_path_tells_what_was_named_from_what_is_ours(tmp_path):
     assert outcome(data / "gone", data, contents=True) is UserError
     assert outcome(data / "gone", data) is FileNotFoundError
     assert outcome(tmp_path / "template.txt", data, contents=True) is FileNotFoundError
-    with pytest.raises(UserError, match="^No space left on device$"), user_path():
+    with pytest.raises(UserError, match="^No space left on device; make room$"), user_path():
         raise OSError(28, "No space left on device")
     with pytest.raises(TimeoutError), user_path(data, contents=True):
         raise TimeoutError("no answer")

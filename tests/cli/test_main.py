@@ -135,7 +135,7 @@ def test_examples_parse(command):
     for line in main._command(main.parser(), command.split()).format_help().split("examples:")[-1].splitlines():
         if line.startswith("  mimo "):
             words = shlex.split(line.split(" < ")[0])[1:]
-            assert main._parse(main._negatives_joined(words)).command == command.split()[0]
+            assert main._parse(main._join_negative_values(words)).command == command.split()[0]
 
 
 def test_version(capsys):
@@ -271,7 +271,7 @@ def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "out, error",
     [
-        ("a.gz.gif", "cannot tell what to write"),
+        ("a.gz.gif", "has an unknown ending"),
         ("a.nii.gz", "only NIfTI and DICOM input"),
         ("a.dcm", "only DICOM input"),
         ("no/a.png", "no folder"),
@@ -360,7 +360,7 @@ def test_ask_of_a_folder_asks_every_slice(scanned, capsys, tmp_path):
     assert main.main([*argv, *(f"--out={out}" for out in outs)]) == 0
     said = capsys.readouterr()
     # 2 slices of 4 rows of 10 pixels of 0.5 x 0.25 x 2 mm
-    assert said.out.splitlines() == ["the liver: 80 voxels, 0.02 cm³, slices 1 to 2, score 0.80", "nothing painted on 2 of 4 slices"]
+    assert said.out.splitlines() == ["the liver: 80 voxels, 0.02 cm³, slices 1 to 2, score 0.80", "nothing segmented on 2 of 4 slices"]
     assert "base 1234" in said.err and f"written to {outs[0]}" in said.err and all(out.is_file() for out in outs)
     assert main.main([*argv, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -392,9 +392,9 @@ def test_exit_codes(called, capsys):
     called.error = UserError("config.x: is wrong;\nmend it")
     assert fails(capsys, *line) == "mimo: error: config.x: is wrong; mend it\n"
     called.error = OSError(28, "No space left on device")
-    assert fails(capsys, *line) == "mimo: error: No space left on device\n"
+    assert fails(capsys, *line) == "mimo: error: No space left on device; make room\n"
     called.error = FileNotFoundError(2, "No such file or directory", "w")
-    assert fails(capsys, *line) == "mimo: error: w: No such file or directory\n"
+    assert fails(capsys, *line) == "mimo: error: w: No such file or directory; check the path\n"
     for gone in ("vocabulary.json", "w/state.json"):  # nobody named it: a file of the package, and one of our own in a named folder
         called.error = FileNotFoundError(2, "No such file or directory", gone)
         with pytest.raises(FileNotFoundError):

@@ -52,7 +52,7 @@ def test_a_dry_run_prints_runs_and_commands(backend, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--only", "alinger"], "--only alinger: is no group of configs/ablations.py; it has aligner, data"),
+        (["--only", "alinger"], "--only alinger: is not a group of configs/ablations.py; its groups are aligner, data"),
         (["--seeds", "0,x"], "argument --seeds: 'x' is not a whole number of 0 or more"),
         (["--data", "other=data/b"], "--test: is missing; of several --data, say whose test split is asked"),
         (["--config.train.stesp=3"], "config.train.stesp: is unknown; did you mean config.train.steps?"),
@@ -87,7 +87,7 @@ def test_a_sweep_is_stopped_goes_on_and_outlives_a_run_that_fails(tmp_path):
     begun.send_signal(signal.SIGTERM)
     out, err = begun.communicate(timeout=60)
     assert begun.returncode == 75, err
-    assert err == "stopped; run the same command to go on\n" and "base-s0" in out and "stopped" in out
+    assert err == "stopped; run the same command to resume\n" and "base-s0" in out and "stopped" in out
     (base,) = runs.iterdir()  # nothing else was begun
     first = max(int(step.name) for step in (base / "steps").iterdir())
     assert first < 12
@@ -107,24 +107,24 @@ def test_a_sweep_is_stopped_goes_on_and_outlives_a_run_that_fails(tmp_path):
     refused = mimo(*words[:-1], "--config.train.steps=13")
     _, err = refused.communicate(timeout=60)
     assert refused.returncode == 2
-    assert err.startswith(f"mimo: error: {base}: is of another config: config.train.steps (12 there, 13 here); give the same flags")
+    assert err.startswith(f"mimo: error: {base}: has another config: config.train.steps (12 there, 13 here); give the same flags")
     assert len(err.splitlines()) == 1
 
 
 def test_a_run_that_something_else_works_on_is_left_alone(tmp_path):
     """The lock is the child's too: a training that outlives its killed sweep is not joined by a second one."""
-    from mimo_jax.sweep.run import Processes, run_all
+    from mimo_jax.sweep.run import LocalWorker, run_all
 
     class Run:
         name, folder = "a", tmp_path / "a"
 
         @staticmethod
-        def due():
+        def remaining():
             return [["--version"]]
 
-    first = Processes(Run)
-    assert first.going(stopping=False)
-    failed, stopped = run_all([Run], Processes, 1)
-    assert failed == {"a": "another process is at work on it; wait for that one, or end it"} and not stopped
-    wait_for(lambda: not first.going(stopping=False))
+    first = LocalWorker(Run)
+    assert first.poll(stopping=False)
+    failed, stopped = run_all([Run], LocalWorker, 1)
+    assert failed == {"a": "another process is working on it; wait for that process, or end it"} and not stopped
+    wait_for(lambda: not first.poll(stopping=False))
     assert first.reason == "" and "mimo_jax" in (tmp_path / "a" / "--version.log").read_text()

@@ -221,12 +221,12 @@ def test_spans_unite_their_targets_and_their_words_count_as_the_name():
 
 def test_a_limit_spreads_over_perspectives_and_images():
     records = [record(i) for i in range(6)]
-    chosen = ev.choose(records, 10)
+    chosen = ev.select_samples(records, 10)
     picked = [records[n].samples[i].perspective for n, indices in chosen.items() for i in indices]
     assert len(chosen) >= 2 and {p: picked.count(p) for p in set(picked)} == {"vqa": 2, "I": 2, "II": 2, "III": 2, "IV": 2}
-    assert chosen == ev.choose(records, 10)
-    assert sum(map(len, ev.choose(records, None).values())) == 6 * len(records[0].samples)
-    assert {records[n].samples[i].perspective for n, s in ev.choose(records, None, ["vqa"]).items() for i in s} == {"vqa"}
+    assert chosen == ev.select_samples(records, 10)
+    assert sum(map(len, ev.select_samples(records, None).values())) == 6 * len(records[0].samples)
+    assert {records[n].samples[i].perspective for n, s in ev.select_samples(records, None, ["vqa"]).items() for i in s} == {"vqa"}
 
 
 def test_unusable_samples_are_listed_not_hidden(mimo):
@@ -288,7 +288,7 @@ def test_every_turn_has_a_picture_of_its_own(tmp_path):
 @pytest.fixture
 def toy_metric():
     """A metric of a project that uses this package: pixels painted where nothing is."""
-    register_metric("pixels_of_nothing", lambda results: sum(a.painted_px for a in results.abstentions if a.no_target), "toy: in pixels")
+    register_metric("pixels_of_nothing", lambda results: sum(a.segmented_px for a in results.abstentions if a.no_target), "toy: in pixels")
     register_metric("entities_hit", lambda results: Ratio([e.group for e in results.entities], [e.iou > 0.5 for e in results.entities]))
     yield
     del METRICS["pixels_of_nothing"], METRICS["entities_hit"]

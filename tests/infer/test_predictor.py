@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 from mimo_jax import pathtree
 from mimo_jax.checkpoints import checkpoint
 from mimo_jax.data.conversation import encode_user_turn
-from mimo_jax.data.images.open_image import MedicalImage, open_picture
+from mimo_jax.data.images.open_image import MedicalImage, open_image
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers import answer as answers
@@ -191,12 +191,12 @@ def test_an_answer_without_seg_says_so_and_paints_nothing(mimo, tokenizer, monke
     monkeypatch.setattr(mimo.engine, "segment", lambda *_: pytest.fail("nothing is to be painted"))
     with Said(mimo, tokenizer.encode("Yes.")):
         answer = mimo.open(picture()).ask("Is there a liver?")
-    assert answer.text == "Yes." and answer.entities == [] and answers.NOTHING_PAINTED in answer.describe()
+    assert answer.text == "Yes." and answer.entities == [] and answers.NO_MASKS in answer.describe()
 
 
 def test_limits_cut_and_say_so(mimo):
     chat = mimo.open(picture())
-    made = [mimo.converse([Request(chat.image, "What is this?", max_new_tokens=n)])[0] for n in (2, None, 60)]
+    made = [mimo.generate([Request(chat.image, "What is this?", max_new_tokens=n)])[0] for n in (2, None, 60)]
     prompt = len(encode_user_turn(mimo.tokenizer, mimo.config, "What is this?", 0, True)[0])
     ids = [past.ids[prompt:-1] for _, past in made]
     assert [len(row) for row in ids] == [2, 24, 60]  # 24: the config's own limit
@@ -247,7 +247,7 @@ def test_three_turns_with_a_cache_equal_the_whole_conversation_without(mimo, lim
         answer = chat.ask(question, **marks, max_new_tokens=limit)
         prefilled.append(mimo.engine.counts["prefilled"] - before)
         request = Request(chat.image, question, Prompts(**marks), limit, past)
-        ((whole, turn),) = mimo.converse([request])
+        ((whole, turn),) = mimo.generate([request])
         assert chat._past[-1].ids == turn.ids
         same(answer, whole)
         past = [*past, turn]
@@ -259,7 +259,7 @@ def test_three_turns_with_a_cache_equal_the_whole_conversation_without(mimo, lim
 def test_features_and_caches_beyond_the_budget_are_made_again(mimo, tokenizer):
     """Two chats in a store that has room for one: the same answers, images encoded anew, the conversation prefilled anew."""
     small = Mimo(mimo.config, mimo.engine.params, tokenizer)
-    small.store.budget = 1
+    small.device_cache.budget = 1
     pairs = [(small.open(picture(seed=seed)), mimo.open(picture(seed=seed))) for seed in (0, 1)]
     for question in ("Segment the liver.", "What is this?"):
         for chat, kept in pairs:
@@ -298,7 +298,7 @@ def test_a_stream_takes_nothing_back(mimo, ids, piece):
     run = mimo.start(Request(mimo.open(picture()).image, "What is this?"))
     told = ""
     for n in range(0, len(ids) + piece, piece):
-        run.said, run.done = [ids[:n]], n >= len(ids)
+        run.generated_ids, run.done = [ids[:n]], n >= len(ids)
         text = run.text(0)
         assert run.done or text.startswith(told)
         told = text if len(text) > len(told) else told
@@ -347,7 +347,7 @@ def test_a_warm_model_compiles_nothing_in_a_request(tokenizer):
 
 def test_turns_of_different_number_share_a_batch(mimo):
     chat = mimo.open(picture())
-    ((_, past),) = mimo.converse([Request(chat.image, "Segment the liver.")])
+    ((_, past),) = mimo.generate([Request(chat.image, "Segment the liver.")])
     requests = [Request(chat.image, "What is this?", past=[past]), Request(chat.image, "What is this?")]
     requests.append(Request(chat.image, "What is this?", past=[past, past]))
     together = mimo.predict(requests)
@@ -441,7 +441,7 @@ def test_medical_files_are_opened_asked_about_and_answered_on_their_grid(mimo, t
     volume = np.random.default_rng(0).integers(0, 999, (30, 20, 4)).astype(np.int16)
     path = nifti(tmp_path / "a.nii.gz", volume, np.diag([2.0, 3, 4, 1]))
     chat = mimo.open(path, slice="axial:2", window=(0, 999))
-    np.testing.assert_array_equal(chat.image.pixels, open_picture(path, slice="axial:2", window=(0, 999)).pixels)
+    np.testing.assert_array_equal(chat.image.pixels, open_image(path, slice="axial:2", window=(0, 999)).pixels)
     with Said(mimo, grounded(tokenizer, "liver", "spleen")):
         answer = chat.ask("Segment both.")
     answer.save(tmp_path / "b.nii.gz", tmp_path / "b.json")
@@ -456,7 +456,7 @@ def test_medical_files_are_opened_asked_about_and_answered_on_their_grid(mimo, t
     chat = mimo.open(saved(dicom(frames, frames=3), tmp_path / "c.dcm"), frame=2, window="soft")
     with Said(mimo, grounded(tokenizer, "liver")):
         assert chat.ask("Segment it.").entities[0].area_mm2 == chat.answers[0].entities[0].area_px * 0.125
-    assert mimo.open(open_picture(path, slice="k:0")).image.picture.grid.index == 0
+    assert mimo.open(open_image(path, slice="k:0")).image.picture.grid.index == 0
 
 
 @pytest.mark.parametrize("error, chosen", [("frame 0: is for a file", {"frame": 0}), ("slice k:1: is for", {"slice": "k:1"})])

@@ -93,7 +93,7 @@ def test_a_blob_of_a_nifti_comes_back_where_it_lies_in_mm(tmp_path, affine, axis
     assert (blob.entity, blob.phrase, blob.voxels) == ("blob", "The blob", labels.sum())
     assert blob.volume_mm3 == pytest.approx(labels.sum() * abs(np.linalg.det(affine[:3, :3])), rel=1e-4)
     along = np.flatnonzero(labels.any(tuple(n for n in range(3) if n != answer.volume.grids[0].axis)))
-    assert blob.slices == (along[0], along[-1]) and answer.painted() == along.tolist()
+    assert blob.slices == (along[0], along[-1]) and answer.segmented_slices() == along.tolist()
 
 
 @pytest.mark.parametrize("directions", [(1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0.8, 0.6, 0, -0.36, 0.48, 0.8)])
@@ -170,7 +170,7 @@ def test_structures_go_by_their_name_and_keep_what_they_share(tmp_path, many):
         f"a liver: 90 voxels, {90 * answer.volume.voxel_mm3 / 1000:.2f} cm³, slices 1 to 5, score {liver.score:.2f}",
         "cyst: 0 voxels, 0.00 cm³, no slice, score 0.30, uncertain",
         f"Spleen: 36 voxels, {36 * answer.volume.voxel_mm3 / 1000:.2f} cm³, slices 4 to 5, score 0.60",
-        "nothing painted on 1 of 6 slices",
+        "nothing segmented on 1 of 6 slices",
     ]
 
     answer.save(*(tmp_path / f"b.{ending}" for ending in ("json", "npy", "nii.gz", "dcm", "png")))
@@ -209,9 +209,9 @@ def test_one_name_twice_on_a_slice_is_one_structure(tmp_path):
 def test_a_sheet_shows_at_most_25_painted_slices(tmp_path):
     volume = nifti(tmp_path / "a.nii", np.moveaxis(levels(40) // 20, 0, 2).astype(np.int16), RAS)
     answer = ask_volume(Painter(lambda grey: {"it": (grey >= 3, 0.9)}), open_volume(volume, window=WINDOW), "?", progress=False)
-    assert answer.painted() == list(range(3, 40))
+    assert answer.segmented_slices() == list(range(3, 40))
     shown = []
-    asked = answer.volume.show
+    asked = answer.volume.load_slice
     object.__setattr__(answer.volume, "show", lambda k: shown.append(k) or asked(k))
     answer.save(tmp_path / "b.png")
     assert len(shown) == 25 and shown[0] == 3 and shown[-1] == 39 and Image.open(tmp_path / "b.png").width > 800
@@ -219,14 +219,14 @@ def test_a_sheet_shows_at_most_25_painted_slices(tmp_path):
     assert single.describe().startswith("it: 54 voxels, 1.30 cm³, slice 7, score 0.90\n")
     empty = ask_volume(Painter(lambda grey: {}), answer.volume, "?", progress=False)
     empty.save(tmp_path / "c.png", tmp_path / "c.nii.gz", tmp_path / "c.npy", tmp_path / "c.json")
-    assert np.load(tmp_path / "c.npy").shape == (0, 6, 9, 40) and empty.describe() == "nothing painted on 40 of 40 slices"
+    assert np.load(tmp_path / "c.npy").shape == (0, 6, 9, 40) and empty.describe() == "nothing segmented on 40 of 40 slices"
     assert not np.asanyarray(nibabel.load(tmp_path / "c.nii.gz").dataobj).any()
 
 
 def test_only_one_batch_of_pictures_is_in_memory(tmp_path):
     """Slices are shown as their batch comes, each once, and nothing keeps them."""
     volume = open_volume(nifti(tmp_path / "a.nii", np.zeros((4, 5, 10), np.int16), RAS), window=WINDOW)
-    shown, asked, painter = [], volume.show, Painter(bright, batch_size=3)
+    shown, asked, painter = [], volume.load_slice, Painter(bright, batch_size=3)
     object.__setattr__(volume, "show", lambda k: shown.append((k, len(painter.batches))) or asked(k))
     ask_volume(painter, volume, "?", progress=False)
     assert painter.batches == [3, 3, 2, 2]
@@ -243,14 +243,14 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         gap, free, bare, whole = (open_volume(p, window=WINDOW) for p in (tmp_path / "gap", tmp_path / "free", tmp_path / "bare", scan))
     for volume, name, error in (
         (gap, "b.nii.gz", "does not say where in the patient its slices lie, or they are not evenly spaced; use .dcm, .npy or .json"),
-        (free, "b.dcm", "cannot point into a series without FrameOfReferenceUID; use .nii.gz"),
+        (free, "b.dcm", "cannot refer to a series without FrameOfReferenceUID; use .nii.gz"),
         (bare, "b.dcm", "this one lacks SOPInstanceUID, StudyInstanceUID; use .nii.gz"),
         (whole, "b.dcm", "only DICOM input can be saved as DICOM SEG; use .nii.gz"),
     ):
         with pytest.raises(UserError, match=error):
             check_outputs(tmp_path / name, grid=volume.grids)
     answer = ask_volume(Painter(lambda grey: {"it": (grey > 999, 0.9)}), gap, "?", progress=False)
-    with pytest.raises(UserError, match="b.dcm: the answer paints nothing"):
+    with pytest.raises(UserError, match="b.dcm: the answer segments nothing"):
         answer.save(tmp_path / "b.json", tmp_path / "b.dcm")
     assert not (tmp_path / "b.json").exists()
     ask_volume(Painter(bright), gap, "?", progress=False).save(tmp_path / "c.json")

@@ -7,8 +7,8 @@ import pytest
 
 from mimo_jax.cli import main
 from mimo_jax.sweep import jobs
-from mimo_jax.sweep.jobs import SubmittedJob, SweepCluster, job_name
-from mimo_jax.sweep.run import Processes
+from mimo_jax.sweep.jobs import ClusterWorker, SweepCluster, job_name
+from mimo_jax.sweep.run import LocalWorker
 from tests.sweep.small import ABLATIONS
 from tests.sweep.test_plan import plan
 
@@ -38,7 +38,7 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE", str(tools))
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(jobs, "_LOOK", 0.0)
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.0)
     (tmp_path / "data").mkdir()
     return tools
 
@@ -69,15 +69,15 @@ def test_a_job_is_found_again_and_not_submitted_twice(cluster, tmp_path, monkeyp
     (tmp_path / "configs").mkdir()
     run = plan(ABLATIONS, base=ABLATIONS, workdir=tmp_path / "runs", data=(str(tmp_path / "data"),)).runs[0]
     slurm = SweepCluster("slurm", ("--accelerator", "cpu"))
-    first = SubmittedJob(run, slurm)
-    assert first.going(stopping=False)
+    first = ClusterWorker(run, slurm)
+    assert first.poll(stopping=False)
     assert json.loads((run.folder / "job.json").read_text())["id"] == "471"
-    assert not first.going(stopping=True)  # it stops, the job does not
-    here = Processes(run)
-    assert not here.going(stopping=False) and here.reason.startswith("job 471 was submitted for it; sweep with --backend slurm")
-    second = SubmittedJob(run, slurm)
-    assert second.going(stopping=False) and second.going(stopping=False)
-    assert not second.going(stopping=False)
+    assert not first.poll(stopping=True)  # it stops, the job does not
+    here = LocalWorker(run)
+    assert not here.poll(stopping=False) and here.reason.startswith("job 471 was submitted for it; sweep with --backend slurm")
+    second = ClusterWorker(run, slurm)
+    assert second.poll(stopping=False) and second.poll(stopping=False)
+    assert not second.poll(stopping=False)
     assert second.reason == f"job 471 ended before its training; see {run.folder}.launch"
     assert len(calls(cluster, "sbatch")) == 1 and not (run.folder / "job.json").exists()
 
@@ -85,8 +85,8 @@ def test_a_job_is_found_again_and_not_submitted_twice(cluster, tmp_path, monkeyp
 def test_a_job_that_is_refused_is_told_with_the_launchers_reason(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("REFUSED", "1")
     run = plan(ABLATIONS, base=ABLATIONS, workdir=tmp_path / "runs", data=(str(tmp_path / "data"),)).runs[0]
-    job = SubmittedJob(run, SweepCluster("slurm", ("--accelerator", "h100:8")))
-    assert not job.going(stopping=False)
+    job = ClusterWorker(run, SweepCluster("slurm", ("--accelerator", "h100:8")))
+    assert not job.poll(stopping=False)
     assert job.reason.startswith("not submitted: SLURM refuses this job: see sbatch --test-only")
 
 
@@ -104,12 +104,12 @@ def test_whether_a_jobset_is_at_work(cluster, answer, code, error, alive):
         f"#!/bin/sh\necho \"$*\" >>\"$FAKE/kubectl.calls\"\nprintf '{answer}'\necho '{error}' >&2\nexit {code}\n"
     )
     (cluster / "kubectl").chmod(0o755)
-    assert SweepCluster("gke", ("--image", "a:1", "--namespace", "mine")).alive("base") == alive
+    assert SweepCluster("gke", ("--image", "a:1", "--namespace", "mine")).is_alive("base") == alive
     assert calls(cluster, "kubectl") == ["get jobset base --namespace mine -o jsonpath={.status.terminalState}"]
 
 
 def test_long_names_keep_their_seed_and_hash():
     assert job_name("base-s0-1832d8ed") == "base-s0-1832d8ed"
     long = job_name("aligner-cross-attention-no-map-loss-s0-89f59cbd")
-    assert long == "aligner-cross-attention-no-l-s0-89f59cbd" and len(long) == 40
+    assert long == "aligner-cross-attention-no-m-s0-89f59cbd" and len(long) == 40
     assert job_name("aligner-cross-attention-no-map-loss-s12-89f59cbd").endswith("-s12-89f59cbd")

@@ -16,7 +16,7 @@ from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from mimo_jax.models import mimo, scan
 from mimo_jax.parameters import multipliers
-from mimo_jax.sweep.plan import Common, SweepError, base_of, check_folders, make_sweep
+from mimo_jax.sweep.plan import SharedSettings, SweepError, base_config, check_folders, make_sweep
 from mimo_jax.train import losses
 from mimo_jax.train.loop import _corpus
 from tests.sweep.small import ABLATIONS, BASE
@@ -27,7 +27,7 @@ SOURCES = {"phantom": SourceConfig(path="/data/phantom")}
 def plan(
     ablations="configs/ablations.py", base="configs/tiny.py", shared=(), sources=SOURCES, data=("data/phantom",), workdir="runs", **options
 ):
-    return make_sweep(ablations, Path(workdir), sources, Common(base, data, tuple(shared), "/data/phantom", None), **options)
+    return make_sweep(ablations, Path(workdir), sources, SharedSettings(base, data, tuple(shared), "/data/phantom", None), **options)
 
 
 def test_the_base_runs_once_for_all_groups_and_first():
@@ -117,18 +117,16 @@ def test_a_directory_of_another_config_is_refused_with_the_fields_that_differ(tm
     other = Config.from_dict(run.config.to_dict())
     other.train.steps, other.data.weights["IV"] = 7, 0.0
     files.write_json(tmp_path / "config.json", other.to_dict())
-    with pytest.raises(
-        SweepError, match=r"is of another config: config\.data\.weights\.IV \(0\.0 there, 1\.0 here\), config\.train\.steps"
-    ):
+    with pytest.raises(SweepError, match=r"has another config: config\.data\.weights\.IV \(0\.0 there, 1\.0 here\), config\.train\.steps"):
         check_folders([run])
 
 
 def test_a_report_counts_only_if_it_is_of_what_is_asked(tmp_path):
     run = dataclasses.replace(plan(only=["aligner"]).runs[0], folder=tmp_path)
     about = {"data": "/data/phantom", "split": "test", "limit": None}
-    assert run.report() is None and [words[0] for words in run.due()] == ["train", "eval"]
+    assert run.report() is None and [words[0] for words in run.remaining()] == ["train", "eval"]
     (tmp_path / "test.json").write_text(json.dumps(about))
-    assert run.report() == about and run.due() == []
+    assert run.report() == about and run.remaining() == []
     (tmp_path / "test.json").write_text(json.dumps(about | {"limit": 5}))
     assert run.report() is None
 
@@ -136,7 +134,7 @@ def test_a_report_counts_only_if_it_is_of_what_is_asked(tmp_path):
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("x = 1", "defines no BASE and get_ablations"),
+        ("x = 1", "does not define BASE and get_ablations"),
         ("BASE = 'configs/tiny.py'\ndef get_ablations(base):\n    return base.modle", "'Config' object has no attribute 'modle'"),
         ("BASE = 'configs/tinny.py'\ndef get_ablations(base):\n    return {}", r"--config configs/tinny\.py: no such file"),
         (
@@ -153,13 +151,15 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line(text, answer, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises((SweepError, ConfigError), match=answer):
-        plan(str(file), base_of(str(file)))
+        plan(str(file), base_config(str(file)))
 
 
 def test_an_unknown_group_is_named_with_those_that_there_are():
-    with pytest.raises(SweepError, match=r"--only alinger: is no group of configs/ablations\.py; it has aligner, data, perspective"):
+    with pytest.raises(
+        SweepError, match=r"--only alinger: is not a group of configs/ablations\.py; its groups are aligner, data, perspective"
+    ):
         plan(only=["data", "alinger"])
 
 
 def test_the_small_ablations_of_these_tests_are_found():
-    assert base_of(ABLATIONS) == BASE and config_flags.find_config(BASE).is_file()
+    assert base_config(ABLATIONS) == BASE and config_flags.find_config(BASE).is_file()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mimo_jax.train.goodput import FILE, Account, Goodput, duration, read
+from mimo_jax.train.goodput import FILE, Account, Goodput, format_duration, read_events
 
 KILLED = [
     {"time": 100.0, "event": "start", "step": 0},
@@ -50,12 +50,12 @@ def test_events_are_written_as_they_come_and_a_torn_line_stays_alone(tmp_path):
     with Goodput(tmp_path, began, step=10, total=12, restored=0.5) as goodput:
         for step in (11, 12):
             time.sleep(0.05)
-            goodput.tick(step, 56, wait=0.01, dispatch=0.02)
-            assert [event["event"] for event in read(path)][-1] == "ready"
+            goodput.record_step(step, 56, wait=0.01, dispatch=0.02)
+            assert [event["event"] for event in read_events(path)][-1] == "ready"
         took = goodput.interval()
         with goodput.during("save"):
             time.sleep(0.05)
-    new = read(path)[len(KILLED) :]
+    new = read_events(path)[len(KILLED) :]
     assert [event["event"] for event in new] == ["start", "restore", "ready", "step", "save", "stop"]
     assert new[0]["time"] == pytest.approx(began, abs=1e-3) and new[-1]["reason"] == "done"
     assert took.steps == 2 and took.wait == pytest.approx(0.02) and new[3]["compile"] == 0.02  # one length: compiled once
@@ -66,15 +66,15 @@ def test_events_are_written_as_they_come_and_a_torn_line_stays_alone(tmp_path):
 
 def test_what_ends_a_run_is_told(tmp_path):
     with pytest.raises(ZeroDivisionError), Goodput(tmp_path, time.time(), step=0, total=9) as goodput:
-        goodput.tick(1, 56, 0.0, 0.0)
+        goodput.record_step(1, 56, 0.0, 0.0)
         raise ZeroDivisionError
-    events = read(tmp_path / FILE)
+    events = read_events(tmp_path / FILE)
     assert events[-1]["reason"] == "ZeroDivisionError" and events[-2]["event"] == "step" and events[-2]["step"] == 1
 
 
 def test_saving_is_no_part_of_a_step(tmp_path):
     with Goodput(tmp_path, time.time(), step=0, total=9) as goodput:
-        goodput.tick(1, 56, 0.0, 0.0)
+        goodput.record_step(1, 56, 0.0, 0.0)
         with goodput.during("save"):
             time.sleep(0.3)
         assert goodput.interval().seconds < 0.15
@@ -85,4 +85,4 @@ def test_saving_is_no_part_of_a_step(tmp_path):
     [(8.24, "8.2 s"), (724, "12 min 04 s"), (12000, "3 h 20 min"), (187200, "2 d 4 h"), (59.96, "1 min 00 s")],
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text

@@ -64,7 +64,7 @@ def test_resume_gives_the_same_third_step(phantoms, whole, tmp_path, monkeypatch
     config = config_for(phantoms, steps=3, checkpoint_every=1, keep_last=3)
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patched:
-        patched.setattr(loop.PreemptionGuard, "after", lambda self, step: step == 2)
+        patched.setattr(loop.PreemptionGuard, "should_stop_after", lambda self, step: step == 2)
         assert loop.train(config, stopped) == EXIT_TEMPFAIL
     assert checkpoint.Checkpoints(stopped).latest() == 2
     assert loop.train(config, stopped) == 0
@@ -88,7 +88,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(phantoms, tmp_p
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors.decode()
-    assert b"run the same command to go on" in errors
+    assert b"run the same command to resume" in errors
     done = checkpoint.Checkpoints(run).latest()
     assert done is not None and done >= 3
     more = config_for(phantoms, quick_config(), steps=done + 1)

@@ -26,21 +26,21 @@ from tests.tiny_config import tiny_config
 LENGTH, SAMPLES = 96, 4
 
 
-def tick(step: int, finite: float = 1.0, last: bool = False) -> StepInfo:
+def step_info(step: int, finite: float = 1.0, last: bool = False) -> StepInfo:
     values = {"loss": 2.0 * step if finite else math.nan, "ce": 1.0, "learning_rate": step / 10, "input_tokens": 300.0, "finite": finite}
     on_device = {name: jnp.float32(value) for name, value in values.items()}
     return StepInfo(step, {}, on_device, SAMPLES, last, dict, LENGTH, wait=0.01, dispatch=0.0)
 
 
-def run(tmp_path, ticks, first: int = 0, **train) -> list[dict]:
-    """The rows of metrics.jsonl after these ticks, of which each takes 50 ms."""
+def run(tmp_path, infos, first: int = 0, **train) -> list[dict]:
+    """The rows of metrics.jsonl after these infos, of which each takes 50 ms."""
     config = tiny_config()
     config.train.log_every, config.train.steps = 2, 8
     for name, value in train.items():
         setattr(config.train, name, value)
     with Goodput(tmp_path, time.time(), first, 8) as goodput, MetricWriters(config, tmp_path, first) as told:
         hook = Metrics(config, goodput, told)
-        for one in ticks:
+        for one in infos:
             time.sleep(0.05)
             hook(one)
         hook.close()
@@ -48,7 +48,7 @@ def run(tmp_path, ticks, first: int = 0, **train) -> list[dict]:
 
 
 def test_a_row_holds_means_and_what_clock_and_machine_add(tmp_path):
-    rows = run(tmp_path, [tick(1), tick(2), tick(3, last=True)])
+    rows = run(tmp_path, [step_info(1), step_info(2), step_info(3, last=True)])
     assert [row["step"] for row in rows] == [2, 3]
     row = rows[0]
     assert row["loss"] == 3.0 and row["learning_rate"] == pytest.approx(0.2) and row["skipped"] == 0 and "finite" not in row
@@ -63,23 +63,23 @@ def test_a_row_holds_means_and_what_clock_and_machine_add(tmp_path):
 
 def test_utilisation_where_the_device_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "of_kind", lambda kind: hardware.TABLE[r"H100"])
-    row = run(tmp_path, [tick(1), tick(2)])[0]
+    row = run(tmp_path, [step_info(1), step_info(2)])[0]
     assert row["mfu"] == pytest.approx(row["tflops_per_device"] / 989)
 
 
 def test_steps_that_were_not_finite_count_in_no_mean(tmp_path):
-    rows = run(tmp_path, [tick(1), tick(2, finite=0.0), tick(3, finite=0.0), tick(4, finite=0.0)])
+    rows = run(tmp_path, [step_info(1), step_info(2, finite=0.0), step_info(3, finite=0.0), step_info(4, finite=0.0)])
     assert (rows[0]["loss"], rows[0]["skipped"]) == (2.0, 1)
     assert (rows[1]["loss"], rows[1]["skipped"]) == (None, 2)
     assert "NaN" not in (tmp_path / writers.FILE).read_text()
 
 
 def test_steps_that_are_done_again_are_told_once(tmp_path):
-    run(tmp_path, [tick(step) for step in range(1, 7)])
+    run(tmp_path, [step_info(step) for step in range(1, 7)])
     path = tmp_path / writers.FILE
     before = path.read_text()
     path.write_text(before + '{"step": 8, "lo')
-    rows = run(tmp_path, [tick(step) for step in range(5, 9)], first=4)
+    rows = run(tmp_path, [step_info(step) for step in range(5, 9)], first=4)
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert path.read_text().startswith("".join(before.splitlines(keepends=True)[:2]))  # what stands is not touched
     assert {file.name for file in tmp_path.iterdir()} == {writers.FILE, "goodput.jsonl", "tensorboard"}
@@ -102,8 +102,8 @@ def test_tensorboard_gets_rows_and_pictures(tmp_path):
     folder.mkdir()
     Image.fromarray(np.full((5, 7, 3), 9, np.uint8)).save(folder / "I_CT_a.png")
     with MetricWriters(tiny_config(), tmp_path, 0) as told:
-        told.row(3, {"loss": 1.5, "iou": None})
-        told.pictures(3, folder)
+        told.write_scalars(3, {"loss": 1.5, "iou": None})
+        told.write_images(3, folder)
     values = [(event.step, value) for event in events(tmp_path / "tensorboard") for value in event.summary.value]
     assert [(step, value.tag) for step, value in values] == [(3, "loss"), (3, "eval/I_CT_a")]
     assert values[0][1].simple_value == 1.5 and (values[1][1].image.height, values[1][1].image.width) == (5, 7)
@@ -137,8 +137,8 @@ class FakeWandb(types.ModuleType):
 def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    run(tmp_path, [tick(1), tick(2)], wandb="project")
-    run(tmp_path, [tick(3), tick(4)], first=2, wandb="project")
+    run(tmp_path, [step_info(1), step_info(2)], wandb="project")
+    run(tmp_path, [step_info(3), step_info(4)], first=2, wandb="project")
     first, second = (given for name, given in fake.calls if name == "init")
     assert first["id"] == second["id"] and second["resume"] == "allow" and first["project"] == "project"
     assert first["config"]["train"]["log_every"] == 2
@@ -158,17 +158,17 @@ def test_what_wandb_refuses_is_said_in_a_line(tmp_path, monkeypatch):
 
 def test_wandb_must_be_there_before_the_work(monkeypatch):
     config = tiny_config()
-    writers.check(config)
+    writers.check_writers(config)
     config.train.wandb = "project"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install 'mimo_jax\[wandb\]'"):
-        writers.check(config)
+        writers.check_writers(config)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_wandb_itself_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run(tmp_path, [tick(1), tick(2)], wandb="project")
+    run(tmp_path, [step_info(1), step_info(2)], wandb="project")
     name = json.loads((tmp_path / "wandb.json").read_text())["id"]
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
 

@@ -38,7 +38,7 @@ def test_a_trace_is_written_and_the_run_stays_as_it_was(run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main.main(["profile", "--workdir", str(run), "--steps", "2", "--after", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "traced 2 steps after step 4" in shown and "https://ui.perfetto.dev" in shown and "ms a step" in shown
+    assert "traced 2 steps after step 4" in shown and "https://ui.perfetto.dev" in shown and "ms/step" in shown
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.parts[len(run.parts)] != "profile"} == before
     (trace,) = run.glob("profile/*/plugins/profile/*/*.trace.json.gz")
     operations = profile.read_operations(trace)
@@ -56,10 +56,10 @@ def test_what_a_crash_made_to_be_done_again_is_told_once_and_counts_as_lost(run,
     assert loop.train(config_for(phantoms), again) == 0
     rows = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    events = [event["event"] for event in goodput.read(again / goodput.FILE)]
+    events = [event["event"] for event in goodput.read_events(again / goodput.FILE)]
     assert events.count("start") == 2 and events.count("restore") == 1 and events.count("stop") == 2
     account = goodput.Account()
-    for event in goodput.read(again / goodput.FILE):
+    for event in goodput.read_events(again / goodput.FILE):
         account.add(event)
     assert account.losses()["repeated steps"] > 0
 

@@ -63,7 +63,7 @@ def test_two_processes_stop_together_and_one_goes_on_as_if_nothing_had_been(fold
         for process in pair:
             process.kill()
     assert [process.returncode for process in pair] == [75, 75], said
-    assert "run the same command to go on" in said[0][1] and "run the same command" not in said[1][1]
+    assert "run the same command to resume" in said[0][1] and "run the same command" not in said[1][1]
     done = checkpoint.resolve(run)[1]
     assert max(losses(run)) == done
 

@@ -1,4 +1,4 @@
-"""What the model said and painted: text, its parts, and one entity per painted structure.
+"""The answer of the model: its text, the parts of the text, and one entity per segmented structure.
 
 Axis letters: H, W height and width of the original image in pixels.
 """
@@ -19,13 +19,13 @@ from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, Confid
 from mimo_jax.infer.answers.outputs import check_outputs, write_all, write_json
 from mimo_jax.infer.answers.write_masks import write_nifti, write_seg
 
-NOTHING_PAINTED = "(no structure is marked in this answer)"
+NO_MASKS = "(no structure is marked in this answer)"
 _ARTICLES = {"a", "an", "the"}
 _OUTER = " \t\r\n.,;:!?\"'()[]"
 
 
 def canonical_name(phrase: str) -> str:
-    """An entity's name as it is compared: lower case, no leading article, no outer punctuation, single spaces."""
+    """An entity's name normalised for comparison: lower case, no leading article, no outer punctuation, single spaces."""
     words = " ".join(phrase.casefold().split()).strip(_OUTER).split()
     while len(words) > 1 and words[0] in _ARTICLES:
         words = " ".join(words[1:]).strip(_OUTER).split()
@@ -34,13 +34,13 @@ def canonical_name(phrase: str) -> str:
 
 @dataclass
 class Entity:
-    """A structure that the answer names and paints.
+    """A structure that the answer names and segments.
 
-    id: place among the answer's entities, from 0. phrase: the words as written ("" where a mask came without any);
-    entity: its canonical name. mask: bool [H, W]. box_xyxy: half-open [x0, y0, x1, y1] around the mask, None where it is
-    empty. area_mm2: None where the distance of pixels is not known. iou: the model's own estimate of the mask's IoU, 0 to 1.
-    score: the IoU to expect, if the answer is `calibrated`; else iou × probability of the `<SEG>` token. uncertain: score below
-    the calibration's bound (0.5 without one), or an empty mask. evidence: what the score is made of.
+    id: index among the answer's entities, from 0. phrase: the words of the answer ("" if a mask has none); entity: its
+    canonical name. mask: bool [H, W]. box_xyxy: half-open [x0, y0, x1, y1] around the mask, None if it is empty. area_mm2: None
+    if the pixel spacing is unknown. iou: the model's own estimate of the mask's IoU, 0 to 1. score: the expected IoU, if the
+    answer is `calibrated`; else iou × probability of the `<SEG>` token. uncertain: the score is below the calibration's
+    threshold (0.5 without one), or the mask is empty. evidence: the features that the score is computed from.
     """
 
     id: int
@@ -64,7 +64,7 @@ class Entity:
         calibration: Calibration = UNCALIBRATED,
         spacing_mm: tuple[float, float] | None = None,
     ) -> Entity:
-        """Entity with name, box, areas and score worked out. spacing_mm: of rows, of columns."""
+        """Make an entity; computes its name, box, areas and score. spacing_mm: (between rows, between columns)."""
         rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = [int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1] if len(rows) else None
         score = float(calibration.scores([evidence])[0])
@@ -74,12 +74,12 @@ class Entity:
         return Entity(id, phrase, canonical_name(phrase), mask, box, area, area_mm2, evidence.iou, score, uncertain, evidence)
 
     def describe(self) -> str:
-        """Name, size, place and score in a line."""
+        """Name, size, box and score in one line."""
         area = f"{self.area_px} px" if self.area_mm2 is None else f"{self.area_px} px, {self.area_mm2:.1f} mm²"
         return f"{self.phrase or 'unnamed'}: {area}, box {self.box_xyxy}, score {self.score:.2f}{', uncertain' if self.uncertain else ''}"
 
     def to_json(self) -> dict:
-        """As a plain dict; the mask as COCO RLE {"size": [H, W], "counts": str}; no area_mm2 where it is not known."""
+        """As a plain dict, with the mask as COCO RLE {"size": [H, W], "counts": str}; without area_mm2 if it is unknown."""
         rle = coco.encode(np.asfortranarray(self.mask.astype(np.uint8)))
         return {
             "id": self.id,
@@ -97,10 +97,11 @@ class Entity:
 
 @dataclass
 class Answer:
-    """text: the answer without tags. parts: the same text in pieces, in order, {"text"} or {"text", "entity_id"}.
-    truncated: the token limit came before the end of the answer. image uint8 [H, W, 3], question and prompts are those
-    that were asked with; the overlay shows them. grid: where the image lies in the medical file that it comes from. calibrated:
-    whether the entities' scores are expected IoUs."""
+    """The answer to one question.
+
+    text: the answer without tags. parts: the same text in pieces, in order, {"text"} or {"text", "entity_id"}. truncated: the token
+    limit was reached before the end of the answer. image uint8 [H, W, 3], question, prompts: the request, which the overlay shows.
+    grid: the position of the image in the medical file that it comes from. calibrated: whether scores are expected IoUs."""
 
     text: str
     parts: list[dict]
@@ -113,8 +114,8 @@ class Answer:
     calibrated: bool = False
 
     def describe(self) -> str:
-        """The text, with a plain word where nothing is painted or the answer was cut off."""
-        notes = [NOTHING_PAINTED] * (not self.entities) + ["(cut off at the token limit)"] * self.truncated
+        """The text, with a note if nothing is segmented or the answer was truncated."""
+        notes = [NO_MASKS] * (not self.entities) + ["(cut off at the token limit)"] * self.truncated
         return "\n".join([self.text, *notes])
 
     def to_json(self) -> dict:
@@ -130,7 +131,7 @@ class Answer:
         """Write the answer to each path by its ending: .png the overlay, .json `to_json`, .npy the masks bool [entities, H, W],
         .nii and .nii.gz a label map on the grid of the NIfTI or DICOM input, .dcm a DICOM SEG of the DICOM input.
 
-        All are written, or none. UserError for what `check_outputs` refuses, and for a .dcm where all masks are empty."""
+        Either all files are written or none. Raises UserError as `check_outputs` does, and for a .dcm if all masks are empty."""
         check_outputs(*paths, grid=self.grid)
         grids, named = [self.grid], [(e.phrase, e.mask[None]) for e in self.entities]
         masks = [mask for _, mask in named]

@@ -1,10 +1,10 @@
-"""Scores that mean something: from what speaks for a painted mask to the IoU that it has on average.
+"""Confidence calibration: map the confidence features of a predicted mask to its expected IoU.
 
-Axis letters: M side of the mask decoder's output, E painted entities of the split that a calibration is fitted on, F parts of the
-evidence.
+Axis letters: M side of the mask decoder's output, E predicted masks of the split that a calibration is fitted on, F confidence
+features.
 
-The map is monotone in each part: a sum of their log-odds with weights of 0 or more (logistic regression), then a rising curve through the
-mean IoU of groups of equal size (isotonic regression). What was painted where nothing is counts with IoU 0.
+The map is monotone in each feature: a sum of their log-odds with non-negative weights (logistic regression), then a rising curve
+through the mean IoU of groups of equal size (isotonic regression). A mask without a matching true entity has IoU 0.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from mimo_jax.geometry import Frame
 
 VERSION = 1
 MIN_ENTITIES = 100
-_GROUP, _GROUPS = 25, 40  # entities in a point of the curve, at least; points, at most
-_EDGE = 0.01  # how near to 0 and 1 evidence still counts: nearer, the order of good masks becomes noise
-_SHRINK = 1e-3
+_MIN_GROUP, _MAX_GROUPS = 25, 40  # minimum number of masks per point of the curve, maximum number of points
+_CLIP = 0.01  # features are clipped to [_CLIP, 1 - _CLIP]: closer to 0 and 1 their order is noise
+_L2 = 1e-3  # weight of the L2 penalty
 
 
 class CalibrationError(UserError):
-    """Too little to fit a calibration on, or a damaged one."""
+    """There are too few masks to fit a calibration, or its file is damaged."""
 
 
 @dataclass(frozen=True)
 class ConfidenceFeatures:
-    """What speaks for a painted mask, each part from 0 to 1. iou: the mask decoder's estimate of its IoU. seg_prob: probability of the
-    `<SEG>` token. word_prob: least probability of a token since the `<SEG>` before. pixel_iou: the IoU to expect if every pixel were as
-    likely as its logit says."""
+    """Features that predict the quality of a mask, each from 0 to 1. iou: the mask decoder's estimate of its IoU. seg_prob: probability of
+    the `<SEG>` token. word_prob: minimum probability of a token since the previous `<SEG>`. pixel_iou: the expected IoU if the logits are
+    taken as pixel probabilities."""
 
     iou: float
     seg_prob: float
@@ -49,10 +49,10 @@ class ConfidenceFeatures:
 
     @staticmethod
     def of(logits: np.ndarray, frame: Frame, iou: float, probs: np.ndarray) -> ConfidenceFeatures:
-        """logits float [M, M] over the SAM frame of the image; iou: as the decoder gives it, clipped here; probs [n]: of the tokens
-        after the `<SEG>` before, up to the mask's own."""
+        """logits float [M, M] over the SAM frame of the image; iou: the decoder's output, clipped here; probs [n]: probabilities of the
+        tokens after the previous `<SEG>`, up to and including the mask's own."""
         rows, cols = (math.ceil(logits.shape[0] * side / frame.side) for side in frame.size)
-        content = np.asarray(logits[:rows, :cols], np.float64)  # the rest is padding
+        content = np.asarray(logits[:rows, :cols], np.float64)  # without the padding
         inside, p = content > 0, expit(content)
         union = inside.sum() + p[~inside].sum()
         return ConfidenceFeatures(float(np.clip(iou, 0.0, 1.0)), float(probs[-1]), float(np.min(probs)), float(p[inside].sum() / union))
@@ -60,10 +60,11 @@ class ConfidenceFeatures:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A score for each entity, and below which score it is `uncertain`. Without a fit: iou × seg_prob, and 0.5.
+    """Maps confidence features to scores; masks with a score below `uncertain_below` are uncertain. If it is not fitted, the score is
+    iou × seg_prob and the threshold 0.5.
 
-    weights [F]: of the log-odds of each part of the evidence; places, expected: the curve from their sum to the expected IoU, both
-    ascending; fitted: on what, and how the bound was chosen."""
+    weights [F]: weights of the log-odds of the features; places, expected: the curve from their weighted sum to the expected IoU, both
+    ascending; fitted: the data it was fitted on, and how the threshold was chosen."""
 
     weights: tuple[float, ...] = ()
     places: tuple[float, ...] = ()
@@ -75,79 +76,79 @@ class Calibration:
         return bool(self.weights)
 
     def scores(self, evidence: Sequence[ConfidenceFeatures]) -> np.ndarray:
-        """float64 [E], 0 … 1."""
+        """The scores, float64 [E], 0 … 1."""
         if not self:
             return np.array([e.iou * e.seg_prob for e in evidence])
         return np.interp(_log_odds(evidence) @ self.weights, self.places, self.expected)
 
     @staticmethod
-    def fit(painted: Sequence[tuple[ConfidenceFeatures, float]], about: dict) -> Calibration:
-        """The map for which scores are expected IoUs. painted [E]: each painted entity's evidence, and its IoU with the truth, 0
-        where there is none; about: what to remember of the data. The bound of `uncertain` is the one that best tells IoU < 0.5 apart
-        (Youden's J). CalibrationError for fewer than MIN_ENTITIES."""
-        if len(painted) < MIN_ENTITIES:
+    def fit(segmented: Sequence[tuple[ConfidenceFeatures, float]], about: dict) -> Calibration:
+        """Fit the map to expected IoUs. segmented [E]: the features of each predicted mask and its IoU with the truth, 0 if there is none;
+        about: description of the data, stored in `fitted`. The threshold `uncertain_below` is the one that best separates IoU < 0.5
+        (Youden's J). Raises CalibrationError for fewer than MIN_ENTITIES masks."""
+        if len(segmented) < MIN_ENTITIES:
             raise CalibrationError(
-                f"calibration: {len(painted)} painted structures are too few to fit on, {MIN_ENTITIES} are needed; give more samples"
+                f"calibration: {len(segmented)} segmented structures are too few to fit on, {MIN_ENTITIES} are needed; give more samples"
             )
-        evidence, y = [e for e, _ in painted], np.array([iou for _, iou in painted])
+        evidence, y = [e for e, _ in segmented], np.array([iou for _, iou in segmented])
         x = _log_odds(evidence)
         weights = _weights(x, y)
         sums = x @ weights
-        groups = np.array_split(np.argsort(sums, kind="stable"), min(_GROUPS, len(y) // _GROUP))
+        groups = np.array_split(np.argsort(sums, kind="stable"), min(_MAX_GROUPS, len(y) // _MIN_GROUP))
         means = np.array([y[group].mean() for group in groups])
         curve = isotonic_regression(means, weights=[len(group) for group in groups]).x
         places = [float(sums[group].mean()) for group in groups]
-        made = Calibration(tuple(weights.tolist()), tuple(places), tuple(curve.tolist()))
-        bound, j = _bound(made.scores(evidence), y < 0.5)
+        calibration = Calibration(tuple(weights.tolist()), tuple(places), tuple(curve.tolist()))
+        threshold, j = _threshold(calibration.scores(evidence), y < 0.5)
         fitted = about | {"entities": len(y), "mean_iou": float(y.mean()), "bound": "Youden's J of IoU < 0.5", "j": j}
-        return dataclasses.replace(made, uncertain_below=bound, fitted=fitted)
+        return dataclasses.replace(calibration, uncertain_below=threshold, fitted=fitted)
 
     # --- on disk
 
     def to_json(self) -> dict:
-        """As a plain dict with the version and a SHA-256 of the rest."""
+        """As a plain dict with the version and a SHA-256 of the content."""
         content = {"version": VERSION, **dataclasses.asdict(self), "weights": dict(zip(_PARTS, self.weights, strict=True))}
         return content | {"sha256": _digest(content)}
 
     @staticmethod
     def from_json(content: dict) -> Calibration:
-        """Inverse of `to_json`; ValueError says what is wrong."""
+        """Inverse of `to_json`; raises ValueError, which says what is wrong."""
         if content.get("version") != VERSION:
-            raise ValueError(f"is of version {content.get('version')}, not {VERSION}")
+            raise ValueError(f"has version {content.get('version')}, not {VERSION}")
         values = {name: value for name, value in content.items() if name not in ("version", "sha256")}
         if content.get("sha256") != _digest(content) or list(values.get("weights", ())) != list(_PARTS):
-            raise ValueError("is not as it was written")
+            raise ValueError("does not match its SHA-256")
         lists = {"weights": values["weights"].values(), "places": values["places"], "expected": values["expected"]}
         return Calibration(**values | {name: tuple(value) for name, value in lists.items()})
 
     def write(self, path: Path) -> None:
-        """All or nothing."""
+        """Write atomically."""
         files.write_json(path, self.to_json())
 
     @staticmethod
     def read(path: Path) -> Calibration:
-        """That of a step; without a file, the one that is not fitted. CalibrationError for a damaged file."""
+        """Read the calibration of a step; UNCALIBRATED if there is no file. Raises CalibrationError for a damaged file."""
         if not path.exists():
             return UNCALIBRATED
         try:
             return Calibration.from_json(json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             reason = str(error) if type(error) is ValueError else "is damaged"
-            raise CalibrationError(f"{path}: {reason}; fit it anew with mimo eval --calibrate, or remove it") from None
+            raise CalibrationError(f"{path}: {reason}; fit it again with mimo eval --calibrate, or remove it") from None
 
 
-UNCALIBRATED = Calibration()  # of a model that was never calibrated
+UNCALIBRATED = Calibration()
 _PARTS = tuple(part.name for part in dataclasses.fields(ConfidenceFeatures))
 
 
 def _log_odds(evidence: Sequence[ConfidenceFeatures]) -> np.ndarray:
-    """float64 [E, F]."""
+    """The log-odds of the clipped features, float64 [E, F]."""
     parts = np.array([dataclasses.astuple(e) for e in evidence], np.float64).reshape(-1, len(_PARTS))
-    return logit(np.clip(parts, _EDGE, 1 - _EDGE))
+    return logit(np.clip(parts, _CLIP, 1 - _CLIP))
 
 
 def _weights(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Logistic regression of y in 0 … 1 on x [E, F] with weights of 0 or more, shrunk a little -> [F]."""
+    """Logistic regression of y in 0 … 1 on x [E, F] with non-negative weights and a small L2 penalty; returns the weights [F]."""
     spread = x.std(axis=0)
     spread[spread == 0] = 1.0
     z = (x - x.mean(axis=0)) / spread
@@ -155,15 +156,16 @@ def _weights(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
         at = w[0] + z @ w[1:]
         error = expit(at) - y
-        value = np.mean(np.logaddexp(0, at) - y * at) + _SHRINK * w[1:] @ w[1:]
-        return value, np.concatenate([[error.mean()], z.T @ error / len(y) + 2 * _SHRINK * w[1:]])
+        value = np.mean(np.logaddexp(0, at) - y * at) + _L2 * w[1:] @ w[1:]
+        return value, np.concatenate([[error.mean()], z.T @ error / len(y) + 2 * _L2 * w[1:]])
 
     start = np.array([0.0] + [1.0] * x.shape[1])
     return minimize(loss, start, jac=True, bounds=[(None, None)] + [(0, None)] * x.shape[1]).x[1:] / spread
 
 
-def _bound(scores: np.ndarray, bad: np.ndarray) -> tuple[float, float | None]:
-    """(the score below which most of what is `bad` and least of the rest lies, J there); the usual 0.5 where all or none is bad."""
+def _threshold(scores: np.ndarray, bad: np.ndarray) -> tuple[float, float | None]:
+    """Returns (the threshold that best separates the scores of `bad` masks from the others, Youden's J there); the default 0.5 and None if
+    all or none are bad."""
     places = np.unique(scores)
     if bad.all() or not bad.any() or len(places) < 2:
         return UNCALIBRATED.uncertain_below, None

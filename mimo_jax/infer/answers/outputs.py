@@ -1,4 +1,4 @@
-"""Files that an answer is written to: what a name's ending asks for, whether it can be written, and writing all or none."""
+"""The files that an answer is written to: the endings that are supported, checks before anything runs, and atomic writing."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from mimo_jax.errors import UserError
 from mimo_jax.files import atomic_write
 from mimo_jax.infer.answers.write_masks import check_nifti, check_seg
 
-Writer = Callable[[Path, BinaryIO], None]  # takes the name for errors, and the file
+Writer = Callable[[Path, BinaryIO], None]  # (path, for error messages; open file)
 ENDINGS = (".png", ".json", ".npy", ".nii", ".nii.gz", ".dcm")
 
 
 def ending(path: Path) -> str:
+    """The ending of a path in lower case, such as ".nii.gz"."""
     return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
 
 
 def check_outputs(*paths: str | os.PathLike, grid: Grid | Sequence[Grid] | None = None) -> None:
-    """UserError for a path that an answer could not be written to: another ending, no folder that may be written to, or a medical
-    format for which the input has no geometry. grid: of the picture asked about, or of each slice of a volume."""
+    """Raises UserError for a path that an answer cannot be written to: an unsupported ending, a folder that is missing or not writable, or
+    a medical format for which the input has no geometry. grid: that of the image, or those of the slices of a volume."""
     grids = grid if isinstance(grid, Sequence) else [] if grid is None else [grid]
     for path in map(Path, paths):
         if ending(path) not in ENDINGS:
-            raise UserError(f"{path}: cannot tell what to write; end the name in {', '.join(ENDINGS)}")
+            raise UserError(f"{path}: has an unknown ending; use one of {', '.join(ENDINGS)}")
         if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+            raise UserError(f"{path}: there is no folder {path.parent}; create it first")
         if path.is_dir():
             raise UserError(f"{path}: is a folder; choose another name")
         if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path}: the folder {path.parent} may not be written to; choose another")
+            raise UserError(f"{path}: the folder {path.parent} is not writable; choose another")
         if ending(path) in (".nii", ".nii.gz"):
             check_nifti(path, grids)
         if ending(path) == ".dcm":
@@ -42,18 +43,19 @@ def check_outputs(*paths: str | os.PathLike, grid: Grid | Sequence[Grid] | None 
 
 
 def write_all(paths: Sequence[str | os.PathLike], writers: Mapping[str, Writer]) -> None:
-    """Each path by the writer of its ending. All are written beside their places first, then put there: a failure leaves what was
-    there before."""
-    with contextlib.ExitStack() as whole:
+    """Write each path with the writer of its ending. All are written to temporary files first and then renamed, so that a failure leaves
+    existing files unchanged."""
+    with contextlib.ExitStack() as stack:
         for path in dict.fromkeys(map(Path, paths)):
-            part = whole.enter_context(atomic_write(path))
+            part = stack.enter_context(atomic_write(path))
             try:
                 with open(part, "xb") as file:
                     writers[ending(path)](path, file)
-            except OSError as error:  # a full disk, say: of the file that was asked for, not of the one beside it
+            except OSError as error:  # such as a full disk: name the requested file, not the temporary one
                 error.filename = str(path)
                 raise
 
 
 def write_json(file: BinaryIO, values: dict) -> None:
+    """Write `values` as UTF-8 JSON."""
     file.write((json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -1,7 +1,7 @@
-"""Masks of an answer back on the grid of the medical file that was asked about: NIfTI label maps and DICOM SEG.
+"""Write the masks of an answer on the grid of the medical input file: NIfTI label maps and DICOM SEG.
 
-Axis letters: F slices or frames, H, W height and width of each in pixels; E entities. One picture is a volume of one slice.
-nibabel, pydicom and highdicom come with `pip install "mimo_jax[medical]"`; the checks below say so before anything runs.
+Axis letters: F slices or frames, H, W height and width of each in pixels; E entities. A single image is a volume with one slice.
+nibabel, pydicom and highdicom come with `pip install "mimo_jax[medical]"`; the checks below report it before anything runs.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mimo_jax import __version__
-from mimo_jax.data.images.dicom import stack_affine, unsaid, value_of
-from mimo_jax.data.images.image import DicomGrid, Grid, NiftiGrid, library
+from mimo_jax.data.images.dicom import get_value, silence_libraries, stack_affine
+from mimo_jax.data.images.image import DicomGrid, Grid, NiftiGrid, import_medical
 from mimo_jax.errors import UserError
 
 Named = Sequence[tuple[str, np.ndarray]]  # (phrase, bool [F, H, W]) of each entity
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
-# What highdicom repeats from the image, and a file without names may lack.
+# Attributes that highdicom copies from the image, but that an anonymised file may lack.
 _MAY_BE_EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
-_SERIES = 1000  # added to the number of the series asked about
-_LABEL_LENGTH = 64  # characters of a DICOM LO
+_SERIES_OFFSET = 1000  # added to the series number of the input
+_LABEL_LENGTH = 64  # maximum number of characters in a DICOM LO
 
 
 def check_nifti(path: Path, grids: Sequence[Grid]) -> None:
-    """UserError where no NIfTI can be laid onto slices of these grids (none: a plain picture), or nibabel is missing."""
+    """Raises UserError if no NIfTI can be written for slices with these grids (none: an image without geometry), or nibabel is missing."""
     if not grids:
-        raise UserError(f"{path}: the image has no place in space; only NIfTI and DICOM input can be saved as NIfTI, use .npy or .json")
+        raise UserError(f"{path}: the image has no geometry; only NIfTI and DICOM input can be saved as NIfTI, use .npy or .json")
     if isinstance(grids[0], DicomGrid) and stack_affine(grids) is None:
-        what = "its picture lies" if len(grids) == 1 else "its slices lie, or they are not evenly spaced"
-        raise UserError(f"{path}: this DICOM does not say where in the patient {what}; use .dcm, .npy or .json")
-    library("nibabel")
+        where = "its image lies" if len(grids) == 1 else "its slices lie, or they are not evenly spaced"
+        raise UserError(f"{path}: this DICOM does not say where in the patient {where}; use .dcm, .npy or .json")
+    import_medical("nibabel")
 
 
 def check_seg(path: Path, grids: Sequence[Grid]) -> None:
-    """UserError where no DICOM SEG can refer to slices of these grids, or highdicom is missing."""
+    """Raises UserError if no DICOM SEG can refer to slices with these grids, or highdicom is missing."""
     if not grids or not isinstance(grids[0], DicomGrid):
         raise UserError(f"{path}: only DICOM input can be saved as DICOM SEG; use {'.nii.gz' if grids else '.json'}")
     sources = _sources(grids)
-    missing = [name for name in _IDENTITY if not all(value_of(source, name) for source in sources)]
+    missing = [name for name in _IDENTITY if not all(get_value(source, name) for source in sources)]
     if missing:
-        raise UserError(f"{path}: a DICOM SEG points at its image, and this one lacks {', '.join(missing)}; use {_instead(grids)}")
-    if grids[0].frames * len(sources) > 1 and not all(value_of(source, "FrameOfReferenceUID") for source in sources):
-        what = "a multi-frame file" if grids[0].frames > 1 else "a series"
-        raise UserError(f"{path}: a DICOM SEG cannot point into {what} without FrameOfReferenceUID; use {_instead(grids)}")
-    library("highdicom")
+        raise UserError(f"{path}: a DICOM SEG refers to its image, and this one lacks {', '.join(missing)}; use {_alternatives(grids)}")
+    if grids[0].frames * len(sources) > 1 and not all(get_value(source, "FrameOfReferenceUID") for source in sources):
+        kind = "a multi-frame file" if grids[0].frames > 1 else "a series"
+        raise UserError(f"{path}: a DICOM SEG cannot refer to {kind} without FrameOfReferenceUID; use {_alternatives(grids)}")
+    import_medical("highdicom")
 
 
 def write_nifti(file: BinaryIO, packed: bool, masks: Iterable[np.ndarray], grids: Sequence[Grid]) -> None:
-    """A label map, gzip if `packed`: mask n (from 1, each bool [F, H, W]) has the value n, later ones lie on top. uint8, or
-    uint16 if there are more than 255.
+    """Write a label map, gzipped if `packed`: mask n (from 1, each bool [F, H, W]) has the value n; later masks overwrite earlier ones.
+    uint8, or uint16 if there are more than 255.
 
-    NIfTI input: shape, affine and orientation codes of the input, zero outside the slices asked about. DICOM input: [W, H, F]
-    (columns, rows, slices) whose affine is that of the frames, in RAS mm.
+    NIfTI input: the label map has the shape, affine and orientation codes of the input, and is zero outside the given slices. DICOM
+    input: it is [W, H, F] (columns, rows, slices) with the affine of the frames, in RAS mm.
     """
     import nibabel
 
@@ -69,11 +69,11 @@ def write_nifti(file: BinaryIO, packed: bool, masks: Iterable[np.ndarray], grids
     if isinstance(grids[0], NiftiGrid):
         header = grids[0].header
         image = (nibabel.Nifti2Image if header["sizeof_hdr"] == 540 else nibabel.Nifti1Image)(volume, grids[0].affine)
-        # Only what says where the voxels lie is taken over: the rest of a header may speak of the patient.
+        # Only the geometry is copied: the rest of a header may contain patient data.
         image.header.set_xyzt_units(*header.get_xyzt_units())
         try:
             image.set_qform(*header.get_qform(coded=True))
-        except ValueError:  # numbers that are no rotation; the affine is then the sform's
+        except ValueError:  # the numbers are not a rotation; the affine is then that of the sform
             image.set_qform(None, 0)
         image.set_sform(*header.get_sform(coded=True))
     else:
@@ -89,16 +89,16 @@ def write_nifti(file: BinaryIO, packed: bool, masks: Iterable[np.ndarray], grids
 
 
 def on_grid(array: np.ndarray, grids: Sequence[Grid]) -> Sequence[np.ndarray]:
-    """Views [H, W] of each slice in an array of the NIfTI file's shape, or, of DICOM, [F, H, W]."""
-    return [grid.shown(array) for grid in grids] if isinstance(grids[0], NiftiGrid) else array
+    """Views [H, W] of each slice in an array with the NIfTI file's shape, or, for DICOM, [F, H, W]."""
+    return [grid.display_view(array) for grid in grids] if isinstance(grids[0], NiftiGrid) else array
 
 
 def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[DicomGrid], prompted: bool) -> None:
-    """A DICOM SEG of the series' study that refers to all files of the slices: BINARY, one segment for each entity that is not
-    empty, labelled with its phrase.
+    """Write a DICOM SEG in the study of the input that refers to all files of the slices: BINARY, one segment per non-empty entity,
+    labelled with its phrase.
 
-    `path` names it in errors. `prompted`: the question came with points, boxes or scribbles, so the segments are SEMIAUTOMATIC,
-    else AUTOMATIC.
+    path: for error messages. prompted: whether the question had points, boxes or scribbles; the segments are then SEMIAUTOMATIC,
+    otherwise AUTOMATIC.
     """
     import highdicom
     from pydicom import Dataset
@@ -107,7 +107,7 @@ def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[Dicom
 
     painted = [(_label(phrase) or f"structure {n}", mask) for n, (phrase, mask) in enumerate(entities, 1) if mask.any()]
     if not painted:
-        raise UserError(f"{path}: the answer paints nothing, and a DICOM SEG without segments is not allowed; use .json")
+        raise UserError(f"{path}: the answer segments nothing, and a DICOM SEG without segments is not allowed; use .json")
     sources, frames = _sources(grids), grids[0].frames
     pixels = np.zeros((frames * len(sources), *painted[0][1].shape[1:], len(painted)), np.uint8)  # [F, H, W, E]
     places = [grid.frame if frames > 1 else k for k, grid in enumerate(grids)]  # a file of several frames is the only source
@@ -118,7 +118,7 @@ def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[Dicom
         highdicom.seg.SegmentDescription(
             segment_number=n,
             segment_label=label,
-            # Whether a phrase names an organ or a lesion is not known: the label alone says what it is.
+            # Whether a phrase names an organ or a lesion is unknown; only the label says what it is.
             segmented_property_category=codes.SCT.AnatomicalStructure,
             segmented_property_type=codes.SCT.AnatomicalStructure,
             algorithm_type="SEMIAUTOMATIC" if prompted else "AUTOMATIC",
@@ -126,7 +126,7 @@ def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[Dicom
         )
         for n, (label, _) in enumerate(painted, 1)
     ]
-    with unsaid():
+    with silence_libraries():
         try:
             images = []
             for source in sources:
@@ -142,7 +142,7 @@ def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[Dicom
                 segmentation_type="BINARY",
                 segment_descriptions=described,
                 series_instance_uid=generate_uid(),
-                series_number=_SERIES + int(sources[0].get("SeriesNumber") or 0),
+                series_number=_SERIES_OFFSET + int(sources[0].get("SeriesNumber") or 0),
                 sop_instance_uid=generate_uid(),
                 instance_number=1,
                 manufacturer="mimo_jax",
@@ -152,22 +152,22 @@ def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[Dicom
                 specific_character_set="ISO_IR 192",
             )
             segmentation.save_as(file)
-        # highdicom takes its source for a conforming file; what it says of one that is not may quote the header.
+        # highdicom expects a conforming file; its error messages for others may quote the header, so they are not shown.
         except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
             kind = type(error).__name__
-            raise UserError(f"{path}: this DICOM lacks what a SEG must repeat ({kind}); use {_instead(grids)}") from None
+            raise UserError(f"{path}: this DICOM lacks attributes that a SEG must copy ({kind}); use {_alternatives(grids)}") from None
 
 
 def _sources(grids: Sequence[DicomGrid]) -> list[Any]:
-    """The datasets of the slices, each once."""
+    """The distinct datasets of the slices."""
     return list({id(grid.dataset): grid.dataset for grid in grids}.values())
 
 
-def _instead(grids: Sequence[DicomGrid]) -> str:
+def _alternatives(grids: Sequence[DicomGrid]) -> str:
     return ".npy or .json" if stack_affine(grids) is None else ".nii.gz"
 
 
 def _label(phrase: str) -> str:
-    """As DICOM's LO allows it: one line, no backslash, no more than 64 characters."""
+    """A phrase as a valid DICOM LO: one line, no backslash, at most 64 characters."""
     printable = "".join(c if c.isprintable() else " " for c in phrase.replace("\\", "/"))
     return " ".join(printable.split())[:_LABEL_LENGTH].strip()

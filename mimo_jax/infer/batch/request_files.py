@@ -1,6 +1,6 @@
-"""The requests of a batch: every picture of a folder with one question, or the lines of a JSON-lines or CSV file.
+"""Read the requests of a batch: every image of a folder with one question, or the lines of a JSON-lines or CSV file.
 
-Nothing here opens a picture. A line that is wrong is a request with a `fault`; it costs the others nothing.
+No image is opened here. An invalid line becomes a request with a `fault` and does not affect the others.
 """
 
 from __future__ import annotations
@@ -17,30 +17,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mimo_jax.data.images.image import Window, kind_of, parse_window
+from mimo_jax.data.images.image import Window, file_kind, parse_window
 from mimo_jax.errors import UserError
 from mimo_jax.files import sha256
 from mimo_jax.infer.engine.requests import MAX_TURNS
 
 PROMPTS = ("points", "boxes", "scribbles", "mask", "prompts")
 KEYS = ("id", "image", "question", *PROMPTS, "frame", "slice", "series", "window", "max_new_tokens")
-_CELL = 2**24  # characters of a CSV cell; a mask's RLE is long
+_MAX_CELL = 2**24  # characters in a CSV cell; the RLE of a mask is long
 _ID = re.compile(r"\w[\w.-]*")
-_ID_BYTES = 150  # file systems take 255, endings included
-_STEM = 60  # characters of a file's name in an id made from it
+_MAX_ID_BYTES = 150  # file systems allow 255, including the endings
+_MAX_STEM = 60  # characters of the file name in a default id
 
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """One request as it is written; `fault`: why it cannot be asked. image: as written, path: where it lies. questions: of one
-    conversation; `several`: they came as a list. prompts: of the first one, (name, what `read_prompts` takes). frame, slice, series,
-    window: as `open_scan` takes them. line: of its file, None in a folder."""
+    """One request of the source.
+
+    fault: why it is invalid, or "". image: path as written; path: resolved path. questions: the turns of one conversation; multi_turn:
+    they were given as a list. prompts: those of the first question, as (name, argument of `read_prompts`). frame, slice, series, window:
+    see `open_scan`. line: its line in the file, None for a folder."""
 
     id: str
     image: str
     path: Path
     questions: tuple[str, ...] = ()
-    several: bool = False
+    multi_turn: bool = False
     prompts: tuple[tuple[str, Any], ...] = ()
     frame: int | str | None = None
     slice: str | None = None
@@ -51,14 +53,14 @@ class BatchRequest:
     fault: str = ""
 
     @property
-    def whole(self) -> bool:
-        """Every slice of a scan is asked."""
+    def is_volume(self) -> bool:
+        """Whether the question is asked about every slice of a volume."""
         return not self.fault and (self.frame == "all" or str(self.slice).lower().endswith("all") or self.path.is_dir())
 
 
 class Survey(NamedTuple):
-    """count: of all requests; faulty: of those that cannot be asked; first: the fault of the first of these. digest: SHA-256 of
-    the request file, or of the folder's names and sizes."""
+    """count: number of requests; faulty: number of invalid requests; first: the fault of the first of these. digest: SHA-256 of the
+    request file, or of the folder's file names and sizes."""
 
     count: int
     faulty: int
@@ -67,13 +69,12 @@ class Survey(NamedTuple):
 
 
 class BatchRequests:
-    """Requests in order, read anew whenever they are gone through: of a million of them, only the ids are kept meanwhile."""
+    """The requests of a source in order. Every iteration reads the source again; only the ids are kept in memory."""
 
     def __init__(self, source: str | os.PathLike, out: str | os.PathLike, defaults: Mapping[str, Any], volumes: bool = False):
-        """source: a folder (all files below it, sorted; hidden ones and `out` left out), a .jsonl or a .csv. defaults: fields of
-        KEYS for requests that do not say theirs; a folder's question. volumes: a folder in which DICOM files lie is one request, and
-        of a NIfTI file every slice is asked, axial ones unless a slice says otherwise. UserError for what is none of these, or a
-        wrong header."""
+        """source: a folder (all files below it, sorted, without hidden files and `out`), a .jsonl or a .csv. defaults: fields of KEYS for
+        requests without their own. volumes: a folder that contains DICOM files is one request, and every slice of a NIfTI file is asked
+        about, along the axial axis unless `slice` names another. Raises UserError for other sources and for an invalid header."""
         self.source, self.out, self.volumes = Path(source), Path(out), volumes
         self.defaults = {key: value for key, value in defaults.items() if value is not None}
         self.folder = self.source if self.source.is_dir() else self.source.parent
@@ -81,9 +82,9 @@ class BatchRequests:
             raise UserError(f"{source}: no such file or folder")
         if self.source.is_dir():
             if not self.defaults.get("question"):
-                raise UserError(f"{source}: is a folder; say what to ask of its pictures with --question")
+                raise UserError(f"{source}: is a folder; give the question about its images with --question")
             if self.out.resolve() == self.source.resolve():
-                raise UserError(f"{out}: is the folder of the pictures; give another --out")
+                raise UserError(f"{out}: is the folder of the images; give another --out")
             self._entries = self._scans if volumes else self._files
         elif self.source.suffix.lower() == ".jsonl":
             self._entries = self._json_lines
@@ -93,10 +94,10 @@ class BatchRequests:
         else:
             raise UserError(f"{source}: give a folder, a .jsonl or a .csv")
         if volumes and not self.source.is_dir():
-            raise UserError(f"{source}: names its scans itself, by folders or slice axial:all; leave --volumes away")
+            raise UserError(f"{source}: names its volumes itself, by folders or slice axial:all; omit --volumes")
 
     def survey(self) -> Survey:
-        """Go through all once: every check that needs no picture."""
+        """Read all requests once and make every check that needs no image."""
         count, faulty, first = 0, 0, ""
         for request in self:
             count += 1
@@ -105,21 +106,21 @@ class BatchRequests:
         return Survey(count, faulty, first, self._digest())
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        seen: dict[str, int] = {}
+        numbers: dict[str, int] = {}
         for number, (line, fields) in enumerate(self._entries(), 1):
             try:
                 if isinstance(fields, str):
                     raise UserError(fields)
                 request = self._request(number, line, fields)
-                if (key := request.id.casefold()) in seen:
-                    raise UserError(f"id {request.id} is that of request {seen[key]} too; ids must differ, in more than case")
+                if (key := request.id.casefold()) in numbers:
+                    raise UserError(f"id {request.id} is also that of request {numbers[key]}; ids must be unique, ignoring case")
             except UserError as error:
                 fields = fields if isinstance(fields, dict) else {}
                 image = fields.get("image") if isinstance(fields.get("image"), str) else ""
                 where = f"{self.source.name}, line {line}: " if line else ""
-                request = BatchRequest(_made_id(number, image), image, self.folder / image, line=line, fault=f"{where}{error}")
+                request = BatchRequest(_default_id(number, image), image, self.folder / image, line=line, fault=f"{where}{error}")
                 key = request.id.casefold()
-            seen.setdefault(key, number)
+            numbers.setdefault(key, number)
             yield request
 
     def _digest(self) -> str:
@@ -158,7 +159,7 @@ class BatchRequests:
                 except (ValueError, RecursionError) as error:
                     yield number, f"is not JSON ({error})"
                     continue
-                yield number, fields if isinstance(fields, dict) else "is no JSON object"
+                yield number, fields if isinstance(fields, dict) else "is not a JSON object"
 
     def _header(self) -> list[str]:
         with open(self.source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -167,7 +168,7 @@ class BatchRequests:
             if name not in KEYS:
                 raise UserError(f"{self.source}, header: {_unknown(name)}")
             if header.count(name) > 1:
-                raise UserError(f"{self.source}, header: {name} comes twice")
+                raise UserError(f"{self.source}, header: {name} occurs twice")
         return header
 
     def _csv_rows(self) -> Iterator[tuple[int, dict | str]]:
@@ -187,7 +188,7 @@ class BatchRequests:
                 if not any(cell.strip() for cell in cells):
                     continue
                 if len(cells) > len(header):
-                    yield line, f"has {len(cells)} cells, the header {len(header)}; put cells with commas into quotation marks"
+                    yield line, f"has {len(cells)} cells, the header {len(header)}; put cells with commas in quotation marks"
                     continue
                 try:
                     yield line, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=False) if cell.strip()}
@@ -195,14 +196,14 @@ class BatchRequests:
                     yield line, str(error)
 
     def _request(self, number: int, line: int | None, fields: dict) -> BatchRequest:
-        """UserError says what is wrong with it."""
+        """Make a request from its fields; raises UserError, which says what is wrong."""
         for key in fields:
             if key not in KEYS:
                 raise UserError(_unknown(key))
         fields = self.defaults | {key: value for key, value in fields.items() if value is not None}
         image = fields.get("image")
         if not isinstance(image, str) or not image or "\0" in image:
-            raise UserError("image: is missing; give the path of a picture")
+            raise UserError("image: is missing; give the path of an image")
         path = self.folder / image
         if not os.path.exists(path):
             raise UserError(f"image {image}: no such file or folder")
@@ -212,22 +213,22 @@ class BatchRequests:
         if not 1 <= len(questions) <= MAX_TURNS or not all(isinstance(q, str) and q.strip() for q in questions):
             raise UserError(f"question: is missing or empty; give a text, or a list of 1 to {MAX_TURNS} as the turns of a conversation")
         return BatchRequest(
-            id=_id(fields["id"]) if "id" in fields else _made_id(number, image),
+            id=_id(fields["id"]) if "id" in fields else _default_id(number, image),
             image=image,
             path=path,
             questions=questions,
-            several=several,
+            multi_turn=several,
             prompts=tuple(self._prompts(fields)),
-            frame="all" if fields.get("frame") == "all" else _whole(fields.get("frame"), "frame", 0),
+            frame="all" if fields.get("frame") == "all" else _integer(fields.get("frame"), "frame", 0),
             slice=_text(fields.get("slice"), "slice", "AXIS:INDEX, such as axial:30"),
-            series=_whole(fields.get("series"), "series", 1),
+            series=_integer(fields.get("series"), "series", 1),
             window=_window(fields.get("window")),
-            max_new_tokens=_whole(fields.get("max_new_tokens"), "max_new_tokens", 1),
+            max_new_tokens=_integer(fields.get("max_new_tokens"), "max_new_tokens", 1),
             line=line,
         )
 
     def _prompts(self, fields: dict) -> Iterator[tuple[str, Any]]:
-        """Points, boxes and scribbles as one source; a mask and prompts each as their own, paths relative to the request file."""
+        """Points, boxes and scribbles as one source, a mask and prompts as one each; paths are relative to the request file."""
         if own := {key: fields[key] for key in ("points", "boxes", "scribbles") if key in fields}:
             yield "prompts", own
         for key in ("mask", "prompts"):
@@ -243,8 +244,8 @@ class BatchRequests:
 
 
 def _next_row(rows: Iterator[list[str]]) -> list[str]:
-    """The next row of a CSV reader, with cells of up to _CELL characters; the module's own limit, which is the process's, stays."""
-    limit = csv.field_size_limit(_CELL)
+    """The next row of a CSV reader, with cells of up to _MAX_CELL characters; the limit of the csv module, which is global, is restored."""
+    limit = csv.field_size_limit(_MAX_CELL)
     try:
         return next(rows)
     finally:
@@ -252,13 +253,13 @@ def _next_row(rows: Iterator[list[str]]) -> list[str]:
 
 
 def _raise(error: OSError) -> None:
-    raise error  # a folder that may not be read would be passed over without a word
+    raise error  # os.walk would silently skip a folder that cannot be read
 
 
 def _kind(path: Path) -> str:
     try:
-        return kind_of(path)
-    except UserError:  # its request says so
+        return file_kind(path)
+    except UserError:  # reported when its request is opened
         return "picture"
 
 
@@ -268,21 +269,23 @@ def _unknown(key: str) -> str:
 
 
 def _id(value: Any) -> str:
-    """An id that is a file's name in the folder of answers and cannot be more."""
+    """An id as a safe file name for the output folder."""
     name = str(value) if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)) else ""
-    if not _ID.fullmatch(name) or len(name.encode(errors="replace")) > _ID_BYTES:
-        raise UserError(f"id {str(value)[:40]!r}: give letters, digits, '_', '-' and '.', not '.' or '-' first, at most {_ID_BYTES} bytes")
+    if not _ID.fullmatch(name) or len(name.encode(errors="replace")) > _MAX_ID_BYTES:
+        raise UserError(
+            f"id {str(value)[:40]!r}: give letters, digits, '_', '-' and '.', not '.' or '-' first, at most {_MAX_ID_BYTES} bytes"
+        )
     return name
 
 
-def _made_id(number: int, image: str) -> str:
-    """The running number, and as much of the file's name, up to its endings, as an id may hold."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(image).name.split(".")[0])[:_STEM].strip("_")
+def _default_id(number: int, image: str) -> str:
+    """The running number and the file name without endings, truncated to the length of an id."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(image).name.split(".")[0])[:_MAX_STEM].strip("_")
     return f"{number:05d}-{stem}" if stem else f"{number:05d}"
 
 
 def _cell(name: str, cell: str) -> Any:
-    """A cell of a table: JSON where it begins so, a whole number where one is meant, else text."""
+    """The value of a CSV cell: JSON if it starts with [ or {, an integer for integer fields, else text."""
     try:
         cell.encode()
     except UnicodeEncodeError:
@@ -296,9 +299,9 @@ def _cell(name: str, cell: str) -> Any:
     return int(cell) if name in ("frame", "series", "max_new_tokens") and cell.isdecimal() and len(cell) < 10 else cell
 
 
-def _whole(value: Any, name: str, least: int) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not least <= value < 10**9):
-        raise UserError(f"{name}: give a whole number of {least} or more")
+def _integer(value: Any, name: str, minimum: int) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 10**9):
+        raise UserError(f"{name}: give a whole number of {minimum} or more")
     return value
 
 

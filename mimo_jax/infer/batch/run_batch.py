@@ -1,8 +1,9 @@
-"""`mimo batch`: many requests through one model, into a folder of answers.
+"""`mimo batch`: answer many requests with one model, into an output folder.
 
-Requests are taken in windows of several batches (a whole scan is a window of its own), so that memory is bounded whatever their
-number; equal pictures of a window are read and encoded once. A window's files are read while the one before is on the device. A
-window is always made from scratch, so that a job that was killed ends with the bytes of one that was not.
+Requests are processed in windows of several batches (a volume is its own window), so that memory is bounded whatever their number; an
+image that occurs several times in a window is read and encoded once. The files of the next window are read while the current one is on
+the device. A window is always computed from scratch, so that the output of a job that was killed and resumed is byte-identical to that
+of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, check_window, library
+from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, check_window, import_medical
 from mimo_jax.data.images.volume import open_scan
 from mimo_jax.data.prompt_files import join_prompts, read_prompts
 from mimo_jax.data.prompts import Prompts
@@ -32,14 +33,15 @@ from mimo_jax.infer.volume import VolumeAnswer, ask_volume
 from mimo_jax.preemption import StopSignal
 
 SAVED = {".png": None, ".npy": None, ".nii": "nibabel", ".nii.gz": "nibabel", ".dcm": "highdicom"}  # ending -> library
-_BATCHES = 4  # of a window
-_WINDOW_BYTES = 2**26  # of the files of a window, which unpacked are several times as large
-_READERS = 8  # threads that decode files
+_BATCHES_PER_WINDOW = 4
+_MAX_WINDOW_BYTES = 2**26  # total size of the files in a window; decoded they are several times as large
+_READ_THREADS = 8  # number of threads that decode files
 
 
-class Outcome(NamedTuple):
-    """done, answered, failed: requests so far, in all runs of the job; an answer whose files cannot all be saved is among both.
-    stopped: a signal came before the last. burned_in: pictures and scans of this run that may carry burned-in text."""
+class BatchResult(NamedTuple):
+    """done, answered, failed: number of requests so far, over all starts of the job; a request whose files cannot all be saved counts as
+    both answered and failed. stopped: a signal arrived before the last request. burned_in: number of images and volumes of this start that
+    may contain burned-in text."""
 
     done: int
     answered: int
@@ -48,8 +50,8 @@ class Outcome(NamedTuple):
     burned_in: int
 
 
-class Opened(NamedTuple):
-    """A picture or scan, and the prompts of each request on it, in order; or why it cannot be had (a str), each."""
+class OpenedImage(NamedTuple):
+    """An image or volume, and the prompts of each request on it, in order; a str instead of either is the reason why it cannot be read."""
 
     picture: MedicalImage | Volume | str
     prompts: list[Prompts | str]
@@ -69,57 +71,57 @@ def run_batch(
     save: Sequence[str] = (),
     volumes: bool = False,
     resume: bool = False,
-) -> Outcome:
-    """Ask all requests of `source`, a folder of pictures or a .jsonl or .csv of requests (see `BatchRequests`, which `volumes` is
-    for), into the folder `out`.
+) -> BatchResult:
+    """Answer all requests of `source`, a folder of images or a .jsonl or .csv file of requests, into the folder `out`.
 
-    load: gives the model; called once all that can be checked without it has been. question, frame, slice, series, window,
-    max_new_tokens: for requests that do not say theirs. save: endings of SAVED, of files written for each answer.
-    resume: go on with what `out` holds of the same job; without it `out` must be new or empty.
-    A request that cannot be asked, or a file that cannot be saved for this picture (a .dcm of a PNG, say), is listed in failed.jsonl
-    and costs the others nothing. SIGTERM and SIGINT let the window in
-    hand be finished. Raises UserError, before anything is written, for what makes the whole job impossible."""
+    load: returns the model; called after all checks that do not need it. question, frame, slice, series, window, max_new_tokens: defaults
+    for requests without their own. save: endings of SAVED, of the files to write for each answer. volumes: see `BatchRequests`. resume:
+    continue the same job in `out`; without it, `out` must be new or empty.
+
+    An invalid request, or a file that cannot be saved for its image (such as a .dcm for a PNG), is listed in failed.jsonl and does not
+    affect the others. After SIGTERM or SIGINT the current window is finished first. Raises UserError, before anything is written, if the
+    job as a whole is impossible."""
     check_window(window)
     for ending in save:
         if ending not in SAVED:
             raise UserError(f"{ending}: cannot be saved for each answer; use some of {', '.join(SAVED)}")
         if SAVED[ending]:
-            library(SAVED[ending])
+            import_medical(SAVED[ending])
     if question is not None and not question.strip():
         raise UserError("question: is empty; ask something, such as 'Segment the liver.'")
     defaults = {"question": question, "frame": frame, "slice": slice, "series": series, "window": window, "max_new_tokens": max_new_tokens}
     requests = BatchRequests(source, out, defaults, volumes)
     survey = requests.survey()
     if survey.faulty == survey.count:
-        raise UserError(f"{source}: " + (f"no request can be asked; the first: {survey.first}" if survey.count else "holds no request"))
+        raise UserError(f"{source}: " + (f"no request can be asked; the first: {survey.first}" if survey.count else "contains no request"))
     job = BatchJob(Path(out), {**defaults, "requests": survey.digest, "count": survey.count, "save": list(save)}, resume)
     burned_in, stopped = 0, False
     if job.done < survey.count:
         mimo = load()
-        with job.writing(mimo.origin), StopSignal() as stop, ThreadPoolExecutor(_READERS) as pool, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*burned-in text")  # counted instead
-            windows = _windows(requests, job.done, _BATCHES * mimo.config.generate.batch_size)
+        with job.claim(mimo.origin), StopSignal() as stop, ThreadPoolExecutor(_READ_THREADS) as pool, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*burned-in text")  # these images are counted instead
+            windows = _windows(requests, job.done, _BATCHES_PER_WINDOW * mimo.config.generate.batch_size)
             with tqdm(total=survey.count, initial=job.done, desc="batch", unit="request", disable=None, smoothing=0.05) as bar:
                 for items, opened in _read_ahead(pool, windows):
-                    burned_in += _may_be_burned_in(opened)
-                    answers, faults = _ask(mimo, items, opened)
-                    job.append(*_written(pool, items, answers, faults, job.out, save), len(items))
+                    burned_in += _count_burned_in(opened)
+                    answers, faults = _answer(mimo, items, opened)
+                    job.append(*_write_outputs(pool, items, answers, faults, job.out, save), len(items))
                     bar.update(len(items))
                     if stop.received:
                         break
             stopped = job.done < survey.count
     if not stopped:
         write_summary(job.out)
-    return Outcome(job.done, job.answered, job.failed, stopped, burned_in)
+    return BatchResult(job.done, job.answered, job.failed, stopped, burned_in)
 
 
 def _windows(requests: BatchRequests, done: int, size: int) -> Iterator[list[BatchRequest]]:
-    """At most `size` requests, fewer where their files are large; the same ones every time."""
+    """Split the requests after the first `done` into windows of at most `size`, fewer if their files are large; deterministic."""
     window: list[BatchRequest] = []
     files: dict[Path, int] = {}
     for request in itertools.islice(requests, done, None):
-        full = len(window) == size or sum(files.values()) > _WINDOW_BYTES
-        if window and (request.whole or window[-1].whole or full):
+        full = len(window) == size or sum(files.values()) > _MAX_WINDOW_BYTES
+        if window and (request.is_volume or window[-1].is_volume or full):
             yield window
             window, files = [], {}
         window.append(request)
@@ -130,9 +132,9 @@ def _windows(requests: BatchRequests, done: int, size: int) -> Iterator[list[Bat
 
 def _read_ahead(
     pool: ThreadPoolExecutor, windows: Iterator[list[BatchRequest]]
-) -> Iterator[tuple[list[BatchRequest], list[tuple[Opened, int] | None]]]:
-    """Each window, and for each of its requests what was opened for it with its place there (None for a faulty one); the files of
-    the next one are being read meanwhile."""
+) -> Iterator[tuple[list[BatchRequest], list[tuple[OpenedImage, int] | None]]]:
+    """Yield each window with, for each of its requests, the opened image and the index of the request there (None for a faulty request),
+    while the files of the next window are being read."""
     ahead = _submit(pool, next(windows, []))
     try:
         while ahead[0]:
@@ -144,7 +146,7 @@ def _read_ahead(
 
 
 def _submit(pool: ThreadPoolExecutor, items: list[BatchRequest]) -> tuple[list[BatchRequest], dict[tuple, Future], list[tuple | None]]:
-    """(the window, what will be opened by picture, which picture and place in it each request has)."""
+    """Start reading a window; returns (the window, image key -> future, and for each request its image key and index there)."""
     asked: dict[tuple, list[BatchRequest]] = defaultdict(list)
     places: list[tuple | None] = []
     for item in items:
@@ -155,44 +157,44 @@ def _submit(pool: ThreadPoolExecutor, items: list[BatchRequest]) -> tuple[list[B
     return items, {key: pool.submit(_open, of) for key, of in asked.items() if of}, places
 
 
-def _open(items: Sequence[BatchRequest]) -> Opened:
-    """The picture or scan that these requests share, read once."""
+def _open(items: Sequence[BatchRequest]) -> OpenedImage:
+    """Read the image or volume that these requests share."""
     one = items[0]
     try:
         picture = open_scan(one.path, frame=one.frame, slice=one.slice, series=one.series, window=one.window)
     except UserError as error:
-        return Opened(_line(error), [""] * len(items))
+        return OpenedImage(_one_line(error), [""] * len(items))
     except OSError as error:
-        return Opened(f"{one.path}: {error.strerror}", [""] * len(items))
+        return OpenedImage(f"{one.path}: {error.strerror}", [""] * len(items))
     if isinstance(picture, Volume):
         single = [not item.prompts and len(item.questions) == 1 for item in items]
-        return Opened(picture, [Prompts() if fits else f"{one.path}: a scan takes one question without prompts" for fits in single])
+        return OpenedImage(picture, [Prompts() if fits else f"{one.path}: a volume takes one question without prompts" for fits in single])
     height, width = picture.pixels.shape[:2]
     prompts: list[Prompts | str] = []
     for item in items:
         try:
             prompts.append(join_prompts(read_prompts(source, height, width, name) for name, source in item.prompts))
         except UserError as error:
-            prompts.append(_line(error))
-    return Opened(picture, prompts)
+            prompts.append(_one_line(error))
+    return OpenedImage(picture, prompts)
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _may_be_burned_in(opened: Sequence[tuple[Opened, int] | None]) -> int:
-    """How many pictures and scans a DICOM does not say to be free of burned-in text."""
+def _count_burned_in(opened: Sequence[tuple[OpenedImage, int] | None]) -> int:
+    """The number of DICOM images and volumes that are not declared free of burned-in text."""
     shown = {id(found[0].picture): found[0].picture for found in opened if found and not isinstance(found[0].picture, str)}
     grids = [p.grids if isinstance(p, Volume) else [p.grid] for p in shown.values()]
     return sum(any(isinstance(g, DicomGrid) and g.dataset.get("BurnedInAnnotation") != "NO" for g in of) for of in grids)
 
 
-def _ask(
-    mimo: Mimo, items: Sequence[BatchRequest], opened: Sequence[tuple[Opened, int] | None]
+def _answer(
+    mimo: Mimo, items: Sequence[BatchRequest], opened: Sequence[tuple[OpenedImage, int] | None]
 ) -> tuple[list[list[Answer | VolumeAnswer]], dict[int, str]]:
-    """(the answers to each request's questions, why those that have none cannot be asked, by their place in the window). All first
-    questions run together, then all second ones, each after the answers before; scans one after the other."""
+    """Returns (the answers to each request's questions, {index of a failed request in the window: reason}). All first questions run
+    together, then all second ones with the earlier turns as history, and so on; volumes run one after the other."""
     faults: dict[int, str] = {}
     answers: list[list[Answer | VolumeAnswer]] = [[] for _ in items]
     images: dict[int, MedicalImage | EncodedImage] = {}
@@ -208,7 +210,7 @@ def _ask(
             try:
                 answers[i].append(ask_volume(mimo, picture, item.questions[0], max_new_tokens=item.max_new_tokens))
             except UserError as error:
-                faults[i] = _line(error)
+                faults[i] = _one_line(error)
         else:
             images[i], prompts[i] = picture, marked
 
@@ -223,7 +225,7 @@ def _ask(
             try:
                 mimo.check(request)
             except UserError as error:
-                faults[i] = f"turn {turn + 1}: " * bool(turn) + _line(error)
+                faults[i] = f"turn {turn + 1}: " * bool(turn) + _one_line(error)
                 continue
             requests[i] = request
         if not requests:
@@ -234,13 +236,13 @@ def _ask(
             images = {i: encoded[id(request.image)] for i, request in requests.items()}
             for i, request in requests.items():
                 request.image = images[i]
-        for i, (answer, after) in zip(requests, mimo.converse(list(requests.values())), strict=True):
+        for i, (answer, after) in zip(requests, mimo.generate(list(requests.values())), strict=True):
             answers[i].append(answer)
             past[i].append(after)
     return answers, faults
 
 
-def _written(
+def _write_outputs(
     pool: ThreadPoolExecutor,
     items: Sequence[BatchRequest],
     answers: Sequence[Sequence[Answer | VolumeAnswer]],
@@ -248,7 +250,7 @@ def _written(
     out: Path,
     save: Sequence[str],
 ) -> tuple[list[dict], list[dict]]:
-    """(lines of answers.jsonl, lines of failed.jsonl) of a window, after the files of each answer have been saved."""
+    """Save the files of each answer; returns (lines of answers.jsonl, lines of failed.jsonl) for the window."""
     files = {
         (i, turn): pool.submit(_save, answer, [out / (items[i].id + f"@{turn + 1}" * bool(turn) + ending) for ending in save])
         for i, given in enumerate(answers)
@@ -266,14 +268,14 @@ def _written(
             names, refused = files[i, turn].result()
             failures += [{**where, "reason": reason} for reason in refused]
             turns.append({"question": answer.question, **answer.to_json(), **({"files": names} if save else {})})
-        lines.append({"id": item.id, "image": item.image, **({"turns": turns} if item.several else turns[0])})
+        lines.append({"id": item.id, "image": item.image, **({"turns": turns} if item.multi_turn else turns[0])})
     return lines, failures
 
 
 def _save(answer: Answer | VolumeAnswer, paths: Sequence[Path]) -> tuple[list[str], list[str]]:
-    """(names of the files written, why others were not). A DICOM SEG of nothing is not allowed, and not missed."""
+    """Returns (names of the files written, reasons why others were not). A DICOM SEG without segments is invalid, so it is skipped."""
     names, refused = [], []
-    painted = answer.painted() if isinstance(answer, VolumeAnswer) else [e for e in answer.entities if e.area_px]
+    painted = answer.segmented_slices() if isinstance(answer, VolumeAnswer) else [e for e in answer.entities if e.area_px]
     for path in paths:
         if path.suffix == ".dcm" and not painted:
             continue
@@ -282,5 +284,5 @@ def _save(answer: Answer | VolumeAnswer, paths: Sequence[Path]) -> tuple[list[st
                 answer.save(path)
                 names.append(path.name)
             except UserError as error:
-                refused.append(_line(error))
+                refused.append(_one_line(error))
     return names, refused

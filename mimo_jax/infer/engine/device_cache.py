@@ -1,4 +1,4 @@
-"""What is kept on the device between questions, within a bound: features of open images, KV caches of chats."""
+"""An LRU cache of device arrays between questions: features of open images and KV caches of chats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Evictable(Protocol):
-    """Something whose arrays can be let go, and made again when they are needed."""
+    """An object whose device arrays can be released, and recomputed when they are needed again."""
 
     @property
     def nbytes(self) -> int: ...
@@ -16,21 +16,21 @@ class Evictable(Protocol):
 
 
 class DeviceCache:
-    """Keeps what was used last. Over the budget, what was used longest ago is released, but never what was used last: one that is
-    larger than the budget still is kept. What nobody else holds any more is forgotten."""
+    """Keeps the most recently used items within a budget and releases the least recently used ones. The items of the last call are always
+    kept, even if they exceed the budget. Items are held by weak references, so that unused ones are freed."""
 
     def __init__(self, budget: int):
-        """budget: bytes."""
+        """budget: in bytes."""
         self.budget = budget
-        self._kept: dict[int, weakref.ref] = {}  # least recently used first
+        self._items: dict[int, weakref.ref] = {}  # least recently used first
 
     def keep(self, *items: Evictable) -> None:
-        """`items` were used just now, together: all of them stay."""
+        """Mark `items` as just used and release older ones if the budget is exceeded."""
         for item in items:
-            self._kept.pop(id(item), None)
-            self._kept[id(item)] = weakref.ref(item)
-        alive = {key: item for key, held in self._kept.items() if (item := held()) is not None}
-        self._kept = {key: self._kept[key] for key in alive}
+            self._items.pop(id(item), None)
+            self._items[id(item)] = weakref.ref(item)
+        alive = {key: item for key, reference in self._items.items() if (item := reference()) is not None}
+        self._items = {key: self._items[key] for key in alive}
         total = sum(item.nbytes for item in alive.values())
         newest = {id(item) for item in items}
         for key, item in alive.items():
@@ -38,4 +38,4 @@ class DeviceCache:
                 break
             total -= item.nbytes
             item.release()
-            del self._kept[key]
+            del self._items[key]

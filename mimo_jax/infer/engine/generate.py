@@ -1,10 +1,10 @@
-"""Answers token by token with a KV cache: prefill what is new, then decode until every row has ended.
+"""Autoregressive generation with a KV cache: prefill the new tokens, then decode until every row has ended.
 
 Axis letters: B rows of a batch, T new tokens of the prompt (a bucket), S slots of the cache, M new-token bucket, D width of the
 language model, V vocabulary, R turns, Q tokens of one turn's X_q.
 
-Rows are independent: row b goes on at its own length, in cache slots filled_b, filled_b + 1, … A cache that is kept takes the
-next turn behind what it holds, so that only that turn is prefilled.
+Rows are independent: row b writes its new tokens to the cache slots prompt_len_b, prompt_len_b + 1, … A cache that is kept for the
+next turn is extended, so that only the new turn is prefilled.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import jax.numpy as jnp
 
 
 class Decoding(NamedTuple):
-    """A batch under way. cache: {"k", "v"} [N, B, G, S, K]; prompt_len int32 [B]: slots that hold the prompt; last [B, 1, D]: the state
-    that predicts the next token; step: tokens since the prompt; active bool [B]: rows that go on; ended bool [B]: an end token
-    came; num_generated int32 [B]: tokens so far, the end token not counted; limits int32 [B]: tokens that a row may get. ids int32 [B, M]
-    (0 after a row's end), probs fp32 [B, M] of the chosen tokens under the unscaled distribution, states [B, M, D]: what the
-    mask decoder reads should token m be a `<SEG>`. temperature, top_p fp32 [B], seed uint32 [B]: see `choose`."""
+    """The state of a batch between decoding steps.
+
+    cache: {"k", "v"} [N, B, G, S, K]; prompt_len int32 [B]: number of slots that hold the prompt; last [B, 1, D]: hidden state that
+    predicts the next token; step: number of tokens since the prompt; active bool [B]: rows that are still generating; ended bool [B]:
+    rows that produced the end token; num_generated int32 [B]: number of tokens so far, without the end token; limits int32 [B]: maximum
+    number of tokens per row; ids int32 [B, M] (0 after a row's end); probs fp32 [B, M]: probabilities of the sampled tokens under the
+    unscaled distribution; states [B, M, D]: input of the mask decoder if token m is a `<SEG>`; temperature, top_p fp32 [B], seed uint32
+    [B]: see `sample_token`."""
 
     cache: dict[str, jax.Array]
     prompt_len: jax.Array
@@ -41,10 +44,11 @@ class Decoding(NamedTuple):
 def prefill(
     model, cache: dict, x: jax.Array, start: jax.Array, lengths: jax.Array, limits: jax.Array, temperature, top_p, seed, *, new_tokens: int
 ) -> Decoding:
-    """Run the new part of each row's prompt.
+    """Run the model on the new part of each row's prompt.
 
-    model: bound `models.mimo` module. x [B, T, D]: embedded tokens of which row b has lengths[b], left-aligned; they go to the slots
-    from start[b] on, behind what the cache holds already. limits int32 [B]: at most `new_tokens` = M (0: a row that is padding)."""
+    model: bound `models.mimo` module. x [B, T, D]: embedded tokens, left-aligned, of which row b has lengths[b]; they are written to the
+    cache slots from start[b] on, after the tokens that the cache already holds. limits int32 [B]: maximum number of new tokens per row,
+    at most `new_tokens` = M (0 for a padding row)."""
     b, t, _ = x.shape
     hidden, cache = model.decode(x, start[:, None] + jnp.arange(t, dtype=jnp.int32), cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
@@ -67,49 +71,49 @@ def prefill(
 
 
 def decode(model, state: Decoding, until: jax.Array, *, eos_id: int, seg_state: str) -> Decoding:
-    """Go on until `until` tokens after the prompt, or until no row is live.
+    """Decode until `until` tokens after the prompt, or until no row is active.
 
-    `seg_state`: "token" keeps the state *at* each new token; "predict" the state that predicted it. Every token taken is run through
-    the model, also the last one allowed, so that the cache holds all that was said, and the end token where one came."""
+    seg_state: "token" stores the hidden state *at* each new token; "predict" the state that predicted it. Every generated token is run
+    through the model, also the last one allowed, so that the cache holds the full answer including its end token."""
 
-    def emit(s: Decoding) -> Decoding:
+    def step(s: Decoding) -> Decoding:
         logits = model.logits(s.last)[:, 0]
         token = sample_token(logits, s.temperature, s.top_p, s.seed, s.step)
         prob = jnp.exp(jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1))
         ended = s.ended | (s.active & (token == eos_id))
-        live = s.active & ~ended  # rows that take this token
+        generating = s.active & ~ended  # rows that append this token
         after, cache = model.decode(model.embedding(token[:, None]), (s.prompt_len + s.step)[:, None], s.cache)
-        kept = after if seg_state == "token" else s.last
+        seg_hidden = after if seg_state == "token" else s.last
         return s._replace(
             cache=cache,
             last=after,
             step=s.step + 1,
-            active=live & (s.step + 1 < s.limits),
+            active=generating & (s.step + 1 < s.limits),
             ended=ended,
-            num_generated=s.num_generated + live,
-            ids=s.ids.at[:, s.step].set(jnp.where(live, token, 0)),
-            probs=s.probs.at[:, s.step].set(jnp.where(live, prob, 0.0)),
-            states=s.states.at[:, s.step].set(jnp.where(live[:, None], kept[:, 0], 0)),
+            num_generated=s.num_generated + generating,
+            ids=s.ids.at[:, s.step].set(jnp.where(generating, token, 0)),
+            probs=s.probs.at[:, s.step].set(jnp.where(generating, prob, 0.0)),
+            states=s.states.at[:, s.step].set(jnp.where(generating[:, None], seg_hidden[:, 0], 0)),
         )
 
-    return jax.lax.while_loop(lambda s: (s.step < until) & s.active.any(), emit, state)
+    return jax.lax.while_loop(lambda s: (s.step < until) & s.active.any(), step, state)
 
 
 def sample_token(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, seed: jax.Array, step: jax.Array) -> jax.Array:
-    """The next token int32 [B] of logits fp32 [B, V]: the likeliest where temperature is 0; else drawn from softmax(logits /
-    temperature), of the fewest likeliest tokens whose probabilities reach top_p. A row's draws depend on its own seed and on
-    `step` alone, not on what else is in the batch."""
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """Sample the next token, int32 [B], from logits fp32 [B, V]: the argmax if temperature is 0; otherwise from softmax(logits /
+    temperature), restricted to the smallest set of most probable tokens whose probabilities sum to top_p. A row's samples depend only on
+    its seed and on `step`, not on what else is in the batch."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def drawn(logits: jax.Array) -> jax.Array:
+    def sample(logits: jax.Array) -> jax.Array:
         scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
         probs = jax.nn.softmax(scaled, axis=-1)
         ordered = jnp.sort(probs, axis=-1, descending=True)
         before = jnp.cumsum(ordered, axis=-1) - ordered
-        least = jnp.min(jnp.where(before < top_p[:, None], ordered, 1.0), axis=-1, keepdims=True)
+        minimum = jnp.min(jnp.where(before < top_p[:, None], ordered, 1.0), axis=-1, keepdims=True)
         noise = jax.vmap(lambda s: jax.random.gumbel(jax.random.fold_in(jax.random.key(s), step), logits.shape[1:]))(seed)
-        return jnp.argmax(jnp.where(probs >= least, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+        return jnp.argmax(jnp.where(probs >= minimum, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
 
-    # Most answers are greedy: sorting the vocabulary at every token is left to the batches that need it.
-    sampled = jax.lax.cond((temperature > 0).any(), drawn, lambda _: likeliest, logits)
-    return jnp.where(temperature > 0, sampled, likeliest)
+    # Most answers are greedy: only batches that sample sort the vocabulary at every token.
+    sampled = jax.lax.cond((temperature > 0).any(), sample, lambda _: greedy, logits)
+    return jnp.where(temperature > 0, sampled, greedy)

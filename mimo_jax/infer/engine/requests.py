@@ -1,4 +1,4 @@
-"""What is asked: an image that both towers have seen, a question with what the user marked, and the turns before it.
+"""Requests to the engine: an encoded image, a question with its prompts, and the earlier turns of the chat.
 
 Axis letters: H, W height and width of the original image in pixels; I, Dc tokens and width of X_img; g, C side and width of SAM's
 features; Q, D tokens and width of one turn's X_q; L instruction tokens of the aligner, P prompt tokens.
@@ -20,23 +20,24 @@ from mimo_jax.data.prompts import PromptError, Prompts, encode_prompts
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, GeometryError, validate_boxes, validate_points, validate_scribbles
+from mimo_jax.models.mimo import Features
 
-MAX_TURNS = 32  # of a conversation
-MAX_STOPS = 8  # stop strings of a request
+MAX_TURNS = 32  # per conversation
+MAX_STOPS = 8  # maximum number of stop strings per request
 _MAX_SEED = 2**32
-_CHARACTERS = 64  # more than any token stands for, on average
+_MAX_CHARACTERS_PER_TOKEN = 64  # upper bound of the average number of characters per token
 
 
 @dataclass(eq=False)
 class EncodedImage:
-    """A picture after both towers. x_img [I, Dc] and features [g, g, C] are None while they are not kept: the store may let them
-    go, and they are made again from the picture when they are asked for."""
+    """An image with the outputs of both encoders. x_img [I, Dc] and features [g, g, C] are None after the device cache has released
+    them; they are then recomputed from the image when they are needed."""
 
     picture: MedicalImage
     vision_frame: Frame
     sam_frame: Frame
     x_img: jax.Array | None = None
-    features: jax.Array | None = None
+    features: Features | None = None
 
     @property
     def pixels(self) -> np.ndarray:
@@ -45,7 +46,7 @@ class EncodedImage:
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.x_img is None or self.features is None else self.x_img.nbytes + self.features.nbytes
+        return 0 if self.x_img is None else sum(leaf.nbytes for leaf in jax.tree.leaves((self.x_img, self.features)))
 
     def release(self) -> None:
         self.x_img = self.features = None
@@ -53,7 +54,7 @@ class EncodedImage:
 
 @dataclass
 class TurnHistory:
-    """What a finished turn leaves to the later ones. ids, query_index: its tokens from "USER:" to </s>; x_q [Q, D]."""
+    """What later turns need of a finished turn. ids, query_index: its tokens from "USER:" to </s>; x_q [Q, D]."""
 
     ids: list[int]
     query_index: list[int]
@@ -62,8 +63,8 @@ class TurnHistory:
 
 @dataclass(eq=False)
 class TurnCache:
-    """The KV cache of a chat, one row. length: how many tokens of the conversation, from its first on, it holds; 0 while there is
-    none, or after the store has let it go: the next turn then prefills all."""
+    """The KV cache of a chat, one row. length: number of tokens from the start of the conversation that it holds; 0 if it is empty or
+    was released, so that the next turn prefills the full conversation."""
 
     arrays: dict[str, jax.Array] | None = None
     length: int = 0
@@ -78,8 +79,8 @@ class TurnCache:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. temperature 0: the likeliest; else drawn from the fewest likeliest that make up top_p, the same ones
-    for the same seed whatever else is in the batch. stop: the answer ends before the first of these strings."""
+    """How tokens are sampled. temperature 0: greedy; otherwise nucleus sampling with `top_p`, reproducible for a seed whatever else is in
+    the batch. stop: the answer ends before the first of these strings."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -87,11 +88,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """UserError for values that mean nothing."""
+        """Raises UserError for invalid values."""
         if not (isinstance(self.temperature, Real) and 0 <= self.temperature <= 100):
-            raise UserError(f"temperature: is {self.temperature}; give 0 (the likeliest words) up to 100")
+            raise UserError(f"temperature: is {self.temperature}; give a number from 0 (greedy) to 100")
         if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
-            raise UserError(f"top_p: is {self.top_p}; give more than 0 and at most 1")
+            raise UserError(f"top_p: is {self.top_p}; give a number above 0 and at most 1")
         if not (isinstance(self.seed, Integral) and 0 <= self.seed < _MAX_SEED):
             raise UserError(f"seed: is {self.seed}; give a whole number from 0 to {_MAX_SEED - 1}")
         if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop):
@@ -100,8 +101,8 @@ class Sampling:
 
 @dataclass
 class Request:
-    """One question. image: encoded, a picture, or uint8 pixels [H, W, 3]; prompts in pixels of it; past: earlier turns of the chat;
-    cache: what is kept of them, of a request that runs alone."""
+    """One question. image: encoded, a MedicalImage, or uint8 pixels [H, W, 3]; prompts: in pixels of the image; past: earlier turns of the
+    chat; cache: KV cache of these turns, used only if the request runs alone."""
 
     image: EncodedImage | MedicalImage | np.ndarray
     question: str
@@ -114,8 +115,8 @@ class Request:
 
 @dataclass
 class EncodedTurn:
-    """A request as arrays. ids and query_index: the whole conversation up to where the answer begins; the new turn from `start` on.
-    limit: tokens that the answer may have."""
+    """A request as arrays. ids, query_index: the full conversation up to the start of the answer; the new turn begins at `start`.
+    limit: maximum number of tokens in the answer."""
 
     ids: list[int]
     query_index: list[int]
@@ -128,8 +129,8 @@ class EncodedTurn:
     limit: int
 
 
-def prepare(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config) -> EncodedTurn:
-    """Check a request on an image of this CLIP frame and turn it into arrays; UserError names what is wrong with it."""
+def encode_request(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config) -> EncodedTurn:
+    """Check a request and turn it into arrays; frame: the vision frame of its image. Raises UserError, which names what is wrong."""
     m = config.model
     if not isinstance(request.question, str) or not request.question.strip():
         raise UserError("question: is empty; ask something, such as 'Segment the liver.'")
@@ -137,11 +138,11 @@ def prepare(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config
     if not isinstance(most, Integral) or most < 1:
         raise UserError(f"max_new_tokens: is {most}; give a whole number of 1 or more")
     if len(request.past) >= MAX_TURNS:
-        raise UserError(f"question: is turn {len(request.past) + 1} of a conversation, which may have {MAX_TURNS}; open the image anew")
+        raise UserError(f"question: is turn {len(request.past) + 1} of a conversation, which may have {MAX_TURNS}; open the image again")
     request.sampling.check()
-    prompts = _checked(request.prompts, frame)
+    prompts = _validate_prompts(request.prompts, frame)
     if prompts and m.aligner.image_only():
-        raise UserError(f"this model's aligner ({m.aligner.kind}) reads no points, boxes or scribbles; ask without them")
+        raise UserError(f"this model's aligner ({m.aligner.kind}) takes no points, boxes or scribbles; ask without them")
     try:
         xy, kind = encode_prompts(prompts, frame, m.prompt)
     except PromptError as error:
@@ -150,7 +151,7 @@ def prepare(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config
     ids = [i for turn in request.past for i in turn.ids]
     query_index = [q for turn in request.past for q in turn.query_index]
     number, start = len(request.past), len(ids)
-    if len(request.question) > _CHARACTERS * m.llm.max_length:  # no need to tokenise it to know
+    if len(request.question) > _MAX_CHARACTERS_PER_TOKEN * m.llm.max_length:  # too long for any tokenisation
         raise UserError(f"question: has {len(request.question)} characters; the context is {m.llm.max_length} tokens, shorten it")
     new_ids, new_index = conversation.encode_user_turn(tokenizer, config, request.question, number, number == 0)
     ids, query_index = ids + new_ids, query_index + new_index
@@ -175,8 +176,8 @@ def prepare(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config
     )
 
 
-def _checked(prompts: Prompts, frame: Frame) -> Prompts:
-    """The same prompts as arrays; UserError for NaN, a place outside the image, or a box without area."""
+def _validate_prompts(prompts: Prompts, frame: Frame) -> Prompts:
+    """The prompts as arrays; raises UserError for NaN, coordinates outside the image, or a box without area."""
     try:
         return Prompts(
             validate_points(prompts.points, frame.height, frame.width),

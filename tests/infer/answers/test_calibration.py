@@ -105,8 +105,8 @@ def test_what_is_written_is_read_back(fitted, tmp_path):
     [
         (lambda text: text[: len(text) // 2], "is damaged"),
         (lambda text: "[]", "is damaged"),
-        (lambda text: text.replace('"uncertain_below": 0.', '"uncertain_below": 0.1'), "not as it was written"),
-        (lambda text: json.dumps(json.loads(text) | {"version": 2}), "is of version 2, not 1"),
+        (lambda text: text.replace('"uncertain_below": 0.', '"uncertain_below": 0.1'), "does not match its SHA-256"),
+        (lambda text: json.dumps(json.loads(text) | {"version": 2}), "has version 2, not 1"),
     ],
 )
 def test_a_damaged_file_is_an_error_with_a_remedy(fitted, tmp_path, harm, message):

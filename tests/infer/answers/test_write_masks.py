@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_jax.data.images.image import DicomGrid, MedicalImage
-from mimo_jax.data.images.open_image import open_picture
+from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer, Entity, check_outputs
@@ -56,7 +56,7 @@ def test_a_mask_lands_on_the_voxels_that_were_shown(tmp_path_factory, seed, obli
     volume = rng.permutation(np.prod(shape)).reshape(shape).astype(np.int16)
     path = nifti(folder / "a.nii", volume, affine)
     which = int(rng.integers(2))
-    picture = open_picture(path, slice=f"{axis}:{which}", window=(0, 255))
+    picture = open_image(path, slice=f"{axis}:{which}", window=(0, 255))
     chosen = rng.permutation(picture.pixels[..., 0].ravel())[: rng.integers(0, 6)]
     mask = np.isin(picture.pixels[..., 0], chosen)
     out = folder / ("b.nii.gz" if packed else "b.nii")
@@ -74,7 +74,7 @@ def test_a_mask_lands_on_the_voxels_that_were_shown(tmp_path_factory, seed, obli
 
 
 def test_later_entities_lie_on_top_and_keep_their_number(tmp_path):
-    picture = open_picture(nifti(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16), np.diag([-2.0, -2, 2, 1])), slice="k:3")
+    picture = open_image(nifti(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16), np.diag([-2.0, -2, 2, 1])), slice="k:3")
     first, second, third = np.zeros((3, 5, 4), bool)
     first[1:4], third[2, 1:3] = True, True
     answer = answered(picture, ("a", first), ("b", second), ("c", third))
@@ -102,7 +102,7 @@ def test_the_header_says_where_and_nothing_of_the_patient(tmp_path):
     image.header["descrip"] = b"SECRET"
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"SECRET"))
     nibabel.save(image, tmp_path / "a.nii")
-    picture = open_picture(tmp_path / "a.nii", slice="i:1")
+    picture = open_image(tmp_path / "a.nii", slice="i:1")
     answered(picture, ("a", np.ones(picture.pixels.shape[:2], bool))).save(tmp_path / "b.nii")
     made = nibabel.load(tmp_path / "b.nii")
     assert isinstance(made, nibabel.Nifti2Image) and b"SECRET" not in (tmp_path / "b.nii").read_bytes()
@@ -120,7 +120,7 @@ def test_headers_without_orientation_codes_or_with_a_bad_quaternion(tmp_path, da
     if damage == "quaternion":
         data[256:260] = np.float32(5).tobytes()  # quatern_b
     (tmp_path / "a.nii").write_bytes(data)
-    picture = open_picture(tmp_path / "a.nii", slice="k:2")
+    picture = open_image(tmp_path / "a.nii", slice="k:2")
     answered(picture, ("a", np.ones((5, 4), bool))).save(tmp_path / "b.nii")
     np.testing.assert_allclose(nibabel.load(tmp_path / "b.nii").affine, nibabel.load(tmp_path / "a.nii").affine)
 
@@ -128,7 +128,7 @@ def test_headers_without_orientation_codes_or_with_a_bad_quaternion(tmp_path, da
 def test_a_dicom_becomes_one_slice_in_its_place(tmp_path):
     oblique = [0.8, 0.6, 0, -0.6, 0.8, 0]
     path = saved(dicom(stored(), ImageOrientationPatient=oblique, ImagePositionPatient=[5, -7, 11]), tmp_path / "a.dcm")
-    picture = open_picture(path)
+    picture = open_image(path)
     mask = masks_on(picture, 1)[0]
     answered(picture, ("liver", mask)).save(tmp_path / "b.nii.gz")
     image = nibabel.load(tmp_path / "b.nii.gz")
@@ -154,7 +154,7 @@ def read_seg(path):
 
 def test_a_seg_holds_each_mask_that_is_not_empty(tmp_path):
     path = saved(dicom(stored((9, 7))), tmp_path / "a.dcm")
-    picture = open_picture(path)
+    picture = open_image(path)
     masks = masks_on(picture, 4)
     masks[2] = False
     named = zip(("liver", "Größe \\ of\nthe " + "x" * 90, "empty", ""), masks, strict=True)
@@ -172,14 +172,14 @@ def test_a_seg_holds_each_mask_that_is_not_empty(tmp_path):
 
 
 def test_a_question_with_prompts_is_semiautomatic(tmp_path):
-    picture = open_picture(saved(dicom(stored()), tmp_path / "a.dcm"))
+    picture = open_image(saved(dicom(stored()), tmp_path / "a.dcm"))
     answered(picture, ("x", masks_on(picture, 1)[0]), prompts=Prompts(points=np.array([[1.0, 1, 1]]))).save(tmp_path / "b.dcm")
     assert pydicom.dcmread(tmp_path / "b.dcm").SegmentSequence[0].SegmentAlgorithmType == "SEMIAUTOMATIC"
 
 
 def test_a_seg_points_at_its_frame(tmp_path):
     path = saved(enhanced(np.stack([stored(), stored() + 9, stored() + 20])), tmp_path / "a.dcm")
-    picture = open_picture(path, frame=1)
+    picture = open_image(path, frame=1)
     masks = masks_on(picture, 2)
     answered(picture, ("a", masks[0]), ("b", masks[1])).save(tmp_path / "b.dcm", tmp_path / "b.nii")
     seg = highdicom.seg.segread(tmp_path / "b.dcm")
@@ -194,43 +194,43 @@ def test_a_seg_points_at_its_frame(tmp_path):
 def test_a_film_without_a_frame_of_reference_still_gets_a_seg(tmp_path):
     gone = ("FrameOfReferenceUID", "ImageOrientationPatient", "ImagePositionPatient")
     film = dicom(stored(), without=gone, SOPClassUID=pydicom.uid.DigitalXRayImageStorageForPresentation, Modality="DX")
-    picture = open_picture(saved(film, tmp_path / "a.dcm"))
+    picture = open_image(saved(film, tmp_path / "a.dcm"))
     mask = masks_on(picture, 1)[0]
     answered(picture, ("lung", mask)).save(tmp_path / "b.dcm")
     np.testing.assert_array_equal(pydicom.dcmread(tmp_path / "b.dcm").pixel_array.astype(bool), mask)
-    with pytest.raises(UserError, match="does not say where in the patient its picture lies; use .dcm, .npy or .json"):
+    with pytest.raises(UserError, match="does not say where in the patient its image lies; use .dcm, .npy or .json"):
         check_outputs(tmp_path / "b.nii", grid=picture.grid)
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
     plain = MedicalImage(np.zeros((4, 6, 3), np.uint8))
-    one = open_picture(saved(dicom(stored()), tmp_path / "a.dcm"))
-    volume = open_picture(nifti(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16), np.eye(4)), slice="k:0")
+    one = open_image(saved(dicom(stored()), tmp_path / "a.dcm"))
+    volume = open_image(nifti(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16), np.eye(4)), slice="k:0")
     mask = np.ones((4, 6), bool)
     for picture, out, error in (
-        (plain, "b.nii", "the image has no place in space; only NIfTI and DICOM input"),
-        (plain, "b.NII.GZ", "the image has no place in space"),
+        (plain, "b.nii", "the image has no geometry; only NIfTI and DICOM input"),
+        (plain, "b.NII.GZ", "the image has no geometry"),
         (plain, "b.dcm", "only DICOM input can be saved as DICOM SEG; use .json"),
         (volume, "b.dcm", "only DICOM input can be saved as DICOM SEG; use .nii.gz"),
-        (one, "b.gz", "cannot tell what to write; end the name in .png, .json, .npy, .nii, .nii.gz, .dcm"),
+        (one, "b.gz", "has an unknown ending; use one of .png, .json, .npy, .nii, .nii.gz, .dcm"),
     ):
         with pytest.raises(UserError, match=error):
             answered(picture, ("a", mask)).save(tmp_path / "first.json", tmp_path / out)
     for entities in ([], [("a", ~mask), ("b", ~mask)]):
-        with pytest.raises(UserError, match="b.dcm: the answer paints nothing"):
+        with pytest.raises(UserError, match="b.dcm: the answer segments nothing"):
             answered(one, *entities).save(tmp_path / "first.json", tmp_path / "b.dcm")
     assert not (tmp_path / "first.json").exists() and not (tmp_path / "b.dcm").exists()
 
 
 def test_all_outputs_are_written_or_none(tmp_path):
     """A SEG that fails leaves the files that were there, and nothing half-written beside them."""
-    picture = open_picture(saved(dicom(stored(), without=["Modality"]), tmp_path / "a.dcm"))
+    picture = open_image(saved(dicom(stored(), without=["Modality"]), tmp_path / "a.dcm"))
     answer = answered(picture, ("a", np.ones((4, 6), bool)))
     answer.save(tmp_path / "b.json", tmp_path / "b.json")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     answer.entities[0].phrase = "another"
     for after in (tmp_path / "b.dcm", tmp_path / "gone" / ".." / "c.npy"):
-        with pytest.raises(UserError, match="lacks what a SEG must repeat|there is no folder"):
+        with pytest.raises(UserError, match="lacks attributes that a SEG must copy|there is no folder"):
             answer.save(tmp_path / "b.json", tmp_path / "b.nii.gz", tmp_path / "b.png", after)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     (tmp_path / "c.json").mkdir()
@@ -241,7 +241,7 @@ def test_all_outputs_are_written_or_none(tmp_path):
 
 @pytest.mark.parametrize("out, missing", [("b.dcm", "highdicom"), ("b.nii", "nibabel")])
 def test_a_missing_library_is_said_before_anything_runs(tmp_path, monkeypatch, out, missing):
-    picture = open_picture(saved(dicom(stored()), tmp_path / "a.dcm"))
+    picture = open_image(saved(dicom(stored()), tmp_path / "a.dcm"))
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=f"{missing} is not installed"):
         check_outputs(tmp_path / out, grid=picture.grid)
@@ -252,23 +252,23 @@ def test_many_frames_without_a_frame_of_reference_get_another_format_offered(tmp
     del ds.FrameOfReferenceUID
     cine = dicom(np.stack([stored(), stored()]), frames=2, without=["FrameOfReferenceUID"])
     for name, made, instead in (("a.dcm", ds, "use .nii.gz"), ("c.dcm", cine, "use .npy or .json")):
-        picture = open_picture(saved(made, tmp_path / name), frame=1)
+        picture = open_image(saved(made, tmp_path / name), frame=1)
         with pytest.raises(UserError, match=f"multi-frame file without FrameOfReferenceUID; {instead}"):
             check_outputs(tmp_path / "b.dcm", grid=picture.grid)
 
 
 def test_a_dicom_that_lacks_what_a_seg_repeats_is_one_line(tmp_path):
-    nameless = open_picture(saved(dicom(stored(), without=["StudyInstanceUID"], SeriesInstanceUID=""), tmp_path / "n.dcm"))
+    nameless = open_image(saved(dicom(stored(), without=["StudyInstanceUID"], SeriesInstanceUID=""), tmp_path / "n.dcm"))
     with pytest.raises(UserError, match="this one lacks StudyInstanceUID, SeriesInstanceUID; use .nii.gz"):
         check_outputs(tmp_path / "b.dcm", grid=nameless.grid)
-    picture = open_picture(saved(dicom(stored(), without=["Modality"]), tmp_path / "a.dcm"))
+    picture = open_image(saved(dicom(stored(), without=["Modality"]), tmp_path / "a.dcm"))
     assert isinstance(picture.grid, DicomGrid)
-    with pytest.raises(UserError, match="b.dcm: this DICOM lacks what a SEG must repeat") as raised:
+    with pytest.raises(UserError, match="b.dcm: this DICOM lacks attributes that a SEG must copy") as raised:
         answered(picture, ("a", np.ones((4, 6), bool))).save(tmp_path / "b.dcm")
     assert "\n" not in str(raised.value) and not (tmp_path / "b.dcm").exists()
     # What an anonymised file has lost is left empty.
     gone = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
-    picture = open_picture(saved(dicom(stored(), without=gone), tmp_path / "c.dcm"))
+    picture = open_image(saved(dicom(stored(), without=gone), tmp_path / "c.dcm"))
     answered(picture, ("a", np.ones((4, 6), bool))).save(tmp_path / "b.dcm")
     assert pydicom.dcmread(tmp_path / "b.dcm").PatientID == "" and "PatientID" not in picture.grid.dataset
 
@@ -278,7 +278,7 @@ def test_real_files_there_and_back(tmp_path):
     raw = Path(REAL) / "raw"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        picture = open_picture(sorted(raw.glob("CT*"))[0])
+        picture = open_image(sorted(raw.glob("CT*"))[0])
     masks = masks_on(picture, 2)
     answer = answered(picture, ("liver", masks[0]), ("spleen", masks[1]))
     answer.save(tmp_path / "b.nii.gz")
@@ -295,7 +295,7 @@ def test_real_files_there_and_back(tmp_path):
     assert answer.entities[0].area_mm2 == pytest.approx(masks[0].sum() * 0.9765625**2)
 
     source = nibabel.load(raw / "t2.nii.gz")
-    picture = open_picture(raw / "t2.nii.gz", slice="axial:20")
+    picture = open_image(raw / "t2.nii.gz", slice="axial:20")
     bright = picture.pixels[..., 0] == 255
     answered(picture, ("cord", bright)).save(tmp_path / "t2.nii.gz")
     made = nibabel.load(tmp_path / "t2.nii.gz")

@@ -62,9 +62,9 @@ def test_lines_and_tables_say_the_same(folder):
     assert [dataclasses.replace(r, line=0) for r in table] == [dataclasses.replace(r, line=0) for r in made]
     assert [r.line for r in made] == [1, 3, 4] and [r.line for r in table] == [2, 4, 5]
     first, second, third = table
-    assert (first.id, first.max_new_tokens, first.several) == ("x-1", 5, False)
+    assert (first.id, first.max_new_tokens, first.multi_turn) == ("x-1", 5, False)
     assert first.prompts == (("prompts", {"points": [[1, 2, 0]]}), ("mask m.png", folder / "m.png"))
-    assert (second.id, second.questions, second.several, second.frame, second.window) == (
+    assert (second.id, second.questions, second.multi_turn, second.frame, second.window) == (
         *("00002-b", ("Which?", "Why?"), True, 3, (-5, 6.5)),
     )
     assert (third.id, third.questions, third.slice, third.window) == ("7", ("Default?",), "k:1", (-5, 6.5))
@@ -75,7 +75,7 @@ def test_lines_and_tables_say_the_same(folder):
     [
         ("{", "line 2: is not JSON"),
         ("[" * 100_000, "line 2: is not JSON"),
-        ("3", "line 2: is no JSON object"),
+        ("3", "line 2: is not a JSON object"),
         ({"image": "a.png", "questoin": "?"}, "'questoin' is unknown; did you mean question?"),
         ({"image": "a.png", "colour": 1}, "'colour' is unknown; use id, image"),
         ({"question": "?"}, "image: is missing"),
@@ -87,7 +87,7 @@ def test_lines_and_tables_say_the_same(folder):
         ({"image": "a.png", "question": "?", "id": "../../etc/passwd"}, "id '../../etc/passwd': give letters"),
         ({"image": "a.png", "question": "?", "id": ".hidden"}, "id '.hidden': give letters"),
         ({"image": "a.png", "question": "?", "id": "x" * 151}, "at most 150 bytes"),
-        ({"image": "a.png", "question": "?", "id": "FIRST"}, "id FIRST is that of request 1 too"),
+        ({"image": "a.png", "question": "?", "id": "FIRST"}, "id FIRST is also that of request 1"),
         ({"image": "a.png", "question": "?", "frame": -1}, "frame: give a whole number of 0 or more"),
         ({"image": "a.png", "question": "?", "max_new_tokens": True}, "max_new_tokens: give a whole number of 1 or more"),
         ({"image": "a.png", "question": "?", "window": [1]}, "window: give"),
@@ -110,12 +110,12 @@ def test_a_wrong_line_is_a_fault_and_costs_the_others_nothing(folder, line, says
 def test_tables_with_faulty_rows_or_header(folder):
     rows = ["image,question,frame,points", "a.png,?,1,", "a.png,?,x,", "a.png,?,1,2,3", "a.png,?,,[1", "b.png,?,,"]
     assert [r.fault.split(": ", 1)[-1].split(" (")[0] for r in lines(folder, *rows, name="r.csv")] == [
-        *("", "frame: give a whole number of 0 or more", "has 5 cells, the header 4; put cells with commas into quotation marks"),
+        *("", "frame: give a whole number of 0 or more", "has 5 cells, the header 4; put cells with commas in quotation marks"),
         *("points: is not JSON", ""),
     ]
     (folder / "latin.csv").write_bytes("image,question\na.png,für?\nb.png,?\n".encode("latin-1"))
     assert ["UTF-8" in r.fault for r in BatchRequests(folder / "latin.csv", folder / "out", {})] == [True, False]
-    for header, says in (("image,qestion", "did you mean question"), ("image,image", "image comes twice"), ("", "")):
+    for header, says in (("image,qestion", "did you mean question"), ("image,image", "image occurs twice"), ("", "")):
         if says:
             with pytest.raises(UserError, match=f"r.csv, header: .*{says}"):
                 lines(folder, header, name="r.csv")
@@ -128,11 +128,11 @@ def test_sources_that_are_none(tmp_path):
     for source, defaults, says in (
         ("gone", {}, "no such file or folder"),
         ("x.txt", {}, "give a folder, a .jsonl or a .csv"),
-        (".", {}, "say what to ask of its pictures with --question"),
+        (".", {}, "give the question about its images with --question"),
     ):
         with pytest.raises(UserError, match=says):
             BatchRequests(tmp_path / source, tmp_path / "out", defaults)
-    with pytest.raises(UserError, match="is the folder of the pictures"):
+    with pytest.raises(UserError, match="is the folder of the images"):
         BatchRequests(tmp_path, f"{tmp_path}/.", {"question": "?"})
 
 

@@ -24,9 +24,9 @@ from mimo_jax.cli import main
 from mimo_jax.data.images.volume import open_volume
 from mimo_jax.data.prompts import prompts_from_mask
 from mimo_jax.errors import UserError
-from mimo_jax.infer.answers.answer import NOTHING_PAINTED
+from mimo_jax.infer.answers.answer import NO_MASKS
 from mimo_jax.infer.batch.job import write_summary
-from mimo_jax.infer.batch.run_batch import Outcome, run_batch
+from mimo_jax.infer.batch.run_batch import BatchResult, run_batch
 from mimo_jax.infer.predictor import Mimo
 from mimo_jax.infer.volume import ask_volume
 from tests.data.handmade import tokenizer as make_tokenizer
@@ -101,7 +101,7 @@ def test_answers_are_those_of_a_chat_in_the_order_of_the_requests(mimo, tmp_path
     ]
     mimo.engine.counts.clear()
     done = run_batch(lambda: mimo, requests(tmp_path, *rows), tmp_path / "out", "Segment the liver.", save=(".png", ".npy"))
-    assert done == Outcome(5, 5, 0, False, 0) and (tmp_path / "out" / "failed.jsonl").read_text() == ""
+    assert done == BatchResult(5, 5, 0, False, 0) and (tmp_path / "out" / "failed.jsonl").read_text() == ""
     assert mimo.engine.counts["images"] == 3
     lines = read(tmp_path / "out" / "answers.jsonl")
     assert [line["id"] for line in lines] == ["a", "00002-1", "talk", "00004-2", "painted"]
@@ -142,7 +142,7 @@ def test_the_table_has_a_row_for_each_structure_and_says_where_there_is_none(tmp
     assert [list(row.values()) for row in table(tmp_path)] == [
         ["a", "'=1+1.png", 'Which, "there"?', "'-liver", "liver", "5", "2.5", "1,2,3,4", "", "", "", "0.25", "yes"],
         ["a", "'=1+1.png", 'Which, "there"?', "unnamed", "", "0", "", "", "", "", "", "0.9", "no"],
-        ["b", "b.png", "Q1", NOTHING_PAINTED, *[""] * 9],
+        ["b", "b.png", "Q1", NO_MASKS, *[""] * 9],
         ["b", "b.png", "Q2\nmore", "'-liver", "liver", "5", "2.5", "1,2,3,4", "", "", "", "0.25", "yes"],
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "summary.csv"]
@@ -166,7 +166,7 @@ def test_what_cannot_be_asked_is_listed_with_the_reason_and_the_rest_is_done(mim
         (ask | {"id": "first"}, None),
         ("{", "requests.jsonl, line 2: is not JSON"),
         (ask | {"questoin": "?"}, "'questoin' is unknown; did you mean question?"),
-        (ask | {"id": "FIRST"}, "id FIRST is that of request 1 too"),
+        (ask | {"id": "FIRST"}, "id FIRST is also that of request 1"),
         (ask | {"image": "zero.png"}, "zero.png: not an image that can be read"),
         (ask | {"image": "text.png"}, "text.png: not an image that can be read"),
         (ask | {"image": "bomb.png"}, "Image size (10000000000 pixels) exceeds limit"),
@@ -205,9 +205,9 @@ def test_a_folder_with_medical_files_is_saved_on_their_grids(mimo, tmp_path):
     saved(dicom(values), folder / "b.dcm")
     nifti(folder / "c.nii", values[:, :, None].astype(np.int16), np.diag([2.0, 3, 4, 1]))
     done = run_batch(lambda: mimo, folder, tmp_path / "out", "Segment the liver.", save=(".nii.gz",))
-    assert done == Outcome(5, 4, 2, False, 1)
+    assert done == BatchResult(5, 4, 2, False, 1)
     failed = read(tmp_path / "out" / "failed.jsonl")
-    assert [f["file"] for f in failed] == ["000.png", "notes.txt"] and "has no place in space" in failed[0]["reason"]
+    assert [f["file"] for f in failed] == ["000.png", "notes.txt"] and "has no geometry" in failed[0]["reason"]
     assert "not an image that can be read" in failed[1]["reason"]
     lines = read(tmp_path / "out" / "answers.jsonl")
     assert [line["files"] for line in lines] == [[], *([f"0000{n}-{name}.nii.gz"] for n, name in ((2, "a"), (3, "b"), (4, "c")))]
@@ -231,9 +231,9 @@ def test_whole_scans_are_asked_slice_by_slice(mimo, tmp_path):
     series(folder / "b", values)
     film(folder / "b" / "film.png")
     done = run_batch(lambda: mimo, folder, tmp_path / "out", "Segment the liver.", save=(".nii.gz", ".png"), volumes=True)
-    assert done == Outcome(3, 3, 1, False, 0)
+    assert done == BatchResult(3, 3, 1, False, 0)
     (failed,) = read(tmp_path / "out" / "failed.jsonl")
-    assert failed["file"] == "b/film.png" and "has no place in space" in failed["reason"]
+    assert failed["file"] == "b/film.png" and "has no geometry" in failed["reason"]
     head, scan, _ = read(tmp_path / "out" / "answers.jsonl")
     assert (head["image"], scan["image"], scan["files"]) == ("a/head.nii", "b", ["00002-b.nii.gz", "00002-b.png"])
     alone = ask_volume(mimo, open_volume(folder / "b"), "Segment the liver.").to_json()
@@ -252,11 +252,11 @@ def test_whole_scans_are_asked_slice_by_slice(mimo, tmp_path):
         *(head | {"slice": "coronal:all"}, ask | {"points": [[1, 2]]}, ask | {"question": ["What is this?", "Why?"]}),
         *(ask | {"slice": "2", "points": [[1, 2]]}, head | {"slice": "k:1"}, ask | {"series": 2}),
     )
-    assert run_batch(lambda: mimo, path, tmp_path / "some") == Outcome(6, 3, 3, False, 0)
+    assert run_batch(lambda: mimo, path, tmp_path / "some") == BatchResult(6, 3, 3, False, 0)
     answers = read(tmp_path / "some" / "answers.jsonl")
     assert [len(line.get("texts", "1")) for line in answers] == [20, 1, 1]
     reasons = [failure["reason"] for failure in read(tmp_path / "some" / "failed.jsonl")]
-    assert all("a scan takes one question without prompts" in reason for reason in reasons[:2]) and "series 2 is not there" in reasons[2]
+    assert all("a volume takes one question without prompts" in reason for reason in reasons[:2]) and "series 2 is not there" in reasons[2]
 
 
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(tmp_path):
@@ -269,16 +269,16 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(tmp_path):
     (tmp_path / "closed").write_text("a file")
     bad = requests(tmp_path, "{", "[]")
     for arguments, options, says in (
-        ((empty, out, "?"), {}, "holds no request"),
+        ((empty, out, "?"), {}, "contains no request"),
         ((tmp_path / "gone", out, "?"), {}, "no such file or folder"),
         ((one, out), {}, "with --question"),
         ((one, out, " "), {}, "question: is empty"),
-        ((bad, out), {"volumes": True}, "leave --volumes away"),
+        ((bad, out), {"volumes": True}, "omit --volumes"),
         ((bad, out), {}, "no request can be asked; the first: requests.jsonl, line 1: is not JSON"),
         ((one, out, "?"), {"save": (".gif",)}, ".gif: cannot be saved for each answer"),
         ((one, out, "?"), {"window": "liver"}, "window liver: is unknown"),
-        ((one, tmp_path / "used", "?"), {}, "holds other files and no job"),
-        ((one, tmp_path / "used", "?"), {"resume": True}, "holds other files and no job"),
+        ((one, tmp_path / "used", "?"), {}, "contains other files and no job"),
+        ((one, tmp_path / "used", "?"), {"resume": True}, "contains other files and no job"),
         ((one, tmp_path / "closed" / "out", "?"), {}, "cannot be written"),
     ):
         with pytest.raises(UserError, match=says):
@@ -292,26 +292,26 @@ def test_a_job_goes_on_only_with_resume_and_only_if_it_is_the_same(mimo, tmp_pat
     folder, out = films(tmp_path / "in", 3), tmp_path / "out"
     first = run_batch(lambda: mimo, folder, out, "What is this?", resume=True)  # of nothing: begins
     before = (out / "answers.jsonl").read_bytes()
-    with pytest.raises(UserError, match="holds this job, 3 of 3 requests done; add --resume"):
+    with pytest.raises(UserError, match="contains this job, 3 of 3 requests done; add --resume"):
         run_batch(never, folder, out, "What is this?")
-    with pytest.raises(UserError, match=r"holds another job \(question, save differ\)"):
+    with pytest.raises(UserError, match=r"contains another job \(question, save differ\)"):
         run_batch(never, folder, out, "Is there a liver?", resume=True, save=(".png",))
     (out / "summary.csv").unlink()
     assert run_batch(never, folder, out, "What is this?", resume=True) == first and len(table(out)) >= 3
     film(folder / "more.png")
-    with pytest.raises(UserError, match=r"holds another job \(count, requests differ\)"):
+    with pytest.raises(UserError, match=r"contains another job \(count, requests differ\)"):
         run_batch(never, folder, out, "What is this?", resume=True)
     assert (out / "answers.jsonl").read_bytes() == before
     (out / "answers.jsonl").write_bytes(b"")
-    with pytest.raises(UserError, match="no job that could go on"):
+    with pytest.raises(UserError, match="no job that can be resumed"):
         run_batch(never, folder, out, "What is this?", resume=True)
 
 
 def test_large_files_make_small_windows(mimo, tmp_path, monkeypatch):
-    folder, asked, real = films(tmp_path / "in", 7), [], mimo.converse
+    folder, asked, real = films(tmp_path / "in", 7), [], mimo.generate
     size = max(file.stat().st_size for file in folder.iterdir())
-    monkeypatch.setattr("mimo_jax.infer.batch.run_batch._WINDOW_BYTES", size * 2)
-    monkeypatch.setattr(mimo, "converse", lambda requests: asked.append(len(requests)) or real(requests))
+    monkeypatch.setattr("mimo_jax.infer.batch.run_batch._MAX_WINDOW_BYTES", size * 2)
+    monkeypatch.setattr(mimo, "generate", lambda requests: asked.append(len(requests)) or real(requests))
     assert run_batch(lambda: mimo, folder, tmp_path / "out", "What is this?").answered == 7
     assert asked == [3, 3, 1]
 
@@ -322,10 +322,10 @@ def test_a_signal_lets_the_window_be_finished_and_the_rest_goes_on_later(mimo, t
     monkeypatch.setattr(Mimo, "load", lambda *_: mimo)
     for number, done in ((signal.SIGTERM, 8), (signal.SIGINT, 16)):
         with monkeypatch.context() as patch:
-            real = mimo.converse
-            patch.setattr(mimo, "converse", lambda asked, real=real, number=number: os.kill(os.getpid(), number) or real(asked))
+            real = mimo.generate
+            patch.setattr(mimo, "generate", lambda asked, real=real, number=number: os.kill(os.getpid(), number) or real(asked))
             assert main.main([*line, "--resume"]) == 75
-        assert f"stopped after {done} requests; run the same command with --resume to go on" in capsys.readouterr().err
+        assert f"stopped after {done} requests; run the same command with --resume to continue" in capsys.readouterr().err
         assert len(read(out / "answers.jsonl")) == done and not (out / "summary.csv").exists()
     monkeypatch.setattr(mimo, "origin", "another model")
     with pytest.raises(UserError, match="this is another model; give that --checkpoint"):

@@ -235,8 +235,8 @@ def whole_step(path: str | os.PathLike) -> tuple[Path, int, dict]:
     candidates = [step] if _named_step(path) is not None else _whole_steps(run)
     step, _ = _newest_undamaged(run, candidates, [arrays.STATE])
     folder = run / "steps" / str(step)
-    manifest, record = files.read_json(folder / storage.MANIFEST), files.read_json(run / "base.json") or {}
-    if manifest["base"] != record.get("fingerprint"):
+    manifest = files.read_json(folder / storage.MANIFEST)
+    if manifest["base"] != frozen_params.read_record(run)["fingerprint"]:
         raise CheckpointError(f"{folder}: was trained on another frozen base than {run / 'base.json'} records")
     return run, step, manifest
 

@@ -93,7 +93,7 @@ def find(run: Path, base: str | os.PathLike | None = None, wanted: dict[str, Any
 def read_record(run: Path) -> dict:
     record = files.read_json(run / "base.json")
     if record is None or record.get("fingerprint") != fingerprint(record.get("leaves", {})):
-        raise CheckpointError(f"{run / 'base.json'}: is missing or damaged, so the frozen base cannot be told")
+        raise CheckpointError(f"{run / 'base.json'}: is missing or damaged; copy it from where the run was made")
     return record
 
 

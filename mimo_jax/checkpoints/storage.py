@@ -47,12 +47,12 @@ def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> s
 
 
 def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
-    """SHA-256 of files; a missing one has none."""
+    """SHA-256 of files; one that is missing, or is a folder, has none."""
 
     def digest(name: str) -> str:
         try:
             return files.sha256(folder / name)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return ""
 
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL

@@ -24,6 +24,7 @@ from mimo_jax.data.builder.splits import split_groups
 from mimo_jax.data.records import INFO, DataError, Index, IndexBuilder, RecordFolder
 from mimo_jax.data.schema import Mask, Record, RecordError, Sample, encode_mask
 from mimo_jax.data.transforms import ImageError, decode_image, decode_mask
+from mimo_jax.errors import config_path
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of a manifest's groups
 
@@ -53,10 +54,8 @@ def open_sources(config: Config, split: str) -> dict[str, RecordFolder | Manifes
         if source.weight < 0:
             raise DataError(f"config.data.sources.{name}.weight: is {source.weight}; must be 0 or more")
         if source.weight:
-            try:
+            with config_path(f"config.data.sources.{name}", source.path):
                 sources[name] = open_source(source.path, split, max_bad=config.train.max_bad_samples)
-            except DataError as error:
-                raise DataError(f"config.data.sources.{name}: {error}") from None
     if not sources:
         raise DataError("config.data.sources: names no source with a weight; add one with --data DIR")
     return sources

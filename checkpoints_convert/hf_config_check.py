@@ -73,10 +73,10 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config) -> st
     """SettingsError where the config.json of a source, or beside its file, differs from the configuration. Returns a remark
     where there is none to compare with."""
     folder = path if path.is_dir() else path.parent
-    told = _read(folder / "config.json")
+    told = read_settings(folder / "config.json")
     problems: list[str] = []
     if "lora" in parts and (folder / "adapter_config.json").is_file():
-        adapter = _read(folder / "adapter_config.json")
+        adapter = read_settings(folder / "adapter_config.json")
         problems += _differing(_LORA, adapter, config) + _unserved(_LORA_ONLY, adapter)
         targets = adapter.get("target_modules")
         wanted = sorted(config.lora_targets())
@@ -116,16 +116,16 @@ def _listed(folder: Path, problems: list[str]) -> str:
 
 def lora_alpha(path: Path) -> float | None:
     """alpha of the adapter_config.json beside LoRA weights; weights do not show it."""
-    return _read((path if path.is_dir() else path.parent) / "adapter_config.json").get("lora_alpha")
+    return read_settings((path if path.is_dir() else path.parent) / "adapter_config.json").get("lora_alpha")
 
 
 def check_adapter_base(adapter: Path, llm: Path, said: str | None) -> None:
     """SettingsError for an adapter that names another base than `llm`, unless the user `said` that it is the same one."""
-    named = _read((adapter if adapter.is_dir() else adapter.parent) / "adapter_config.json").get("base_model_name_or_path")
+    named = read_settings((adapter if adapter.is_dir() else adapter.parent) / "adapter_config.json").get("base_model_name_or_path")
     if not named or said == named:
         return
     folder = llm if llm.is_dir() else llm.parent
-    known = {str(folder), folder.name, str(_read(folder / "config.json").get("_name_or_path", ""))}
+    known = {str(folder), folder.name, str(read_settings(folder / "config.json").get("_name_or_path", ""))}
     if _last(named) not in {_last(name) for name in known if name}:
         raise SettingsError(
             f"{adapter}: is an adapter of {named}, and {llm} does not bear that name; give its base, or say that it is the same "
@@ -166,10 +166,14 @@ def _unserved(served: dict[str, tuple], told: dict) -> list[str]:
     return [f"{key} is {told[key]}: such models cannot be converted" for key, values in served.items() if told.get(key) not in values]
 
 
-def _read(path: Path) -> dict:
+def read_settings(path: Path) -> dict:
+    """The object that a JSON file holds; nothing if there is no such file. SettingsError if it is damaged."""
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise SettingsError(f"{path}: is not JSON; fetch it again") from None
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{path}: is not a JSON object; fetch it again")
+    return settings

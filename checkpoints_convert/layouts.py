@@ -76,6 +76,10 @@ class Component(NamedTuple):
         """Whether a model of these settings has this component."""
         return not self.section or getattr(model, self.section).kind in self.kinds
 
+    def has_words(self) -> bool:
+        """Whether this is a language model, with the tables of its words."""
+        return any(row.key == rows.EMBEDDING_KEY for row in self.rows)
+
 
 def sam_decoder_indices(model: ModelConfig) -> dict[str, np.ndarray]:
     """Of `rows.SAM_DECODER`."""
@@ -119,7 +123,7 @@ _STANDARD = {
     ),
     "llama": Component("Llama", rows.LLAMA, r"model\.embed_tokens\.weight$", rows.LLAMA_IGNORED, **_LLAMA),
     "lora": Component("LoRA", rows.LORA, r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_A\.weight$", **_LLAMA),
-    "sam": Component("SAM", rows.SAM, r"mask_decoder\.iou_token\.weight$", section="sam", kinds=("vit",), indices=_sam_indices),
+    "sam": Component("SAM", rows.SAM, r"image_encoder\.pos_embed$", section="sam", kinds=("vit",), indices=_sam_indices),
     "projector": Component(
         "linear projector (LISA, LLaVA)", rows.PROJECTOR_LINEAR, r"model\.mm_projector\.weight$", section="aligner", kinds=("linear",)
     ),
@@ -178,7 +182,18 @@ def detect(keys: Iterable[str]) -> list[DetectedComponent]:
             named = ", ".join(prefix or "(none)" for prefix in prefixes)
             raise UserError(f"the file holds {component.title} {len(prefixes)} times, behind {named}; give the checkpoint of one model")
         found += [DetectedComponent(name, prefix) for prefix in prefixes]
-    return found
+    return [one for one in found if not any(_contains(other, one) for other in found)]
+
+
+def _contains(other: DetectedComponent, one: DetectedComponent) -> bool:
+    """Whether another component explains the key that gave this one away, and has one that this one does not explain: then the file holds
+    the other alone, such as a language model with Llama's tables of words."""
+
+    def explains(table: tuple[Row, ...], probe: str) -> bool:
+        return any(re.search(probe, row.key) for row in table)
+
+    own, others = one.component, other.component
+    return one.prefix == other.prefix and explains(others.rows, own.probe) and not explains(own.rows, others.probe)
 
 
 def with_prefix(table: Sequence[Row], prefix: str) -> tuple[Row, ...]:

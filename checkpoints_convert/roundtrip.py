@@ -29,7 +29,7 @@ from mimo_jax.models import mimo
 # The originals: their tables, and the parameters that they fill.
 _TABLES = {
     "vision": (with_prefix(rows.CLIP, "vision_model."), ("vision/",)),
-    "llm": (rows.LLAMA_BASE, ("llm/", "embedding/base", "lm_head/base")),
+    "llm": (rows.without_grounding(rows.LLAMA), ("llm/", "embedding/base", "lm_head/base")),
     "sam": (rows.SAM, ("sam_",)),
 }
 _NOISE = 2**24  # values drawn once and dealt out again

@@ -16,19 +16,19 @@ class Row(NamedTuple):
     op: str = "identity"
 
 
-def _linear(key: str, path: str) -> tuple[Row, Row]:
+def linear(key: str, path: str) -> tuple[Row, Row]:
     return Row(f"{key}.weight", f"{path}/kernel", "linear"), Row(f"{key}.bias", f"{path}/bias")
 
 
-def _conv(key: str, path: str) -> tuple[Row, Row]:
+def conv(key: str, path: str) -> tuple[Row, Row]:
     return Row(f"{key}.weight", f"{path}/kernel", "conv"), Row(f"{key}.bias", f"{path}/bias")
 
 
-def _conv_transpose(key: str, path: str) -> tuple[Row, Row]:
+def conv_transpose(key: str, path: str) -> tuple[Row, Row]:
     return Row(f"{key}.weight", f"{path}/kernel", "conv_transpose"), Row(f"{key}.bias", f"{path}/bias")
 
 
-def _norm(key: str, path: str) -> tuple[Row, Row]:
+def norm(key: str, path: str) -> tuple[Row, Row]:
     return Row(f"{key}.weight", f"{path}/scale"), Row(f"{key}.bias", f"{path}/bias")
 
 
@@ -39,16 +39,16 @@ CLIP: tuple[Row, ...] = (
     Row("embeddings.class_embedding", "vision/class_embedding"),
     Row("embeddings.patch_embedding.weight", "vision/patch/kernel", "conv"),
     Row("embeddings.position_embedding.weight", "vision/position_embedding"),
-    *_norm("pre_layrnorm", "vision/pre_norm"),
-    *_norm(f"{_CLIP_LAYER}.layer_norm1", "vision/layers/block/attention_norm"),
-    *_linear(f"{_CLIP_LAYER}.self_attn.q_proj", "vision/layers/block/q"),
-    *_linear(f"{_CLIP_LAYER}.self_attn.k_proj", "vision/layers/block/k"),
-    *_linear(f"{_CLIP_LAYER}.self_attn.v_proj", "vision/layers/block/v"),
-    *_linear(f"{_CLIP_LAYER}.self_attn.out_proj", "vision/layers/block/o"),
-    *_norm(f"{_CLIP_LAYER}.layer_norm2", "vision/layers/block/mlp_norm"),
-    *_linear(f"{_CLIP_LAYER}.mlp.fc1", "vision/layers/block/up"),
-    *_linear(f"{_CLIP_LAYER}.mlp.fc2", "vision/layers/block/down"),
-    *_norm("post_layernorm", "vision/post_norm"),
+    *norm("pre_layrnorm", "vision/pre_norm"),
+    *norm(f"{_CLIP_LAYER}.layer_norm1", "vision/layers/block/attention_norm"),
+    *linear(f"{_CLIP_LAYER}.self_attn.q_proj", "vision/layers/block/q"),
+    *linear(f"{_CLIP_LAYER}.self_attn.k_proj", "vision/layers/block/k"),
+    *linear(f"{_CLIP_LAYER}.self_attn.v_proj", "vision/layers/block/v"),
+    *linear(f"{_CLIP_LAYER}.self_attn.out_proj", "vision/layers/block/o"),
+    *norm(f"{_CLIP_LAYER}.layer_norm2", "vision/layers/block/mlp_norm"),
+    *linear(f"{_CLIP_LAYER}.mlp.fc1", "vision/layers/block/up"),
+    *linear(f"{_CLIP_LAYER}.mlp.fc2", "vision/layers/block/down"),
+    *norm("post_layernorm", "vision/post_norm"),
 )
 
 # What else a CLIP file may hold: the text tower, both projections, the temperature, and a buffer of old versions.
@@ -63,33 +63,33 @@ CLIP_IGNORED = (
 def _sam_block(placeholder: str, path: str) -> tuple[Row, ...]:
     key = f"image_encoder.blocks.{{{placeholder}}}"
     return (
-        *_norm(f"{key}.norm1", f"{path}/attention_norm"),
-        *_linear(f"{key}.attn.qkv", f"{path}/{{q,k,v}}"),
-        *_linear(f"{key}.attn.proj", f"{path}/o"),
+        *norm(f"{key}.norm1", f"{path}/attention_norm"),
+        *linear(f"{key}.attn.qkv", f"{path}/{{q,k,v}}"),
+        *linear(f"{key}.attn.proj", f"{path}/o"),
         Row(f"{key}.attn.rel_pos_h", f"{path}/rel_pos_h"),
         Row(f"{key}.attn.rel_pos_w", f"{path}/rel_pos_w"),
-        *_norm(f"{key}.norm2", f"{path}/mlp_norm"),
-        *_linear(f"{key}.mlp.lin1", f"{path}/up"),
-        *_linear(f"{key}.mlp.lin2", f"{path}/down"),
+        *norm(f"{key}.norm2", f"{path}/mlp_norm"),
+        *linear(f"{key}.mlp.lin1", f"{path}/up"),
+        *linear(f"{key}.mlp.lin2", f"{path}/down"),
     )
 
 
 def _sam_attention(key: str, path: str) -> tuple[Row, ...]:
     parts = (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o"))
-    return tuple(row for theirs, ours in parts for row in _linear(f"{key}.{theirs}", f"{path}/{ours}"))
+    return tuple(row for theirs, ours in parts for row in linear(f"{key}.{theirs}", f"{path}/{ours}"))
 
 
 def _sam_two_way(layer: str, path: str) -> tuple[Row, ...]:
     key = f"mask_decoder.transformer.layers.{layer}"
     return (
         *_sam_attention(f"{key}.self_attn", f"{path}/self_attention"),
-        *_norm(f"{key}.norm1", f"{path}/self_norm"),
+        *norm(f"{key}.norm1", f"{path}/self_norm"),
         *_sam_attention(f"{key}.cross_attn_token_to_image", f"{path}/token_to_image"),
-        *_norm(f"{key}.norm2", f"{path}/token_norm"),
-        *_linear(f"{key}.mlp.lin1", f"{path}/up"),
-        *_linear(f"{key}.mlp.lin2", f"{path}/down"),
-        *_norm(f"{key}.norm3", f"{path}/mlp_norm"),
-        *_norm(f"{key}.norm4", f"{path}/image_norm"),
+        *norm(f"{key}.norm2", f"{path}/token_norm"),
+        *linear(f"{key}.mlp.lin1", f"{path}/up"),
+        *linear(f"{key}.mlp.lin2", f"{path}/down"),
+        *norm(f"{key}.norm3", f"{path}/mlp_norm"),
+        *norm(f"{key}.norm4", f"{path}/image_norm"),
         *_sam_attention(f"{key}.cross_attn_image_to_token", f"{path}/image_to_token"),
     )
 
@@ -97,13 +97,13 @@ def _sam_two_way(layer: str, path: str) -> tuple[Row, ...]:
 # The image encoder of facebook's segment-anything (sam_vit_{b,l,h}.pth, MedSAM).
 SAM_ENCODER: tuple[Row, ...] = (
     Row("image_encoder.pos_embed", "sam_encoder/position_embedding", "squeeze"),
-    *_conv("image_encoder.patch_embed.proj", "sam_encoder/patch"),
+    *conv("image_encoder.patch_embed.proj", "sam_encoder/patch"),
     *_sam_block("sam_windowed", "sam_encoder/stages/block/windowed/block"),
     *_sam_block("sam_global", "sam_encoder/stages/block/global_block"),
     Row("image_encoder.neck.0.weight", "sam_encoder/neck_in/kernel", "conv"),
-    *_norm("image_encoder.neck.1", "sam_encoder/neck_in_norm"),
+    *norm("image_encoder.neck.1", "sam_encoder/neck_in_norm"),
     Row("image_encoder.neck.2.weight", "sam_encoder/neck_out/kernel", "conv"),
-    *_norm("image_encoder.neck.3", "sam_encoder/neck_out_norm"),
+    *norm("image_encoder.neck.3", "sam_encoder/neck_out_norm"),
 )
 # Its prompt encoder and mask decoder, the same for every image encoder.
 SAM_DECODER: tuple[Row, ...] = (
@@ -111,26 +111,26 @@ SAM_DECODER: tuple[Row, ...] = (
     Row("prompt_encoder.point_embeddings.{sam_point}.weight", "sam_prompt/point_embedding", "squeeze"),
     Row("prompt_encoder.not_a_point_embed.weight", "sam_prompt/not_a_point_embedding", "squeeze"),
     Row("prompt_encoder.no_mask_embed.weight", "sam_prompt/no_mask_embedding", "squeeze"),
-    *_conv("prompt_encoder.mask_downscaling.0", "sam_prompt/mask_down1"),
-    *_norm("prompt_encoder.mask_downscaling.1", "sam_prompt/mask_norm1"),
-    *_conv("prompt_encoder.mask_downscaling.3", "sam_prompt/mask_down2"),
-    *_norm("prompt_encoder.mask_downscaling.4", "sam_prompt/mask_norm2"),
-    *_conv("prompt_encoder.mask_downscaling.6", "sam_prompt/mask_out"),
+    *conv("prompt_encoder.mask_downscaling.0", "sam_prompt/mask_down1"),
+    *norm("prompt_encoder.mask_downscaling.1", "sam_prompt/mask_norm1"),
+    *conv("prompt_encoder.mask_downscaling.3", "sam_prompt/mask_down2"),
+    *norm("prompt_encoder.mask_downscaling.4", "sam_prompt/mask_norm2"),
+    *conv("prompt_encoder.mask_downscaling.6", "sam_prompt/mask_out"),
     Row("mask_decoder.iou_token.weight", "sam_decoder/iou_token", "squeeze"),
     Row("mask_decoder.mask_tokens.weight", "sam_decoder/mask_tokens"),
     *_sam_two_way("0", "sam_decoder/first"),
     *_sam_two_way("{sam_decoder_layer}", "sam_decoder/rest/block"),
     *_sam_attention("mask_decoder.transformer.final_attn_token_to_image", "sam_decoder/final_attention"),
-    *_norm("mask_decoder.transformer.norm_final_attn", "sam_decoder/final_norm"),
-    *_conv_transpose("mask_decoder.output_upscaling.0", "sam_decoder/upscale1"),
-    *_norm("mask_decoder.output_upscaling.1", "sam_decoder/upscale_norm"),
-    *_conv_transpose("mask_decoder.output_upscaling.3", "sam_decoder/upscale2"),
+    *norm("mask_decoder.transformer.norm_final_attn", "sam_decoder/final_norm"),
+    *conv_transpose("mask_decoder.output_upscaling.0", "sam_decoder/upscale1"),
+    *norm("mask_decoder.output_upscaling.1", "sam_decoder/upscale_norm"),
+    *conv_transpose("mask_decoder.output_upscaling.3", "sam_decoder/upscale2"),
     *(
         row
         for i in range(3)
-        for row in _linear(f"mask_decoder.output_hypernetworks_mlps.{{sam_mask}}.layers.{i}", f"sam_decoder/hyper/layer{i + 1}")
+        for row in linear(f"mask_decoder.output_hypernetworks_mlps.{{sam_mask}}.layers.{i}", f"sam_decoder/hyper/layer{i + 1}")
     ),
-    *(row for i in range(3) for row in _linear(f"mask_decoder.iou_prediction_head.layers.{i}", f"sam_decoder/iou_head/layer{i + 1}")),
+    *(row for i in range(3) for row in linear(f"mask_decoder.iou_prediction_head.layers.{i}", f"sam_decoder/iou_head/layer{i + 1}")),
 )
 
 # Inside LISA and GLaMM behind a prefix.
@@ -158,7 +158,12 @@ def vocabulary(rows: str) -> tuple[Row, ...]:
 
 
 LLAMA: tuple[Row, ...] = (*vocabulary("{base,grounding}"), *_LLAMA_LAYERS)
-LLAMA_BASE: tuple[Row, ...] = (*vocabulary("base"), *_LLAMA_LAYERS)
+
+
+def without_grounding(table: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows of a language model whose tables of words are those of the base alone."""
+    return tuple(row._replace(path=row.path.replace("{base,grounding}", "base")) for row in table)
+
 
 # A buffer of old versions.
 LLAMA_IGNORED = (r"rotary_emb\.inv_freq$",)
@@ -176,15 +181,15 @@ CLIP_OPEN: tuple[Row, ...] = (
     Row("class_embedding", "vision/class_embedding"),
     Row("conv1.weight", "vision/patch/kernel", "conv"),
     Row("positional_embedding", "vision/position_embedding"),
-    *_norm("ln_pre", "vision/pre_norm"),
-    *_norm(f"{_OPEN_LAYER}.ln_1", "vision/layers/block/attention_norm"),
+    *norm("ln_pre", "vision/pre_norm"),
+    *norm(f"{_OPEN_LAYER}.ln_1", "vision/layers/block/attention_norm"),
     Row(f"{_OPEN_LAYER}.attn.in_proj_weight", "vision/layers/block/{q,k,v}/kernel", "linear"),
     Row(f"{_OPEN_LAYER}.attn.in_proj_bias", "vision/layers/block/{q,k,v}/bias"),
-    *_linear(f"{_OPEN_LAYER}.attn.out_proj", "vision/layers/block/o"),
-    *_norm(f"{_OPEN_LAYER}.ln_2", "vision/layers/block/mlp_norm"),
-    *_linear(f"{_OPEN_LAYER}.mlp.c_fc", "vision/layers/block/up"),
-    *_linear(f"{_OPEN_LAYER}.mlp.c_proj", "vision/layers/block/down"),
-    *_norm("ln_post", "vision/post_norm"),
+    *linear(f"{_OPEN_LAYER}.attn.out_proj", "vision/layers/block/o"),
+    *norm(f"{_OPEN_LAYER}.ln_2", "vision/layers/block/mlp_norm"),
+    *linear(f"{_OPEN_LAYER}.mlp.c_fc", "vision/layers/block/up"),
+    *linear(f"{_OPEN_LAYER}.mlp.c_proj", "vision/layers/block/down"),
+    *norm("ln_post", "vision/post_norm"),
 )
 # The text tower and both projections beside it.
 CLIP_OPEN_IGNORED = (
@@ -195,19 +200,19 @@ CLIP_OPEN_IGNORED = (
 )
 
 # What a whole model adds: LISA's and GLaMM's projector of the image, and the projection of <SEG>.
-PROJECTOR_LINEAR: tuple[Row, ...] = _linear("model.mm_projector", "aligner/project")
+PROJECTOR_LINEAR: tuple[Row, ...] = linear("model.mm_projector", "aligner/project")
 PROJECTOR_MLP: tuple[Row, ...] = (
-    *_linear("model.mm_projector.0", "aligner/project"),
-    *_linear("model.mm_projector.2", "aligner/project_out"),
+    *linear("model.mm_projector.0", "aligner/project"),
+    *linear("model.mm_projector.2", "aligner/project_out"),
 )
 SEG_PROJECTION: tuple[Row, ...] = (
-    *_linear("model.text_hidden_fcs.0.0", "seg_projection/hidden"),
-    *_linear("model.text_hidden_fcs.0.2", "seg_projection/out"),
+    *linear("model.text_hidden_fcs.0.0", "seg_projection/hidden"),
+    *linear("model.text_hidden_fcs.0.2", "seg_projection/out"),
 )
 
 
 def _attention(key: str, path: str) -> tuple[Row, ...]:
-    return tuple(row for name in "qkvo" for row in _linear(f"{key}.{name}", f"{path}/{name}"))
+    return tuple(row for name in "qkvo" for row in linear(f"{key}.{name}", f"{path}/{name}"))
 
 
 _BLOCK, _BLOCK_PATH = "model.aligner.blocks.{aligner_block}", "aligner/blocks/block"
@@ -216,12 +221,12 @@ _BLOCK, _BLOCK_PATH = "model.aligner.blocks.{aligner_block}", "aligner/blocks/bl
 ALIGNER: tuple[Row, ...] = (
     Row("model.aligner.modality_embedding", "aligner/modality_embedding"),
     *(Row(f"model.aligner.{name}", f"aligner/{name}") for name in ("null_prompt", "queries")),
-    *(row for name in ("image", "text", "visual", "project") for row in _linear(f"model.aligner.{name}", f"aligner/{name}")),
-    *(row for name in ("image_norm", "text_norm", "norm") for row in _norm(f"model.aligner.{name}", f"aligner/{name}")),
+    *(row for name in ("image", "text", "visual", "project") for row in linear(f"model.aligner.{name}", f"aligner/{name}")),
+    *(row for name in ("image_norm", "text_norm", "norm") for row in norm(f"model.aligner.{name}", f"aligner/{name}")),
     *_attention("model.aligner.turn_to_image", "aligner/turn_to_image"),
-    *(row for name in ("self_norm", "cross_norm", "mlp_norm") for row in _norm(f"{_BLOCK}.{name}", f"{_BLOCK_PATH}/{name}")),
+    *(row for name in ("self_norm", "cross_norm", "mlp_norm") for row in norm(f"{_BLOCK}.{name}", f"{_BLOCK_PATH}/{name}")),
     *_attention(f"{_BLOCK}.self_attention", f"{_BLOCK_PATH}/self_attention"),
     *_attention(f"{_BLOCK}.cross_attention", f"{_BLOCK_PATH}/cross_attention"),
-    *(row for name in ("up", "down") for row in _linear(f"{_BLOCK}.{name}", f"{_BLOCK_PATH}/{name}")),
+    *(row for name in ("up", "down") for row in linear(f"{_BLOCK}.{name}", f"{_BLOCK_PATH}/{name}")),
 )
 PROMPT: tuple[Row, ...] = tuple(Row(f"model.visual_prompt.{name}", f"prompt/{name}") for name in ("fourier_basis", "kind"))

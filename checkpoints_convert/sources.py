@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_convert import layouts, name_map, rows
+from checkpoints_convert.hf_config_check import read_settings
 from checkpoints_convert.ops import OPS
 from checkpoints_convert.readers import open_tensors
 from checkpoints_convert.rows import Row
@@ -62,7 +63,7 @@ class Source:
         self._tied = {}
         for part in self.found:
             embedding, head = part.prefix + rows.EMBEDDING_KEY, part.prefix + rows.HEAD_KEY
-            if part.name == "llama" and head not in kinds and _is_tied(self.path):
+            if part.component.has_words() and head not in kinds and _is_tied(self.path):
                 self._tied[head] = embedding
                 kinds[head] = kinds[embedding]
         self.kinds = kinds
@@ -78,8 +79,8 @@ class Source:
         tables = []
         for part in self.found:
             table = part.component.rows
-            if part.name == "llama" and not (self.vocabulary and self.vocabulary.grounding):
-                table = rows.LLAMA_BASE
+            if part.component.has_words() and not (self.vocabulary and self.vocabulary.grounding):
+                table = rows.without_grounding(table)
             tables += layouts.with_prefix(table, part.prefix)
         return (*(row for row in tables if not given & set(name_map.paths_of(row))), *self.key_map)
 
@@ -100,9 +101,9 @@ class Source:
 
     def read_vocabulary(self, folders: Sequence[Path], tokens: Sequence[str]) -> None:
         """Find the order of the vocabulary's rows, if this source has a language model."""
-        llama = [part for part in self.found if part.name == "llama"]
-        if llama:
-            count = self.kinds[llama[0].prefix + rows.EMBEDDING_KEY][1][0]
+        words = [part for part in self.found if part.component.has_words()]
+        if words:
+            count = self.kinds[words[0].prefix + rows.EMBEDDING_KEY][1][0]
             self.vocabulary = read_vocabulary(find_tokenizer(folders), count, tokens)
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -117,8 +118,7 @@ class Source:
 
 
 def _is_tied(path: Path) -> bool:
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    return config.is_file() and bool(json.loads(config.read_text()).get("tie_word_embeddings"))
+    return bool(read_settings((path if path.is_dir() else path.parent) / "config.json").get("tie_word_embeddings"))
 
 
 def read_key_map(path: Path) -> tuple[Row, ...]:
@@ -144,7 +144,7 @@ def open_sources(given: Mapping[str, Path], key_map: Sequence[Row], config: Conf
     if config.tokenizer and config.tokenizer != "train":
         folders = [Path(config.tokenizer)]
         if not folders[0].is_file():
-            raise ConfigError(f"config.tokenizer: no file {config.tokenizer}")
+            raise ConfigError(f"config.tokenizer: no file {config.tokenizer}; name the tokenizer.json of the checkpoint")
     for source in sources.values():
         source.read_vocabulary(folders, config.model.grounding_tokens())
     return sources

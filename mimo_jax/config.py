@@ -177,7 +177,7 @@ class Config:
         names = m.llm.lora_names()
         unknown = ", ".join(sorted(set(self.lora_targets()) - set(names)))
         choice = f"use {', '.join(names)}" if names else f"a language model of kind {m.llm.kind} has no LoRA, so set model.lora.rank to 0"
-        need(not m.lora.rank or not unknown, "model.lora.targets", f"{unknown} unknown; {choice}")
+        need(not unknown or not (names or m.lora.rank), "model.lora.targets", f"{unknown} unknown; {choice}")
         need(bool(self.trainables), "trainables", "is empty; say which parameters train")
         need(set(d.weights) <= set(PERSPECTIVES), "data.weights", f"name only {', '.join(PERSPECTIVES)}")
         need(d.samples_per_image >= 1 and d.batch_size % d.samples_per_image == 0, "data.samples_per_image", "must divide data.batch_size")

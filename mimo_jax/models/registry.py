@@ -9,8 +9,8 @@ the package's own parts are in `standard_parts`. Parameters of a part lie below 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
 
 from flax import nnx
 
@@ -117,6 +117,9 @@ def _register(section: str, kind: str, row: Part) -> None:
     if kind in table or KINDS[section].get(kind, row.settings) is not row.settings:
         raise ValueError(f"config.model.{section}.kind {kind}: is registered already; choose another name")
     sharding.add_rules(row.shardings)
+    types = get_type_hints(row.settings)
+    for entry in fields(row.settings):
+        entry.type = types[entry.name]  # postponed annotations are text, and the flags of a command line need the type itself
     table[kind] = row
     KINDS[section][kind] = row.settings
 

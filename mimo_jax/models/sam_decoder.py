@@ -10,6 +10,8 @@ they differ between masks, which is after the first layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -252,18 +254,20 @@ class MaskDecoder(nnx.Module):
 
     def __call__(
         self,
-        features: jax.Array,
+        features: jax.Array | tuple[jax.Array, ...],
         image_pe: jax.Array,
         sparse: jax.Array,
         dense: jax.Array,
         multimask: bool = False,
         valid_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """features [B, g, g, C], image_pe [g, g, C], sparse [B, S, n, C], dense [C] or [B, S, g, g, C]
+        """features [B, g, g, C], or a tuple of these and of finer ones that `upscale` reads; image_pe [g, g, C], sparse [B, S, n, C],
+        dense [C] or [B, S, g, g, C]
         -> mask logits float32 [B, S, m, 4g, 4g], predicted IoU float32 [B, S, m].
 
         m = 1: the mask of token 0. multimask: m = 3, those of tokens 1 .. 3. sparse and dense: see `SamPromptEncoder`. valid_mask: bool
         [B, S, n], the sparse prompts that are there, as if the others were left away; None for all."""
+        features, *finer = features if isinstance(features, tuple) else (features,)
         b, s, _, c = sparse.shape
         g = features.shape[1]
         own = jnp.concatenate([self.iou_token[...][None], self.mask_tokens[...]]).astype(self.dtype)
@@ -280,12 +284,13 @@ class MaskDecoder(nnx.Module):
             tokens, image = self.rest((tokens, image), token_code, image_code, valid_mask)
         tokens = self.final_norm(tokens + self.final_attention(tokens + token_code, image + image_code, image))
 
-        image = self.upscale(image.reshape(b, s, g, g, c))
+        image = self.upscale(image.reshape(b, s, g, g, c), finer)
         chosen = slice(1, None) if multimask else slice(0, 1)
         hyper = self.hyper(tokens[:, :, 1 : 1 + MASK_TOKENS])[:, :, chosen]
         masks = jnp.einsum("bsmc,bshwc->bsmhw", hyper, image, preferred_element_type=jnp.float32)
         return masks, self.iou_head(tokens[:, :, 0])[..., chosen].astype(jnp.float32)
 
-    def upscale(self, image: jax.Array) -> jax.Array:
-        """[B, S, g, g, C] -> [B, S, 4g, 4g, C/8]."""
+    def upscale(self, image: jax.Array, finer: Sequence[jax.Array] = ()) -> jax.Array:
+        """[B, S, g, g, C] -> [B, S, 4g, 4g, C/8]. finer: further features of the B images; SAM has none, decoders that derive from this one
+        add theirs here."""
         return gelu(self.upscale2(gelu(self.upscale_norm(self.upscale1(image)))))

@@ -355,7 +355,7 @@ def limited(given: dict[str, Path], where: Path, how: str, prefix: list[str]) ->
 
 def test_a_file_that_may_not_grow_leaves_nothing(three, tmp_path):
     said = limited(three, tmp_path, "limit", [])
-    assert re.match(r"CheckpointError .*: cannot be written: File too large; mend that and run the same command again$", said), said
+    assert re.match(r"CheckpointError .*: cannot be written: File too large; fix that and run the same command again$", said), said
     assert not list(tmp_path.iterdir())
 
 

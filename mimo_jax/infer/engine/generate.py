@@ -9,7 +9,7 @@ next turn is extended, so that only the new turn is prefilled.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 class Decoding(NamedTuple):
     """The state of a batch between decoding steps.
 
-    cache: {"k", "v"} [N, B, G, S, K]; prompt_len int32 [B]: number of slots that hold the prompt; last [B, 1, D]: hidden state that
-    predicts the next token; step: number of tokens since the prompt; active bool [B]: rows that are still generating; ended bool [B]:
+    cache: of the language model, in the form of its kind; prompt_len int32 [B]: number of slots that hold the prompt; last [B, 1, D]:
+    hidden state that predicts the next token; step: number of tokens since the prompt; active bool [B]: rows that are still generating; ended bool [B]:
     rows that produced the end token; num_generated int32 [B]: number of tokens so far, without the end token; limits int32 [B]: maximum
     number of tokens per row; ids int32 [B, M] (0 after a row's end); probs fp32 [B, M]: probabilities of the sampled tokens under the
     unscaled distribution; states [B, M, D]: input of the mask decoder if token m is a `<SEG>`; temperature, top_p fp32 [B], seed uint32
     [B]: see `sample_token`."""
 
-    cache: dict[str, jax.Array]
+    cache: Any
     prompt_len: jax.Array
     last: jax.Array
     step: jax.Array
@@ -42,7 +42,7 @@ class Decoding(NamedTuple):
 
 
 def prefill(
-    model, cache: dict, x: jax.Array, start: jax.Array, lengths: jax.Array, limits: jax.Array, temperature, top_p, seed, *, new_tokens: int
+    model, cache: Any, x: jax.Array, start: jax.Array, lengths: jax.Array, limits: jax.Array, temperature, top_p, seed, *, new_tokens: int
 ) -> Decoding:
     """Run the model on the new part of each row's prompt.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,12 +67,12 @@ class TurnCache:
     """The KV cache of a chat, one row. length: number of tokens from the start of the conversation that it holds; 0 if it is empty or
     was released, so that the next turn prefills the full conversation."""
 
-    arrays: dict[str, jax.Array] | None = None
+    arrays: Any = None
     length: int = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in (self.arrays or {}).values())
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays))
 
     def release(self) -> None:
         self.arrays, self.length = None, 0

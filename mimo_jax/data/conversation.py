@@ -262,7 +262,7 @@ def _assemble(pieces: list[str], tags: set[str]) -> tuple[str, list[dict], list[
     closed: list[int] | None = None  # the phrase that </p> has just closed
     for piece in pieces:
         if piece not in tags:
-            added = _joint(clean, gap, piece)
+            added = _joiner(clean, gap, piece)
             clean += added.rstrip()
             gap = added[len(added.rstrip()) :]
             if added.strip():
@@ -297,7 +297,7 @@ def _assemble(pieces: list[str], tags: set[str]) -> tuple[str, list[dict], list[
     return clean, parts, phrases
 
 
-def _joint(clean: str, gap: str, text: str) -> str:
+def _joiner(clean: str, gap: str, text: str) -> str:
     """What to append to `clean` for `text`, given the white space in between: one space where a tag stood between two, none
     before punctuation, none at the start."""
     if not clean:

@@ -16,9 +16,9 @@ _COLOURS = (
 )  # fmt: skip
 _LONG_SIDE = 512  # an image whose longest side is smaller is enlarged until it reaches this
 _TILE, _GAP = 256, 4  # longest side of a slice on a sheet, and what lies between two
-_WIDTH_MIN = 320  # of the canvas, for the legend and the caption
+_MIN_WIDTH = 320  # of the canvas, for the legend and the caption
 _ALPHA = 0.35
-_PAPER, _INK, _FAINT = (18, 18, 20), (235, 235, 235), (150, 150, 155)
+_BACKGROUND, _TEXT, _FAINT_TEXT = (18, 18, 20), (235, 235, 235), (150, 150, 155)
 _POINT_IN, _POINT_OUT, _MARK = (60, 230, 110), (255, 70, 70), (255, 235, 90)
 
 
@@ -37,7 +37,7 @@ def draw_overlay(
             raise ValueError(f"mask of {name!r} is {list(mask.shape)}, the image {[height, width]} (rows, columns)")
     factor = max(1, -(-_LONG_SIDE // max(height, width)))
     colours = [colour(i) for i in range(len(entities))]
-    marked = Image.fromarray(_painted(image, [mask for _, mask in entities], colours, factor))
+    marked = Image.fromarray(_fill_masks(image, [mask for _, mask in entities], colours, factor))
     if prompts is not None:
         _draw_prompts(marked, prompts, factor)
     return _with_text(marked, [(name, paint, bool(mask.any())) for (name, mask), paint in zip(entities, colours, strict=True)], caption)
@@ -51,19 +51,19 @@ def draw_sheet(tiles: Sequence[tuple[str, np.ndarray, Sequence[np.ndarray]]], na
     font = ImageFont.load_default(size=14.0)
     drawn = []
     for title, image, masks in tiles:
-        tile = Image.fromarray(_painted(image, masks, colours, max(1, -(-_TILE // max(image.shape[:2])))))
+        tile = Image.fromarray(_fill_masks(image, masks, colours, max(1, -(-_TILE // max(image.shape[:2])))))
         tile.thumbnail((_TILE, _TILE))
-        ImageDraw.Draw(tile).text((4, 2), title, fill=_INK, font=font, stroke_width=2, stroke_fill=(0, 0, 0))
+        ImageDraw.Draw(tile).text((4, 2), title, fill=_TEXT, font=font, stroke_width=2, stroke_fill=(0, 0, 0))
         drawn.append(tile)
-    width, height = drawn[0].size if drawn else (_WIDTH_MIN, 0)
-    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, -(-len(drawn) // columns) * (height + _GAP)), _PAPER)
+    width, height = drawn[0].size if drawn else (_MIN_WIDTH, 0)
+    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, -(-len(drawn) // columns) * (height + _GAP)), _BACKGROUND)
     for n, tile in enumerate(drawn):
         sheet.paste(tile, (n % columns * (width + _GAP), n // columns * (height + _GAP)))
     present = [any(masks[i].any() for _, _, masks in tiles) for i in range(len(names))]
     return _with_text(sheet, list(zip(names, colours, present, strict=True)), caption)
 
 
-def _painted(image: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]], factor: int) -> np.ndarray:
+def _fill_masks(image: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]], factor: int) -> np.ndarray:
     """uint8 RGB, enlarged by a whole factor: each mask filled and outlined in its colour."""
     picture = np.repeat(np.repeat(image, factor, 0), factor, 1)
     masks = [np.repeat(np.repeat(np.asarray(mask, bool), factor, 0), factor, 1) for mask in masks]
@@ -112,14 +112,14 @@ def _with_text(picture: Image.Image, legend: list[tuple[str, tuple[int, int, int
     """The picture with legend and caption below, on a canvas wide enough to read them."""
     if not legend and not caption:
         return picture
-    width = max(picture.width, _WIDTH_MIN)
+    width = max(picture.width, _MIN_WIDTH)
     font = ImageFont.load_default(size=float(max(14, round(width / 42))))
     row = round(font.size * 1.45)
     pad = row // 2
     rows = _legend_rows(legend, font, width - 2 * pad, row)
     lines = _wrap(caption, font, width - 2 * pad)
     below = pad + row * len(rows) + (pad // 2 if rows and lines else 0) + row * len(lines) + pad
-    canvas = Image.new("RGB", (width, picture.height + below), _PAPER)
+    canvas = Image.new("RGB", (width, picture.height + below), _BACKGROUND)
     canvas.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(canvas)
     y = picture.height + pad
@@ -127,11 +127,11 @@ def _with_text(picture: Image.Image, legend: list[tuple[str, tuple[int, int, int
         for x, text, paint, present in items:
             swatch = (pad + x, y + row // 5, pad + x + row // 2, y + row // 5 + row // 2)
             draw.rectangle(swatch, fill=paint if present else None, outline=paint)
-            draw.text((pad + x + row * 3 // 4, y), text, fill=_INK if present else _FAINT, font=font)
+            draw.text((pad + x + row * 3 // 4, y), text, fill=_TEXT if present else _FAINT_TEXT, font=font)
         y += row
     y += pad // 2 if rows and lines else 0
     for text in lines:
-        draw.text((pad, y), text, fill=_INK, font=font)
+        draw.text((pad, y), text, fill=_TEXT, font=font)
         y += row
     return canvas
 

@@ -28,11 +28,11 @@ Source = str | os.PathLike | bytes | Mapping | np.ndarray | Prompts
 MAX_PROMPTS = 64  # of one source; no model takes as many
 MAX_VERTICES = 10_000  # of a scribble or polygon
 MAX_BYTES = 2**24  # of a JSON file
-_OWN = ("points", "boxes", "scribbles", "masks")
+_PROMPT_KEYS = ("points", "boxes", "scribbles", "masks")
 _RLE = ("size", "counts")
 _COCO = ("segmentation", "bbox")
 # What else a COCO annotation says.
-_COCO_BESIDE = ("id", "image_id", "category_id", "category_name", "area", "iscrowd", "score", "keypoints", "num_keypoints", "attributes")
+_COCO_OTHER = ("id", "image_id", "category_id", "category_name", "area", "iscrowd", "score", "keypoints", "num_keypoints", "attributes")
 _FORMS = {
     "points": "[[x, y, label], …]", "boxes": "[[x0, y0, x1, y1], …]", "scribbles": "[[[x, y], …], …]", "masks": "[{size, counts}, …]",
     "bbox": "[x, y, width, height]",
@@ -52,14 +52,14 @@ def read_prompts(source: Source, height: int, width: int, name: str = "") -> Pro
     name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "prompts")
     try:
         if isinstance(source, str | os.PathLike | bytes):
-            source = _file(source, name)
+            source = _read_file(source, name)
         if isinstance(source, np.ndarray):
-            return _strokes([_fitting(source, height, width)])
+            return _masks_to_prompts([_check_mask(source, height, width)])
         if isinstance(source, Prompts):
-            return _checked(source, height, width)
+            return _validated(source, height, width)
         if not isinstance(source, Mapping):
-            raise PromptError(f"is {_kind(source)}; give an object with some of {', '.join(_OWN)}, or a COCO RLE or annotation")
-        return _of_json(source, height, width)
+            raise PromptError(f"is {_type_name(source)}; give an object with some of {', '.join(_PROMPT_KEYS)}, or a COCO RLE or annotation")
+        return _parse_json(source, height, width)
     except (PromptError, GeometryError, ImageError) as error:
         said = str(error)
         raise PromptError(said if said.startswith(f"{name}: ") else f"{name}: {said}") from None
@@ -74,7 +74,7 @@ def join_prompts(parts: Iterable[Prompts]) -> Prompts:
     return Prompts(np.concatenate([np.zeros((0, 3)), *points]), np.concatenate([np.zeros((0, 4)), *boxes]), scribbles)
 
 
-def _file(source: str | os.PathLike | bytes, name: str) -> Any:
+def _read_file(source: str | os.PathLike | bytes, name: str) -> Any:
     """What a JSON file holds, or the mask bool [H, W] of an image; no image begins as JSON does."""
     if isinstance(source, bytes):
         head, size = source[:64], len(source)
@@ -83,7 +83,7 @@ def _file(source: str | os.PathLike | bytes, name: str) -> Any:
             with open(source, "rb") as file:
                 head, size = file.read(64), os.fstat(file.fileno()).st_size
         except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
-            raise PromptError(getattr(error, "strerror", None) or "cannot be opened") from None
+            raise PromptError(f"{getattr(error, 'strerror', None) or 'cannot be opened'}; give a JSON file or a mask image") from None
     if not size:
         raise PromptError("is empty")
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):
@@ -101,41 +101,41 @@ def _file(source: str | os.PathLike | bytes, name: str) -> Any:
         raise PromptError(f"is not JSON ({error})") from None
 
 
-def _of_json(content: Mapping, height: int, width: int) -> Prompts:
+def _parse_json(content: Mapping, height: int, width: int) -> Prompts:
     keys = [key for key in content if content[key] is not None]
     if "counts" in keys:
-        _known(keys, _RLE)
-        return _strokes([_decoded(content, height, width)])
+        _check_keys(keys, _RLE)
+        return _masks_to_prompts([_decode_rle(content, height, width)])
     if any(key in keys for key in _COCO):
-        _known(keys, (*_COCO, *_COCO_BESIDE))
+        _check_keys(keys, (*_COCO, *_COCO_OTHER))
         if "segmentation" in keys:
-            return _strokes([decode_segmentation(content["segmentation"], height, width)])
+            return _masks_to_prompts([decode_segmentation(content["segmentation"], height, width)])
         x, y, w, h = _numbers(content["bbox"], "bbox", _FORMS["bbox"], (4,))
         return Prompts(boxes=validate_boxes(np.array([[x, y, x + w, y + h]]), height, width))
-    _known(keys, _OWN)
-    lists = {key: _listed(content[key], key, _FORMS[key]) for key in keys}
+    _check_keys(keys, _PROMPT_KEYS)
+    lists = {key: _as_list(content[key], key, _FORMS[key]) for key in keys}
     if (count := sum(map(len, lists.values()))) > MAX_PROMPTS:
         raise PromptError(f"holds {count} prompts; the limit is {MAX_PROMPTS}, and a model takes fewer still")
     points = [(_numbers(p, "points", _FORMS["points"], (2, 3)) + [1.0])[:3] for p in lists.get("points", [])]
     boxes = [_numbers(b, "boxes", _FORMS["boxes"], (4,)) for b in lists.get("boxes", [])]
-    scribbles = [np.array(_line(s)) for s in lists.get("scribbles", [])]
-    marked = _checked(Prompts(np.array(points).reshape(-1, 3), np.array(boxes).reshape(-1, 4), scribbles), height, width)
-    return join_prompts([marked, _strokes([_decoded(m, height, width) for m in lists.get("masks", [])])])
+    scribbles = [np.array(_parse_scribble(s)) for s in lists.get("scribbles", [])]
+    marked = _validated(Prompts(np.array(points).reshape(-1, 3), np.array(boxes).reshape(-1, 4), scribbles), height, width)
+    return join_prompts([marked, _masks_to_prompts([_decode_rle(m, height, width) for m in lists.get("masks", [])])])
 
 
-def _known(keys: Iterable[Any], known: Iterable[str]) -> None:
+def _check_keys(keys: Iterable[Any], known: Iterable[str]) -> None:
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key[:40] if isinstance(key, str) else "", known, 1)
             remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
-            raise PromptError(f"{_shown(key)} is unknown; {remedy}")
+            raise PromptError(f"{_abbreviated(key)} is unknown; {remedy}")
 
 
-def _strokes(masks: Iterable[np.ndarray]) -> Prompts:
+def _masks_to_prompts(masks: Iterable[np.ndarray]) -> Prompts:
     return join_prompts([prompts_from_mask(mask) for mask in masks])
 
 
-def _checked(prompts: Prompts, height: int, width: int) -> Prompts:
+def _validated(prompts: Prompts, height: int, width: int) -> Prompts:
     return Prompts(
         validate_points(prompts.points, height, width),
         validate_boxes(prompts.boxes, height, width),
@@ -143,7 +143,7 @@ def _checked(prompts: Prompts, height: int, width: int) -> Prompts:
     )
 
 
-def _fitting(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+def _check_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     if mask.dtype != bool or mask.ndim != 2:
         raise PromptError(f"is an array {mask.dtype}{list(mask.shape)}; give bool [height, width], such as array > 0")
     _same_size(*mask.shape, height, width)
@@ -155,27 +155,27 @@ def _same_size(rows: int, columns: int, height: int, width: int) -> None:
         raise PromptError(f"a mask of {columns}x{rows} pixels, the image has {width}x{height}; give one of the image's size")
 
 
-def _decoded(rle: Any, height: int, width: int) -> np.ndarray:
+def _decode_rle(rle: Any, height: int, width: int) -> np.ndarray:
     """A COCO RLE as bool [H, W]. pycocotools reads beyond the end of a damaged one, so it is decoded here."""
     if not isinstance(rle, Mapping) or not all(key in rle for key in _RLE):
-        raise PromptError(f"a mask is {_kind(rle)}; give a COCO RLE with size [height, width] and counts")
-    _known(rle, _RLE)
+        raise PromptError(f"a mask is {_type_name(rle)}; give a COCO RLE with size [height, width] and counts")
+    _check_keys(rle, _RLE)
     size, counts = rle["size"], rle["counts"]
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_count(side) for side in size):
-        raise PromptError(f"size: is {_shown(size)}; give [height, width] in pixels")
+        raise PromptError(f"size: is {_abbreviated(size)}; give [height, width] in pixels")
     _same_size(*size, height, width)
     if isinstance(counts, bytes):
         counts = counts.decode("ascii", "replace")
     if isinstance(counts, str):
-        counts = _uncompressed(counts)
+        counts = _decompress_counts(counts)
     if not isinstance(counts, list | tuple) or not all(_is_count(run) for run in counts):
         raise PromptError("counts: give COCO's string, or a list of whole numbers of 0 or more")
     if sum(counts) != height * width:
-        raise PromptError(f"counts: stand for {_shown(sum(counts))} pixels; the image has {width}x{height}")
+        raise PromptError(f"counts: stand for {_abbreviated(sum(counts))} pixels; the image has {width}x{height}")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
-def _uncompressed(text: str) -> list[int]:
+def _decompress_counts(text: str) -> list[int]:
     """Runs of COCO's string: 5 bits a character, lowest first, 32 meaning "goes on", signed; from the fourth on they are the
     difference to the last but one."""
     if not re.fullmatch("(?:[P-o]{0,6}[0-O])*", text):
@@ -192,9 +192,9 @@ def _uncompressed(text: str) -> list[int]:
 def decode_segmentation(value: Any, height: int, width: int) -> np.ndarray:
     """Polygons [[x, y, x, y, …], …], united, or an RLE, as bool [H, W]."""
     if isinstance(value, Mapping):
-        return _decoded(value, height, width)
+        return _decode_rle(value, height, width)
     form = "polygons [[x, y, x, y, x, y, …], …] or a COCO RLE"
-    polygons = _listed(value, "segmentation", form)
+    polygons = _as_list(value, "segmentation", form)
     if not 1 <= len(polygons) <= MAX_PROMPTS:
         raise PromptError(f"segmentation: has {len(polygons)} polygons; give 1 to {MAX_PROMPTS}")
     rings = []
@@ -207,28 +207,28 @@ def decode_segmentation(value: Any, height: int, width: int) -> np.ndarray:
     return coco.decode(coco.merge(coco.frPyObjects(rings, height, width))).astype(bool)
 
 
-def _line(value: Any) -> list[list[float]]:
-    vertices = _listed(value, "scribbles", _FORMS["scribbles"])
+def _parse_scribble(value: Any) -> list[list[float]]:
+    vertices = _as_list(value, "scribbles", _FORMS["scribbles"])
     if not 1 <= len(vertices) <= MAX_VERTICES:
         raise PromptError(f"scribbles: one of {len(vertices)} points; give 1 to {MAX_VERTICES}")
     return [_numbers(vertex, "scribbles", _FORMS["scribbles"], (2,)) for vertex in vertices]
 
 
-def _listed(value: Any, what: str, form: str) -> list | tuple:
+def _as_list(value: Any, what: str, form: str) -> list | tuple:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, list | tuple):
-        raise PromptError(f"{what}: is {_kind(value)}; give {form}")
+        raise PromptError(f"{what}: is {_type_name(value)}; give {form}")
     return value
 
 
 def _numbers(value: Any, what: str, form: str, counts: Iterable[int]) -> list[float]:
-    values = _listed(value, what, form)
+    values = _as_list(value, what, form)
     if len(values) not in counts:
         raise PromptError(f"{what}: {len(values)} numbers where {form} is meant")
     for number in values:
         if isinstance(number, bool) or not isinstance(number, int | float | np.integer | np.floating) or not -1e9 <= number <= 1e9:
-            raise PromptError(f"{what}: {_shown(number)} is no finite number; give {form}")
+            raise PromptError(f"{what}: {_abbreviated(number)} is no finite number; give {form}")
     return [float(number) for number in values]
 
 
@@ -236,12 +236,12 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= value < 2**40
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _shown(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     """A value in an error: one short line."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:  # Python refuses to print the longest
         return f"a number of about {math.floor(value.bit_length() * 0.30103) + 1} digits"

@@ -27,7 +27,7 @@ from mimo_jax.files import atomic_folder, disk_errors, sha256
 INFO = "dataset_info.json"
 SHARD_BYTES = 300 << 20  # a new shard begins once one holds so much
 SAMPLES = ".samples"  # beside a shard, until its split is joined
-_WRITER = "group_size:1"
+_WRITER_OPTIONS = "group_size:1"
 
 
 class DataError(UserError):
@@ -67,28 +67,28 @@ class IndexBuilder:
 
     ids: list[str] = dataclasses.field(default_factory=list)
     groups: list[str] = dataclasses.field(default_factory=list)
-    asked: list[int] = dataclasses.field(default_factory=list)  # samples of each record
-    rows: list[list[int]] = dataclasses.field(default_factory=list)  # of each sample: perspective, words, bytes of text
+    num_samples: list[int] = dataclasses.field(default_factory=list)  # samples of each record
+    sample_rows: list[list[int]] = dataclasses.field(default_factory=list)  # of each sample: perspective, words, bytes of text
 
     def add(self, record_id: str, group: str, samples: list[Sample]) -> None:
         self.ids.append(record_id)
         self.groups.append(group)
-        self.asked.append(len(samples))
+        self.num_samples.append(len(samples))
         for sample in samples:
             texts = [turn.text for turn in sample.turns]
             words, text_bytes = sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts)
-            self.rows.append([PERSPECTIVES.index(sample.perspective), words, text_bytes])
+            self.sample_rows.append([PERSPECTIVES.index(sample.perspective), words, text_bytes])
 
     def extend(self, other: IndexBuilder) -> None:
         for field in dataclasses.fields(self):
             getattr(self, field.name).extend(getattr(other, field.name))
 
     def build(self) -> Index:
-        columns = np.array(self.rows, np.int64).reshape(-1, 3).T
+        columns = np.array(self.sample_rows, np.int64).reshape(-1, 3).T
         return Index(
             ids=np.array([record_id.encode() for record_id in self.ids], np.bytes_),
             groups=np.array([group.encode() for group in self.groups], np.bytes_),
-            first=np.concatenate([[0], np.cumsum(self.asked)]).astype(np.int64),
+            first=np.concatenate([[0], np.cumsum(self.num_samples)]).astype(np.int64),
             perspective=columns[0].astype(np.int8),
             words=columns[1].astype(np.int32),
             text_bytes=columns[2].astype(np.int32),
@@ -113,10 +113,10 @@ class ShardWriter:
     """One shard, record by record, at `path`; whole once `close` returns. Raises DataError where the disk takes no more."""
 
     def __init__(self, path: Path):
-        self.path, self.filled = path, 0  # filled: bytes of records
+        self.path, self.num_bytes = path, 0  # filled: bytes of records
         with disk_errors(path, DataError):
-            self._records = array_record_module.ArrayRecordWriter(str(path), _WRITER)
-            self._samples = array_record_module.ArrayRecordWriter(f"{path}{SAMPLES}", _WRITER)
+            self._records = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+            self._samples = array_record_module.ArrayRecordWriter(f"{path}{SAMPLES}", _WRITER_OPTIONS)
         self._shard = Shard(path.name, "", 0, IndexBuilder(), 0, Counter(), Counter(), Counter())
 
     def add(self, record: Record) -> None:
@@ -125,7 +125,7 @@ class ShardWriter:
         with disk_errors(self.path, DataError):
             self._records.write(data)
             self._samples.write(msgpack.packb(record.samples, default=vars))
-        self.filled += len(data)
+        self.num_bytes += len(data)
         shard.index.add(record.id, record.group, record.samples)
         shard.masks += len(record.masks)
         shard.entities.update({mask.entity for mask in record.masks})
@@ -151,7 +151,7 @@ def join_shards(folder: Path, shards: Mapping[str, Sequence[Shard]], info: dict)
 
 def _join_split(folder: Path, split: str, shards: Sequence[Shard]) -> dict:
     samples, files, builder = folder / f"{split}.samples.array_record", [], IndexBuilder()
-    writer = array_record_module.ArrayRecordWriter(str(samples), _WRITER)
+    writer = array_record_module.ArrayRecordWriter(str(samples), _WRITER_OPTIONS)
     for i, shard in enumerate(shards):
         alone = folder / f"{shard.file}{SAMPLES}"
         for row in array_record_data_source.ArrayRecordDataSource([f"{alone}[0:{len(shard.index.ids)}]"]):
@@ -207,7 +207,7 @@ def write_records(
             if known != record.split:
                 raise DataError(f"{out_dir}: group {record.group} is in both {known} and {record.split}; split by group")
             done = shards.setdefault(record.split, [])
-            if record.split in writers and writers[record.split].filled >= shard_bytes:
+            if record.split in writers and writers[record.split].num_bytes >= shard_bytes:
                 done.append(writers.pop(record.split).close())
             if record.split not in writers:
                 writers[record.split] = ShardWriter(folder / f"{record.split}-{len(done):05d}.part")
@@ -226,7 +226,7 @@ def read_info(path: str | os.PathLike) -> dict:
     except FileNotFoundError:
         raise DataError(f"{path}: holds no {INFO}; give a folder written by `mimo data`") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{Path(path) / INFO}: cannot be read ({error})") from None
+        raise DataError(f"{Path(path) / INFO}: cannot be read ({error}); copy or build the dataset again") from None
 
 
 def damaged_files(path: str | os.PathLike) -> list[str]:
@@ -274,7 +274,7 @@ class RecordFolder:
         try:
             return Record.from_bytes(self._records[position])
         except Exception as error:  # the reader's C++ raises several kinds; a damaged record fails in msgpack or the dataclass
-            raise DataError(f"{self.where(position)}: cannot be read ({_line(error)})") from error
+            raise DataError(f"{self.where(position)}: cannot be read ({_first_line(error)})") from error
 
     def where(self, position: int) -> str:
         """Shard and record within it, for errors."""
@@ -288,7 +288,8 @@ class RecordFolder:
             rows = msgpack.unpackb(self._samples[position])
             return [Sample(**{**s, "turns": [Turn(**t) for t in s["turns"]], "targets": [Target(**t) for t in s["targets"]]}) for s in rows]
         except Exception as error:
-            raise DataError(f"{self.path}/{self.split}.samples.array_record, record {position}: cannot be read ({_line(error)})") from error
+            where = f"{self.path}/{self.split}.samples.array_record, record {position}"
+            raise DataError(f"{where}: cannot be read ({_first_line(error)}); copy or build the dataset again") from error
 
     def _checked(self, position: int) -> int:
         position = int(position)
@@ -302,5 +303,5 @@ def open_records(path: str | os.PathLike, split: str) -> RecordFolder:
     return RecordFolder(path, split)
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__

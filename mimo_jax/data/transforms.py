@@ -26,8 +26,8 @@ MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb; 
 _LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: a phone's JPEG with a second picture behind it
 _COLOUR = ("LA", "RGB", "RGBA")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_WHOLE = 64  # an image up to so many times as long as wide is resized whole before it is cropped
-_LABELS_MAX = 8  # a lossless mask with more grey levels than this is a soft edge or decoded JPEG, not a label map
+_MAX_FULL_RESIZE = 64  # an image up to so many times as long as wide is resized whole before it is cropped
+_MAX_LABELS = 8  # a lossless mask with more grey levels than this is a soft edge or decoded JPEG, not a label map
 
 
 class ImageError(UserError):
@@ -79,7 +79,7 @@ def decode_mask(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndar
     values = np.asarray(image)
     if values.ndim == 3:
         values = values.max(2)
-    soft = image.format in _LOSSY or np.count_nonzero(Image.fromarray(values).histogram()) > _LABELS_MAX
+    soft = image.format in _LOSSY or np.count_nonzero(Image.fromarray(values).histogram()) > _MAX_LABELS
     return values >= 128 if soft else values != 0
 
 
@@ -165,7 +165,7 @@ def image_to_frame(image: np.ndarray, frame: Frame, resample: str = "bilinear") 
     when it shrinks), cut to the frame, then zeros right and bottom."""
     rows, cols = frame.size
     source = Image.fromarray(image)
-    if max(frame.content_height, frame.content_width) <= _WHOLE * frame.side:
+    if max(frame.content_height, frame.content_width) <= _MAX_FULL_RESIZE * frame.side:
         whole = source.resize((frame.content_width, frame.content_height), _FILTERS[resample])
         resized = np.asarray(whole.crop((-frame.offset_x, -frame.offset_y, cols - frame.offset_x, rows - frame.offset_y)))
     else:

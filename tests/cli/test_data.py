@@ -71,7 +71,7 @@ def test_a_flipped_byte_ends_with_2_and_names_the_file(tmp_path, capsys):
     ("merge {in} --out o", "holds no dataset_info.json"),
     ("view {in} --out a.png", "holds no dataset_info.json"),
     ("view {in} --out a.jpg", "give a name that ends in .png"),
-    ("view {in} --out a.png --index 5-3", "'5-3' is not a record such as 12"),
+    ("view {in} --out a.png --index 5-3", "'5-3' is not a record number such as 12"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch, words, said):
     source = write_source(tmp_path / "in", 2)

@@ -89,7 +89,7 @@ def test_legend_and_caption_grow_the_canvas_and_stay_inside():
     assert many.height > draw_overlay(image(), names[:1]).height + 100
     captioned = draw_overlay(image(), [], caption="The liver is enlarged and its border is irregular. " * 8)
     below = np.asarray(captioned)[600:]
-    ink = np.argwhere((below != overlay._PAPER).any(2))
+    ink = np.argwhere((below != overlay._BACKGROUND).any(2))
     assert len(ink) and ink[:, 1].max() < 640 - 5 and ink[:, 0].max() < below.shape[0] - 3
 
 

@@ -212,7 +212,7 @@ def test_a_sheet_shows_at_most_25_painted_slices(tmp_path):
     assert answer.segmented_slices() == list(range(3, 40))
     shown = []
     asked = answer.volume.load_slice
-    object.__setattr__(answer.volume, "show", lambda k: shown.append(k) or asked(k))
+    object.__setattr__(answer.volume, "load_slice", lambda k: shown.append(k) or asked(k))
     answer.save(tmp_path / "b.png")
     assert len(shown) == 25 and shown[0] == 3 and shown[-1] == 39 and Image.open(tmp_path / "b.png").width > 800
     single = ask_volume(Painter(lambda grey: {"it": (grey == 7, 0.9)}), answer.volume, "?", progress=False)
@@ -227,7 +227,7 @@ def test_only_one_batch_of_pictures_is_in_memory(tmp_path):
     """Slices are shown as their batch comes, each once, and nothing keeps them."""
     volume = open_volume(nifti(tmp_path / "a.nii", np.zeros((4, 5, 10), np.int16), RAS), window=WINDOW)
     shown, asked, painter = [], volume.load_slice, Painter(bright, batch_size=3)
-    object.__setattr__(volume, "show", lambda k: shown.append((k, len(painter.batches))) or asked(k))
+    object.__setattr__(volume, "load_slice", lambda k: shown.append((k, len(painter.batches))) or asked(k))
     ask_volume(painter, volume, "?", progress=False)
     assert painter.batches == [3, 3, 2, 2]
     assert shown[1:] == list(zip(range(10), [0, 0, 0, 1, 1, 1, 2, 2, 3, 3], strict=True))  # the first is looked at by the check

@@ -1,7 +1,7 @@
-"""What a label means: raw class names of any source to canonical structures, by the table entities.csv and a few rules.
+"""Maps raw class names of any source to canonical structures, by the table entities.csv and a few rules.
 
-A name of the table, one of its synonyms, or either with a side ("kidney_left", "L kidney") is that structure; a synonym may
-hold in one data set or modality alone. What the table does not know passes through, readable, as `known=False`.
+A name of the table, one of its synonyms, or either with a side ("kidney_left", "L kidney") means that structure; a synonym may be
+restricted to one data set or modality. A name that the table does not contain is made readable and returned with `known=False`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ _NAMELESS = re.compile(
 class CanonicalEntity:
     """A structure as questions and answers name it.
 
-    parent: the name of what it is a part or a kind of, "" if it stands alone. site: of a lesion, the structure that it lies in,
-    if it always is that one. kind: organ, part, bone, muscle, vessel, tissue, lesion, cell or device. cui: its UMLS concept,
-    where that is certain.
+    parent: the structure that it is a part or a kind of, "" if none. site: for a lesion, the structure that always contains it.
+    kind: organ, part, bone, muscle, vessel, tissue, lesion, cell or device. cui: its UMLS concept, if that is certain.
     """
 
     name: str
@@ -52,8 +51,8 @@ def is_union(class_raw: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def canonical(class_raw: str, dataset: str = "", modality: str = "") -> CanonicalEntity:
-    """The structure that a source names `class_raw`, in any spelling; the source's data set and modality decide what is
-    ambiguous ("lesion", "left"). A union is named as what it unites. Its name, given back, is the same structure again."""
+    """The structure that a source calls `class_raw`, in any spelling. The data set and modality resolve ambiguous names ("lesion",
+    "left"). A union is named after what it unites. The canonical name of a structure maps to the same structure."""
     shown = " ".join(_SPELLING.get(word, word) for word in class_raw.casefold().replace("_", " ").split())
     while shown.startswith(("union ", "the ")):
         shown = shown.partition(" ")[2]
@@ -74,13 +73,13 @@ def canonical(class_raw: str, dataset: str = "", modality: str = "") -> Canonica
 
 
 def is_nameless(class_raw: str, dataset: str = "") -> bool:
-    """Whether a class names nothing that could be asked for: "left", "class3", "benign" of a data set that says no more."""
+    """Whether a class name identifies no structure: "left", "class3" or "benign" in a data set that says nothing more."""
     entity = canonical(class_raw, dataset)
     return not entity.known and _NAMELESS.fullmatch(entity.name) is not None
 
 
 def ancestors(name: str) -> tuple[str, ...]:
-    """What a structure is a part or a kind of, the nearest first: of "left lung upper lobe" it is "left lung" and "lung"."""
+    """The structures that a structure is a part or a kind of, nearest first: "left lung" and "lung" for "left lung upper lobe"."""
     found: list[str] = []
     while name in ENTITIES and (name := ENTITIES[name].parent):
         found.append(name)
@@ -88,13 +87,13 @@ def ancestors(name: str) -> tuple[str, ...]:
 
 
 def _words(text: str) -> list[str]:
-    """The words that a name is looked up by: American, lower case, without hyphens and the like."""
+    """The words of a name as lookup key: American spelling, lower case, without punctuation."""
     words = (_SPELLING.get(word, word) for word in re.split(r"[\s_\-+/,.()]+", text.casefold()))
     return [word for word in words if word]
 
 
 def _rows() -> Iterator[dict[str, str]]:
-    """The lines of the table, those of numbered structures once for each number."""
+    """The rows of the table; those of numbered structures are repeated for each number."""
     text = resources.files(__package__).joinpath(TABLE).read_text(encoding="utf-8")
     for row in csv.DictReader(line for line in text.splitlines() if line and not line.startswith("#")):
         numbers = re.search(r"\{(\d+)-(\d+)\}", row["name"])
@@ -105,33 +104,33 @@ def _rows() -> Iterator[dict[str, str]]:
 
 
 def _read() -> tuple[dict[str, CanonicalEntity], dict[str, list[str]]]:
-    """Every structure, and the aliases of each as the table writes them, contexts included; both by name."""
+    """(structures by name; the aliases of each by name, as the table writes them, including contexts)."""
     rows = {row["name"]: row for row in _rows()}
     entities: dict[str, CanonicalEntity] = {}
     aliases: dict[str, list[str]] = {}
 
     def add(name: str, side: str, written: list[str], row: dict[str, str]) -> None:
-        within, whole = row["within"], row["name"] if name != row["name"] else ""
+        within, unsided = row["within"], row["name"] if name != row["name"] else ""
         if name != row["name"] and within and rows[within]["sides"]:
             within = f"{side} {within}"
-        parent, site = within or whole, ""
+        parent, site = within or unsided, ""
         if row["kind"] == "lesion" and within:
-            holder = row["within"]
-            if rows[holder]["kind"] != "lesion":
-                parent, site = whole, within
-            while not site and holder:
-                site, holder = holder * (rows[holder]["kind"] != "lesion"), rows[holder]["within"]
+            container = row["within"]
+            if rows[container]["kind"] != "lesion":
+                parent, site = unsided, within
+            while not site and container:
+                site, container = container * (rows[container]["kind"] != "lesion"), rows[container]["within"]
         synonyms = tuple(dict.fromkeys(alias for alias in written if "@" not in alias))
-        entities[name] = CanonicalEntity(name, side, parent, site, synonyms, "" if whole else row["cui"], row["kind"])
+        entities[name] = CanonicalEntity(name, side, parent, site, synonyms, "" if unsided else row["cui"], row["kind"])
         aliases[name] = [name, *written]
 
     for name, row in rows.items():
         written = [alias.strip() for alias in row["synonyms"].split(";") if alias.strip()]
-        lone = next((side for side in ("left", "right") if name.startswith(f"{side} ")), "")
-        add(name, lone, [alias for alias in written if "{s" not in alias and alias[0] != "@"], row)
+        own_side = next((side for side in ("left", "right") if name.startswith(f"{side} ")), "")
+        add(name, own_side, [alias for alias in written if "{s" not in alias and alias[0] != "@"], row)
         for side in ("left", "right") if row["sides"] else ():
-            mine = [alias if "{s" in alias else f"{side} {alias}".replace(" @", "@") for alias in written]
-            add(f"{side} {name}", side, [alias.replace("{side}", side).replace("{s}", side[0]) for alias in mine], row)
+            sided = [alias if "{s" in alias else f"{side} {alias}".replace(" @", "@") for alias in written]
+            add(f"{side} {name}", side, [alias.replace("{side}", side).replace("{s}", side[0]) for alias in sided], row)
     return entities, aliases
 
 

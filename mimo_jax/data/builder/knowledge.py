@@ -1,7 +1,7 @@
-"""What questions may take for known: the facts of knowledge.toml, of named structures and in words of our own.
+"""The facts about named structures that questions may use, read from knowledge.toml.
 
-A fact is a phrase that follows the structure's name: "The liver makes bile." Structures that share one word for word (a left and
-a right kidney, the ribs) answer together, and no two others do.
+A fact is a phrase that follows the structure's name: "The liver makes bile." Structures that have exactly the same fact (a left and a
+right kidney, the ribs) answer a question together; no other two structures share a fact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KINDS = (
     *("lesion", "device"),
 )
 SIDES = ("left", "right")
-LONGEST = 75  # letters of a phrase
+MAX_PHRASE = 75  # maximum number of letters of a phrase
 _PHRASES = ("within", "does", "lies", "plural")
 _LISTS = ("beside", "beside_left", "beside_right", "findings", "modalities", "asks", "also", "homes", "landmarks")
 _FLAGS = ("paired", "mass")
@@ -29,25 +29,25 @@ _FLAGS = ("paired", "mass")
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of one structure; "" or () where nothing is. Names are canonical ones, also where they have no fact."""
+    """The facts about one structure; "" or () if unknown. All names are canonical, even those without a fact of their own."""
 
     kind: str  # one of KINDS
     within: str  # "abdomen"
     does: str  # "makes bile"
-    asks: tuple[str, ...]  # questions of what it does, that name no structure
-    lies: str = ""  # "in the right upper abdomen"
+    asks: tuple[str, ...]  # questions about its function that name no structure
+    lies: str = ""  # phrase after "lies": "in the right upper abdomen"
     beside: tuple[str, ...] = ()  # neighbours
-    findings: tuple[str, ...] = ()  # what may be found in it: "liver cysts"
+    findings: tuple[str, ...] = ()  # findings in it: "liver cysts"
     modalities: tuple[str, ...] = ()  # the most usual first
-    twin: str = ""  # the structure of the other side
-    plural: str = ""  # what can be counted: its plural
-    homes: tuple[str, ...] = ()  # lesions: the structures that one may lie in
-    landmarks: tuple[str, ...] = ()  # lesions: the structures that one's place is told by
-    mass: bool = False  # has no indefinite article
+    twin: str = ""  # the same structure on the other side
+    plural: str = ""  # its plural, if it can be counted
+    homes: tuple[str, ...] = ()  # of lesions: the structures that may contain one
+    landmarks: tuple[str, ...] = ()  # of lesions: the structures by which its position is described
+    mass: bool = False  # a mass noun, without indefinite article
 
     @property
     def many(self) -> str:
-        """`does` of several: "make bile"."""
+        """`does` in the plural: "make bile"."""
         return plural_verb(self.does)
 
     def verb(self, number: int = 1) -> str:
@@ -55,7 +55,7 @@ class Fact:
 
 
 def plural_verb(phrase: str) -> str:
-    """A phrase that begins with a verb in the third person, of several: "carries blood" -> "carry blood"."""
+    """The plural of a phrase that begins with a verb in the third person: "carries blood" -> "carry blood"."""
     verb, space, rest = phrase.partition(" ")
     irregular = {"is": "are", "has": "have", "does": "do", "lies": "lie", "may": "may", "can": "can"}
     if verb not in irregular:
@@ -67,7 +67,7 @@ def plural_verb(phrase: str) -> str:
 
 
 def load_knowledge(path: str | Path | None = None) -> dict[str, Fact]:
-    """Structure -> its facts, of a table like knowledge.toml (by default that one). Raises UserError that names entry and field."""
+    """Structure -> its facts, from knowledge.toml or another table of the same form. Raises UserError naming entry and field."""
     file = resources.files(__package__).joinpath(TABLE) if path is None else Path(path)
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -82,14 +82,14 @@ def load_knowledge(path: str | Path | None = None) -> dict[str, Fact]:
             for side in ("", *SIDES) if row.get("paired") else ("",):
                 entity = f"{side} {each}".strip()
                 if entity in facts:
-                    raise UserError(f"{file.name}, [{name}]: {entity!r} is there twice")
+                    raise UserError(f"{file.name}, [{name}]: {entity!r} occurs twice")
                 facts[entity] = _fact(row, each, side, paired)
     _check_names(file.name, table, facts)
     return facts
 
 
 def _fact(row: Mapping, name: str, side: str, paired: set[str]) -> Fact:
-    here = side or next((s for s in SIDES if name.startswith(f"{s} ")), "")
+    own_side = side or next((s for s in SIDES if name.startswith(f"{s} ")), "")
     beside = [*row.get("beside", ()), *(row.get(f"beside_{side}", ()) if side else ())]
     return Fact(
         kind=row["kind"],
@@ -97,19 +97,20 @@ def _fact(row: Mapping, name: str, side: str, paired: set[str]) -> Fact:
         does=row["does"],
         asks=tuple(row.get("asks", (f"Which {row['kind']} {row['does']}?", f"Which structure {row['does']}?"))),
         lies=row.get("lies", ""),
-        beside=tuple(f"{here} {other}" if here and other in paired else other for other in beside),
+        beside=tuple(f"{own_side} {other}" if own_side and other in paired else other for other in beside),
         findings=tuple(row.get("findings", ())),
         modalities=tuple(row["modalities"]),
         twin=f"{SIDES[side == 'left']} {name}" if side else "",
         plural=f"{side} {row['plural']}".strip() if "plural" in row else "",
-        homes=tuple(each for home in row.get("homes", ()) for each in _sided(home, here, paired)),
+        homes=tuple(each for home in row.get("homes", ()) for each in _sided(home, own_side, paired)),
         landmarks=tuple(row.get("landmarks", ())),
         mass=row.get("mass", False),
     )
 
 
 def _sided(home: str, side: str, paired: set[str]) -> tuple[str, ...]:
-    """A home of a lesion: one that is paired is the one of the lesion's side, or either, or not told apart."""
+    """The structures that a home of a lesion stands for: a paired one is that of the lesion's side, or either side, or the structure
+    without a side."""
     if home not in paired:
         return (home,)
     return (*(f"{s} {home}" for s in ((side,) if side else SIDES)), home)
@@ -121,13 +122,13 @@ def _check_row(file: str, name: str, row: Mapping) -> None:
     lacking = [key for key in ("kind", "within", "does", "modalities") if not row.get(key)]
     if unknown or lacking:
         raise UserError(f"{where}: " + (f"unknown field {unknown[0]!r}" if unknown else f"lacks {lacking[0]}"))
-    for keys, kind, told in ((("kind", *_PHRASES), str, "text"), (_LISTS, list, "a list of texts"), (_FLAGS, bool, "true or false")):
+    for keys, kind, expected in ((("kind", *_PHRASES), str, "text"), (_LISTS, list, "a list of texts"), (_FLAGS, bool, "true or false")):
         for key in keys:
             value = row.get(key, kind())
             if not isinstance(value, kind) or (kind is list and not all(isinstance(text, str) and text for text in value)):
-                raise UserError(f"{where}: {key} must be {told}")
+                raise UserError(f"{where}: {key} must be {expected}")
             if kind is list and len(set(value)) < len(value):
-                raise UserError(f"{where}: {key} says a thing twice")
+                raise UserError(f"{where}: {key} lists an entry twice")
     if name != name.strip() or name.split(" ")[0] in ("a", "an", "the"):
         raise UserError(f"{where}: write the name without article")
     if row["kind"] not in KINDS:
@@ -136,24 +137,25 @@ def _check_row(file: str, name: str, row: Mapping) -> None:
         if modality not in MODALITIES:
             raise UserError(f"{where}: modality {modality!r}; use one of {', '.join(MODALITIES)}")
     if row.get("paired") and name.startswith(tuple(f"{side} " for side in SIDES)):
-        raise UserError(f"{where}: is of one side, and cannot be paired")
+        raise UserError(f"{where}: belongs to one side and cannot be paired")
     if row["kind"] != "lesion" and ("homes" in row or "landmarks" in row):
-        raise UserError(f"{where}: homes and landmarks are of lesions")
+        raise UserError(f"{where}: only lesions have homes and landmarks")
     for text in [*(row[key] for key in _PHRASES if key in row), *row.get("findings", ()), *row.get("asks", ())]:
-        if len(text) > LONGEST or "{" in text or "\n" in text:
-            raise UserError(f"{where}: {text!r} is no short phrase ({LONGEST} letters at most, no braces)")
+        if len(text) > MAX_PHRASE or "{" in text or "\n" in text:
+            raise UserError(f"{where}: {text!r} is not a short phrase (at most {MAX_PHRASE} letters, no braces)")
         if f" {name} " in f" {text.rstrip('?')} " and text != row.get("plural"):
-            raise UserError(f"{where}: {text!r} names the structure itself; a question of it would tell its answer")
+            raise UserError(f"{where}: {text!r} names the structure itself; a question with it would give away its answer")
     for text in row.get("asks", ()):
         if not text.endswith("?"):
-            raise UserError(f"{where}: {text!r} is no question")
+            raise UserError(f"{where}: {text!r} is not a question; end it with ?")
     for key in ("does", "lies", "within"):
         if row.get(key, "").endswith((".", "?")) or (key == "does" and row["does"].split(" ")[0] in ("the", "a", "an")):
-            raise UserError(f"{where}: {key} is a phrase without full stop, that of `does` begins with a verb")
+            raise UserError(f"{where}: {key} must be a phrase without full stop, and `does` must begin with a verb")
 
 
 def _check_names(file: str, table: Mapping[str, Mapping], facts: Mapping[str, Fact]) -> None:
-    """What an entry refers to exists, and nothing is said of two structures that would then answer one question."""
+    """Check that every structure an entry refers to exists, and that no fact is shared by two entries, which would both answer one
+    question."""
     for entity, fact in facts.items():
         for other in (*fact.beside, *fact.homes, *fact.landmarks):
             if other not in facts:
@@ -161,11 +163,11 @@ def _check_names(file: str, table: Mapping[str, Mapping], facts: Mapping[str, Fa
             if other == entity:
                 raise UserError(f"{file}, [{entity}]: refers to itself")
     for key in ("does", "lies", "asks"):
-        said: dict[str, str] = {}
+        owner: dict[str, str] = {}
         for name, row in table.items():
             for text in _texts(row.get(key, ())):
-                if said.setdefault(text, name) != name:
-                    raise UserError(f"{file}, [{name}]: {key} {text!r} is said of {said[text]!r} too")
+                if owner.setdefault(text, name) != name:
+                    raise UserError(f"{file}, [{name}]: {key} {text!r} is also given for {owner[text]!r}")
 
 
 def _texts(value: str | Iterable[str]) -> Iterable[str]:

@@ -1,7 +1,7 @@
-"""III and IV: questions of what is known of structures, by themselves and through a prompt, with the structures grounded.
+"""Questions of III and IV about facts in KNOWLEDGE, without and with a prompt; their answers ground the structures.
 
-III names no structure that answers it, but for a lesion whose place is asked; IV asks of what is pointed at, and nothing in it
-tells what that is.
+A question of III does not name the structure that answers it, except for a lesion whose position it asks for. A question of IV is about
+the prompted structure, and its words do not reveal which one that is.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mimo_jax.data.builder.scene import Scene, grounded
 from mimo_jax.data.builder.templates import listed, placeholders, with_article
 from mimo_jax.data.schema import Mask, Sample
 
-RELATION_SHARE = 0.5  # of IV, where there is a relation to ask for
-ROLE_SHARE = 0.4  # of what the extended style asks of a prompted structure itself: its function, as the plain one does
+RELATION_SHARE = 0.5  # share of IV that asks for a relation, if there is one
+ROLE_SHARE = 0.4  # share of the questions of the extended style about a prompted structure itself that ask for its function
 
 
 def named(scene: Scene, number: int) -> list[Sample]:
-    """III, at most `number`."""
+    """At most `number` samples of III."""
     makers = [partial(_function, scene, entities) for entities in _sharing(scene, lambda fact: [fact.does]).values()]
     for entity in scene.masks:
         fact = KNOWLEDGE.get(entity)
@@ -43,7 +43,7 @@ def named(scene: Scene, number: int) -> list[Sample]:
 
 
 def _sharing(scene: Scene, facts_of) -> dict[str, list[str]]:
-    """What is told of structures of the image → those that it is told of, without the wholes of which a part is among them."""
+    """Fact → the structures of the image that have it, without wholes of which a part is also shown. facts_of: Fact → its texts."""
     groups: dict[str, list[str]] = {}
     for entity in scene.masks:
         for text in facts_of(KNOWLEDGE[entity]) if entity in KNOWLEDGE else ():
@@ -53,21 +53,21 @@ def _sharing(scene: Scene, facts_of) -> dict[str, list[str]]:
 
 def _function(scene: Scene, entities: list[str]) -> Sample:
     fact = KNOWLEDGE[entities[0]]
-    return _told(scene, "function", scene.pick(fact.asks), "{The} " + fact.verb(len(entities)) + ".", entities)
+    return _fact_sample(scene, "function", scene.pick(fact.asks), "{The} " + fact.verb(len(entities)) + ".", entities)
 
 
-def _told(scene: Scene, kind: str, question: str, answer: str, entities: list[str]) -> Sample:
+def _fact_sample(scene: Scene, kind: str, question: str, answer: str, entities: list[str]) -> Sample:
     return scene.sample(
         "III",
         kind,
         question,
-        scene.told(placeholders(answer, len(entities)), scene.spans(sorted(entities))),
+        scene.ground_names(placeholders(answer, len(entities)), scene.spans(sorted(entities))),
         kb=_source(scene, entities[0]),
     )
 
 
 def _source(scene: Scene, entity: str) -> dict[str, str]:
-    """Where a fact stands; samples of phantoms do not say it."""
+    """The source of a fact; samples of phantoms omit it."""
     return {"source": TABLE, "id": entity} if scene.style.extended else {}
 
 
@@ -83,7 +83,7 @@ def _nearest(scene: Scene, lesion: str) -> Sample:
 
 
 def _extended(scene: Scene) -> list[partial]:
-    """Where it lies, what may be found in it, what is beside it: each asked without naming it."""
+    """Makers of questions for a structure by its location, its findings or its neighbours, without naming it."""
     makers = []
     for text, entities in _sharing(scene, lambda fact: [fact.lies] if fact.lies else []).items():
         makers.append(partial(_asked, scene, "location", templates.LOCATION, text, "{The} {lies} " + text + ".", entities))
@@ -92,12 +92,12 @@ def _extended(scene: Scene) -> list[partial]:
         answer = f"{text[0].upper()}{text[1:]} may be found in {{the}}."
         makers.append(partial(_asked, scene, "findings", templates.FINDINGS, text, answer, list(entities)))
     for entities, others in _by_group(_neighbours(scene)).items():
-        makers.append(partial(_beside, scene, scene.pick(others), list(entities)))
+        makers.append(partial(_neighbour, scene, scene.pick(others), list(entities)))
     return makers
 
 
 def _by_group(groups: dict[str, list[str]]) -> dict[tuple[str, ...], list[str]]:
-    """The other way round: structures → all that is told of just these, of which one is asked."""
+    """The inverse of `groups`: structures → the facts that exactly these have; one of them is asked for."""
     texts: dict[tuple[str, ...], list[str]] = {}
     for text, entities in groups.items():
         texts.setdefault(tuple(sorted(entities)), []).append(text)
@@ -106,13 +106,13 @@ def _by_group(groups: dict[str, list[str]]) -> dict[tuple[str, ...], list[str]]:
 
 def _asked(scene: Scene, kind: str, asks: tuple[str, ...], text: str, answer: str, entities: list[str]) -> Sample:
     answer = answer.replace("{lies}", "lies" if len(entities) == 1 else "lie")
-    return _told(scene, kind, scene.pick(asks).format(text), answer, entities)
+    return _fact_sample(scene, kind, scene.pick(asks).format(text), answer, entities)
 
 
 def _neighbours(scene: Scene) -> dict[str, list[str]]:
-    """A structure, shown or not, → those in the image that it is beside by what is known."""
+    """A structure, shown or not → those in the image that are its neighbours by KNOWLEDGE."""
     groups = _sharing(scene, lambda fact: fact.beside)
-    for other in [entity for entity in scene.masks if entity in KNOWLEDGE]:  # "beside" holds both ways
+    for other in [entity for entity in scene.masks if entity in KNOWLEDGE]:  # being neighbours is symmetric
         known = [entity for entity in KNOWLEDGE[other].beside if entity in scene.masks]
         for entity in known:
             groups.setdefault(entity, [])
@@ -121,11 +121,11 @@ def _neighbours(scene: Scene) -> dict[str, list[str]]:
 
 
 def _hidden(scene: Scene, entity: str) -> bool:
-    """Whether an entity without a mask is shown under the name of its whole or of its parts."""
+    """Whether an entity without a mask may be shown under the name of a whole or part of it."""
     return any(overlapping(entity, other) for other in scene.masks)
 
 
-def _beside(scene: Scene, other: str, entities: list[str]) -> Sample:
+def _neighbour(scene: Scene, other: str, entities: list[str]) -> Sample:
     verb = "lies" if len(entities) == 1 else "lie"
     spans = scene.spans(sorted(entities))
     answer = placeholders("{The} usually " + verb + " next to the ", len(entities))
@@ -142,29 +142,29 @@ def _absent(scene: Scene, entity: str) -> Sample:
     asks += [q.format(entity) for q in scene.style.contains] if fact.homes else []
     asks += [q.format(entity) for q in scene.style.nearest] if fact.landmarks else []
     asks += [q.format(fact.lies) for q in templates.LOCATION] if fact.lies and scene.style.extended else []
-    return scene.sample("III", "absent", scene.pick(asks), scene.no_such(entity))
+    return scene.sample("III", "absent", scene.pick(asks), scene.absent_answer(entity))
 
 
-def pointed(scene: Scene, number: int) -> list[Sample]:
-    """IV, at most `number`."""
+def prompted(scene: Scene, number: int) -> list[Sample]:
+    """At most `number` samples of IV."""
     known = [entity for entity in scene.pointable if entity in KNOWLEDGE]
     return [_about(scene, mask, KNOWLEDGE[mask.entity]) for mask in scene.prompts(known)[:number]]
 
 
 def _about(scene: Scene, mask: Mask, fact: Fact) -> Sample:
-    """A random one of the questions that can be asked of a prompted mask; half of them are of the structure itself."""
+    """A random question about a prompted mask; half of them are about the structure itself, the others about a relation."""
     related = _related(scene, mask, fact)
     if related and scene.rng.random() < RELATION_SHARE:
         kind, questions, template, spans = scene.pick(related)
         answer, kb = grounded(template, spans), {}
     else:
-        kind, questions, template, spans = _itself(scene, mask, fact)
-        answer, kb = scene.told(template, spans), _source(scene, mask.entity)
+        kind, questions, template, spans = _fact_about(scene, mask, fact)
+        answer, kb = scene.ground_names(template, spans), _source(scene, mask.entity)
     return scene.sample("IV", kind, scene.pick(questions), answer, [mask.mask_id], kb=kb)
 
 
 def _related(scene: Scene, mask: Mask, fact: Fact) -> list[tuple]:
-    """Kind, questions, answer and spans of all that can be told of a mask and another structure of the image."""
+    """(kind, questions, answer, spans) of every relation between a mask and another structure of the image."""
     this, style = (mask.entity, [mask.mask_id]), scene.style
     found = []
     if fact.homes and (host := scene.host(mask)):
@@ -173,7 +173,7 @@ def _related(scene: Scene, mask: Mask, fact: Fact) -> list[tuple]:
         found.append(("near", style.near_prompt, "This is the {}, nearest to the {}.", [this, *scene.spans([landmark])]))
     if fact.twin in scene.masks:
         found.append(("twin", style.other_side, "This is the {}, and its twin is the {}.", [this, *scene.spans([fact.twin])]))
-    guests = [e for e in scene.judged if e in KNOWLEDGE and mask.entity in KNOWLEDGE[e].homes]
+    guests = [e for e in scene.determined if e in KNOWLEDGE and mask.entity in KNOWLEDGE[e].homes]
     for guest in guests[:1]:
         inside = [m.mask_id for m in scene.masks.get(guest, []) if scene.host(m) == mask.entity]
         if inside:
@@ -183,16 +183,16 @@ def _related(scene: Scene, mask: Mask, fact: Fact) -> list[tuple]:
     return found
 
 
-def _itself(scene: Scene, mask: Mask, fact: Fact) -> tuple:
-    """The same, of one thing that is known of the structure itself."""
+def _fact_about(scene: Scene, mask: Mask, fact: Fact) -> tuple:
+    """(kind, questions, answer, spans) of a random fact about the structure itself."""
     spans = [(mask.entity, [mask.mask_id])]
     role = ("function", scene.style.role, f"This is the {{}}, which {fact.does}.", spans)
     if not scene.style.extended or scene.rng.random() < ROLE_SHARE:
         return role
-    return scene.pick(list(_more_of(scene, fact, spans)))
+    return scene.pick(list(_extended_facts(scene, fact, spans)))
 
 
-def _more_of(scene: Scene, fact: Fact, spans: list) -> Iterator[tuple]:
+def _extended_facts(scene: Scene, fact: Fact, spans: list) -> Iterator[tuple]:
     if fact.lies:
         yield "location", templates.WHERE, f"This is the {{}}, which lies {fact.lies}.", spans
     if fact.findings:

@@ -1,7 +1,7 @@
-"""A chat endpoint of the OpenAI form, asked politely and paid once: retries, limits, and a cache on disk.
+"""Client of an OpenAI-compatible chat endpoint, with retries, limits, and a cache on disk.
 
-What is asked twice is answered from the cache, which survives whatever stops the process. Threads and processes may share one
-cache folder; of several that ask the same at once, one pays. Nothing but the prompt leaves this machine.
+A repeated request is answered from the cache, which survives any stop of the process. Threads and processes may share one cache folder;
+if several send the same request at once, only one reaches the endpoint. Nothing but the prompt leaves this machine.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from mimo_jax import files
 from mimo_jax.errors import UserError
 
 URL, KEY, MODEL = "MIMO_LLM_URL", "MIMO_LLM_KEY", "MIMO_LLM_MODEL"
-LARGEST_REPLY = 1 << 20  # bytes
-_AGAIN = {408, 409, 425, 429}  # and 5xx: HTTP statuses that another attempt may mend
-_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before the second attempt, doubled for each further one
+MAX_REPLY_BYTES = 1 << 20  # bytes
+_RETRY_STATUSES = {408, 409, 425, 429}  # and 5xx: HTTP statuses after which another attempt may succeed
+_FIRST_WAIT, _MAX_WAIT = 0.5, 30.0  # seconds before the second attempt, doubled for each further one
 
 
 class EndpointError(UserError):
-    """The endpoint cannot be used, or no more; what was answered so far is in the cache."""
+    """The endpoint cannot be used (any longer); the replies so far are in the cache."""
 
 
-class _Failed(Exception):
-    """One attempt; `wait`: the seconds that the endpoint asks for, if it does."""
+class _AttemptFailedError(Exception):
+    """One attempt failed. wait: the seconds that the endpoint asks to wait, 0 if it does not say."""
 
     def __init__(self, reason: str, wait: float = 0.0):
         super().__init__(reason)
@@ -42,7 +42,7 @@ class _Failed(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
+    """Refuses redirects, which would send the key to another host."""
 
     def redirect_request(self, *_):
         return None
@@ -50,11 +50,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass
 class ChatClient:
-    """url: the endpoint's base, as ".../v1". timeout: seconds of one attempt, whatever the endpoint does. attempts: of one
-    request. concurrency: attempts of this client that run at once. max_requests counts attempts, max_tokens those that the
-    endpoint says it used (or, where it does not say, a fourth of the bytes); reaching either raises EndpointError.
+    """url: base of the endpoint, as ".../v1". timeout: seconds per attempt. attempts: maximum per request. concurrency: maximum number of
+    simultaneous attempts of this client. max_requests: limit on attempts; max_tokens: limit on the tokens that the endpoint reports
+    (or, if it does not, a fourth of the bytes); reaching either raises EndpointError.
 
-    used: "requests", "tokens" and "cached" so far."""
+    used: counts of "requests", "tokens" and "cached" replies so far."""
 
     url: str
     model: str
@@ -65,19 +65,19 @@ class ChatClient:
     concurrency: int = 4
     max_requests: int = 10_000
     max_tokens: int = 10_000_000
-    answer_tokens: int = 1500  # asked for at most
+    answer_tokens: int = 1500  # maximum tokens of a reply
     used: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self):
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EndpointError(f"{URL}: give the base of an OpenAI-compatible endpoint, as https://host/v1; only http and https are used")
+            raise EndpointError(f"{URL}: give the base of an OpenAI-compatible endpoint, as https://host/v1 (http or https)")
         if parts.username or parts.query or parts.fragment:
-            raise EndpointError(f"{URL}: give no user, query or fragment; the key stands in {KEY}")
+            raise EndpointError(f"{URL}: give no user, query or fragment; set the key with {KEY}")
         if not self.model:
-            raise EndpointError(f"{MODEL}: is empty; name the model to ask")
+            raise EndpointError(f"{MODEL}: is empty; give the name of the model")
         if any(ord(letter) < 33 or ord(letter) > 126 for letter in self.key):
-            raise EndpointError(f"{KEY}: holds a blank or a letter that no key has")
+            raise EndpointError(f"{KEY}: contains a blank or a character that no key has")
         self.cache = Path(self.cache)
         self._running = threading.BoundedSemaphore(self.concurrency)
         self._lock = threading.Lock()
@@ -85,19 +85,19 @@ class ChatClient:
 
     @staticmethod
     def from_environment(cache: str | os.PathLike, **limits) -> ChatClient:
-        """By MIMO_LLM_URL, MIMO_LLM_MODEL and, where the endpoint wants one, MIMO_LLM_KEY. Raises EndpointError."""
+        """The client configured by MIMO_LLM_URL, MIMO_LLM_MODEL and, if the endpoint needs one, MIMO_LLM_KEY. Raises EndpointError."""
         missing = [name for name in (URL, MODEL) if not os.environ.get(name)]
         if missing:
-            raise EndpointError(f"{missing[0]}: is not set; --qa llm asks the endpoint and model that {URL} and {MODEL} name")
+            raise EndpointError(f"{missing[0]}: is not set; --qa llm needs the endpoint in {URL} and the model in {MODEL}")
         return ChatClient(os.environ[URL], os.environ[MODEL], Path(cache), os.environ.get(KEY, ""), **limits)
 
     def ask(self, key: str, prompt: str) -> str:
-        """The reply to a prompt, of the cache if `key`, the hash of all that it depends on, is there. Raises EndpointError."""
+        """The reply to a prompt, from the cache if it has `key`, the hash of everything that the reply depends on. Raises EndpointError."""
         path = self.cache / key[:2] / f"{key}.json"
         reply = _read(path)
         if reply is None:
             with _locked(path.parent):
-                reply = _read(path)  # another may have asked meanwhile
+                reply = _read(path)  # another process may have written it meanwhile
                 if reply is None:
                     reply = self._request(prompt)
                     _write(path, {"model": self.model, "text": reply})
@@ -107,26 +107,26 @@ class ChatClient:
         return reply
 
     def _request(self, prompt: str) -> str:
-        wait, reason = _WAIT, ""
+        wait, reason = _FIRST_WAIT, ""
         for attempt in range(self.attempts):
             if attempt:
-                time.sleep(min(wait, _LONGEST_WAIT))
+                time.sleep(min(wait, _MAX_WAIT))
                 wait *= 2
             try:
                 with self._running:
-                    self._spend()
+                    self._count_request()
                     return self._attempt(prompt)
-            except _Failed as failed:
+            except _AttemptFailedError as failed:
                 reason, wait = str(failed), max(wait, failed.wait)
         raise EndpointError(
-            f"{URL}: no answer in {self.attempts} attempts ({reason}); what was answered is kept, run the same again to go on"
+            f"{URL}: no answer in {self.attempts} attempts ({reason}); replies are cached, run the same command again to resume"
         )
 
-    def _spend(self) -> None:
+    def _count_request(self) -> None:
         with self._lock:
-            for name, most in (("requests", self.max_requests), ("tokens", self.max_tokens)):
-                if self.used[name] >= most:
-                    raise EndpointError(f"the limit of {most} {name} is spent; what was answered is kept, raise the limit to go on")
+            for name, limit in (("requests", self.max_requests), ("tokens", self.max_tokens)):
+                if self.used[name] >= limit:
+                    raise EndpointError(f"the limit of {limit} {name} is reached; replies are cached, raise the limit to resume")
             self.used["requests"] += 1
 
     def _attempt(self, prompt: str) -> str:
@@ -137,26 +137,26 @@ class ChatClient:
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
                 data = b""
-                while piece := response.read1(1 << 16):
-                    data += piece
+                while chunk := response.read1(1 << 16):
+                    data += chunk
                     if time.monotonic() > deadline:
-                        raise _Failed(f"no whole answer within {self.timeout:g} s")
-                    if len(data) > LARGEST_REPLY:
-                        raise _Failed(f"answer of more than {LARGEST_REPLY} bytes")
+                        raise _AttemptFailedError(f"no complete reply within {self.timeout:g} s")
+                    if len(data) > MAX_REPLY_BYTES:
+                        raise _AttemptFailedError(f"reply of more than {MAX_REPLY_BYTES} bytes")
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code in _AGAIN or error.code >= 500:
-                raise _Failed(f"HTTP {error.code}", _seconds(error.headers.get("Retry-After", ""))) from None
+            if error.code in _RETRY_STATUSES or error.code >= 500:
+                raise _AttemptFailedError(f"HTTP {error.code}", _seconds(error.headers.get("Retry-After", ""))) from None
             raise EndpointError(f"{URL}: the endpoint refuses the request with HTTP {error.code}; check {URL}, {KEY} and {MODEL}") from None
         except (OSError, ValueError, HTTPException) as error:
-            raise _Failed(type(error).__name__) from None
+            raise _AttemptFailedError(type(error).__name__) from None
         try:
             reply = json.loads(data)
             text = reply["choices"][0]["message"]["content"]
             if not isinstance(text, str):
                 raise TypeError
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise _Failed("a reply of another form") from None
+            raise _AttemptFailedError("a malformed reply") from None
         tokens = (reply.get("usage") or {}).get("total_tokens")
         with self._lock:
             self.used["tokens"] += tokens if isinstance(tokens, int) and tokens > 0 else (len(data) + len(prompt)) // 4
@@ -164,16 +164,16 @@ class ChatClient:
 
 
 def cache_key(**parts) -> str:
-    """SHA-256 of what a reply depends on."""
+    """SHA-256 of everything that a reply depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _seconds(text: str) -> float:
-    return min(float(text), _LONGEST_WAIT) if text.isdigit() else 0.0
+    return min(float(text), _MAX_WAIT) if text.isdigit() else 0.0
 
 
 def _read(path: Path) -> str | None:
-    """A cached reply; None where there is none, or none that can be read."""
+    """A cached reply; None if there is none or it cannot be read."""
     try:
         text = json.loads(path.read_text(encoding="utf-8"))["text"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -182,14 +182,14 @@ def _read(path: Path) -> str | None:
 
 
 def _write(path: Path, entry: dict) -> None:
-    """Whole or not at all."""
+    """Write a reply atomically."""
     with files.atomic_write(path, durable=True) as part:
         part.write_text(json.dumps(entry), encoding="utf-8")
 
 
 @contextmanager
 def _locked(folder: Path):
-    """One at a time of all threads and processes that want a reply of this folder; a killed holder lets go."""
+    """Lock a cache folder against other threads and processes; the lock of a killed process is released."""
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder / files.LOCK):
         yield

@@ -1,8 +1,8 @@
-"""III and IV written by a language model from facts alone, and kept only where every word of them can be answered for.
+"""Questions of III and IV written by a language model from facts alone, and kept only if the facts support every word of them.
 
-An endpoint is told names of the table entities.csv, what knowledge.toml says of them, the modality, and the relations that the masks
-show: no pixel, no id, no name that a source made up. What comes back is held to the same facts: a structure is named only where it is
-grounded, nothing is claimed beyond what was told, and what fails is counted by its reason (`checked`).
+The endpoint receives names of the table entities.csv, their facts in knowledge.toml, the modality, and the relations that the masks
+show: no pixels, no ids, no names invented by a source. Its reply is verified against the same facts: it may name only structures that it
+grounds and may claim nothing else. Rejected questions are counted by reason (`rejection_reason`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn
 
 PROMPT = "llm_prompt_1.txt"  # a changed prompt is another file
 ASKED = 4  # questions of III, and of IV, that one request asks for
-KEPT = 4  # of each, in one image
-MOST_ENTITIES, MOST_RELATIONS = 12, 12  # told of one image
-MOST_SPANS = 2
-LONGEST_QUESTION, LONGEST_ANSWER = 200, 300  # letters
-# Beside names and what was told, word for word, a text may hold these words and no others: with them, nothing can be claimed.
+KEPT = 4  # questions of III, and of IV, per image
+MAX_ENTITIES, MAX_RELATIONS = 12, 12  # maximum per image
+MAX_SPANS = 2
+MAX_QUESTION, MAX_ANSWER = 200, 300  # letters
+# Apart from names and facts, word for word, a text may contain only these words, which cannot claim anything.
 _PLAIN = frozenset(
     "a an be the this that these it its which what where how here there and or as is are do does did can could may might would you "
     "your i me we us my please tell describe explain say give point find locate identify name named names call called know known show "
@@ -43,20 +43,21 @@ _PLAIN = frozenset(
     "purpose task responsible lies lie located location place placed situated position sits found question answer kind type let need "
     "want help who whose main usually".split()
 )
-_JOINING = frozenset("the and this these is are here it they".split())  # words that two structures may be named with
+_JOINING = frozenset("the and this these is are here it they".split())  # words that may join two structures
 _GENERIC = frozenset(set(KINDS) - {"lesion", "device"} | {"body", "part", "region"})
 _FIELDS = {"perspective": str, "about": str, "question": str, "answer": str, "grounded": list}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What an endpoint is told of an image. entities: names; relations: (sentence, the two that it is of)."""
+    """What an endpoint learns about an image. entities: names. relations: (sentence, the two entities that it relates)."""
 
     modality: str
     entities: tuple[str, ...]
     relations: tuple[tuple[str, tuple[str, str]], ...]
 
-    def told(self) -> dict:
+    def as_dict(self) -> dict:
+        """The facts in the form that the prompt describes."""
         entities = []
         for name in self.entities:
             fact = KNOWLEDGE.get(name)
@@ -65,17 +66,17 @@ class Facts:
 
 
 def describe(record: Record) -> Facts:
-    """The facts of a record: its structures that the table knows, the largest first, and how they lie to one another."""
+    """The facts of a record: its structures that the table contains, preferring the largest, and their relations."""
     masks: dict[str, list[Mask]] = {}
     for mask in record.masks:
         if mask.entity in ENTITIES:
             masks.setdefault(mask.entity, []).append(mask)
     wholes = {whole for part in masks for whole in ancestors(part)}
     largest = sorted((name for name in masks if name not in wholes), key=lambda name: (-sum(m.area_px for m in masks[name]), name))
-    names = largest[:MOST_ENTITIES]
+    names = largest[:MAX_ENTITIES]
     layout = Layout(record, {name: masks[name] for name in names})
     relations = [found for a, b in combinations(sorted(names), 2) for found in _relations(layout, a, b)]
-    return Facts(record.modality, tuple(sorted(names)), tuple(relations[:MOST_RELATIONS]))
+    return Facts(record.modality, tuple(sorted(names)), tuple(relations[:MAX_RELATIONS]))
 
 
 def _relations(layout: Layout, a: str, b: str) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -92,26 +93,27 @@ def _relations(layout: Layout, a: str, b: str) -> Iterator[tuple[str, tuple[str,
 
 @lru_cache(maxsize=1)
 def _template() -> tuple[str, str]:
-    """(the prompt, but for the facts; its version: the file's name and a hash of all that stands in it)."""
+    """(the prompt without the facts; its version: the file's name and a hash of its text)."""
     text = resources.files(__package__).joinpath(PROMPT).read_text(encoding="utf-8")
     text = text.format(number=ASKED, words=" ".join(sorted(_PLAIN)), facts="")
     return text, f"{PROMPT} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def llm_samples(record: Record, facts: Facts, client: ChatClient, seed: int, rejects: Counter[str] | None = None) -> list[Sample]:
-    """At most KEPT samples of III and of IV that the endpoint of `client` wrote for a record, of those that stand up to `checked`.
+    """At most KEPT samples of III and of IV for a record, from questions that the endpoint of `client` wrote and that pass
+    `rejection_reason`.
 
-    seed: draws which, and what is pointed at. rejects: counts what was left out, by reason. A reply is asked for once for all images
-    of the same facts, model and prompt, and then comes from the client's cache. Raises EndpointError."""
+    seed: of the choice of samples and prompts. rejects: counts the rejected questions by reason. All images with the same facts, model
+    and prompt share one reply, which then comes from the client's cache. Raises EndpointError."""
     rejects = Counter() if rejects is None else rejects
     key, reply = _reply(facts, client)
     rng = np.random.default_rng([seed, int(hashlib.sha256(record.id.encode()).hexdigest()[:16], 16)])
     masks = {name: [mask.mask_id for mask in record.masks if mask.entity == name] for name in facts.entities}
     samples: list[Sample] = []
-    written = list(_written(reply, rejects))
+    written = list(_parse_reply(reply, rejects))
     for number in rng.permutation(len(written)).tolist():
         entry = written[number]
-        reason = checked(entry, facts)
+        reason = rejection_reason(entry, facts)
         if not reason and any(sample.turns[0].text == entry["question"] for sample in samples):
             reason = "asked twice"
         if reason:
@@ -122,23 +124,23 @@ def llm_samples(record: Record, facts: Facts, client: ChatClient, seed: int, rej
 
 
 def _reply(facts: Facts, client: ChatClient) -> tuple[str, str]:
-    """(the key of a reply in the cache; the reply)."""
+    """(the cache key of the reply, the reply)."""
     if not facts.entities:
         return "", '{"questions": []}'
     text, version = _template()
-    told = facts.told()
-    key = cache_key(template=version, model=client.model, facts=told)
-    return key, client.ask(key, text + json.dumps(told, ensure_ascii=False, indent=1))
+    known = facts.as_dict()
+    key = cache_key(template=version, model=client.model, facts=known)
+    return key, client.ask(key, text + json.dumps(known, ensure_ascii=False, indent=1))
 
 
-def _written(reply: str, rejects: Counter[str]) -> Iterator[dict]:
-    """The entries of a reply that have the form asked for; a fence around the JSON is let pass."""
+def _parse_reply(reply: str, rejects: Counter[str]) -> Iterator[dict]:
+    """The well-formed entries of a reply; a code fence around the JSON is accepted."""
     try:
         entries = json.loads(re.sub(r"\A\s*```(?:json)?\s*\n(.*)\n\s*```\s*\Z", r"\1", reply, flags=re.DOTALL))["questions"]
     except (ValueError, LookupError, TypeError, RecursionError):
         entries = None
     if not isinstance(entries, list):
-        rejects["reply is not the JSON asked for"] += 1
+        rejects["reply is not the requested JSON"] += 1
         return
     for entry in entries[: 4 * ASKED]:
         fits = isinstance(entry, dict) and entry.keys() == _FIELDS.keys()
@@ -146,35 +148,35 @@ def _written(reply: str, rejects: Counter[str]) -> Iterator[dict]:
         if fits and all(isinstance(term, str) for term in entry["grounded"]):
             yield entry
         else:
-            rejects["entry of another form"] += 1
+            rejects["malformed entry"] += 1
 
 
-def checked(entry: dict, facts: Facts) -> str:
-    """Why an entry is of no use, "" if it is good."""
+def rejection_reason(entry: dict, facts: Facts) -> str:
+    """Why an entry is rejected, "" if it is accepted."""
     question, answer, grounded = entry["question"], entry["answer"], entry["grounded"]
     if entry["perspective"] not in ("III", "IV"):
-        return "another perspective"
-    for text, longest in ((question, LONGEST_QUESTION), (answer, LONGEST_ANSWER)):
+        return "other perspective"
+    for text, longest in ((question, MAX_QUESTION), (answer, MAX_ANSWER)):
         if not 0 < len(text) <= longest or text != text.strip() or not text.isprintable() or re.search(r"[<>{}\[\]|`]", text):
             return "empty, long or marked-up text"
     if not question.endswith("?") and entry["perspective"] == "III":
-        return "no question"
-    if not grounded or len(set(grounded)) < len(grounded) or len(grounded) > MOST_SPANS:
-        return "no, doubled or too many grounded terms"
+        return "not a question"
+    if not grounded or len(set(grounded)) < len(grounded) or len(grounded) > MAX_SPANS:
+        return "no, repeated or too many grounded terms"
     if any(term not in facts.entities for term in grounded):
-        return "grounded term is no structure of the image"
+        return "grounded term is not a structure of the image"
     if sorted(grounded) != sorted({name for name, _ in _spans(answer, facts)}):
         return "grounded terms are not those that the answer names"
     asked = {name for name, _ in _spans(question, facts)}
     if entry["perspective"] == "III" and (entry["about"] or set(grounded) <= asked):
         return "question names its answer"
     if entry["perspective"] == "IV" and (entry["about"] not in grounded or entry["about"] in asked):
-        return "question names, or answer leaves out, what is marked"
-    return _misattributed(entry, facts) or _beyond(question, facts, asks=True) or _beyond(answer, facts, asks=False)
+        return "question names, or answer omits, the marked structure"
+    return _misattributed(entry, facts) or _unsupported(question, facts, asks=True) or _unsupported(answer, facts, asks=False)
 
 
-def _told_of(facts: Facts) -> dict[str, set[str]]:
-    """What was told of single structures, as it may be repeated → the structures that it is true of."""
+def _fact_owners(facts: Facts) -> dict[str, set[str]]:
+    """Fact about single structures, as a text may repeat it → the structures that it is true of."""
     owners: dict[str, set[str]] = {}
     for name in facts.entities:
         if fact := KNOWLEDGE.get(name):
@@ -185,31 +187,31 @@ def _told_of(facts: Facts) -> dict[str, set[str]]:
 
 
 def _misattributed(entry: dict, facts: Facts) -> str:
-    """Why an entry's facts are not those of its structures: each phrase must be said of one that it is true of, and two structures
-    are named together only by a relation that was told, or each with a phrase of its own."""
+    """Why an entry's facts do not belong to its structures, "" if they do. Each phrase must be about a structure that it is true of, and
+    two structures may be named together only with a known relation or if each has its own phrase."""
     question, answer, grounded = entry["question"], entry["answer"], set(entry["grounded"])
-    said: set[str] = set()
+    covered: set[str] = set()
     for text in (question, answer):
         named = [(match.start(), match[0]) for match in names_pattern(facts.entities).finditer(text)]
-        for phrase, owners in _told_of(facts).items():
+        for phrase, owners in _fact_owners(facts).items():
             for match in re.finditer(rf"(?<![\w-]){re.escape(phrase)}(?![\w-])", text):
                 before = [name for start, name in named if start < match.start()][-1:]
                 if not owners & set(before or grounded):
                     return "a fact of another structure"
-                said |= owners & grounded | {name for name, _ in _spans(phrase, facts)}
-    rest = _without_told(answer, facts)
+                covered |= owners & grounded | {name for name, _ in _spans(phrase, facts)}
+    rest = _without_facts(answer, facts)
     left = {match[0] for match in names_pattern(tuple(name.casefold() for name in grounded)).finditer(rest)}
     linked = len(left) <= 1 and any(set(pair) == grounded and text in answer[0].lower() + answer[1:] for text, pair in facts.relations)
-    joined = said == grounded and (len(left) < 2 or set(re.findall(r"[\w']+", _without_names(rest, facts))) <= _JOINING)
+    joined = covered == grounded and (len(left) < 2 or set(re.findall(r"[\w']+", _without_names(rest, facts))) <= _JOINING)
     if not linked and not joined and (len(grounded) > 1 or entry["perspective"] == "III"):
-        return "nothing that was told links question and answer"
+        return "no fact links question and answer"
     return ""
 
 
-def _without_told(text: str, facts: Facts) -> str:
-    """A text in lower case, without what was told, word for word."""
+def _without_facts(text: str, facts: Facts) -> str:
+    """A text in lower case without the facts that it repeats word for word."""
     text = text.casefold()
-    for phrase in sorted([*_told_of(facts), *(relation for relation, _ in facts.relations)], key=len, reverse=True):
+    for phrase in sorted([*_fact_owners(facts), *(relation for relation, _ in facts.relations)], key=len, reverse=True):
         text = text.replace(phrase.casefold(), " … ")
     return text
 
@@ -219,27 +221,27 @@ def _without_names(text: str, facts: Facts) -> str:
 
 
 def _spans(text: str, facts: Facts) -> list[tuple[str, list[int]]]:
-    """The structures of the image that a text names, each where it is named first: of "left lung", "lung" is no mention."""
+    """The structures of the image that a text names, with the span of their first mention; "left lung" is not a mention of "lung"."""
     found: dict[str, list[int]] = {}
     for match in names_pattern(facts.entities).finditer(text):
         found.setdefault(match[0], [match.start(), match.end()])
     return list(found.items())
 
 
-def _beyond(text: str, facts: Facts, asks: bool) -> str:
-    """What a text claims beside what was told and the names of structures. A question may call a lesion of the image one."""
-    rest = _without_names(_without_told(text, facts), facts)
+def _unsupported(text: str, facts: Facts, asks: bool) -> str:
+    """Why a text claims more than the facts and names of structures, "" if it does not. A question may call a lesion "lesion"."""
+    rest = _without_names(_without_facts(text, facts), facts)
     if asks and any(is_lesion(name) for name in facts.entities):
         rest = re.sub(r"\blesions?\b", " … ", rest)
     if _structures().search(rest):
         return "names a structure or finding that the image does not have"
-    strange = set(re.findall(r"[\w']+", rest)) - _PLAIN - {word.casefold() for word in re.findall(r"\w+", facts.modality)}
-    return "holds a word that no fact does" if strange else ""
+    unknown = set(re.findall(r"[\w']+", rest)) - _PLAIN - {word.casefold() for word in re.findall(r"\w+", facts.modality)}
+    return "contains a word that is in no fact" if unknown else ""
 
 
 @lru_cache(maxsize=1)
 def _structures() -> re.Pattern:
-    """All that the tables have a name for, in the singular or plural."""
+    """Matches every name in the tables, singular or plural."""
     names: set[str] = set()
     for entity in ENTITIES.values():
         names |= {entity.name.casefold(), *(alias.casefold() for alias in entity.synonyms)}

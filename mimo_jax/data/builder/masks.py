@@ -1,6 +1,6 @@
-"""The pixels of a MaskRef, whatever kind of file holds them.
+"""Reads the pixels of a MaskRef from any kind of file.
 
-Axis letters: F frames, H, W height and width of the item's picture in pixels; i, j, k axes of a NIfTI file.
+Axis letters: F frames, H, W height and width of the item's image in pixels; i, j, k axes of a NIfTI file.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from scipy import ndimage
 
 from mimo_jax.data.builder.items import MaskRef
 from mimo_jax.data.images.dicom import reading
-from mimo_jax.data.images.image import DicomGrid, MedicalImage, NiftiGrid, kind_of, library
+from mimo_jax.data.images.image import DicomGrid, MedicalImage, NiftiGrid, file_kind, import_medical
 from mimo_jax.data.prompt_files import decode_segmentation
 from mimo_jax.data.transforms import decode_labels, decode_mask
 from mimo_jax.errors import UserError
 
-_AFFINE_MM = 0.1  # by which the corners of two grids that are the same may lie apart
+_AFFINE_MM = 0.1  # tolerance for the corners of two equal grids
 
 
-def read_mask(ref: MaskRef, picture: MedicalImage) -> np.ndarray:
-    """bool [H, W], what `ref` marks on `picture`. Raises UserError for what cannot be read or has another size."""
-    height, width = picture.pixels.shape[:2]
+def read_mask(ref: MaskRef, image: MedicalImage) -> np.ndarray:
+    """The mask `ref` of `image`, bool [H, W]. Raises UserError if it cannot be read or has another size."""
+    height, width = image.pixels.shape[:2]
     if ref.rle is not None or ref.polygon is not None:
         mask = decode_segmentation(ref.rle if ref.rle is not None else [list(ring) for ring in ref.polygon], height, width)
     else:
-        mask = _of_file(Path(ref.file), ref.value, picture)
+        mask = _of_file(Path(ref.file), ref.value, image)
     if mask.shape != (height, width):
         raise UserError(f"{ref.file}: is {mask.shape[1]}x{mask.shape[0]}, the image is {width}x{height}")
     return ~mask if ref.inverted else mask
 
 
-def _of_file(path: Path, value: int | None, picture: MedicalImage) -> np.ndarray:
-    kind = kind_of(path)
+def _of_file(path: Path, value: int | None, image: MedicalImage) -> np.ndarray:
+    kind = file_kind(path)
     if kind == "DICOM":
-        return _of_seg(path, value, picture.grid)
+        return _of_seg(path, value, image.grid)
     if kind == "NIfTI":
-        return _of_nifti(path, value, picture.grid)
+        return _of_nifti(path, value, image.grid)
     return decode_mask(path) if value is None else _labels(path) == value
 
 
-@lru_cache(maxsize=2)  # the classes of one picture stand in one file
+@lru_cache(maxsize=2)  # the classes of one image are often in one file
 def _labels(path: Path) -> np.ndarray:
     return decode_labels(path)
 
@@ -51,24 +51,24 @@ def _labels(path: Path) -> np.ndarray:
 def _of_nifti(path: Path, value: int | None, grid: Any) -> np.ndarray:
     shape, affine, corner, crop = _nifti_labels(path)
     if not isinstance(grid, NiftiGrid):
-        raise UserError(f"{path}: labels of a NIfTI volume belong to an image that is NIfTI too")
+        raise UserError(f"{path}: labels of a NIfTI volume need a NIfTI image")
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
     if shape != (*grid.shape, 1)[:3] or np.abs((affine - grid.affine) @ corners).max() > _AFFINE_MM:
-        raise UserError(f"{path}: does not lie on the grid of its image; resample the labels onto it")
+        raise UserError(f"{path}: is not on the grid of its image; resample the labels onto it")
     rows, columns = (axis for axis in range(3) if axis != grid.axis)
     plane = np.zeros((shape[rows], shape[columns]), bool)
-    at = grid.index - corner[grid.axis]
-    if 0 <= at < crop.shape[grid.axis]:
-        part = np.take(crop, at, axis=grid.axis)
+    index = grid.index - corner[grid.axis]
+    if 0 <= index < crop.shape[grid.axis]:
+        part = np.take(crop, index, axis=grid.axis)
         inside = np.s_[corner[rows] : corner[rows] + part.shape[0], corner[columns] : corner[columns] + part.shape[1]]
         plane[inside] = part != 0 if value is None else part == value
-    return grid.turned(plane)
+    return grid.to_display(plane)
 
 
-@lru_cache(maxsize=128)  # the slices of one volume follow each other, and its structures may have a file each
+@lru_cache(maxsize=128)  # slices of one volume are consecutive, and each structure may have its own file
 def _nifti_labels(path: Path) -> tuple[tuple[int, ...], np.ndarray, tuple[int, ...], np.ndarray]:
-    """(shape [i, j, k], affine [4, 4], corner and whole numbers of the box in which any label lies)."""
-    nibabel = library("nibabel")
+    """(shape [i, j, k], affine [4, 4], corner of the box that contains all labels, integer labels of that box)."""
+    nibabel = import_medical("nibabel")
     try:
         image = nibabel.load(path)
         labels = np.rint(np.asarray(image.dataobj)).astype(np.int32)
@@ -78,14 +78,14 @@ def _nifti_labels(path: Path) -> tuple[tuple[int, ...], np.ndarray, tuple[int, .
         crop = labels[box]
         crop = crop.astype(np.min_scalar_type(int(crop.max(initial=0)))) if crop.min(initial=0) >= 0 else crop.copy()
         return labels.shape, image.affine, tuple(side.start for side in box), crop
-    except Exception as error:  # nibabel, gzip and numpy each have their own
+    except Exception as error:  # nibabel, gzip and numpy raise various errors
         raise UserError(f"{path}: a damaged or truncated NIfTI file ({type(error).__name__})") from None
 
 
 def _of_seg(path: Path, value: int | None, grid: Any) -> np.ndarray:
-    """The frames of a DICOM SEG that refer to the picture's instance, of the segment `value` (None: of any), united."""
+    """The union of the frames of a DICOM SEG that refer to the image's instance and belong to the segment `value` (None: any)."""
     if not isinstance(grid, DicomGrid):
-        raise UserError(f"{path}: a DICOM SEG belongs to an image that is DICOM too")
+        raise UserError(f"{path}: a DICOM SEG needs a DICOM image")
     dataset, frames = _seg(path)
     with reading(path):
         mask = np.zeros((int(dataset.Rows), int(dataset.Columns)), bool)
@@ -103,7 +103,7 @@ def _of_seg(path: Path, value: int | None, grid: Any) -> np.ndarray:
 def _seg(path: Path) -> tuple[Any, np.ndarray]:
     """(pydicom's dataset, stored values [F, H, W])."""
     with reading(path):
-        dataset = library("pydicom").dcmread(path)
+        dataset = import_medical("pydicom").dcmread(path)
         if dataset.get("Modality") != "SEG":
             raise UserError(f"{path}: is a DICOM file of modality {dataset.get('Modality')}, not SEG")
         return dataset, np.atleast_3d(dataset.pixel_array).reshape(-1, int(dataset.Rows), int(dataset.Columns))

@@ -1,7 +1,7 @@
-"""Phantoms: medical-looking images with masks and questions, made from nothing but a seed.
+"""Phantoms: medical-looking images with masks and questions, generated from a seed alone.
 
 `make_phantom(seed, index)` is a pure function: the same arguments give the same record in any order and any process.
-Nothing here is a patient's; no figure measured on phantoms says anything about medicine.
+Phantoms contain no patient data; no result measured on phantoms says anything about medicine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mimo_jax.errors import UserError
 DATASET = "phantoms"
 ASPECT = 0.78  # the shorter side is at least this share of the longer one
 MODALITY_SHARES = {modality: anatomy.share for modality, anatomy in ANATOMY.items()}
-PHANTOM_CENSUS = LabelStats(
+PHANTOM_LABEL_STATS = LabelStats(
     share={(DATASET, modality): anatomy.share for modality, anatomy in ANATOMY.items()},
     presence={(DATASET, modality): anatomy.presence() for modality, anatomy in ANATOMY.items()},
     elsewhere=True,
@@ -29,21 +29,21 @@ PHANTOM_CENSUS = LabelStats(
 
 
 def phantom_name(seed: int, index: int) -> str:
-    """The id of a phantom, and of the case that it is alone in."""
+    """The id of a phantom, which is also the name of its case."""
     return f"phantom_{seed}_{index:06d}"
 
 
 def make_phantom(seed: int, index: int, size: tuple[int, int] = (96, 160)) -> Record:
     """Phantom number `index` of the series `seed`, each side of the image within `size` pixels (inclusive).
 
-    The record's split is "train" until a set assigns another.
+    The record's split is "train" until a data set assigns another.
     """
     if not 48 <= size[0] <= size[1]:
         raise UserError(f"phantom size {size}: give (smallest, largest) side in pixels, 48 or more")
     rng = np.random.default_rng([seed, index])
     modality = str(rng.choice(list(MODALITY_SHARES), p=list(MODALITY_SHARES.values())))
     counts = ANATOMY[modality].plan(rng)
-    while True:  # a layout without room for everything is drawn again, so that what is shown stays as planned
+    while True:  # a layout without room for everything is drawn again, so that the planned structures are all shown
         height, width = _size(rng, size)
         try:
             scene = PAINTERS[modality](rng, height, width, counts)
@@ -70,19 +70,19 @@ def make_phantom(seed: int, index: int, size: tuple[int, int] = (96, 160)) -> Re
         licence="CC0-1.0",
         source=f"mimo_jax phantom, seed {seed}, index {index}",
     )
-    record.samples = ask(record, rng, PHANTOM_CENSUS)
+    record.samples = ask(record, rng, PHANTOM_LABEL_STATS)
     return record
 
 
 def _size(rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width), odd ones and other shapes than squares included."""
+    """(height, width); they may be odd and differ from each other."""
     long_side = int(rng.integers(min(size[1], int(size[0] * 1.1)), size[1] + 1))
     short_side = int(rng.integers(max(size[0], int(np.ceil(ASPECT * long_side))), long_side + 1))
     return (short_side, long_side) if rng.random() < 0.5 else (long_side, short_side)
 
 
 def _expose(scene: PhantomScene, modality: str) -> np.ndarray:
-    """uint8 pixels: blur and noise of the modality, a bias field, and a gain and an offset that differ from image to image."""
+    """uint8 pixels with the noise of the modality, a bias field, and a gain and an offset that differ between images."""
     rng, image = scene.rng, scene.image
     height, width = image.shape[:2]
     bias = 1 + np.float32(0.10) * smooth_field(rng, height, width, 2)
@@ -101,9 +101,9 @@ def _expose(scene: PhantomScene, modality: str) -> np.ndarray:
 
 def _masks(scene: PhantomScene) -> list[Mask]:
     names: dict[int, str] = {}
-    masks, seen = [], {}
+    masks, last_instance = [], {}
     for structure in scene.structures:
-        instance = seen[structure.entity] = seen.get(structure.entity, -1) + 1
+        instance = last_instance[structure.entity] = last_instance.get(structure.entity, -1) + 1
         mask_id = names[id(structure)] = f"{structure.entity.replace(' ', '_')}_{instance}"
         parent = names[id(structure.parent)] if structure.parent is not None else ""
         extra = {"instance": instance, "annotation": "synthetic", "parent_mask_id": parent}

@@ -2,7 +2,7 @@
 
 CT, MR and chest X-ray follow the radiological convention: the patient's right is on the image's left. Bodies are
 schematic (small organs are drawn larger than life, so that a coarse mask grid can outline them). Each painter draws
-unlabelled surroundings whose intensities overlap those of what is labelled, so that no threshold finds a structure.
+unlabelled surroundings whose intensities overlap those of labelled structures, so that no threshold finds a structure.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from mimo_jax.data.builder.phantom_shapes import PhantomScene, Shape, smooth_fie
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What one modality's phantoms are labelled with, and how often each is there."""
+    """The structures that phantoms of one modality are labelled with, and how often each is present."""
 
-    share: float  # of all phantoms
+    share: float  # share of all phantoms
     organs: dict[str, float]  # organ → probability that it is the one missing (at most one is)
     lesion: str
-    most: int  # 0 .. most lesions, equally likely
-    home: str = ""  # the one organ that lesions lie in: never missing where there are lesions
+    max_lesions: int  # 0 .. max_lesions lesions, equally likely
+    home: str = ""  # the organ that contains all lesions; never missing if there are lesions
 
     def plan(self, rng: np.random.Generator) -> dict[str, int]:
-        """Entity → number drawn, for those that are there."""
-        lesions = int(rng.integers(self.most + 1))
+        """Entity → number of instances, for the entities that are present."""
+        lesions = int(rng.integers(self.max_lesions + 1))
         draw, missing = rng.random(), ""
         for organ, probability in self.organs.items():
             if 0 <= draw < probability and not (lesions and organ == self.home):
@@ -39,7 +39,7 @@ class Anatomy:
 
     def presence(self) -> dict[str, float]:
         """Entity → the share of this modality's phantoms that show it."""
-        none = 1 / (self.most + 1)
+        none = 1 / (self.max_lesions + 1)
         organs = {organ: 1 - p * (none if organ == self.home else 1) for organ, p in self.organs.items()}
         return {**organs, self.lesion: 1 - none}
 
@@ -56,7 +56,8 @@ ANATOMY = {
 
 
 def _scene(rng, height, width, background, *, scale=(0.88, 1.04), reach=(0.9, 0.9), turn=8) -> PhantomScene:
-    """A body of random scale, turn and place. `reach`: how far from its centre, in body units along x and y, it must stay inside."""
+    """A body of random scale, rotation and position. reach: the distance from its centre, in body units along x and y, that must stay
+    inside the image."""
     size = rng.uniform(*scale)
     half = min(height, width) / 2
     slack = (max(0.06 * half, width / 2 - reach[0] * size * half), max(0.06 * half, height / 2 - reach[1] * size * half))
@@ -111,7 +112,7 @@ def _ct(rng, height: int, width: int, counts: dict[str, int]) -> PhantomScene:
             pelvis = Shape(shape.x - side * 0.2 * shape.a, shape.y, 0.3 * shape.a, 0.42 * shape.b, shape.angle)
             scene.paint(pelvis, 0.5, edge=2.0)
     if "aorta" in counts:
-        scene.add("aorta", scene.shape((0.06, 0.25), (0.165, 0.165), wobble=0.03, jitter=0.04, least=1.0), rng.uniform(0.92, 1.0))
+        scene.add("aorta", scene.shape((0.06, 0.25), (0.165, 0.165), wobble=0.03, jitter=0.04, min_radii=1.0), rng.uniform(0.92, 1.0))
     scene.lesions("liver cyst", cysts, scene.structures[:1], lambda r: r.uniform(0.2, 0.28), largest=0.12, wobble=0.05)
     return scene
 

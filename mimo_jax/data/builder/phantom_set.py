@@ -1,4 +1,4 @@
-"""A dataset of phantoms, written as a record folder: the same for any number of processes that draw it."""
+"""Writes a dataset of phantoms as a record folder; its contents do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mimo_jax.data.builder.phantom import DATASET, make_phantom, phantom_name
 from mimo_jax.data.records import DataError, write_records
 from mimo_jax.data.schema import Record
 
-BUILDER_VERSION = "1.2"  # raised whenever the same seed would give other phantoms
+BUILDER_VERSION = "1.2"  # increased whenever the same seed would give different phantoms
 SPLITS = {"train": 0.9, "val": 0.05, "test": 0.05}
 
 
@@ -29,8 +29,8 @@ def build_phantoms(
 ) -> dict:
     """Write `images` phantoms of the series `seed` to the new folder `out`; returns its dataset_info.
 
-    splits: name → share of the groups (each phantom is a case of its own). workers: processes that draw, 0 for this one
-    alone; the folder's contents do not depend on it. size: least and greatest side in pixels. Raises DataError.
+    splits: name → share of the groups (each phantom is its own case). workers: number of processes that draw, 0 for this process
+    alone. size: smallest and largest side in pixels. Raises DataError.
     """
     if images < 1:
         raise DataError(f"{images} images: give a number of phantoms, 1 or more")
@@ -41,8 +41,8 @@ def build_phantoms(
 
 
 def assign_splits(groups: list[str], splits: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Group → split, at random by `seed`, in the given shares (which need not sum to one) to the nearest group; each split
-    of a positive share gets at least one. Raises DataError."""
+    """Group → split, at random by `seed`, in the given shares (which need not sum to one), rounded to groups; each split with a positive
+    share gets at least one. Raises DataError."""
     names = [name for name, share in splits.items() if share > 0]
     if not names or any(share < 0 for share in splits.values()):
         raise DataError(f"splits {dict(splits)}: give each a share of 0 or more, at least one above 0")

@@ -1,8 +1,8 @@
 """Geometry of phantoms: smooth random shapes, smooth random fields, and the scene they are painted into.
 
-Letters: H, W image height and width in pixels; h, w those of a shape's window. Coordinates are pixels,
-x right, y down, integer (i, j) at the centre of a pixel. *Body units* are a scene's own coordinates: the
-body spans about [-1, 1], and its place, size and turn in the image are the scene's.
+Axis letters: H, W image height and width in pixels; h, w those of a shape's window. Coordinates are pixels, x right, y down, integers
+are pixel centres. *Body units* are the coordinates of a scene: the body spans about [-1, 1]; its position, size and rotation in the
+image belong to the scene.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from functools import lru_cache
 
 import numpy as np
 
-MIN_RADIUS = 0.076  # of the image's longer side: what a 64 x 64 mask grid can still outline well
-TRIES = 12  # layouts of an image's lesions before the whole image is drawn anew
+MIN_RADIUS = 0.076  # share of the image's longer side; a 64 x 64 mask grid can still outline this well
+TRIES = 12  # layouts of an image's lesions that are tried before the whole image is drawn again
 
 
 class NoRoom(Exception):
-    """A layout in which something planned does not fit; another is drawn."""
+    """Something planned does not fit into the layout; another layout is drawn."""
 
 
 @lru_cache(maxsize=512)
@@ -35,8 +35,8 @@ def smooth_field(rng: np.random.Generator, height: int, width: int, cells: int) 
 
 @dataclass
 class Shape:
-    """An ellipse with semi-axes (a, b), turned by `angle`, its radius modulated by harmonics 2, 3, … of the polar
-    angle, and bent into a bean: star-shaped about its centre (before the bend), so always one piece."""
+    """An ellipse with semi-axes (a, b), rotated by `angle`, its radius modulated by harmonics 2, 3, … of the polar angle, and bent like
+    a bean. It is star-shaped about its centre (before bending) and therefore always one piece."""
 
     x: float
     y: float
@@ -47,7 +47,7 @@ class Shape:
     bend: float = 0.0
 
     def level(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """About the signed distance to the contour in pixels, positive inside, at points that broadcast."""
+        """Approximate signed distance to the contour in pixels, positive inside, at points (x, y) that broadcast."""
         cos, sin = np.float32(np.cos(self.angle)), np.float32(np.sin(self.angle))
         dx, dy = x - np.float32(self.x), y - np.float32(self.y)
         v = (cos * dy - sin * dx) / np.float32(self.b)
@@ -65,7 +65,7 @@ class Shape:
         return (radius - rho) * np.float32(np.sqrt(self.a * self.b))
 
     def window(self, height: int, width: int, margin: float = 2.0) -> tuple[slice, slice]:
-        """The part of the image outside which the shape has no pixel."""
+        """The (rows, columns) of the image outside which the shape has no pixel."""
         reach = 1 + np.abs(self.harmonics).sum() + 0.7 * abs(self.bend)
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         half_x = reach * np.hypot(self.a * cos, self.b * sin) + margin
@@ -76,7 +76,8 @@ class Shape:
 
 @dataclass(eq=False)
 class Structure:
-    """Something labelled in a scene. `mask` bool [H, W] is what is seen of it; `drawn_px` what was drawn, in the frame or out."""
+    """A labelled structure of a scene. mask: bool [H, W], its visible part. drawn_px: its area including hidden parts and those outside
+    the frame."""
 
     entity: str
     mask: np.ndarray
@@ -86,9 +87,9 @@ class Structure:
 
 
 class PhantomScene:
-    """A float32 image [H, W] or [H, W, 3] (nominally 0..1), the body's place in it, and what is labelled.
+    """A float32 image [H, W] or [H, W, 3] (nominally 0..1), the position of the body in it, and the labelled structures.
 
-    scale: half the body's extent over half the image's shorter side; shift and turn: the body's, in pixels and radians.
+    scale: half the body's extent divided by half the image's shorter side. shift, turn: of the body, in pixels and radians.
     """
 
     def __init__(self, rng, height: int, width: int, *, scale, shift, turn, background):
@@ -119,18 +120,18 @@ class PhantomScene:
         size = wobble / np.arange(1, count + 1)
         return (size * np.exp(1j * self.rng.uniform(0, 2 * np.pi, count))).astype(np.complex64)
 
-    def shape(self, at, radii, *, angle=0.0, wobble=0.08, bend=0.0, jitter=0.06, size=0.1, least=0.0) -> Shape:
-        """A random shape about `at` with semi-axes `radii`, all in body units and radians, jittered in place and size.
-        `least` times MIN_RADIUS is the least semi-axis."""
+    def shape(self, at, radii, *, angle=0.0, wobble=0.08, bend=0.0, jitter=0.06, size=0.1, min_radii=0.0) -> Shape:
+        """A random shape about `at` with semi-axes `radii`, all in body units and radians, jittered in position and size. Its smallest
+        semi-axis is at least `min_radii` times MIN_RADIUS."""
         rng = self.rng
         x, y = self.to_pixels(at[0] + rng.uniform(-jitter, jitter), at[1] + rng.uniform(-jitter, jitter))
         factor = self.unit * np.exp(rng.uniform(-size, size))
         a, b = factor * radii[0] * np.exp(rng.uniform(-0.06, 0.06)), factor * radii[1] * np.exp(rng.uniform(-0.06, 0.06))
-        grow = max(1.0, least * self.min_radius / min(a, b))
+        grow = max(1.0, min_radii * self.min_radius / min(a, b))
         return Shape(x, y, a * grow, b * grow, angle + self.turn + rng.uniform(-0.12, 0.12), self.harmonics(wobble), bend)
 
     def paint(self, shape: Shape, value, *, edge: float = 1.2, opacity: float = 1.0) -> np.ndarray:
-        """Blend `value` (a number, a colour, or an array of the image's size) into the shape; its level, [h, w] of its window."""
+        """Blend `value` (a number, a colour, or an array of the image's size) into the shape. Returns the shape's level, [h, w]."""
         window = shape.window(self.height, self.width)
         level = shape.level(self.x[:, window[1]], self.y[window[0]])
         alpha = np.clip(level * np.float32(1 / edge) + np.float32(0.5), 0, 1) * np.float32(opacity)
@@ -142,7 +143,7 @@ class PhantomScene:
         return level
 
     def add(self, entity: str, shape: Shape, value, *, edge: float = 1.2, opacity: float = 1.0, parent=None) -> Structure:
-        """Paint a labelled structure. It hides what was drawn before it, but for a lesion's organ, which includes it."""
+        """Paint a labelled structure. It hides earlier ones, except a lesion's organ, whose mask includes the lesion."""
         level = self.paint(shape, value, edge=edge, opacity=opacity)
         mask = np.zeros((self.height, self.width), bool)
         mask[shape.window(self.height, self.width)] = level > 0
@@ -155,17 +156,17 @@ class PhantomScene:
         return self.structures[-1]
 
     def lesions(self, entity: str, count: int, organs: list[Structure], value, *, largest: float, wobble=0.1, edge=1.2, host=None) -> None:
-        """Add `count` lesions inside `organs` (or inside the bare shape `host`) and clear of what else is labelled, radii
-        MIN_RADIUS .. `largest` of the longer side; NoRoom if they do not fit. `value(rng)` gives each its intensity."""
-        homes = [host] if host else [organ.shape for organ in organs]
+        """Add `count` lesions inside `organs` (or inside the unlabelled shape `host`) and apart from all other structures, with radii
+        from MIN_RADIUS to `largest` of the longer side. `value(rng)` returns the intensity of each. Raises NoRoom if they do not fit."""
+        hosts = [host] if host else [organ.shape for organ in organs]
         clear = [s.shape for s in self.structures if s not in organs]
-        for x, y, radius, which in self._places(count, homes, clear, largest):
+        for x, y, radius, which in self._place_circles(count, hosts, clear, largest):
             squash = np.exp(self.rng.uniform(-0.12, 0.12))
             shape = Shape(x, y, radius * squash, radius / squash, self.rng.uniform(0, np.pi), self.harmonics(wobble))
             self.add(entity, shape, value(self.rng), edge=edge, parent=organs[which] if organs else None)
 
-    def _places(self, count: int, homes: list[Shape], clear: list[Shape], largest: float) -> list[tuple[float, float, float, int]]:
-        """`count` circles (x, y, radius, index of its home), apart from each other, inside their homes and the frame and all but
+    def _place_circles(self, count: int, hosts: list[Shape], clear: list[Shape], largest: float) -> list[tuple[float, float, float, int]]:
+        """`count` circles (x, y, radius, index of its host), apart from each other, inside their hosts and the frame and all but
         clear of the shapes `clear`. Later tries take smaller ones and pack them along the rim."""
         long_side = max(self.height, self.width)
         for attempt in range(TRIES):
@@ -173,11 +174,11 @@ class PhantomScene:
             for _ in range(count):
                 spread = self.rng.uniform(0, 1) * max(0.0, 1 - attempt / (TRIES - 3))
                 radius = long_side * (MIN_RADIUS + 0.002 + spread * (largest - MIN_RADIUS))
-                which = int(self.rng.integers(len(homes)))
-                home = homes[which]
-                reach = max(home.a, home.b)
-                xs, ys = (c + self.rng.uniform(-reach, reach, 240).astype(np.float32) for c in (home.x, home.y))
-                depth = home.level(xs, ys)
+                which = int(self.rng.integers(len(hosts)))
+                host = hosts[which]
+                reach = max(host.a, host.b)
+                xs, ys = (c + self.rng.uniform(-reach, reach, 240).astype(np.float32) for c in (host.x, host.y))
+                depth = host.level(xs, ys)
                 good = (depth >= 1.06 * radius) & (xs >= radius) & (xs < self.width - radius) & (ys >= radius) & (ys < self.height - radius)
                 for x, y, other, _ in placed:
                     good &= np.hypot(xs - x, ys - y) >= 1.1 * (radius + other)
@@ -193,7 +194,7 @@ class PhantomScene:
         raise NoRoom("lesions")
 
     def check(self) -> None:
-        """NoRoom if too little of a structure is seen, for others hide it or it leaves the frame."""
+        """Raise NoRoom if too little of a structure is visible because others hide it or it leaves the frame."""
         for structure in self.structures:
             if structure.mask.sum() < (0.95 if structure.parent else 0.7) * structure.drawn_px:
                 raise NoRoom(structure.entity)

@@ -1,4 +1,4 @@
-"""What is asked of each record: by its source, by templates, or, of III and IV, by a language model."""
+"""The questions of each record: those of its source, those from templates, or, for III and IV, those of a language model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from mimo_jax.data.builder.questions import ask, record_rng
 from mimo_jax.data.builder.templates import FULL
 from mimo_jax.data.schema import Record, Sample
 
-_WRITTEN = ("III", "IV")
-_BLOCK = 64  # records whose questions are awaited together
+_LLM_PERSPECTIVES = ("III", "IV")
+_BLOCK = 64  # records whose questions are requested concurrently
 
 
 @dataclass(frozen=True)
 class QuestionGeneration:
-    """What questions depend on beside the record. counts: records of each part. model: of the endpoint that writes III and IV, ""
-    for templates alone; its replies are kept in llm_cache, and of a process, it is asked llm_requests times at most."""
+    """What questions depend on in addition to the record. counts: number of records in each batch. model: the endpoint's model that
+    writes III and IV, "" if templates write all questions. Its replies are cached in llm_cache; each process sends at most llm_requests
+    requests."""
 
-    census: LabelStats
+    label_stats: LabelStats
     seed: int
     perspectives: tuple[str, ...]
     counts: list[int]
@@ -33,9 +34,9 @@ class QuestionGeneration:
     llm_cache: str = ""
     llm_requests: int = 0
 
-    def asked(self, records: Iterable[tuple[Record, bool, Sequence[str]]]) -> Iterator[tuple[Record, Counter[str]]]:
-        """Each (record, complete, absent) with its samples, in the same order; and what a language model wrote and was of no use,
-        counted by its reason. Raises EndpointError."""
+    def generate(self, records: Iterable[tuple[Record, bool, Sequence[str]]]) -> Iterator[tuple[Record, Counter[str]]]:
+        """Each record of (record, complete, absent) with its samples, in the same order, and how many questions written by a language
+        model were rejected, by reason. Raises EndpointError."""
         if not self.model:
             for record, complete, absent in records:
                 record.samples = self._kept(self._templates(record, complete, absent))
@@ -47,23 +48,23 @@ class QuestionGeneration:
                 yield from threads.map(lambda entry: self._written(*entry), block)
 
     def _templates(self, record: Record, complete: bool, absent: Sequence[str]) -> list[Sample]:
-        """The conversations that its source brought, or else questions made of its masks."""
+        """The conversations of the record's source if it has any, else questions generated from its masks."""
         for number, sample in enumerate(record.samples):
             sample.sample_id = f"{record.id}/{number}"
         if record.samples:
             return record.samples
-        lacking = self.census.lacking(record, absent, complete)
-        return ask(record, record_rng(self.seed, record.id), self.census, lacking, FULL)
+        known_absent = self.label_stats.known_absent(record, absent, complete)
+        return ask(record, record_rng(self.seed, record.id), self.label_stats, known_absent, FULL)
 
     def _written(self, record: Record, complete: bool, absent: Sequence[str]) -> tuple[Record, Counter[str]]:
         rejects: Counter[str] = Counter()
-        brought = bool(record.samples)
+        has_samples = bool(record.samples)
         samples = self._templates(record, complete, absent)
-        if not brought and {*_WRITTEN} & {*self.perspectives}:
+        if not has_samples and {*_LLM_PERSPECTIVES} & {*self.perspectives}:
             client = _client(self.llm_cache, self.llm_requests)
             written = llm_samples(record, describe(record), client, self.seed, rejects)
-            # Of III and IV the endpoint writes what is there; what is not there, or not marked, is asked from templates.
-            samples = [s for s in samples if s.perspective not in _WRITTEN or s.kind in ("absent", "unmarked")] + written
+            # The endpoint writes III and IV about what is shown; templates ask about what is absent or not marked.
+            samples = [s for s in samples if s.perspective not in _LLM_PERSPECTIVES or s.kind in ("absent", "unmarked")] + written
         record.samples = self._kept(samples)
         return record, rejects
 

@@ -1,7 +1,7 @@
-"""III and IV: how two structures of this very image lie to one another, both grounded.
+"""Questions of III and IV about the spatial relation of two structures of the image; the answers ground both.
 
-The wrong choice of a question is surely wrong, and what it names says nothing of the answer: no left structure is asked for beside
-a right one, no size that differs so much that it is known without looking, no whole beside its part.
+The wrong alternative of a question is certainly wrong, and the names do not reveal the answer: a question never offers a left and a right
+structure, two structures whose sizes differ so much that nobody needs the image, or a whole and its part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mimo_jax.data.builder.label_stats import is_lesion, overlapping
 from mimo_jax.data.builder.scene import Scene, grounded
 from mimo_jax.data.schema import Sample
 
-TRIED = 24  # pairs of an image that are looked at for one question
+MAX_TRIED_PAIRS = 24  # pairs of structures that are tried for one question
 
 
 def relations(scene: Scene, number: int) -> list[Sample]:
@@ -26,31 +26,31 @@ def relations(scene: Scene, number: int) -> list[Sample]:
     pointed = [_size_of_this, _side_of_this, _touches_this, _inside_this]
     samples = []
     for kinds in (named, pointed):
-        made = (kind(scene) for kind in scene.shuffled(kinds))
-        samples += islice((sample for sample in made if sample is not None), number)
+        drawn = (kind(scene) for kind in scene.shuffled(kinds))
+        samples += islice((sample for sample in drawn if sample is not None), number)
     return samples
 
 
 def _pairs(scene: Scene) -> Iterator[tuple[str, str]]:
-    """Pairs of structures that may be compared, in random order, some of them."""
+    """At most MAX_TRIED_PAIRS pairs of structures that may be compared, in random order."""
     names = [entity for entity in scene.masks if entity in scene.pointable]
-    for a, b in scene.shuffled(combinations(names, 2))[:TRIED]:
+    for a, b in scene.shuffled(combinations(names, 2))[:MAX_TRIED_PAIRS]:
         if not overlapping(a, b) and not scene.layout.covers(a, b):
             yield (a, b) if scene.rng.random() < 0.5 else (b, a)
 
 
 def _alone(scene: Scene, entity: str) -> bool:
-    """Whether one mark says which it is."""
+    """Whether one prompt identifies the entity."""
     return len(scene.masks[entity]) == 1
 
 
-def _beside_each_other(scene: Scene, a: str, b: str) -> str:
-    """Where a lies of b for the patient, "" where the names would tell."""
+def _side_of(scene: Scene, a: str, b: str) -> str:
+    """The side of b on which a lies for the patient; "" if the names would reveal it."""
     return scene.layout.side(a, b) if canonical(a).laterality == canonical(b).laterality else ""
 
 
 def _touching_pair(scene: Scene) -> tuple[str, str, str] | None:
-    """A structure, one that touches it, and one that does not by far."""
+    """(a structure, one that touches it, one that is clearly apart from it)."""
     for a, b in _pairs(scene):
         if scene.layout.touches(a, b):
             others = [
@@ -74,7 +74,7 @@ def _larger(scene: Scene) -> Sample | None:
 
 def _left_or_right(scene: Scene) -> Sample | None:
     for a, b in _pairs(scene):
-        if side := _beside_each_other(scene, a, b):
+        if side := _side_of(scene, a, b):
             asked = "left" if scene.rng.random() < 0.5 else "right"
             first, second = (a, b) if side == asked else (b, a)
             question = scene.pick(templates.LEFTMOST).format(a, b, side=asked)
@@ -93,7 +93,7 @@ def _touching(scene: Scene) -> Sample | None:
 
 
 def _surrounding(scene: Scene) -> Sample | None:
-    """A lesion that lies wholly within one structure."""
+    """A question for the only structure that contains a lesion."""
     for inner in scene.shuffled(scene.masks):
         around = [outer for outer in scene.masks if outer != inner and scene.layout.within(inner, outer)]
         if len(around) == 1 and is_lesion(inner) and not is_lesion(around[0]):
@@ -113,7 +113,7 @@ def _size_of_this(scene: Scene) -> Sample | None:
 
 def _side_of_this(scene: Scene) -> Sample | None:
     for a, b in _pairs(scene):
-        if _alone(scene, a) and (side := _beside_each_other(scene, b, a)):
+        if _alone(scene, a) and (side := _side_of(scene, b, a)):
             answer = grounded(f"The {{}} lies to the patient's {side} of this, the {{}}.", scene.spans([b, a]))
             return scene.sample("IV", "side", scene.pick(templates.SIDE_OF_THIS).format(b), answer, scene.ids(a))
     return None

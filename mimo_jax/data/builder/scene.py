@@ -1,4 +1,4 @@
-"""One record as questions see it: its masks by entity, what it is known to lack, and the generator that draws."""
+"""One record prepared for question generation: its masks by entity, its known absent entities, and a random generator."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mimo_jax.data.builder.relations import Layout
 from mimo_jax.data.builder.templates import TemplateSet
 from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn
 
-NEARER = 1.2  # places nearer than this to equally far are not told
-ABSENT_FROM_HERE = 0.75  # of what is asked and absent: rather of this kind of image than of another
+NEARER = 1.2  # minimum ratio of the distances to the second nearest and the nearest landmark
+ABSENT_FROM_HERE = 0.75  # share of absent entities that are of this kind of image, not of another
 
 T = TypeVar("T")
 Answer = tuple[str, list[Target]]
 
 
 def grounded(template: str, spans: Iterable[tuple[str, list[str]]], turn: int = 1) -> Answer:
-    """A sentence whose blanks `{}` are filled with (entity, mask ids), and the targets that its spans carry."""
+    """A sentence whose placeholders `{}` are filled with the (entity, mask ids) of `spans`, and the targets of these spans."""
     pieces = template.split("{}")
     text, targets = pieces[0], []
     for (entity, mask_ids), piece in zip(spans, pieces[1:], strict=True):
@@ -35,20 +35,20 @@ def grounded(template: str, spans: Iterable[tuple[str, list[str]]], turn: int = 
 
 @lru_cache(maxsize=1 << 10)
 def names_pattern(names: tuple[str, ...]) -> re.Pattern:
-    """Matches each of the names where it stands as words of its own, the longest first: of "left lung", "lung" is no mention."""
+    """Matches each name as whole words, the longest first: "left lung" is not a mention of "lung"."""
     return re.compile(r"(?<![\w-])(?:" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")(?![\w-])")
 
 
 class Scene:
-    def __init__(self, record: Record, rng: np.random.Generator, census: LabelStats, absent: Iterable[str] | None, style: TemplateSet):
-        self.record, self.rng, self.census, self.style = record, rng, census, style
+    def __init__(self, record: Record, rng: np.random.Generator, label_stats: LabelStats, absent: Iterable[str] | None, style: TemplateSet):
+        self.record, self.rng, self.label_stats, self.style = record, rng, label_stats, style
         self.masks: dict[str, list[Mask]] = {}
         for mask in record.masks:
             self.masks.setdefault(mask.entity, []).append(mask)
-        known = census.lacking(record) if absent is None else absent
-        self.lacking = [entity for entity in known if entity not in self.masks]
-        self.judged = sorted({*self.masks, *self.lacking})  # what is known to be there or not
-        self.foreign = [entity for entity in census.foreign(record) if entity not in self.masks]
+        lacking = label_stats.known_absent(record) if absent is None else absent
+        self.known_absent = [entity for entity in lacking if entity not in self.masks]
+        self.determined = sorted({*self.masks, *self.known_absent})  # entities known to be present or absent
+        self.foreign = [entity for entity in label_stats.foreign(record) if entity not in self.masks]
 
     @cached_property
     def layout(self) -> Layout:
@@ -56,14 +56,14 @@ class Scene:
 
     @cached_property
     def finest(self) -> list[str]:
-        """The entities of which no part is shown under a name of its own."""
+        """The entities of which no part is shown under its own name."""
         wholes = {whole for part in self.masks for whole in ancestors(part)}
         return [entity for entity in self.masks if entity not in wholes]
 
     @cached_property
     def pointable(self) -> list[str]:
-        """The entities that a mark can mean: no whole of which a part is shown too, and no two names of one place."""
-        return [entity for entity in self.finest if not self.layout.has_double(entity)]
+        """The entities that a prompt can identify: no whole of which a part is also shown, and no two names of one place."""
+        return [entity for entity in self.finest if not self.layout.has_near_copy(entity)]
 
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self.rng.integers(len(options)))]
@@ -76,12 +76,12 @@ class Scene:
         return [mask.mask_id for mask in self.masks[entity]]
 
     def spans(self, entities: Iterable[str]) -> list[tuple[str, list[str]]]:
-        """What `grounded` fills blanks with: each entity with all of its masks."""
+        """The spans that `grounded` takes: each entity with all of its masks."""
         return [(entity, self.ids(entity)) for entity in entities]
 
-    def told(self, template: str, spans: list[tuple[str, list[str]]]) -> Answer:
-        """`grounded`, with a span also for what the template itself names of the image: what is named is painted, but for the whole
-        that something painted is a part of."""
+    def ground_names(self, template: str, spans: list[tuple[str, list[str]]]) -> Answer:
+        """As `grounded`, but also grounds the entities of the image that the template itself names: what an answer names is segmented,
+        except a whole of which a part is segmented."""
         pieces, filled = [], []
         done = {entity for entity, _ in spans}
         for piece, span in zip(template.split("{}"), [*spans, None], strict=True):
@@ -103,24 +103,25 @@ class Scene:
         return Sample("", perspective, turns, answer[1], kind=kind, **extra)
 
     def prompts(self, entities: Iterable[str]) -> list[Mask]:
-        """One mask of each entity in random order, so that the image alone favours none of them; of a sole entity, all."""
+        """One mask of each entity in random order, so that the image alone does not reveal which is prompted; all masks of a single
+        entity."""
         piles = [self.shuffled(self.masks[entity]) for entity in self.shuffled(entities)]
         return piles[0] if len(piles) == 1 else [pile[0] for pile in piles]
 
     def separate(self, a: str, b: str) -> bool:
-        """Whether two entities may stand side by side in one question: neither is the other's whole, nor marked in its place. An
-        organ and a lesion in it may."""
+        """Whether one question may ask for two entities: neither is a whole of the other, nor do their masks cover each other. An organ
+        and a lesion in it are allowed."""
         return not overlapping(a, b) and (is_lesion(a) != is_lesion(b) or not self.layout.covers(a, b))
 
     def absent_entity(self, known: bool) -> str | None:
-        """Something that is not there: rather of this kind of image than of another. `known`: one that a question of knowledge has,
-        and that nothing in the image could be taken for."""
-        allowed = [[e for e in group if not known or self._asks_alone(e)] for group in (self.lacking, self.foreign)]
+        """A random absent entity, preferably of this kind of image; None if there is none. known: only an entity with an entry in
+        KNOWLEDGE that no structure of the image could be mistaken for."""
+        allowed = [[e for e in group if not known or self._asks_alone(e)] for group in (self.known_absent, self.foreign)]
         first, second = allowed if self.rng.random() < ABSENT_FROM_HERE else allowed[::-1]
         group = first or second
         if not self.style.even:
             return self.pick(group) if group else None
-        weights = np.array([self.census.odds(self.record, entity) for entity in group])
+        weights = np.array([self.label_stats.odds(self.record, entity) for entity in group])
         return group[int(self.rng.choice(len(group), p=weights / weights.sum()))] if weights.any() else None
 
     def _asks_alone(self, entity: str) -> bool:
@@ -129,18 +130,18 @@ class Scene:
         return fact is not None and not fact.twin and fact.does not in here
 
     @staticmethod
-    def no_such(entity: str) -> Answer:
+    def absent_answer(entity: str) -> Answer:
         return f"There is no {entity} in this image.", [Target(turn=1, entity=entity, absent=True)]
 
-    # where a lesion lies
+    # --- the place of a lesion
 
     def hosts(self, lesion: str) -> list[str]:
-        """The organs, of those that the lesion may lie in, that do hold one of its instances."""
+        """Those of the lesion's possible organs that contain one of its instances."""
         hosts = {self.host(mask) for mask in self.masks[lesion]}
         return [home for home in KNOWLEDGE[lesion].homes if home in hosts]
 
     def host(self, mask: Mask) -> str:
-        """The organ that holds one instance of a lesion: its mask's parent, or the one that holds most of it; "" if none does."""
+        """The organ that contains one instance of a lesion: its mask's parent, or the one that contains most of it; "" if none does."""
         homes = [home for home in KNOWLEDGE[mask.entity].homes if home in self.masks]
         for home in homes:
             if mask.parent_mask_id in self.ids(home):
@@ -151,7 +152,7 @@ class Scene:
         return ""
 
     def landmark(self, mask: Mask) -> str:
-        """The landmark nearest to a lesion, box centre to box centre; "" unless there are two and one is clearly nearer."""
+        """The landmark nearest to a lesion, measured between box centres; "" unless there are two and one is clearly nearer."""
         near = sorted(
             (float(np.hypot(*(np.add(mask.box_xyxy[:2], mask.box_xyxy[2:]) - np.add(m.box_xyxy[:2], m.box_xyxy[2:])))), name)
             for name in KNOWLEDGE[mask.entity].landmarks

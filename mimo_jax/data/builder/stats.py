@@ -1,4 +1,4 @@
-"""What a record folder holds, in the figures of a paper's page about its data: counts, and how long, large and many."""
+"""Statistics of a record folder, as a paper reports them: counts, lengths of questions and areas of masks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from mimo_jax.data.records import RecordFolder, read_info
 
-WORDS = (0, 4, 6, 8, 10, 15, 20, 40)  # of a user turn; each the least of a bin
-AREAS = (0.0, 0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5)  # of a mask, as a share of its image
-_MOST = 30  # bars of a plot, and lines of a table
-_PAPER, _INK, _BAR = (255, 255, 255), (30, 30, 35), (60, 120, 190)
+WORDS = (0, 4, 6, 8, 10, 15, 20, 40)  # words of a user turn; lower edges of the bins
+AREAS = (0.0, 0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5)  # area of a mask as a share of its image; lower edges of the bins
+_MAX_ROWS = 30  # maximum number of bars of a plot and lines of a table
+_BACKGROUND, _TEXT, _BAR = (255, 255, 255), (30, 30, 35), (60, 120, 190)
 
 
 def statistics(folder: str | os.PathLike, progress: bool = True) -> dict:
@@ -47,14 +47,14 @@ def statistics(folder: str | os.PathLike, progress: bool = True) -> dict:
                     by["words"].update(_bin(len(turn.text.split()), WORDS) for turn in sample.turns if turn.role == "user")
                 bar.update()
             splits[name] = {key: counts[key] for key in names} | {"groups": len(groups)}
-    whole = {key: sum(split[key] for split in splits.values()) for key in names}
+    overall = {key: sum(split[key] for split in splits.values()) for key in names}
     counted = {key: _ranked(counter) for key, counter in by.items()}
     counted["words"], counted["area"] = (_binned(by[key], edges) for key, edges in (("words", WORDS), ("area", AREAS)))
     return {
         **{key: info[key] for key in ("name", "builder", "builder_version", "seed") if key in info},
-        "splits": splits, "all": whole, **counted,
+        "splits": splits, "all": overall, **counted,
         "perspective_by_modality": {modality: _ranked(of_modality[modality]) for modality in sorted(of_modality)},
-        "licences": _summed(split["licences"] for split in info["splits"].values()), "notes": info.get("notes", {}),
+        "licences": _summed(split["licences"] for split in info["splits"].values()), "warnings": info.get("warnings", {}),
     }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def describe(stats: Mapping) -> str:
-    """Tables of `statistics`, the longest cut to their first lines."""
+    """The tables of `statistics` as text, each cut to its first lines."""
     head = f"{'':8}{'images':>10}{'groups':>10}{'masks':>10}{'samples':>10}"
     rows = [f"{name:8}" + "".join(f"{n:10}" for n in row.values()) for name, row in {**stats["splits"], "all": stats["all"]}.items()]
     lines = [head, *rows]
@@ -92,39 +92,39 @@ def describe(stats: Mapping) -> str:
 TITLES = {
     "perspective": "samples by perspective", "kind": "samples by kind of question", "modality": "images by modality",
     "dataset": "images by data set", "entity": "masks by entity", "words": "questions by number of words",
-    "area": "masks by share of their image", "licences": "images by licence", "notes": "notes of the builder",
+    "area": "masks by share of their image", "licences": "images by licence", "warnings": "warnings of the builder",
 }  # fmt: skip
 
 
 def _table(counts: Mapping[str, int]) -> list[str]:
     total = sum(counts.values()) or 1
-    lines = [f"  {name[:60]:60}{n:10}{n / total:8.1%}" for name, n in list(counts.items())[:_MOST]]
-    return lines + [f"  … and {len(counts) - _MOST} more"] * (len(counts) > _MOST) or ["  none"]
+    lines = [f"  {name[:60]:60}{n:10}{n / total:8.1%}" for name, n in list(counts.items())[:_MAX_ROWS]]
+    return lines + [f"  … and {len(counts) - _MAX_ROWS} more"] * (len(counts) > _MAX_ROWS) or ["  none"]
 
 
 def plot(stats: Mapping, folder: str | os.PathLike) -> list[Path]:
-    """A PNG of bars for each table of `statistics`, in `folder`; returns their paths."""
+    """Write a bar chart of each table of `statistics` to `folder`, as PNG; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for key, title in TITLES.items():
         if stats[key]:
             written.append(folder / f"{key}.png")
-            _bars(title, list(stats[key].items())[:_MOST]).save(written[-1])
+            _bars(title, list(stats[key].items())[:_MAX_ROWS]).save(written[-1])
     return written
 
 
 def _bars(title: str, counts: list[tuple[str, int]]) -> Image.Image:
     row, label, width = 22, 330, 420
     font = ImageFont.load_default(size=14.0)
-    picture = Image.new("RGB", (label + width + 90, row * (len(counts) + 2)), _PAPER)
-    draw = ImageDraw.Draw(picture)
-    draw.text((10, 6), title, fill=_INK, font=ImageFont.load_default(size=16.0))
-    most = max(n for _, n in counts) or 1
+    chart = Image.new("RGB", (label + width + 90, row * (len(counts) + 2)), _BACKGROUND)
+    draw = ImageDraw.Draw(chart)
+    draw.text((10, 6), title, fill=_TEXT, font=ImageFont.load_default(size=16.0))
+    largest = max(n for _, n in counts) or 1
     for i, (name, n) in enumerate(counts):
         y = row * (i + 1) + 12
         name = name if font.getlength(name) <= label - 20 else f"{name[:44]}…"
-        draw.text((label - 8, y), name, fill=_INK, font=font, anchor="ra")
-        draw.rectangle((label, y, label + max(1, round(width * n / most)), y + row - 7), fill=_BAR)
-        draw.text((label + width * n / most + 6, y), f"{n}", fill=_INK, font=font)
-    return picture
+        draw.text((label - 8, y), name, fill=_TEXT, font=font, anchor="ra")
+        draw.rectangle((label, y, label + max(1, round(width * n / largest)), y + row - 7), fill=_BAR)
+        draw.text((label + width * n / largest + 6, y), f"{n}", fill=_TEXT, font=font)
+    return chart

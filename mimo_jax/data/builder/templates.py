@@ -1,7 +1,7 @@
-"""The wordings of questions and answers, in two sets: CORE, of which phantoms are made, and FULL, which holds CORE and more.
+"""The wordings of questions and answers, in two sets: CORE, which phantoms use, and FULL, which extends CORE.
 
 In a phrase {the} stands for "the liver" or "the liver and the spleen", {The} for the same at its beginning, {is} for "is" or
-"are"; what else is in braces is said where it is used. A phrase of CORE is never changed: models and measurements rest on it.
+"are"; other placeholders are explained where they are used. A phrase of CORE is never changed: models and measurements depend on it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 UNMARKED = "Nothing is marked in this image."
 NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five")
 SHOWN = "This is the {}."
-METHODS = {"fundus": "fundus photography", "pathology": "microscopy"}  # modalities whose names do not stand in a sentence
+METHODS = {"fundus": "fundus photography", "pathology": "microscopy"}  # names of modalities within a sentence, where they differ
 
 
 @dataclass(frozen=True)
 class TemplateSet:
-    """A set of wordings, and how many samples of an image are made of them. {} is a name, {a} one with its article."""
+    """A set of wordings, and how many samples per image are generated with them. {} is a name, {a} a name with its article."""
 
     numbers: tuple[int, int, int, int]  # of I, II, III, IV
-    absent_share: float  # of I and III: asked of what is not there
-    even: bool  # what is absent is asked for as often as it is shown elsewhere, so that its name tells nothing
-    relations: int  # questions of relations, of III and IV each
+    absent_share: float  # share of I and III that asks for an absent entity
+    even: bool  # entities are asked for equally often when shown and when absent, so that a name reveals nothing
+    relations: int  # maximum number of relation questions of III, and of IV
     extended: bool  # III and IV also ask for location, neighbours, findings, modality and kind
     segment: tuple[tuple[str, str], ...]  # question, answer
     name: tuple[str, ...]
@@ -117,18 +117,18 @@ FULL = replace(
     inventory=(*CORE.inventory, "What can be made out in this image?", "Name all the structures that you can see."),
 )
 
-# What only the extended style asks. Of III, about structures that are not named; `{}` is what is told of them.
+# Only in the extended style. Questions of III about structures that are not named; `{}` is a fact about them.
 LOCATION = ("Which structure lies {}?", "What lies {}?")
 FINDINGS = ("Where may {} be found?", "Which structure may show {}?")
 NEIGHBOR = ("Which structure usually lies next to the {}?", "Name a usual neighbor of the {}.")
-# Of IV, about what is marked.
+# Questions of IV about the marked structure.
 WHERE = ("What is this, and where does it lie?", "Name the marked structure and its usual place.", "Where does this structure usually lie?")
 SHOWS = ("What may be found in this structure?", "What is this, and what may be found in it?", "Which findings are usual here?")
 IMAGED = ("What is this, and how is it usually imaged?", "Which modality is usual for the marked structure?")
 KIND = ("What is this, and what does it belong to?", "What kind of structure is marked?")
 BORDERS = ("What usually lies next to this structure?", "Name this structure and a usual neighbor of it.")
 
-# Relations read from the masks. Of III, between structures that are named …
+# Relations read from the masks. Questions of III between named structures …
 TOUCHING = ("Which of the two touches the {}: the {} or the {}?", "What borders on the {} here: the {} or the {}?")
 LARGEST = ("Which covers more of this image, the {} or the {}?", "Which is larger here, the {} or the {}?")
 SMALLEST = ("Which covers less of this image, the {} or the {}?", "Which is smaller here, the {} or the {}?")
@@ -137,7 +137,7 @@ LEFTMOST = (
     "Seen from the patient, what lies further {side}: the {} or the {}?",
 )
 CONTAINING = ("What surrounds the {}?", "Inside which structure does the {} lie?")
-# … and of IV, between what is marked and what is named.
+# … and of IV between the marked structure and named ones.
 TOUCHES_THIS = ("Which of the two touches the marked structure: the {} or the {}?", "What borders on this: the {} or the {}?")
 SIZE_OF_THIS = ("Is the marked structure larger or smaller than the {}?", "How does this compare in size with the {}?")
 SIDE_OF_THIS = (
@@ -153,7 +153,7 @@ def render(phrase: str, entities: list[str]) -> str:
 
 
 def placeholders(phrase: str, number: int) -> str:
-    """A phrase with a blank `{}` for each of `number` entities: "Here {is} {the}." → "Here are the {} and the {}."."""
+    """A phrase with a placeholder `{}` for each of `number` entities: "Here {is} {the}." → "Here are the {} and the {}."."""
     return phrase.format(**_words(["the {}"] * number))
 
 

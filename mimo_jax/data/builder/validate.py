@@ -1,4 +1,4 @@
-"""Whether a record folder is what was written: every file by its SHA-256, every record by its pixels, masks, texts and index."""
+"""Checks a record folder for damage: every file by its SHA-256, every record by its pixels, masks, texts and index."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mimo_jax.data.schema import Record, RecordError
 from mimo_jax.data.transforms import decode_image
 from mimo_jax.errors import UserError
 
-_BLOCK = 256  # records of a job
+_BLOCK = 256  # records per job
 
 
 def find_faults(folder: str | os.PathLike, workers: int = 1, progress: bool = True) -> list[str]:
-    """One line for each fault: files that are missing or differ from what was written; records that cannot be read, with their
-    shard; those whose image, masks, samples or index do not fit each other; a group or id that is in two splits. Reads and
-    decodes everything. Raises DataError for what is no record folder."""
+    """One line for each fault: files that are missing or differ from what was written; records that cannot be read, with their shard;
+    records whose image, masks, samples or index are inconsistent; a group or id that is in two splits. Reads and decodes everything.
+    Raises DataError if `folder` is not a record folder."""
     folder = Path(folder)
     faults = damaged_files(folder)
     ids, groups = defaultdict(set), defaultdict(set)
@@ -42,10 +42,12 @@ def find_faults(folder: str | os.PathLike, workers: int = 1, progress: bool = Tr
             ids[key].add(name)
             groups[group].add(name)
         if len(set(split.index.ids.tolist())) < len(split):
-            faults.append(f"{folder}: {name} holds an id twice")
+            faults.append(f"{folder}: {name} has an id twice")
         jobs += [(name, start, min(start + _BLOCK, len(split))) for start in range(0, len(split), _BLOCK)]
     for what, places in (("record", ids), ("group", groups)):
-        faults += [f"{folder}: {what} {key.decode()} is in {' and '.join(sorted(of))}" for key, of in places.items() if len(of) > 1]
+        faults += [
+            f"{folder}: {what} {key.decode()} is in {' and '.join(sorted(splits))}" for key, splits in places.items() if len(splits) > 1
+        ]
     with Workers(workers) as pool, tqdm(total=sum(stop - start for _, start, stop in jobs), unit="image", disable=not progress) as bar:
         for (_, start, stop), found in zip(jobs, pool.map(functools.partial(_faults_of, folder), jobs), strict=False):
             faults += found
@@ -72,7 +74,7 @@ def _faults_of(folder: Path, job: tuple[str, int, int]) -> list[str]:
 
 
 def _faults(record: Record, split: str) -> Iterator[str]:
-    """What is wrong within one record."""
+    """The faults within one record."""
     try:
         record.check()
         pixels = decode_image(record.image, name="its image")
@@ -84,18 +86,18 @@ def _faults(record: Record, split: str) -> Iterator[str]:
     if re.match("[0-9a-f]{16}(-[0-9]+)?$", record.id) and record.id[:16] != pixel_hash(pixels):
         yield "its id is not the hash of its pixels"
     if record.split != split:
-        yield f"says that it is of split {record.split}"
+        yield f"its split is recorded as {record.split}"
     if record.modality not in MODALITIES:
         yield f"modality {record.modality!r} is unknown"
     if len({mask.mask_id for mask in record.masks}) < len(record.masks):
-        yield "holds a mask_id twice"
+        yield "has a mask_id twice"
     for mask in record.masks:
         decoded = mask.decode()
         rows, columns = np.flatnonzero(decoded.any(1)), np.flatnonzero(decoded.any(0))
         if not len(rows):
             yield f"mask {mask.mask_id} is empty"
         elif mask.area_px != decoded.sum() or mask.box_xyxy != [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]:
-            yield f"mask {mask.mask_id}: area_px or box_xyxy are not those of its pixels"
+            yield f"mask {mask.mask_id}: area_px or box_xyxy do not match its pixels"
 
 
 def _fits(index: Index, i: int, record: Record) -> bool:

@@ -1,4 +1,4 @@
-"""Jobs for a pool of processes: results in the order of the jobs, a few jobs ahead, stopped between two of them."""
+"""Runs jobs in a pool of processes: returns results in order, keeps a few jobs ahead, and can be stopped between two jobs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from mimo_jax.data.records import DataError
 from mimo_jax.preemption import StopSignal
 from mimo_jax.process import keep_freed_memory
 
-_AHEAD = 3  # jobs handed out for each worker
+_AHEAD = 3  # jobs submitted ahead per worker
 Job, Result = TypeVar("Job"), TypeVar("Result")
 
 
 class Workers:
-    """`count` processes; 1: this one alone. While it holds, SIGTERM and SIGINT let the jobs in hand be finished and no other begin."""
+    """A pool of `count` processes; with 1, this process does the work. While it is open, SIGTERM and SIGINT let running jobs finish and
+    prevent new ones."""
 
     def __init__(self, count: int):
         self.count = count
@@ -38,7 +39,7 @@ class Workers:
         return self._signal.received
 
     def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """Results in the order of the jobs; ends early once stopped. Raises DataError where a process dies."""
+        """Results in the order of the jobs; ends early once stopped. Raises DataError if a process dies."""
         ahead: deque[Future[Result]] = deque()
         try:
             for job in jobs:
@@ -53,9 +54,7 @@ class Workers:
             while ahead and not self.stopped:
                 yield ahead.popleft().result()
         except BrokenProcessPool:
-            raise DataError(
-                "a worker process died, of too little memory perhaps; run the same command again, with fewer --workers"
-            ) from None
+            raise DataError("a worker process died, perhaps for lack of memory; run the same command again with fewer --workers") from None
         finally:
             for future in ahead:
                 future.cancel()
@@ -67,8 +66,8 @@ class Workers:
 
 
 class Beam(Workers):
-    """Runs jobs whose results stay on the disk, and which are quick where these are there, on Apache Beam: `flags` are its
-    pipeline's, by default those of the runner in this process. All machines share the file system."""
+    """Runs jobs on Apache Beam. Their results must be files on a file system that all machines share; a job whose results exist must
+    return quickly. flags: pipeline options; by default Beam's runner in this process is used."""
 
     def __init__(self, flags: Sequence[str]):
         super().__init__(1)
@@ -86,14 +85,14 @@ class Beam(Workers):
 
 
 def _begin() -> None:
-    """In a worker: the parent alone decides when to stop, and nothing is written after it was killed."""
+    """Set up a worker process: only the parent handles signals, and the worker exits as soon as the parent dies."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
     keep_freed_memory()
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         connection.wait([parent_process().sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.data.images.image import PERCENTILES, DicomGrid, MedicalImage, Window, library, limits_of
+from mimo_jax.data.images.image import PERCENTILES, DicomGrid, MedicalImage, Window, import_medical, window_limits
 from mimo_jax.data.transforms import MAX_PIXELS, windowed
 from mimo_jax.errors import UserError
 
@@ -26,7 +26,7 @@ _ATTRIBUTES = (
     "ImageOrientationPatient", "ImagePositionPatient",
 )  # fmt: skip
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-EVEN = 0.05  # part of a step by which a slice may lie beside where even steps would put it
+STEP_TOLERANCE = 0.05  # part of a step by which a slice may lie beside where even steps would put it
 
 
 class DamagedError(UserError):
@@ -41,8 +41,8 @@ def open_frame(path: Path, frame: int | None, window: Window) -> MedicalImage:
     frame = frame or 0
     if not 0 <= frame < file.frames:
         raise UserError(f"{path}: frame {frame} is not there; it holds {file.frames}, counted from 0")
-    picture = file.picture(frame, window)
-    if file.may_name_the_patient():
+    picture = file.image(frame, window)
+    if file.may_have_burned_in_text():
         warnings.warn("the picture may contain burned-in text, such as a patient's name", stacklevel=3)
     return picture
 
@@ -52,23 +52,23 @@ class DicomFile:
     Raises DamagedError for what is no whole picture, UserError for one that is too large or needs a decoder."""
 
     def __init__(self, path: Path):
-        pydicom, self._pixels = library("pydicom"), library("pydicom.pixels")
+        pydicom, self._pixels = import_medical("pydicom"), import_medical("pydicom.pixels")
         self.path = path
         with reading(path):
-            self._whole = pydicom.dcmread(path, force=True)
-            if not any(name in self._whole for name in _PIXELS):
+            self._dataset = pydicom.dcmread(path, force=True)
+            if not any(name in self._dataset for name in _PIXELS):
                 raise DamagedError(f"{path}: a DICOM file without a picture (a report, say), or cut off before it")
-            self.frames = int(self._whole.get("NumberOfFrames") or 1)
-            self.size = int(self._whole.Rows), int(self._whole.Columns)
+            self.frames = int(self._dataset.get("NumberOfFrames") or 1)
+            self.size = int(self._dataset.Rows), int(self._dataset.Columns)
             if self.size[0] * self.size[1] > MAX_PIXELS:
                 raise UserError(f"{path}: {self.size[1]}x{self.size[0]} pixels; the limit is {MAX_PIXELS} in all")
-            _check_compression(self._pixels, path, self._whole)
+            _check_compression(self._pixels, path, self._dataset)
             self.header = pydicom.Dataset()
-            self.header.update({tag: element for tag, element in self._whole.items() if tag not in map(pydicom.tag.Tag, _PIXELS)})
+            self.header.update({tag: element for tag, element in self._dataset.items() if tag not in map(pydicom.tag.Tag, _PIXELS)})
 
-    def picture(self, frame: int, window: Window) -> MedicalImage:
+    def image(self, frame: int, window: Window) -> MedicalImage:
         with reading(self.path):
-            values = self._pixels.pixel_array(self._whole, index=frame)
+            values = self._pixels.pixel_array(self._dataset, index=frame)
             view = _at_frame(self.header, frame)
             if self.header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2"):
                 rgb = np.repeat(_grey(self.path, view, values, window)[:, :, None], 3, axis=2)
@@ -83,13 +83,13 @@ class DicomFile:
             view = _at_frame(self.header, frame)
             return DicomGrid(self.header, frame, self.frames, _affine(view, _spacing(view)))
 
-    def may_name_the_patient(self) -> bool:
+    def may_have_burned_in_text(self) -> bool:
         """Whether the file does not rule out burned-in text."""
-        return value_of(self.header, "BurnedInAnnotation") != "NO"
+        return get_value(self.header, "BurnedInAnnotation") != "NO"
 
 
 @contextmanager
-def unsaid() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """What pydicom and highdicom warn of and log goes nowhere: they quote the values of a header."""
     loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
     before = [logger.disabled for logger in loggers]
@@ -108,7 +108,7 @@ def unsaid() -> Iterator[None]:
 def reading(path: Path) -> Iterator[None]:
     """What fails while a file is read becomes one line that quotes nothing of it."""
     try:
-        with unsaid():
+        with silence_libraries():
             yield
     except UserError:
         raise
@@ -128,12 +128,12 @@ def stack_affine(grids: Sequence[DicomGrid]) -> np.ndarray | None:
     stack = affines[0].copy()
     stack[:3, 2] = step
     flat = np.abs(np.linalg.det(stack[:3, :3])) < 0.5 * np.prod(np.linalg.norm(stack[:3, :3], axis=0))
-    uneven = np.linalg.norm(places - even, axis=1).max() > EVEN * np.linalg.norm(step)
+    uneven = np.linalg.norm(places - even, axis=1).max() > STEP_TOLERANCE * np.linalg.norm(step)
     turned = np.abs(affines[:, :3, :2] - affines[0, :3, :2]).max() > 1e-3
     return None if flat or uneven or turned else stack
 
 
-def value_of(dataset: Any, name: str) -> Any:
+def get_value(dataset: Any, name: str) -> Any:
     """An attribute's value; None where it is missing, empty, or damaged, which pydicom finds when it is asked for."""
     try:
         return dataset.get(name)
@@ -141,7 +141,7 @@ def value_of(dataset: Any, name: str) -> Any:
         return None
 
 
-def place_of(dataset: Any, frame: int = 0) -> tuple[np.ndarray, np.ndarray] | None:
+def directions_and_position(dataset: Any, frame: int = 0) -> tuple[np.ndarray, np.ndarray] | None:
     """(directions [6] of a row and a column, position [3] of the first pixel) in LPS, mm; None where a file does not say."""
     view = _at_frame(dataset, frame)
     directions, position = (np.array(_numbers(view, name)) for name in ("ImageOrientationPatient", "ImagePositionPatient"))
@@ -181,7 +181,7 @@ def _grey(path: Path, view: dict[str, Any], stored: np.ndarray, window: Window) 
         values = stored * _number(view, "RescaleSlope", 1.0) + _number(view, "RescaleIntercept", 0.0)
     if isinstance(window, str) and view.get("Modality") not in ("CT", None, ""):
         raise UserError(f"{path}: window {window} is one of Hounsfield units, which only a CT holds; give LOW,HIGH or leave it away")
-    limits = limits_of(window)
+    limits = window_limits(window)
     center, width = _number(view, "WindowCenter"), _number(view, "WindowWidth")
     rule = str(view.get("VOILUTFunction") or "LINEAR").upper()
     if limits is None and np.isfinite(center) and width >= (1 if rule == "LINEAR" else 1e-6):

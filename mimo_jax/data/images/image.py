@@ -43,12 +43,12 @@ class NiftiGrid:
     flip_rows: bool
     flip_columns: bool
 
-    def shown(self, volume: np.ndarray) -> np.ndarray:
+    def display_view(self, volume: np.ndarray) -> np.ndarray:
         """The picture's plane [H, W] of an array of the file's shape: a view, so that what is written to it lands there."""
         planes = np.moveaxis(volume.reshape((*self.shape, 1)[:3]), self.axis, 0)
-        return self.turned(planes[self.index])
+        return self.to_display(planes[self.index])
 
-    def turned(self, plane: np.ndarray) -> np.ndarray:
+    def to_display(self, plane: np.ndarray) -> np.ndarray:
         """The picture of a plane of the file, as it is indexed there."""
         plane = plane.T if self.transpose else plane
         return plane[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
@@ -89,17 +89,17 @@ class Volume(Sequence[MedicalImage]):
 
     size: tuple[int, int]
     grids: Sequence[Grid]
-    show: Callable[[int], MedicalImage] = field(repr=False)
+    load_slice: Callable[[int], MedicalImage] = field(repr=False)
     spacing_mm: tuple[float, float, float] | None
     voxel_mm3: float | None
     files: Sequence[Path] = field(repr=False)
-    passed_over: int = 0
+    num_skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.grids)
 
     def __getitem__(self, k: int) -> MedicalImage:
-        return self.show(range(len(self))[k])
+        return self.load_slice(range(len(self))[k])
 
 
 def parse_window(text: str) -> str | tuple[float, float]:
@@ -122,7 +122,7 @@ def check_window(window: Window) -> None:
         raise UserError(f"window {','.join(f'{v:g}' for v in window)}: give two numbers LOW,HIGH with LOW < HIGH")
 
 
-def limits_of(window: Window) -> tuple[float, float] | None:
+def window_limits(window: Window) -> tuple[float, float] | None:
     """(low, high) of a window that `check_window` lets pass."""
     return WINDOWS[window.lower()] if isinstance(window, str) else window
 
@@ -133,10 +133,10 @@ def check_size(path: Path, slices: int, height: int, width: int) -> None:
         raise UserError(f"{path}: {slices} slices of {width}x{height}; the limits are {MAX_SLICES} slices and {MAX_VOXELS} voxels")
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """ "DICOM", "NIfTI" or "picture", by the first bytes."""
     try:
-        with opened(path) as file:
+        with open_unpacked(path) as file:
             head = file.read(352)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'a damaged or truncated gzip file'}") from None
@@ -150,14 +150,14 @@ def kind_of(path: Path) -> str:
     return "DICOM" if head[:2] in (b"\x02\0", b"\x08\0") else "picture"
 
 
-def opened(path: Path) -> BinaryIO:
+def open_unpacked(path: Path) -> BinaryIO:
     """A file, unpacked where it is gzip."""
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if packed else open(path, "rb")
 
 
-def library(name: str) -> Any:
+def import_medical(name: str) -> Any:
     """A module of the extra `medical`; UserError with the remedy where it is not installed."""
     try:
         return importlib.import_module(name)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.data.images.image import PERCENTILES, PLANES, MedicalImage, NiftiGrid, Volume, Window, check_size, library, limits_of, opened
+from mimo_jax.data.images.image import PERCENTILES, PLANES, MedicalImage, NiftiGrid, Volume, Window, check_size, import_medical, window_limits, open_unpacked
 from mimo_jax.data.transforms import MAX_PIXELS, windowed
 from mimo_jax.errors import UserError
 
@@ -25,13 +25,13 @@ _MM = {"meter": 1000.0, "micron": 0.001}  # a NIfTI file's unit of length; other
 def open_slice(path: Path, slice: str | None, window: Window) -> MedicalImage:
     """One slice of a NIfTI file as a Picture; `open_picture` says the rest."""
     with _reading(path) as image:
-        axis, index = _chosen(path, slice, *_axes(image))
+        axis, index = _parse_slice(path, slice, *_axes(image))
         grid = _grid(path, image, axis, index)
         where = [np.s_[:]] * 3 + [0] * len(image.shape[3:])
         where[axis] = index
         plane = np.asarray(image.dataobj[tuple(where[: len(image.shape)])], np.float64)  # slope and intercept are in it
         plane = plane.reshape(np.delete((*image.shape, 1)[:3], axis))
-        return _picture(path, grid, plane, _steps(image), limits_of(window))
+        return _to_image(path, grid, plane, _steps(image), window_limits(window))
 
 
 def open_slices(path: Path, axis: str | None, window: Window) -> Volume:
@@ -42,18 +42,18 @@ def open_slices(path: Path, axis: str | None, window: Window) -> Volume:
         if across is None:
             raise UserError(f"axis {axis}: give i, j, k, {', '.join(reversed(PLANES))}")
         grid = _grid(path, image, across, 0)
-        height, width = grid.turned(np.empty(np.delete(shape, across), bool)).shape
+        height, width = grid.to_display(np.empty(np.delete(shape, across), bool)).shape
         check_size(path, shape[across], height, width)
         stored = np.moveaxis(image.dataobj.get_unscaled().reshape(shape), across, 0)
         scaling, steps = (image.dataobj.slope, image.dataobj.inter), _steps(image)
-        scaled = library("nibabel.volumeutils").apply_read_scaling
-        limits = limits_of(window) or _limits(path, stored, lambda values: scaled(values, *scaling))
+        scaled = import_medical("nibabel.volumeutils").apply_read_scaling
+        limits = window_limits(window) or _limits(path, stored, lambda values: scaled(values, *scaling))
 
     def show(k: int) -> MedicalImage:
         values = np.asarray(scaled(stored[k], *scaling), np.float64)
         if not np.isfinite(values).any():  # outside the field of view of a scan that was put onto a larger grid
             values = np.full_like(values, limits[0])
-        return _picture(path, replace(grid, index=k), values, steps, limits)
+        return _to_image(path, replace(grid, index=k), values, steps, limits)
 
     between, rows, columns = steps[across], *_spacing(grid, steps)
     voxel = float(abs(np.linalg.det(grid.affine[:3, :3])) * np.prod(steps / np.linalg.norm(grid.affine[:3, :3], axis=0)))
@@ -64,8 +64,8 @@ def open_slices(path: Path, axis: str | None, window: Window) -> Volume:
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     """nibabel's image; what fails while it is read becomes one line."""
-    nibabel = library("nibabel")
-    with opened(path) as stream:
+    nibabel = import_medical("nibabel")
+    with open_unpacked(path) as stream:
         try:
             head = stream.read(8)
             stream.seek(0)
@@ -89,9 +89,9 @@ def _limits(path: Path, stored: np.ndarray, scaled: Any) -> tuple[float, float]:
     return low, max(high, np.nextafter(low, np.inf))
 
 
-def _picture(path: Path, grid: NiftiGrid, plane: np.ndarray, steps: np.ndarray, limits: tuple[float, float] | None) -> MedicalImage:
+def _to_image(path: Path, grid: NiftiGrid, plane: np.ndarray, steps: np.ndarray, limits: tuple[float, float] | None) -> MedicalImage:
     """A plane of the file, float64 and scaled, as it is seen."""
-    grey = windowed(grid.turned(plane), limits, PERCENTILES, str(path))
+    grey = windowed(grid.to_display(plane), limits, PERCENTILES, str(path))
     return MedicalImage(np.repeat(grey[:, :, None], 3, axis=2), _spacing(grid, steps), grid)
 
 
@@ -118,7 +118,7 @@ def _check_nifti(path: Path, image: Any) -> None:
 
 def _axes(image: Any) -> tuple[tuple[int, ...], list[int]]:
     """(shape, 3-D; of each file axis the nearest world axis)."""
-    nearest = library("nibabel").io_orientation(image.affine)
+    nearest = import_medical("nibabel").io_orientation(image.affine)
     return (*image.shape, 1)[:3], [int(world) for world in nearest[:, 0]]
 
 
@@ -128,7 +128,7 @@ def _grid(path: Path, image: Any, axis: int, index: int) -> NiftiGrid:
     if shape[rows] * shape[columns] > MAX_PIXELS:
         raise UserError(f"{path}: a slice of {shape[columns]}x{shape[rows]} pixels; the limit is {MAX_PIXELS} in all")
     # Down a picture z, or else y, falls; to its right x, or else y, falls: an axis that runs along its world axis is turned.
-    along = library("nibabel").io_orientation(image.affine)[:, 1] > 0
+    along = import_medical("nibabel").io_orientation(image.affine)[:, 1] > 0
     return NiftiGrid(image.shape, image.header, image.affine, axis, index, rows > columns, bool(along[rows]), bool(along[columns]))
 
 
@@ -138,7 +138,7 @@ def _axis(name: str, worlds: list[int]) -> int | None:
     return worlds.index(PLANES[name]) if name in PLANES else _AXES.index(name) if name in tuple(_AXES) else None
 
 
-def _chosen(path: Path, slice: str | None, shape: tuple[int, ...], worlds: list[int]) -> tuple[int, int]:
+def _parse_slice(path: Path, slice: str | None, shape: tuple[int, ...], worlds: list[int]) -> tuple[int, int]:
     """(file axis, index) of "AXIS:INDEX"; without it, of the only slice."""
     near = {worlds.index(world): name for name, world in PLANES.items()}
     counts = ", ".join(f"{_AXES[a]} (near {near[a]}) has {shape[a]}" for a in range(3))

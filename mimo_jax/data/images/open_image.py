@@ -11,13 +11,13 @@ import os
 from pathlib import Path
 
 from mimo_jax.data.images.dicom import open_frame
-from mimo_jax.data.images.image import MedicalImage, Window, check_window, kind_of
+from mimo_jax.data.images.image import MedicalImage, Window, check_window, file_kind
 from mimo_jax.data.images.nifti import open_slice
 from mimo_jax.data.transforms import decode_image
 from mimo_jax.errors import UserError
 
 
-def open_picture(path: str | os.PathLike, *, frame: int | None = None, slice: str | None = None, window: Window = None) -> MedicalImage:
+def open_image(path: str | os.PathLike, *, frame: int | None = None, slice: str | None = None, window: Window = None) -> MedicalImage:
     """One picture out of a file; DICOM and NIfTI are known by their content, all else is read by `decode_image`.
 
     frame: of a DICOM of several, from 0. slice: of a NIfTI volume, "AXIS:INDEX" with i, j or k (axes of the file) or axial,
@@ -28,7 +28,7 @@ def open_picture(path: str | os.PathLike, *, frame: int | None = None, slice: st
     """
     check_window(window)
     path = Path(path)
-    kind = kind_of(path)
+    kind = file_kind(path)
     if slice is not None and kind != "NIfTI":
         raise UserError(f"{path}: is no NIfTI volume; leave slice {slice} away" + " and give a frame" * (kind == "DICOM"))
     if frame is not None and kind != "DICOM":

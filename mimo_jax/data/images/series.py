@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.data.images.dicom import EVEN, DamagedError, DicomFile, place_of, reading, stack_affine, value_of
-from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, check_size, kind_of, library
+from mimo_jax.data.images.dicom import STEP_TOLERANCE, DamagedError, DicomFile, directions_and_position, reading, stack_affine, get_value
+from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, check_size, file_kind, import_medical
 from mimo_jax.errors import UserError
 
 _TAGS = (
     "SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "Rows", "Columns", "NumberOfFrames", "ImageOrientationPatient",
     "ImagePositionPatient",
 )  # fmt: skip
-_PAINTED = ("SEG", "RTDOSE")  # modalities whose pixels are drawn over a picture
-_NOTICE = {"other": "no DICOM", "pictureless": "without a picture to ask about", "damaged": "damaged or unreadable"}
+_DERIVED_MODALITIES = ("SEG", "RTDOSE")  # modalities whose pixels are drawn over a picture
+_SKIP_REASONS = {"other": "no DICOM", "pictureless": "without a picture to ask about", "damaged": "damaged or unreadable"}
 
 
 class SeriesError(UserError):
@@ -44,7 +44,7 @@ class _Series:
     frames: int
     files: list[Path] = field(default_factory=list)
 
-    def takes(self, other: _Series) -> bool:
+    def accepts(self, other: _Series) -> bool:
         alike = (self.uid, self.size, self.frames) == (other.uid, other.size, other.frames) and self.frames == 1
         if self.directions is None or other.directions is None:
             return alike and self.directions is other.directions
@@ -59,7 +59,7 @@ def open_series(folder: Path, number: int | None, window: Window) -> Volume:
     """A series of a folder as a Volume; `open_volume` says the rest."""
     found, passed = _scan(folder)
     if not found:
-        reasons = ", ".join(f"{count} {_NOTICE[kind]}" for kind, count in passed.items())
+        reasons = ", ".join(f"{count} {_SKIP_REASONS[kind]}" for kind, count in passed.items())
         raise UserError(f"{folder}: holds no DICOM picture that can be read ({reasons or 'no file at all'}); give the folder of one series")
     if number is None and len(found) > 1:
         head = f"{folder}: holds {len(found)} series, sizes or directions; choose one with series=N (--series N)"
@@ -82,19 +82,19 @@ def open_frames(path: Path, window: Window) -> Volume:
     """All frames of a DICOM file as a Volume, in their order."""
     file = DicomFile(path)
     check_size(path, file.frames, *file.size)
-    _warn_of_text(file.may_name_the_patient())
+    _warn_of_burned_in_text(file.may_have_burned_in_text())
     for frame in range(file.frames):
-        file.picture(frame, window)
+        file.image(frame, window)
     return _volume([path] * file.frames, [file.grid(n) for n in range(file.frames)], window, file)
 
 
 def _scan(folder: Path) -> tuple[list[_Series], Counter]:
     """(the series of a folder, in the order of their number; how many files were passed over, by reason)."""
     found, passed = [], Counter[str]()
-    library("pydicom")  # that it is missing is no damage of a file
+    import_medical("pydicom")  # that it is missing is no damage of a file
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         try:
-            if kind_of(path) != "DICOM":
+            if file_kind(path) != "DICOM":
                 passed["other"] += 1
                 continue
             made = _header(path)
@@ -113,7 +113,7 @@ def _scan(folder: Path) -> tuple[list[_Series], Counter]:
 
 def _header(path: Path) -> _Series | None:
     """The series of one file, as yet without files; None where it holds no picture to ask about."""
-    pydicom = library("pydicom")
+    pydicom = import_medical("pydicom")
     with reading(path):
         ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS), force=True)
         if not ds.get("Rows") or not ds.get("Columns"):
@@ -121,9 +121,9 @@ def _header(path: Path) -> _Series | None:
             if not kind or "Image Storage" in kind:
                 raise DamagedError(f"{path}: cut off before its picture")
             return None
-        if ds.get("Modality") in _PAINTED:
+        if ds.get("Modality") in _DERIVED_MODALITIES:
             return None
-        place = place_of(ds)
+        place = directions_and_position(ds)
         number = float("inf") if ds.get("SeriesNumber") is None else float(ds.SeriesNumber)
         size, frames = (int(ds.Rows), int(ds.Columns)), int(ds.get("NumberOfFrames") or 1)
         uid, modality = str(ds.get("SeriesInstanceUID") or ""), str(ds.get("Modality") or "")
@@ -136,24 +136,24 @@ def _read(folder: Path, files: Sequence[Path], window: Window, passed: Counter) 
     for path in files:
         try:
             file = DicomFile(path)
-            slices.append((path, file.picture(0, window).grid))
-            text |= file.may_name_the_patient()
+            slices.append((path, file.image(0, window).grid))
+            text |= file.may_have_burned_in_text()
         except DamagedError:
             passed["damaged"] += 1
     if not slices:
         raise UserError(f"{folder}: all {len(files)} pictures are damaged or truncated; copy them from where they were made")
-    _warn_of_text(text)
+    _warn_of_burned_in_text(text)
     return _sorted(slices)
 
 
 def _sorted(slices: list[tuple[Path, DicomGrid]]) -> list[tuple[Path, DicomGrid]]:
     """By position along the normal of the slices, else by InstanceNumber, else by name."""
-    places = [place_of(grid.dataset) for _, grid in slices]
+    places = [directions_and_position(grid.dataset) for _, grid in slices]
     if all(places):
         directions = places[0][0]
         keys: list[Any] = [position @ np.cross(directions[:3], directions[3:]) for _, position in places]
     else:
-        keys, how = [value_of(grid.dataset, "InstanceNumber") for _, grid in slices], "InstanceNumber"
+        keys, how = [get_value(grid.dataset, "InstanceNumber") for _, grid in slices], "InstanceNumber"
         if not all(isinstance(key, int) for key in keys):
             keys, how = [path.name for path, _ in slices], "file name"
         if len(slices) > 1:
@@ -170,12 +170,12 @@ def _volume(files: list[Path], grids: list[DicomGrid], window: Window, file: Dic
     between, rows, columns = (float(np.linalg.norm(affine[:3, n])) for n in (2, 1, 0)) if known else (0, 0, 0)
 
     def show(k: int) -> MedicalImage:
-        return (file or DicomFile(files[k])).picture(grids[k].frame, window)
+        return (file or DicomFile(files[k])).image(grids[k].frame, window)
 
     return Volume(
         size=(int(grids[0].dataset.Rows), int(grids[0].dataset.Columns)),
         grids=grids,
-        show=show,
+        load_slice=show,
         spacing_mm=(between, rows, columns) if known else None,
         voxel_mm3=float(abs(np.linalg.det(affine[:3, :3]))) if known else None,
         files=list(dict.fromkeys(files)),
@@ -191,13 +191,13 @@ def _warn_of_gaps(grids: Sequence[DicomGrid]) -> None:
     steps = np.abs(np.diff(affines[:, :3, 3] @ (normal / np.linalg.norm(normal))))
     apart = steps[steps >= 1e-3]
     usual = np.median(apart) if len(apart) else 0
-    same, odd = len(steps) - len(apart), int((np.abs(apart - usual) > EVEN * usual).sum())
+    same, odd = len(steps) - len(apart), int((np.abs(apart - usual) > STEP_TOLERANCE * usual).sum())
     reasons = [f"slices in a place that another one has: {same} (several phases or echoes?)"] * (same > 0)
     reasons += [f"distances that are not the usual {usual:g} mm: {odd} of {len(steps)} (slices missing?)"] * (odd > 0)
     what = "; ".join(reasons) or "the slices do not lie one behind the other"
     warnings.warn(f"{what}; mm³ are not known, and .nii cannot be written", stacklevel=5)
 
 
-def _warn_of_text(possible: bool) -> None:
+def _warn_of_burned_in_text(possible: bool) -> None:
     if possible:
         warnings.warn("the slices may contain burned-in text, such as a patient's name", stacklevel=5)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mimo_jax.data.images.image import PLANES, MedicalImage, Volume, Window, check_window, kind_of
+from mimo_jax.data.images.image import PLANES, MedicalImage, Volume, Window, check_window, file_kind
 from mimo_jax.data.images.nifti import open_slices
-from mimo_jax.data.images.open_image import open_picture
+from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.images.series import open_frames, open_series
 from mimo_jax.errors import UserError
 
@@ -32,7 +32,7 @@ def open_volume(path: str | os.PathLike, *, axis: str | None = None, series: int
     """
     check_window(window)
     path = Path(path)
-    kind = "folder" if path.is_dir() else kind_of(path)
+    kind = "folder" if path.is_dir() else file_kind(path)
     if series is not None and kind != "folder":
         raise UserError(f"{path}: is no folder; leave series {series} away")
     if axis is not None and kind != "NIfTI":
@@ -63,14 +63,14 @@ def open_scan(
     if axis and frame is None:
         return open_volume(path, axis=axis[1].lower(), series=series, window=window)
     if frame == "all" and slice is None:
-        if kind_of(path) != "DICOM":
+        if file_kind(path) != "DICOM":
             raise UserError(f"{path}: is no DICOM file; leave frame all away")
         return open_volume(path, series=series, window=window)
     if series is not None:
         raise UserError(f"{path}: is no folder; leave series {series} away")
     if isinstance(frame, str):
         raise UserError(f"{path}: choose a frame or a slice, not both")
-    return open_picture(path, frame=frame, slice=slice, window=window)
+    return open_image(path, frame=frame, slice=slice, window=window)
 
 
 def _index(path: Path, volume: Volume, slice: str) -> int | None:

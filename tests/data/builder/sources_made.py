@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-PART = 4  # items of a part, so that small sources have several
+BATCH_SIZE = 4  # items of a batch, so that small sources have several
 
 
 def picture(number: int) -> np.ndarray:
@@ -38,13 +38,13 @@ def write_source(folder: Path, count: int = 12, pictures=None, **changes) -> Pat
 
 
 def command(source: Path, out: Path, *flags: str, before: str = "") -> list[str]:
-    """A `mimo data build` with parts of PART items. before: code that runs first, in the same process."""
+    """A `mimo data build` with batches of BATCH_SIZE items. before: code that runs first, in the same process."""
     words = ["data", "build", "--source", "manifest", "--in", str(source), "--out", str(out), "--workers", "1", *flags]
     code = [
         "import sys",
         "from mimo_jax.cli.main import main",
         "from mimo_jax.data.builder import item_batches",
-        f"item_batches.PART = {PART}",
+        f"item_batches.BATCH_SIZE = {BATCH_SIZE}",
         before,
     ]
     return [sys.executable, "-c", "\n".join([*code, f"sys.exit(main({words!r}))"])]

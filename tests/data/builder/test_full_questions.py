@@ -56,7 +56,7 @@ def bodies(number: int, seed: int = 0):
 def asked():
     """(record, its samples) of complete labels."""
     records = bodies(200)
-    census = LabelStats.of(records)
+    census = LabelStats.from_records(records)
     return [(record, ask(record, record_rng(0, record.id), census, style=FULL)) for record in records]
 
 
@@ -131,8 +131,8 @@ def test_nothing_is_absent_where_labels_are_not_complete():
     tally = LabelCounts()
     for record in records:
         tally.add(record.dataset, record.modality, shown_by(record), complete=False)
-    census = LabelStats.of_tally(tally)
-    samples = [s for r in records for s in ask(r, record_rng(0, r.id), census, census.lacking(r, (), complete=False), FULL)]
+    census = LabelStats.from_counts(tally)
+    samples = [s for r in records for s in ask(r, record_rng(0, r.id), census, census.known_absent(r, (), complete=False), FULL)]
     assert samples and not any(target.absent for sample in samples for target in sample.targets)
     assert not any(sample.kind in ("absent", "yes_no") for sample in samples)
 
@@ -171,7 +171,7 @@ def test_relations_are_true_and_choices_fair(asked):
             more = "covers more" in text or "larger here" in text
             assert (layout.ratio(a, b) > 1) == more and 1.4 <= max(layout.ratio(a, b), layout.ratio(b, a)) <= 4
         elif sample.kind == "side":
-            image_right = np.subtract(*(layout.boxes[layout.place[name], [0, 2]].mean() for name in (a, b))) > 0
+            image_right = np.subtract(*(layout.boxes[layout.index[name], [0, 2]].mean() for name in (a, b))) > 0
             mirrored = int(record.id.removeprefix("body").removeprefix("chest")) % 2 == 1
             assert f"patient's {'left' if image_right != mirrored else 'right'} of" in text, text
             assert a.split()[0] == b.split()[0] or not {"left", "right"} & {a.split()[0], b.split()[0]}
@@ -223,10 +223,10 @@ def test_facts_are_said_of_their_structures(asked):
 
 def test_samples_are_the_same_in_any_process_and_order():
     records = bodies(30)
-    census = LabelStats.of(records)
+    census = LabelStats.from_records(records)
     forth = {r.id: ask(r, record_rng(3, r.id), census, style=FULL) for r in records}
     code = (
-        "from tests.data.builder.test_full_questions import *\nrecords = bodies(30)\ncensus = LabelStats.of(records)\n"
+        "from tests.data.builder.test_full_questions import *\nrecords = bodies(30)\ncensus = LabelStats.from_records(records)\n"
         "print({r.id: ask(r, record_rng(3, r.id), census, style=FULL) for r in records})"
     )
     there = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
@@ -255,7 +255,7 @@ def test_the_name_of_what_is_asked_for_does_not_tell_whether_it_is_there():
     for n in range(500):
         shown = {name: (SLICE | EXTRA)[name] for name, share in shares.items() if rng.random() < share}
         records.append(slice_record(shown or {"liver": SLICE["liver"]}, name=f"r{n}"))
-    census = LabelStats.of(records)
+    census = LabelStats.from_records(records)
     spread = {}
     for style in (FULL, replace(FULL, even=False)):
         asked = defaultdict(Counter)
@@ -276,7 +276,7 @@ def test_zero_is_no_better_a_guess_than_another_number():
     for n in range(400):
         boxes = {name: (20 * i, 0, 20 * i + 9, 9) for i, name in enumerate(lesions) if rng.random() < 0.15}
         records.append(slice_record({"liver": SLICE["liver"]} | boxes, name=f"r{n}"))
-    census = LabelStats.of(records)
+    census = LabelStats.from_records(records)
     samples = [sample for record in records for sample in ask(record, record_rng(0, record.id), census, style=FULL)]
     answers = Counter(sample.references[0] for sample in samples if sample.kind == "count")
     assert answers.keys() == {"Zero", "One"} and 0.2 < answers["Zero"] / sum(answers.values()) < 0.45

@@ -14,19 +14,22 @@ def test_a_whole_and_its_part_overlap_and_a_lesion_does_not():
 
 
 def test_what_is_always_there_is_not_asked_about():
-    census = LabelStats.of([plain_record(["liver"], name="a"), plain_record(["liver"], name="b")])
+    census = LabelStats.from_records([plain_record(["liver"], name="a"), plain_record(["liver"], name="b")])
     assert census.asking_rates == {"liver": (0.0, 0.0, 0.0)}
 
 
 def test_entities_of_other_kinds_only_where_it_is_said():
     records = [plain_record(["liver"], name="a"), plain_record(["keel"], modality="MR", name="b")]
-    assert LabelStats.of(records, elsewhere=True).foreign(records[0]) == ["keel"] and LabelStats.of(records).foreign(records[0]) == []
+    assert (
+        LabelStats.from_records(records, elsewhere=True).foreign(records[0]) == ["keel"]
+        and LabelStats.from_records(records).foreign(records[0]) == []
+    )
 
 
 def test_neither_wholes_nor_parts_of_what_is_shown_are_absent():
     records = [plain_record(names, name=str(i)) for i, names in enumerate((["lung"], ["left lung"], ["liver"], ["left lung", "liver"]))]
-    census = LabelStats.of(records)
-    assert [set(census.lacking(record)) for record in records] == [{"liver"}, {"liver"}, {"left lung", "lung"}, set()]
+    census = LabelStats.from_records(records)
+    assert [set(census.known_absent(record)) for record in records] == [{"liver"}, {"liver"}, {"left lung", "lung"}, set()]
     assert census.absence["ward", "CT"] == {"left lung": 0.25, "liver": 0.5, "lung": 0.25}
 
 
@@ -34,10 +37,10 @@ def test_labels_that_are_not_complete_say_nothing():
     tally = LabelCounts()
     for number in range(10):
         tally.add("ward", "CT", ["liver", "spleen"] if number % 2 else ["liver"], complete=False)
-    census = LabelStats.of_tally(tally)
+    census = LabelStats.from_counts(tally)
     record = plain_record(["liver"])
-    assert census.lacking(record, complete=False) == [] == census.lacking(record)  # no complete image ever vouched for the spleen
-    assert census.lacking(record, absent=["spleen", "liver"], complete=False) == ["spleen"]
+    assert census.known_absent(record, complete=False) == [] == census.known_absent(record)  # no complete image ever vouched for the spleen
+    assert census.known_absent(record, absent=["spleen", "liver"], complete=False) == ["spleen"]
     assert all(rates == (0.0, 0.0, 0.0) for rates in census.asking_rates.values())
 
 
@@ -47,8 +50,8 @@ def test_one_image_of_incomplete_labels_vouches_for_nothing():
     tally.add("ward", "CT", ["liver", "rumen"], complete=False)
     tally.add("ward", "CT", ["liver", "spleen"])
     tally.add("ward", "CT", ["liver"], times=2)
-    census = LabelStats.of_tally(tally)
-    assert census.lacking(plain_record(["liver"])) == ["spleen"]
+    census = LabelStats.from_counts(tally)
+    assert census.known_absent(plain_record(["liver"])) == ["spleen"]
     assert census.absence["ward", "CT"] == {"liver": 0.0, "rumen": 0.0, "spleen": 0.5}
 
 
@@ -63,7 +66,7 @@ def test_tallies_add_up():
     many = LabelCounts()
     for entities, absent, complete in kinds:
         many.add("ward", "CT", entities, absent, complete, times=3)
-    assert many == whole and LabelStats.of_tally(many) == LabelStats.of_tally(whole)
+    assert many == whole and LabelStats.from_counts(many) == LabelStats.from_counts(whole)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -73,7 +76,7 @@ def test_rates_balance_yes_and_no(elsewhere):
         shown = [name for name, every in (("liver", 2), ("spleen", 3), ("aorta", 4), ("left lung", 6), ("lung", 5)) if number % every == 0]
         tally.add("ward", "CT", shown, absent=["polyp"] if number % 8 == 1 else [], complete=number % 3 != 2)
         tally.add("yard", "MR", ["brain"] if number % 5 else [])
-    census = LabelStats.of_tally(tally, elsewhere)
+    census = LabelStats.from_counts(tally, elsewhere)
     sums = Counter()
     for entity, (yes, lacks, foreign) in census.asking_rates.items():
         assert max(yes, lacks, foreign) <= 1 + 1e-9

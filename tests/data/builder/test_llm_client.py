@@ -18,7 +18,7 @@ from tests.data.builder.chat_server import chat_server
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(llm_client, "_WAIT", 0.01)
+    monkeypatch.setattr(llm_client, "_FIRST_WAIT", 0.01)
 
 
 def client_of(chat, folder, **limits) -> ChatClient:
@@ -63,7 +63,7 @@ def test_a_slow_or_endless_answer_is_given_up(tmp_path):
         start = time.monotonic()
         assert client_of(chat, tmp_path, timeout=0.4).ask("ab12", "x") == "hello"
         assert time.monotonic() - start < 2.5
-    with chat_server(b"x" * (llm_client.LARGEST_REPLY + 1), "hello") as chat:
+    with chat_server(b"x" * (llm_client.MAX_REPLY_BYTES + 1), "hello") as chat:
         assert client_of(chat, tmp_path).ask("cd34", "x") == "hello"
 
 
@@ -86,7 +86,7 @@ def test_an_answer_that_drips_has_a_deadline(tmp_path):
         pool.submit(drip)
         client = ChatClient(f"http://127.0.0.1:{listener.getsockname()[1]}", "parrot", tmp_path, timeout=0.5, attempts=1)
         start = time.monotonic()
-        with pytest.raises(EndpointError, match=r"no answer in 1 attempts \(no whole answer within 0.5 s\)"):
+        with pytest.raises(EndpointError, match=r"no answer in 1 attempts \(no complete reply within 0.5 s\)"):
             client.ask("ab12", "x")
         assert time.monotonic() - start < 1.5
     listener.close()
@@ -182,7 +182,7 @@ def test_the_environment_names_endpoint_and_model(tmp_path, monkeypatch):
         ChatClient.from_environment(tmp_path)
     monkeypatch.setenv("MIMO_LLM_MODEL", "parrot")
     monkeypatch.setenv("MIMO_LLM_KEY", "word\nX-Other: 1")
-    with pytest.raises(EndpointError, match="MIMO_LLM_KEY: holds a blank"):
+    with pytest.raises(EndpointError, match="MIMO_LLM_KEY: contains a blank"):
         ChatClient.from_environment(tmp_path)
     monkeypatch.setenv("MIMO_LLM_KEY", "word")
     client = ChatClient.from_environment(tmp_path, max_requests=3)

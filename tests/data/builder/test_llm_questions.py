@@ -7,7 +7,7 @@ import pytest
 
 from mimo_jax.data.builder.knowledge import KNOWLEDGE
 from mimo_jax.data.builder.llm_client import ChatClient, EndpointError
-from mimo_jax.data.builder.llm_questions import checked, describe, llm_samples
+from mimo_jax.data.builder.llm_questions import describe, llm_samples, rejection_reason
 from mimo_jax.data.schema import encode_mask
 from tests.data.builder.bodies import SLICE, slice_record
 from tests.data.builder.chat_server import chat_server
@@ -39,37 +39,37 @@ BAD = [
     ("a finding of knowledge", entry(BILE, "The liver makes bile in spite of cirrhosis.", ["liver"]), "the image does not have"),
     ("another structure", entry(BILE, "The liver makes bile for the gallbladder.", ["liver"]), "the image does not have"),
     ("one asked for", entry("Which organ makes bile for the duodenum?", "The liver makes bile.", ["liver"]), "the image does not have"),
-    ("a state", entry(BILE, "The enlarged liver makes bile.", ["liver"]), "word that no fact does"),
-    ("health", entry(BILE, "The liver makes bile and is normal.", ["liver"]), "word that no fact does"),
-    ("a number", entry(BILE, "The liver makes bile; it is 12 cm large.", ["liver"]), "word that no fact does"),
-    ("free knowledge", entry("Which organ stores iron?", "The liver makes bile.", ["liver"]), "word that no fact does"),
-    ("a negation", entry(BILE, "The liver makes bile, not urine.", ["liver"]), "word that no fact does"),
-    ("a patient", entry(BILE, "The liver of Mr Smith makes bile.", ["liver"]), "word that no fact does"),
+    ("a state", entry(BILE, "The enlarged liver makes bile.", ["liver"]), "word that is in no fact"),
+    ("health", entry(BILE, "The liver makes bile and is normal.", ["liver"]), "word that is in no fact"),
+    ("a number", entry(BILE, "The liver makes bile; it is 12 cm large.", ["liver"]), "word that is in no fact"),
+    ("free knowledge", entry("Which organ stores iron?", "The liver makes bile.", ["liver"]), "word that is in no fact"),
+    ("a negation", entry(BILE, "The liver makes bile, not urine.", ["liver"]), "word that is in no fact"),
+    ("a patient", entry(BILE, "The liver of Mr Smith makes bile.", ["liver"]), "word that is in no fact"),
     ("the wrong organ", entry(BILE, "The spleen makes bile.", ["spleen"]), "fact of another structure"),
     ("facts swapped", entry("Which?", "The liver clears old blood cells, the spleen makes bile.", ["liver", "spleen"]), "of another"),
     ("a wrong place", entry("Which organ does what?", "The aorta makes bile.", ["aorta"]), "fact of another structure"),
-    ("an untold relation", entry("What touches what?", "The aorta touches the liver.", ["aorta", "liver"]), "nothing that was told"),
-    ("a turned relation", entry("Which is it?", "The liver lies within the liver cyst.", ["liver", "liver cyst"]), "nothing that was told"),
-    ("a hidden relation", entry(BILE, "The liver makes bile in the spleen.", ["liver", "spleen"]), "nothing that was"),
-    ("another", entry("Which?", "The liver makes bile in the spleen, which clears old blood cells.", ["liver", "spleen"]), "nothing that"),
+    ("an untold relation", entry("What touches what?", "The aorta touches the liver.", ["aorta", "liver"]), "no fact links"),
+    ("a turned relation", entry("Which is it?", "The liver lies within the liver cyst.", ["liver", "liver cyst"]), "no fact links"),
+    ("a hidden relation", entry(BILE, "The liver makes bile in the spleen.", ["liver", "spleen"]), "no fact links"),
+    ("another", entry("Which?", "The liver makes bile in the spleen, which clears old blood cells.", ["liver", "spleen"]), "no fact links"),
     ("a second relation", entry("What?", "In the aorta, the spleen touches the stomach.", ["spleen", "stomach", "aorta"]), "too many"),
-    ("a doubled one", entry("What?", "The spleen in the stomach: the spleen touches the stomach.", ["spleen", "stomach"]), "nothing that"),
-    ("no fact", entry("Which organ is it?", "It is the liver.", ["liver"]), "nothing that was told"),
-    ("no structure", entry(BILE, "The gallbladder makes bile.", ["gallbladder"]), "no structure of the image"),
+    ("a doubled one", entry("What?", "The spleen in the stomach: the spleen touches the stomach.", ["spleen", "stomach"]), "no fact links"),
+    ("no fact", entry("Which organ is it?", "It is the liver.", ["liver"]), "no fact links"),
+    ("no structure", entry(BILE, "The gallbladder makes bile.", ["gallbladder"]), "not a structure of the image"),
     ("no span", entry(BILE, "It makes bile.", ["liver"]), "not those that the answer names"),
     ("a span left out", entry(BILE, "The liver makes bile, as the spleen clears old blood cells.", ["liver"]), "not those that the answer"),
     ("a part of a name", entry(BILE, "The liver cyst makes bile.", ["liver"]), "not those that the answer names"),
-    ("nothing grounded", entry(BILE, "The liver makes bile.", []), "no, doubled or too many"),
-    ("one twice", entry(BILE, "The liver makes bile.", ["liver", "liver"]), "no, doubled or too many"),
+    ("nothing grounded", entry(BILE, "The liver makes bile.", []), "no, repeated or too many"),
+    ("one twice", entry(BILE, "The liver makes bile.", ["liver", "liver"]), "no, repeated or too many"),
     ("a leak", entry("Does the liver make bile?", "The liver makes bile.", ["liver"]), "question names its answer"),
     ("a leak of what is marked", entry("What does this liver do?", "The liver makes bile.", ["liver"], "liver"), "question names, or"),
-    ("another marked", entry("What is this?", "This is the liver.", ["liver"], "spleen"), "question names, or answer leaves out"),
+    ("another marked", entry("What is this?", "This is the liver.", ["liver"], "spleen"), "question names, or answer omits"),
     ("markup", entry(BILE, "The <SEG>liver makes bile.", ["liver"]), "marked-up text"),
     ("a line break", entry(BILE, "The liver\nmakes bile.", ["liver"]), "marked-up text"),
     ("length", entry(BILE, "The liver makes bile. " * 20, ["liver"]), "empty, long"),
     ("emptiness", entry("", "The liver makes bile.", ["liver"]), "empty, long"),
-    ("no question", entry("Which organ makes bile", "The liver makes bile.", ["liver"]), "no question"),
-    ("a perspective", entry(BILE, "The liver makes bile.", ["liver"]) | {"perspective": "V"}, "another perspective"),
+    ("no question", entry("Which organ makes bile", "The liver makes bile.", ["liver"]), "not a question"),
+    ("a perspective", entry(BILE, "The liver makes bile.", ["liver"]) | {"perspective": "V"}, "other perspective"),
 ]  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_only_names_modality_and_relations_leave_the_machine(record, tmp_path):
     text = json.dumps(chat.asked) + json.dumps(chat.headers) + "".join(path.read_text() for path in tmp_path.rglob("*.json"))
     for word in ("4711", "Smith", "smith", "2019", "visit7", "ward", "m0", "mine"):
         assert word not in text, word
-    told = describe(record).told()
+    told = describe(record).as_dict()
     assert sorted(told) == ["entities", "modality", "relations"] and {e["name"] for e in told["entities"]} == set(SLICE)
     assert all(set(e) <= {"name", "does", "lies"} for e in told["entities"])
     assert "the liver cyst lies within the liver" in told["relations"] and "the spleen touches the stomach" in told["relations"]
@@ -110,12 +110,12 @@ def test_a_whole_is_not_told_beside_its_part():
 
 @pytest.mark.parametrize("good", GOOD, ids=lambda e: e["answer"])
 def test_what_was_told_is_kept(record, good):
-    assert checked(good, describe(record)) == ""
+    assert rejection_reason(good, describe(record)) == ""
 
 
 @pytest.mark.parametrize("bad, said", [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_what_was_not_told_is_refused(record, bad, said):
-    assert said in checked(bad, describe(record))
+    assert said in rejection_reason(bad, describe(record))
 
 
 def test_samples_are_grounded_and_say_where_they_come_from(record, tmp_path):
@@ -151,12 +151,12 @@ def test_the_same_seed_keeps_the_same(record, tmp_path):
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("I am sorry, I cannot do that.", "reply is not the JSON asked for"), ("[]", "reply is not the JSON asked for"),
-    ('{"questions": {}}', "reply is not the JSON asked for"), (reply(GOOD[0])[:-9], "reply is not the JSON asked for"),
-    ("[" * 100_000, "reply is not the JSON asked for"), ("\ud800", "reply is not the JSON asked for"),
+    ("I am sorry, I cannot do that.", "reply is not the requested JSON"), ("[]", "reply is not the requested JSON"),
+    ('{"questions": {}}', "reply is not the requested JSON"), (reply(GOOD[0])[:-9], "reply is not the requested JSON"),
+    ("[" * 100_000, "reply is not the requested JSON"), ("\ud800", "reply is not the requested JSON"),
     (reply(GOOD[0] | {"answer": "The liver makes bile\ud800."}), "empty, long or marked-up text"),
-    (reply("text"), "entry of another form"), (reply(GOOD[0] | {"extra": 1}), "entry of another form"),
-    (reply(GOOD[0] | {"grounded": [3]}), "entry of another form"), (reply(GOOD[0] | {"question": None}), "entry of another form"),
+    (reply("text"), "malformed entry"), (reply(GOOD[0] | {"extra": 1}), "malformed entry"),
+    (reply(GOOD[0] | {"grounded": [3]}), "malformed entry"), (reply(GOOD[0] | {"question": None}), "malformed entry"),
     (reply(GOOD[0], GOOD[0]), "asked twice"),
 ])  # fmt: skip
 def test_replies_of_another_form_are_counted_and_not_paid_for_again(record, tmp_path, text, reason):
@@ -220,4 +220,4 @@ def test_facts_may_be_repeated_in_full():
     """Whatever the knowledge base says of a structure, its own words pass."""
     for entity, fact in KNOWLEDGE.items():
         facts = describe(slice_record({entity: (0, 0, 9, 9)}))
-        assert checked(entry(f"Which structure {fact.does}?", f"The {entity} {fact.does}.", [entity]), facts) == "", entity
+        assert rejection_reason(entry(f"Which structure {fact.does}?", f"The {entity} {fact.does}.", [entity]), facts) == "", entity

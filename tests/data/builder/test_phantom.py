@@ -100,9 +100,9 @@ def test_lesion_counts_are_even(records):
     """Layouts that do not fit are drawn anew with the same plan, so crowded images are not rarer."""
     for modality, anatomy in phantom_scenes.ANATOMY.items():
         numbers = [sum(m.entity == anatomy.lesion for m in r.masks) for r in records if r.modality == modality]
-        share = np.bincount(numbers, minlength=anatomy.most + 1) / len(numbers)
-        assert len(share) == anatomy.most + 1
-        even = 1 / (anatomy.most + 1)
+        share = np.bincount(numbers, minlength=anatomy.max_lesions + 1) / len(numbers)
+        assert len(share) == anatomy.max_lesions + 1
+        even = 1 / (anatomy.max_lesions + 1)
         assert np.abs(share - even).max() < 4 * np.sqrt(even * (1 - even) / len(numbers)), (modality, share)
 
 

@@ -17,14 +17,14 @@ from mimo_jax.data.builder.validate import find_faults
 from mimo_jax.data.records import DataError, damaged_files, open_records, read_info
 from mimo_jax.errors import UserError
 from tests.data.builder.chat_server import chat_server
-from tests.data.builder.sources_made import PART, contents, picture, run, write_source
+from tests.data.builder.sources_made import BATCH_SIZE, contents, picture, run, write_source
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(item_batches, "PART", PART)
+    monkeypatch.setattr(item_batches, "BATCH_SIZE", BATCH_SIZE)
 
 
 def built(source, out, workers=1, **options):
@@ -36,7 +36,7 @@ def records_of(out):
     return [(split, record) for split in read_info(out)["splits"] for record in open_records(out, split)]
 
 
-def test_a_build_is_whole_and_the_same_for_any_number_of_workers(tmp_path):
+def test_a_build_is_complete_and_the_same_for_any_number_of_workers(tmp_path):
     source = write_source(tmp_path / "in", 14)
     info = built(source, tmp_path / "a")
     assert find_faults(tmp_path / "a", progress=False) == []
@@ -76,13 +76,13 @@ module.{name} = counted
 @pytest.mark.parametrize(
     "module, name, at", [("item_batches", "make_record", 10), ("pipeline", "write_shard", 3), ("pipeline", "join_shards", 1)]
 )
-def test_after_a_kill_the_same_command_goes_on(tmp_path, module, name, at):
+def test_after_a_kill_the_same_command_resumes(tmp_path, module, name, at):
     source = write_source(tmp_path / "in")
     build(open_reader("manifest", source), tmp_path / "whole", Options(), progress=False)
     done = run(source, tmp_path / "out", before=KILL.format(module=module, name=name, at=at, signal=9))
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.building/parts").glob("*.known")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.building/batches").glob("*.summary")}
     assert len(kept) == (2 if name == "make_record" else 3)
     done = run(source, tmp_path / "out", before="item_batches.make_record = lambda item: sys.exit('made again')" if len(kept) == 3 else "")
     assert done.returncode == 0, done.stderr
@@ -90,18 +90,18 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path, module, name, at):
     assert not (tmp_path / ".out.building").exists()
 
 
-def test_a_request_to_stop_ends_with_75_and_the_same_command_goes_on(tmp_path):
+def test_a_request_to_stop_ends_with_75_and_the_same_command_resumes(tmp_path):
     source = write_source(tmp_path / "in")
     build(open_reader("manifest", source), tmp_path / "whole", Options(), progress=False)
     done = run(source, tmp_path / "out", before=KILL.format(module="item_batches", name="make_record", at=6, signal=int(signal.SIGTERM)))
     assert done.returncode == 75 and "run the same command again" in done.stderr
     assert not (tmp_path / "out").exists()
-    assert len(list((tmp_path / ".out.building/parts").glob("*.known"))) == 2  # the part in hand was finished
+    assert len(list((tmp_path / ".out.building/batches").glob("*.summary"))) == 2  # the current batch was finished
     assert run(source, tmp_path / "out").returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_part_of_other_items_is_made_again(tmp_path):
+def test_a_batch_of_other_items_is_built_again(tmp_path):
     source = write_source(tmp_path / "in")
     run(source, tmp_path / "out", before=KILL.format(module="pipeline", name="join_shards", at=1, signal=9))
     lines = (source / "manifest.jsonl").read_text().splitlines()
@@ -133,19 +133,19 @@ def test_rejects_are_listed_and_too_many_stop_it(tmp_path):
 def test_a_source_without_items_leaves_nothing(tmp_path):
     source = write_source(tmp_path / "in", 1)
     (source / "manifest.jsonl").write_text("")
-    with pytest.raises(DataError, match="holds no record"):
+    with pytest.raises(DataError, match="has no record"):
         built(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_what_looks_wrong_is_in_the_notes(tmp_path):
+def test_what_looks_wrong_is_in_the_warnings(tmp_path):
     source = write_source(tmp_path / "in")
     Image.fromarray(np.zeros((48, 64), np.uint8)).save(source / "images/5_liver.png")
     info = built(source, tmp_path / "out")
-    assert info["notes"] == {"empty mask, left out": 1} and info["unknown_entities"] == []
-    assert json.loads((tmp_path / "out/notes.jsonl").read_text()) == {"id": "n5", "note": "empty mask, left out"}
-    (tmp_path / "out/notes.jsonl").write_text("")
-    assert damaged_files(tmp_path / "out") == [f"{tmp_path / 'out/notes.jsonl'}: differs from what was written"]
+    assert info["warnings"] == {"empty mask, left out": 1} and info["unknown_entities"] == []
+    assert json.loads((tmp_path / "out/warnings.jsonl").read_text()) == {"id": "n5", "warning": "empty mask, left out"}
+    (tmp_path / "out/warnings.jsonl").write_text("")
+    assert damaged_files(tmp_path / "out") == [f"{tmp_path / 'out/warnings.jsonl'}: differs from what was written"]
 
 
 def shown_twice(folder, **changes):
@@ -167,11 +167,11 @@ def test_duplicates_across_splits_are_refused_with_the_pairs(tmp_path, exact):
     with pytest.raises(LeakError) as error:
         built(source, tmp_path / "out")
     first, pair = str(error.value).splitlines()
-    assert "1 pairs" in first and "--duplicates together" in first and pair == "  n0 (train) and n10 (test)"
+    assert "1 pairs" in first and "--duplicates group" in first and pair == "  n0 (train) and n10 (test)"
     with pytest.raises(LeakError):  # both splits are the source's own
-        built(source, tmp_path / "out", duplicates="together")
+        built(source, tmp_path / "out", duplicates="group")
     info = built(source, tmp_path / "out", duplicates="drop")
-    assert info["notes"]["looks like one of another split, left out"] == 1
+    assert info["warnings"]["near-duplicate of an image of another split, left out"] == 1
     found = {record.source: split for split, record in records_of(tmp_path / "out")}
     assert found == {f"n{i}": "train" if i < 8 else "test" for i in range(1, 12)}
 
@@ -180,12 +180,12 @@ def test_duplicates_may_share_a_split(tmp_path):
     source = shown_twice(tmp_path / "in")
     refused = [seed for seed in range(6) if leaks(source, tmp_path / "x", seed)]
     assert refused
-    info = built(source, tmp_path / "out", duplicates="together", seed=refused[0])
+    info = built(source, tmp_path / "out", duplicates="group", seed=refused[0])
     split_of = {record.source: split for split, record in records_of(tmp_path / "out")}
     assert len({split_of[name] for name in ("n0", "n1", "n10", "n11")}) == 1
-    assert info["notes"]["looks like another"] == 1
-    noted = [json.loads(line) for line in (tmp_path / "out/notes.jsonl").read_text().splitlines()]
-    assert noted == [{"id": "n0", "note": "looks like another", "other": "n10"}]
+    assert info["warnings"]["near-duplicate of another image"] == 1
+    noted = [json.loads(line) for line in (tmp_path / "out/warnings.jsonl").read_text().splitlines()]
+    assert noted == [{"id": "n0", "warning": "near-duplicate of another image", "other": "n10"}]
 
 
 def leaks(source, out, seed):
@@ -200,7 +200,7 @@ def leaks(source, out, seed):
 def test_the_same_picture_again_in_a_case_is_another_record(tmp_path):
     source = write_source(tmp_path / "in", pictures={1: 0})
     info = built(source, tmp_path / "out")
-    assert info["notes"] == {"the same picture again": 1}
+    assert info["warnings"] == {"same pixels as an earlier image": 1}
     ids = {record.source: record.id for _, record in records_of(tmp_path / "out")}
     assert ids["n1"] == f"{ids['n0']}-2" and find_faults(tmp_path / "out", progress=False) == []
 
@@ -269,7 +269,7 @@ def test_a_language_model_writes_what_stands_up_and_is_paid_once(tmp_path, monke
         monkeypatch.setenv("MIMO_LLM_MODEL", "parrot")
         question_generation._client.cache_clear()
         info = built(source, tmp_path / "out", qa="llm", llm_cache=str(tmp_path / "cache"))
-    assert info["model"] == "parrot" and info["written_left_out"] == {"names a structure or finding that the image does not have": 12}
+    assert info["model"] == "parrot" and info["rejected_questions"] == {"names a structure or finding that the image does not have": 12}
     assert 0 < len(chat.asked) <= 12  # of the same facts, once
     for _, record in records_of(tmp_path / "out"):
         written = [sample for sample in record.samples if sample.perspective in ("III", "IV")]

@@ -8,9 +8,9 @@ import pytest
 from mimo_jax.config import PERSPECTIVES
 from mimo_jax.data.builder.knowledge import KNOWLEDGE
 from mimo_jax.data.builder.label_stats import PRESENCE_PER_IMAGE, LabelStats
-from mimo_jax.data.builder.phantom import PHANTOM_CENSUS, make_phantom
+from mimo_jax.data.builder.phantom import PHANTOM_LABEL_STATS, make_phantom
 from mimo_jax.data.builder.questions import ask
-from mimo_jax.data.builder.relations import LARGER
+from mimo_jax.data.builder.relations import MIN_AREA_RATIO
 from mimo_jax.data.builder.templates import NUMBERS, UNMARKED, with_article
 from mimo_jax.data.schema import encode_mask
 from tests.data.builder.bodies import plain_record
@@ -141,10 +141,10 @@ def test_short_answers_say_what_they_are_about(records):
 def test_presence_is_balanced_for_each_entity(records):
     """Over the phantoms of all modalities, asked of an entity, yes and no come alike: by the rates exactly, by count roughly."""
     half = PRESENCE_PER_IMAGE / 19 / 2
-    for key, presence in PHANTOM_CENSUS.presence.items():
+    for key, presence in PHANTOM_LABEL_STATS.presence.items():
         for entity, share in presence.items():
-            yes, lacks, foreign = PHANTOM_CENSUS.asking_rates[entity]
-            here = PHANTOM_CENSUS.share[key]
+            yes, lacks, foreign = PHANTOM_LABEL_STATS.asking_rates[entity]
+            here = PHANTOM_LABEL_STATS.share[key]
             assert yes * here * share == pytest.approx(half)
             assert lacks * here * (1 - share) + foreign * (1 - here) == pytest.approx(half)
             assert max(yes, lacks, foreign) <= 1
@@ -169,7 +169,7 @@ def test_counts_and_comparisons_are_true(records):
             assert NUMBERS.index(answer) == sum(mask.entity == entity for mask in record.masks)
         elif sample.kind == "compare":
             first, second = sorted((m for m in record.masks if m.entity in question), key=lambda m: question.index(m.entity))
-            assert max(first.area_px, second.area_px) >= LARGER * min(first.area_px, second.area_px)
+            assert max(first.area_px, second.area_px) >= MIN_AREA_RATIO * min(first.area_px, second.area_px)
             assert ((first.area_px > second.area_px) == ("larger" in question)) == (answer == "Yes")
         elif sample.kind == "modality":
             assert answer == record.modality
@@ -191,7 +191,7 @@ def test_the_vocabulary_is_small(records):
 def test_unknown_entities_get_what_needs_no_knowledge():
     record = plain_record(["gizzard", "left whatsit", "gizzard"])
     other = plain_record(["left whatsit"], name="s")
-    census = LabelStats.of([record, other, plain_record(["keel"], modality="MR", name="t")])
+    census = LabelStats.from_records([record, other, plain_record(["keel"], modality="MR", name="t")])
     found = [sample for seed in range(40) for sample in ask(record, np.random.default_rng(seed), census)]
     assert {sample.perspective for sample in found} == {"I", "II", "vqa"}
     assert {sample.kind for sample in found} == {"one", "two", "name", "unmarked", "yes_no", "modality", "list"}
@@ -205,7 +205,7 @@ def test_where_labels_are_not_complete_only_known_absence_counts():
     """A missing mask says nothing; yes and no are balanced over what is known, and nothing else is asked or said."""
     records = [plain_record(["liver", "spleen"] if i % 2 else ["spleen"], name=f"r{i}") for i in range(40)]
     absent = {record.id: ["liver"] if i % 4 == 0 else [] for i, record in enumerate(records)}
-    census = LabelStats.of(records, absent=absent)
+    census = LabelStats.from_records(records, absent=absent)
     assert census.asking_rates["spleen"] == (0.0, 0.0, 0.0)
     yes, lacks, _ = census.asking_rates["liver"]
     assert yes * 0.5 == pytest.approx(lacks * 0.25) and lacks > 0
@@ -225,11 +225,11 @@ def test_a_host_is_found_by_overlap_where_no_parent_is_recorded():
     pixels = np.zeros((record.height, record.width), bool)
     pixels[3:6, 3:6] = True
     record.masks.append(encode_mask(pixels, "c", "liver cyst"))
-    found = [s for seed in range(20) for s in ask(record, np.random.default_rng(seed), LabelStats.of([record]))]
+    found = [s for seed in range(20) for s in ask(record, np.random.default_rng(seed), LabelStats.from_records([record]))]
     assert any(s.kind == "contains" and [t.entity for t in s.targets] == ["liver cyst", "liver"] for s in found)
 
 
 def test_same_generator_same_questions(records):
-    one = ask(records[0], np.random.default_rng(4), PHANTOM_CENSUS)
-    assert one == ask(records[0], np.random.default_rng(4), PHANTOM_CENSUS)
-    assert one != ask(records[0], np.random.default_rng(5), PHANTOM_CENSUS)
+    one = ask(records[0], np.random.default_rng(4), PHANTOM_LABEL_STATS)
+    assert one == ask(records[0], np.random.default_rng(4), PHANTOM_LABEL_STATS)
+    assert one != ask(records[0], np.random.default_rng(5), PHANTOM_LABEL_STATS)

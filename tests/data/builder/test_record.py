@@ -12,18 +12,18 @@ from mimo_jax.data.builder import record as under_test
 from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.record import (
     BURNED_IN,
-    EMPTY,
-    SAME,
-    TWICE,
-    UNASKED,
-    WIDE,
-    Made,
+    DUPLICATE_MASK,
+    EMPTY_MASK,
+    EMPTY_MASK_SAMPLE,
+    LARGE_MASK,
+    SAME_PIXELS,
+    BuiltRecord,
     Reject,
     make_record,
     perceptual_hash,
     pixel_hash,
 )
-from mimo_jax.data.builder.splits import COPY, NEAR
+from mimo_jax.data.builder.splits import MAX_COARSE_BITS, MAX_FINE_BITS
 from mimo_jax.data.transforms import decode_image
 from mimo_jax.infer.answers.write_masks import write_seg
 from tests.data.medical_files import dicom, nifti, saved
@@ -50,9 +50,9 @@ def item(image, *masks, **fields) -> Item:
     return Item(id="a", image=str(image), masks=masks, **fields)
 
 
-def made(image, *masks, **fields) -> Made:
+def made(image, *masks, **fields) -> BuiltRecord:
     result = make_record(item(image, *masks, **fields))
-    assert isinstance(result, Made), result
+    assert isinstance(result, BuiltRecord), result
     return result
 
 
@@ -153,7 +153,7 @@ def test_what_looks_wrong_is_told(tmp_path, png):
         png, MaskRef("liver", liver), MaskRef("spleen", empty), MaskRef("liver", liver), MaskRef("union_liver", liver),
         MaskRef("pancreas", liver), MaskRef("body", all_but),
     )  # fmt: skip
-    assert sorted(result.notes) == sorted([EMPTY, TWICE, TWICE, SAME, WIDE])
+    assert sorted(result.warnings) == sorted([EMPTY_MASK, DUPLICATE_MASK, DUPLICATE_MASK, SAME_PIXELS, LARGE_MASK])
     assert [mask.entity for mask in result.record.masks] == ["liver", "pancreas", "body"]
 
 
@@ -194,10 +194,10 @@ def test_conversations_of_the_source(tmp_path, png):
     assert sample.sample_id == f"{record.id}/0"
     empty = MaskRef("spleen", saved_mask(tmp_path / "e.png", NOTHING))
     result = made(png, refs[0], empty, samples=(conversation(),))
-    assert result.record.samples == [] and result.notes == (EMPTY, UNASKED)
+    assert result.record.samples == [] and result.warnings == (EMPTY_MASK, EMPTY_MASK_SAMPLE)
     twice = made(png, refs[1], refs[1], samples=(conversation(),)).record
     assert twice.samples[0].turns[0].prompted == ["spleen_0"]
-    assert "sample 0: is no conversation" in refused(png, *refs, samples=({"turns": "?"},))
+    assert "sample 0: is not a conversation" in refused(png, *refs, samples=({"turns": "?"},))
     assert "perspective 'V'" in refused(png, *refs, samples=(conversation(perspective="V"),))
     outside = conversation(targets=[{"turn": 1, "entity": "x", "span": [0, 99], "mask": [0]}])
     assert "lies outside the text" in refused(png, *refs, samples=(outside,))
@@ -207,11 +207,11 @@ def test_dicom_and_its_segmentation(tmp_path):
     stored = GREY.astype(np.int16) * 4 - 200
     path = saved(dicom(stored, RescaleIntercept=-100, RescaleSlope=1, BurnedInAnnotation="YES"), tmp_path / "a.dcm")
     result = made(path, window=(-300.0, 720.0))
-    assert result.notes == (BURNED_IN,)
+    assert result.warnings == (BURNED_IN,)
     record = result.record
     assert (record.format, record.src_bit_depth, record.pixel_spacing_mm) == ("png", 16, [0.5, 0.25])
     np.testing.assert_array_equal(decode_image(record.image)[..., 0], GREY)
-    picture = under_test._read(item(path)).picture
+    picture = under_test._read(item(path)).image
     with open(tmp_path / "seg.dcm", "wb") as file:
         write_seg(tmp_path / "seg.dcm", file, [("liver", LIVER[None]), ("spleen", SPLEEN[None])], [picture.grid], False)
     seg = str(tmp_path / "seg.dcm")
@@ -219,7 +219,7 @@ def test_dicom_and_its_segmentation(tmp_path):
     for mask, wanted in zip(masks, (LIVER, SPLEEN, LIVER | SPLEEN), strict=True):
         np.testing.assert_array_equal(mask.decode(), wanted)
     other = saved(dicom(stored), tmp_path / "b.dcm")
-    assert made(other, MaskRef("liver", seg, value=1)).notes == (EMPTY,)  # the SEG speaks of another instance
+    assert made(other, MaskRef("liver", seg, value=1)).warnings == (EMPTY_MASK,)  # the SEG speaks of another instance
 
 
 @pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, 1), (-1, 1, -1)])
@@ -240,8 +240,8 @@ def test_nifti_is_shown_upright_and_its_labels_with_it(tmp_path, signs):
     shown = decode_image(result.record.image)[..., 0]
     assert shown[mask].min() > shown[~mask].max()
     moved = nifti(tmp_path / "m.nii.gz", volume, affine + np.eye(4)[:, [3, 1, 2, 0]] * [0, 0, 0, 5.0])
-    assert "does not lie on the grid" in refused(image, MaskRef("liver", str(moved), value=1), **fields)
-    assert "is not there" in refused(image, slice="axial:6")
+    assert "is not on the grid" in refused(image, MaskRef("liver", str(moved), value=1), **fields)
+    assert "does not exist" in refused(image, slice="axial:6")
 
 
 def test_hashes(tmp_path):
@@ -252,11 +252,11 @@ def test_hashes(tmp_path):
     smaller = made(saved_image(tmp_path / "s.png", np.asarray(Image.fromarray(smooth).resize((140, 100))))).record
     assert again.id != as_png.id
     for record in (again, smaller):
-        assert (int(record.phash64, 16) ^ int(as_png.phash64, 16)).bit_count() <= NEAR
+        assert (int(record.phash64, 16) ^ int(as_png.phash64, 16)).bit_count() <= MAX_COARSE_BITS
     whole = np.repeat(smooth[..., None], 3, 2)
     looks = [perceptual_hash(pixels)[1] for pixels in (whole, decode_image(again.image), decode_image(smaller.image), whole[::-1])]
     turned = [(int.from_bytes(looks[0]) ^ int.from_bytes(other)).bit_count() for other in looks[1:]]
-    assert max(turned[:2]) <= COPY < 80 < turned[2]
+    assert max(turned[:2]) <= MAX_FINE_BITS < 80 < turned[2]
     assert perceptual_hash(np.full((30, 30, 3), 7, np.uint8)) == ("", bytes(32))
 
 

@@ -10,7 +10,7 @@ from tests.data.builder.bodies import SLICE, plain_record, slice_record
 
 
 def scene_of(record, *others) -> Scene:
-    return Scene(record, np.random.default_rng(0), LabelStats.of([record, *others]), None, FULL)
+    return Scene(record, np.random.default_rng(0), LabelStats.from_records([record, *others]), None, FULL)
 
 
 def test_grounded_places_spans():
@@ -23,7 +23,7 @@ def test_grounded_places_spans():
 
 def test_what_a_sentence_names_of_the_image_is_grounded_too():
     scene = scene_of(plain_record(["left lung", "lung", "stomach", "spleen"]))
-    text, targets = scene.told("The {} lies behind the stomach, by the left lung, the spleen and the liver.", [("spleen", ["m3"])])
+    text, targets = scene.ground_names("The {} lies behind the stomach, by the left lung, the spleen and the liver.", [("spleen", ["m3"])])
     assert text == "The spleen lies behind the stomach, by the left lung, the spleen and the liver."
     assert [(text[t.span[0] : t.span[1]], t.mask_ids) for t in targets] == [("spleen", ["m3"]), ("stomach", ["m2"]), ("left lung", ["m0"])]
 

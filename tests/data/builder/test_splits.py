@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_jax.data.builder import splits
-from mimo_jax.data.builder.splits import COPY, NEAR, SHARES, NearDuplicates, check_shares, split_groups
+from mimo_jax.data.builder.splits import MAX_COARSE_BITS, MAX_FINE_BITS, SHARES, NearDuplicates, check_shares, split_groups
 from mimo_jax.data.loading.sources import not_evaluable
 from mimo_jax.data.schema import Mask, Record
 from mimo_jax.errors import UserError
@@ -68,7 +68,7 @@ def differ(a, b):
 
 
 def alike(a, b):
-    return differ(a, b)[0] <= NEAR and differ(a, b)[1] <= COPY
+    return differ(a, b)[0] <= MAX_COARSE_BITS and differ(a, b)[1] <= MAX_FINE_BITS
 
 
 def turned(rng, hashes, coarse, fine):
@@ -88,11 +88,11 @@ def test_near_hashes_are_all_found(seed, rows):
     rng = np.random.default_rng(seed)
     base = rng.integers(0, 2**63, (4, 5), np.uint64)
     hashes = np.concatenate([base, *(turned(rng, base, coarse, fine) for coarse in (0, 2, 3, 4) for fine in (0, 16, 32, 33))])
-    before, splits._ROWS = splits._ROWS, rows
+    before, splits._BLOCK_ROWS = splits._BLOCK_ROWS, rows
     try:
-        found = NearDuplicates.of(hashes)
+        found = NearDuplicates.from_hashes(hashes)
     finally:
-        splits._ROWS = before
+        splits._BLOCK_ROWS = before
     unique = np.unique(hashes, axis=0)
     np.testing.assert_array_equal(unique[found.kind], hashes)
     wanted = {(i, j) for i in range(len(unique)) for j in range(i + 1, len(unique)) if alike(unique[i], unique[j])}
@@ -107,12 +107,12 @@ def test_what_is_united_or_dropped_no_longer_leaks(seed):
     base = rng.integers(0, 2**63, (6, 5), np.uint64)[rng.integers(0, 6, n)]
     hashes = np.where(rng.random((n, 1)) < 0.5, base, turned(rng, base, 1, 8))
     groups, labels = rng.integers(0, 8, n), rng.integers(0, 3, n)
-    found = NearDuplicates.of(hashes)
+    found = NearDuplicates.from_hashes(hashes)
     leaks = {(i, j) for i in range(n) for j in range(n) if labels[i] != labels[j] and alike(hashes[i], hashes[j])}
-    across = set(found.across(labels))
+    across = set(found.pairs_across(labels))
     assert bool(across) == bool(leaks) and {*across, *((j, i) for i, j in across)} <= leaks
-    united = found.together(groups)
-    assert not set(found.across(united))
+    united = found.merge_groups(groups)
+    assert not set(found.pairs_across(united))
     assert all(united[i] == united[j] for i in range(n) for j in range(n) if groups[i] == groups[j])
     kept = ~found.leaking(labels, (0, 1, 2))
     assert not any(kept[i] and kept[j] for i, j in leaks)

@@ -26,7 +26,7 @@ from pydicom.uid import (
 )
 
 from mimo_jax.data.images.image import PLANES, WINDOWS
-from mimo_jax.data.images.open_image import open_picture
+from mimo_jax.data.images.open_image import open_image
 from mimo_jax.errors import UserError
 from tests.data.medical_files import affine_of, dicom, enhanced, lut, nifti, saved
 
@@ -50,7 +50,7 @@ def grey(picture):
 
 def fails(path, match, **chosen):
     with pytest.raises(UserError, match=match) as raised:
-        open_picture(path, **chosen)
+        open_image(path, **chosen)
     assert "\n" not in str(raised.value) and not any(secret in str(raised.value) for secret in SECRETS)
 
 
@@ -70,11 +70,11 @@ def test_windows_of_a_ct_are_in_hounsfield_units(tmp_path):
     path = saved(dicom(stored, RescaleSlope=2, RescaleIntercept=-1024, WindowCenter=[40, 300], WindowWidth=[400, 1500]), tmp_path / "a")
     hu = stored * 2.0 - 1024
     # PS3.3 C.11.2.1.2.1: ((x - (c - 0.5)) / (w - 1) + 0.5) * range
-    np.testing.assert_array_equal(grey(open_picture(path)), np.clip(np.rint(((hu - 39.5) / 399 + 0.5) * 255), 0, 255))
-    np.testing.assert_array_equal(grey(open_picture(path, window=(-300, 900))), linear(hu, -300, 900))
+    np.testing.assert_array_equal(grey(open_image(path)), np.clip(np.rint(((hu - 39.5) / 399 + 0.5) * 255), 0, 255))
+    np.testing.assert_array_equal(grey(open_image(path, window=(-300, 900))), linear(hu, -300, 900))
     for name, limits in WINDOWS.items():
-        np.testing.assert_array_equal(grey(open_picture(path, window=name.upper())), linear(hu, *limits))
-    picture = open_picture(path, frame=0)
+        np.testing.assert_array_equal(grey(open_image(path, window=name.upper())), linear(hu, *limits))
+    picture = open_image(path, frame=0)
     assert picture.spacing_mm == (0.5, 0.25)
     np.testing.assert_array_equal(picture.grid.affine @ [0, 0, 0, 1], [-10, -20, 30, 1])
     np.testing.assert_array_equal(picture.grid.affine @ [4, 2, 1, 1], [-11, -21, 32, 1])  # columns of 0.25, rows of 0.5 mm
@@ -85,19 +85,19 @@ def test_other_rules_of_a_window(tmp_path, rule):
     path = saved(dicom(ramp(), WindowCenter=9, WindowWidth=10, VOILUTFunction=rule), tmp_path / "a")
     x = ramp().astype(float)
     expected = linear(x, 4, 14) if rule == "LINEAR_EXACT" else np.rint(255 / (1 + np.exp(-4 * (x - 9) / 10)))
-    np.testing.assert_array_equal(grey(open_picture(path)), expected)
+    np.testing.assert_array_equal(grey(open_image(path)), expected)
 
 
 @pytest.mark.parametrize("window", [{}, {"WindowWidth": 0, "WindowCenter": 5}, {"WindowWidth": None, "WindowCenter": None}])
 def test_without_a_usable_window_percentiles_count(tmp_path, window):
     values = ramp(shape=(20, 30))
     low, high = np.percentile(values, (0.5, 99.5))
-    np.testing.assert_array_equal(grey(open_picture(saved(dicom(values, **window), tmp_path / "a"))), linear(values, low, high))
+    np.testing.assert_array_equal(grey(open_image(saved(dicom(values, **window), tmp_path / "a"))), linear(values, low, high))
 
 
 def test_a_width_of_one_is_a_threshold(tmp_path):
     path = saved(dicom(ramp(), WindowCenter=10, WindowWidth=1), tmp_path / "a")
-    np.testing.assert_array_equal(grey(open_picture(path)), np.where(ramp() > 9.5, 255, 0))
+    np.testing.assert_array_equal(grey(open_image(path)), np.where(ramp() > 9.5, 255, 0))
 
 
 def test_monochrome1_is_inverted_whatever_the_window(tmp_path):
@@ -105,31 +105,31 @@ def test_monochrome1_is_inverted_whatever_the_window(tmp_path):
         one = saved(dicom(ramp(), photometric="MONOCHROME1", **attributes), tmp_path / f"{name}1")
         two = saved(dicom(ramp(), **attributes), tmp_path / f"{name}2")
         for window in (None, (3, 20)):
-            np.testing.assert_array_equal(grey(open_picture(one, window=window)), 255 - grey(open_picture(two, window=window)))
+            np.testing.assert_array_equal(grey(open_image(one, window=window)), 255 - grey(open_image(two, window=window)))
 
 
 def test_look_up_tables_hold_their_ends(tmp_path):
     values = ramp(np.uint16, 0, 40)  # 0 … 920: an 8-bit table must not wrap
     table = np.arange(0, 200, 2)
     path = saved(dicom(values, VOILUTSequence=lut(100, table, 8)), tmp_path / "voi")
-    np.testing.assert_array_equal(grey(open_picture(path)), table[np.clip(values.astype(int) - 100, 0, 99)])
+    np.testing.assert_array_equal(grey(open_image(path)), table[np.clip(values.astype(int) - 100, 0, 99)])
     path = saved(dicom(values, VOILUTSequence=lut(100, table, 8), WindowCenter=400, WindowWidth=401), tmp_path / "both")
-    np.testing.assert_array_equal(grey(open_picture(path)), linear(values.astype(float), 199.5, 599.5))
+    np.testing.assert_array_equal(grey(open_image(path)), linear(values.astype(float), 199.5, 599.5))
     path = saved(dicom(ramp(np.int16, -12), ModalityLUTSequence=lut(-5, np.arange(7000, 0, -700), 16)), tmp_path / "modality")
     expected = linear(np.arange(7000, 0, -700)[np.clip(ramp(np.int16, -12) + 5, 0, 9)], 0, 7000)
-    np.testing.assert_array_equal(grey(open_picture(path, window=(0, 7000))), expected)
+    np.testing.assert_array_equal(grey(open_image(path, window=(0, 7000))), expected)
 
 
 def test_colour_comes_as_rgb(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(open_picture(saved(dicom(rgb, photometric="RGB"), tmp_path / "rgb")).pixels, rgb)
+    np.testing.assert_array_equal(open_image(saved(dicom(rgb, photometric="RGB"), tmp_path / "rgb")).pixels, rgb)
     ybr = np.asarray(Image.fromarray(rgb).convert("YCbCr"))
     path = saved(dicom(ybr.copy(), photometric="YBR_FULL"), tmp_path / "ybr")
-    assert np.abs(open_picture(path).pixels.astype(int) - rgb).max() <= 3
+    assert np.abs(open_image(path).pixels.astype(int) - rgb).max() <= 3
     planes = dicom(np.ascontiguousarray(rgb.transpose(2, 0, 1)).reshape(4, 6, 3), photometric="RGB", PlanarConfiguration=1)
-    np.testing.assert_array_equal(open_picture(saved(planes, tmp_path / "planes")).pixels, rgb)
+    np.testing.assert_array_equal(open_image(saved(planes, tmp_path / "planes")).pixels, rgb)
     deep = dicom(rgb.astype(np.uint16) << 8, photometric="RGB")
-    np.testing.assert_array_equal(open_picture(saved(deep, tmp_path / "deep")).pixels, rgb)
+    np.testing.assert_array_equal(open_image(saved(deep, tmp_path / "deep")).pixels, rgb)
     fails(tmp_path / "rgb", "a colour image takes no window", window=(0, 9))
 
 
@@ -142,14 +142,14 @@ def test_a_palette_is_resolved(tmp_path, bits):
         attributes[f"{name}PaletteColorLookupTableDescriptor"] = [24, 0, bits]
         attributes[f"{name}PaletteColorLookupTableData"] = (entries.astype("<u2") << 8 if bits == 16 else entries).tobytes()
     path = saved(dicom(index, photometric="PALETTE COLOR", **attributes), tmp_path / "a")
-    np.testing.assert_array_equal(open_picture(path).pixels, table[:, index].transpose(1, 2, 0))
+    np.testing.assert_array_equal(open_image(path).pixels, table[:, index].transpose(1, 2, 0))
 
 
 def test_of_several_frames_one_is_chosen(tmp_path):
     frames = np.stack([ramp(start=100 * n) for n in range(3)])
     path = saved(dicom(frames, frames=3), tmp_path / "a")
     for n in range(3):
-        picture = open_picture(path, frame=n, window=(0, 300))
+        picture = open_image(path, frame=n, window=(0, 300))
         np.testing.assert_array_equal(grey(picture), linear(frames[n].astype(float), 0, 300))
         assert picture.grid.frame == n and picture.grid.affine is None  # one position for all: that of none but the first
     fails(path, "holds 3 frames; choose one, frame 0 to 2")
@@ -162,7 +162,7 @@ def test_functional_groups_count_frame_by_frame(tmp_path):
     frames = np.stack([ramp(), ramp(start=50)])
     path = saved(enhanced(frames, centers=[10, 60]), tmp_path / "a")
     for n, center in enumerate((10, 60)):
-        picture = open_picture(path, frame=n)
+        picture = open_image(path, frame=n)
         np.testing.assert_array_equal(grey(picture), linear(frames[n].astype(float), center - 5, center + 5))
         assert picture.spacing_mm == (2, 4)
         np.testing.assert_array_equal(picture.grid.affine @ [1, 1, 0, 1], [-4, -2, 3 * n, 1])
@@ -170,41 +170,41 @@ def test_functional_groups_count_frame_by_frame(tmp_path):
 
 def test_compressed_and_bare_files_are_the_same_picture(tmp_path):
     values = ramp(shape=(40, 48), step=9)
-    plain = grey(open_picture(saved(dicom(values), tmp_path / "plain")))
+    plain = grey(open_image(saved(dicom(values), tmp_path / "plain")))
     for syntax in (RLELossless, JPEG2000Lossless, JPEGLSLossless, DeflatedExplicitVRLittleEndian):
         packed = dicom(values)
         if syntax.is_encapsulated:
             packed.compress(syntax)
         packed.file_meta.TransferSyntaxUID = syntax
-        np.testing.assert_array_equal(grey(open_picture(saved(packed, tmp_path / "packed"))), plain)
+        np.testing.assert_array_equal(grey(open_image(saved(packed, tmp_path / "packed"))), plain)
     assert get_decoder(JPEGLosslessSV1).is_available
     bare = dicom(values)
     body = pydicom.filebase.DicomBytesIO()
     body.is_little_endian, body.is_implicit_VR = True, True
     pydicom.filewriter.write_dataset(body, pydicom.Dataset({e.tag: e for e in bare}))
     (tmp_path / "bare.png").write_bytes(body.getvalue())
-    np.testing.assert_array_equal(grey(open_picture(tmp_path / "bare.png")), plain)
+    np.testing.assert_array_equal(grey(open_image(tmp_path / "bare.png")), plain)
     smooth = np.stack([np.add.outer(np.arange(40), np.arange(48)) * 2, np.full((40, 48), 90), np.full((40, 48), 30)], -1).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(smooth).save(stream, "JPEG", quality=95, subsampling=0)
     jpeg = dicom(smooth, photometric="YBR_FULL_422")
     jpeg.file_meta.TransferSyntaxUID, jpeg.PixelData = JPEGBaseline8Bit, encapsulate([stream.getvalue()])
-    assert np.abs(open_picture(saved(jpeg, tmp_path / "jpeg")).pixels.astype(int) - smooth).max() <= 6
+    assert np.abs(open_image(saved(jpeg, tmp_path / "jpeg")).pixels.astype(int) - smooth).max() <= 6
 
 
 def test_spacing_and_place_may_be_missing(tmp_path):
     places = ("ImageOrientationPatient", "ImagePositionPatient")
     film = saved(dicom(ramp(), without=("PixelSpacing", *places), ImagerPixelSpacing=[0.2, 0.1]), tmp_path / "film")
-    assert open_picture(film).spacing_mm == (0.2, 0.1) and open_picture(film).grid.affine is None
+    assert open_image(film).spacing_mm == (0.2, 0.1) and open_image(film).grid.affine is None
     for name, attributes in {"none": {"without": ["PixelSpacing"]}, "zero": {"PixelSpacing": [0, 1]}}.items():
-        picture = open_picture(saved(dicom(ramp(), **attributes), tmp_path / name))
+        picture = open_image(saved(dicom(ramp(), **attributes), tmp_path / name))
         assert picture.spacing_mm is None and picture.grid.affine is None
 
 
 def test_burned_in_text_is_warned_of_unless_it_is_ruled_out(tmp_path):
     for name, attributes in {"yes": {"BurnedInAnnotation": "YES"}, "unsaid": {"without": ["BurnedInAnnotation"]}}.items():
         with pytest.warns(UserWarning, match="^the picture may contain burned-in text"):
-            open_picture(saved(dicom(ramp(), **attributes), tmp_path / name))
+            open_image(saved(dicom(ramp(), **attributes), tmp_path / name))
 
 
 def test_a_dicom_that_cannot_be_used_is_one_line(tmp_path):
@@ -253,16 +253,16 @@ def test_a_slice_is_shown_as_a_radiologist_sees_it(tmp_path_factory, seed, obliq
     path = nifti(tmp_path_factory.mktemp("n") / "a.nii", volume, affine)
     axis = int(np.flatnonzero(nibabel.io_orientation(affine)[:, 0] == PLANES[plane])[0])
     index = int(rng.integers(shape[axis]))
-    picture = open_picture(path, slice=f"{plane}:{index}", window=(0, 255))
+    picture = open_image(path, slice=f"{plane}:{index}", window=(0, 255))
     np.testing.assert_array_equal(grey(picture), np.clip(picture_by_nibabel(volume, affine, plane, index), 0, 255))
-    same = open_picture(path, slice=f"{'ijk'[axis]}:{index}", window=(0, 255))
+    same = open_image(path, slice=f"{'ijk'[axis]}:{index}", window=(0, 255))
     np.testing.assert_array_equal(picture.pixels, same.pixels)
 
     # From the picture back to the world: every pixel's voxel centre, by the affine alone.
     place = np.empty((*shape, 3))
     for ijk in np.ndindex(*shape):
         place[ijk] = nibabel.affines.apply_affine(affine, ijk)
-    worlds = np.stack([picture.grid.shown(np.ascontiguousarray(place[..., n])) for n in range(3)], axis=-1)  # [H, W, 3]
+    worlds = np.stack([picture.grid.display_view(np.ascontiguousarray(place[..., n])) for n in range(3)], axis=-1)  # [H, W, 3]
     right, down = worlds[0, -1] - worlds[0, 0], worlds[-1, 0] - worlds[0, 0]
     across, falls = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}[plane]
     assert right[across] < 0 and down[falls] < 0
@@ -282,7 +282,7 @@ def test_copies_of_a_volume_in_any_orientation_are_one_picture(tmp_path, plane):
         world = PLANES[plane]
         axis = next(n for n in range(3) if ornt[n, 0] == world)
         index = 1 if ornt[axis, 1] > 0 else turned.shape[axis] - 2
-        shown.append(open_picture(tmp_path / f"{codes}.nii.gz", slice=f"{plane}:{index}"))
+        shown.append(open_image(tmp_path / f"{codes}.nii.gz", slice=f"{plane}:{index}"))
     for other in shown[1:]:
         np.testing.assert_array_equal(other.pixels, shown[0].pixels)
         assert other.spacing_mm == shown[0].spacing_mm == {"axial": (3, 2), "coronal": (4, 2), "sagittal": (4, 3)}[plane]
@@ -294,12 +294,12 @@ def test_slope_units_and_second_version_of_nifti(tmp_path):
     image.header.set_xyzt_units("meter")
     image.header.set_slope_inter(2, -10)
     nibabel.save(image, tmp_path / "a.nii")
-    picture = open_picture(tmp_path / "a.nii", slice="k:1", window=(-10, 40))
+    picture = open_image(tmp_path / "a.nii", slice="k:1", window=(-10, 40))
     values = np.asanyarray(nibabel.load(tmp_path / "a.nii").dataobj)  # what nibabel says is in it
     np.testing.assert_array_equal(grey(picture), linear(values[..., 1].T, -10, 40))
     np.testing.assert_allclose(picture.spacing_mm, (2, 1), rtol=1e-5)
     second = nifti(tmp_path / "b.nii", volume, np.diag([-1.0, -2, 1, 1]), nibabel.Nifti2Image)
-    np.testing.assert_array_equal(grey(open_picture(second, slice="axial:1", window=(0, 23))), linear(volume[..., 1].T, 0, 23))
+    np.testing.assert_array_equal(grey(open_image(second, slice="axial:1", window=(0, 23))), linear(volume[..., 1].T, 0, 23))
 
 
 def test_content_tells_the_format_not_the_name(tmp_path):
@@ -307,25 +307,25 @@ def test_content_tells_the_format_not_the_name(tmp_path):
     packed = nifti(tmp_path / "a.nii.gz", volume, np.eye(4))
     (tmp_path / "scan.png").write_bytes(packed.read_bytes())
     (tmp_path / "scan.dcm").write_bytes(gzip.decompress(packed.read_bytes()))
-    one = open_picture(tmp_path / "scan.png", slice="k:0").pixels
-    np.testing.assert_array_equal(one, open_picture(tmp_path / "scan.dcm", slice="k:0").pixels)
+    one = open_image(tmp_path / "scan.png", slice="k:0").pixels
+    np.testing.assert_array_equal(one, open_image(tmp_path / "scan.dcm", slice="k:0").pixels)
     Image.fromarray(np.full((3, 5), 7, np.uint8)).save(tmp_path / "b.png")
     (tmp_path / "b.nii").write_bytes((tmp_path / "b.png").read_bytes())
-    picture = open_picture(tmp_path / "b.nii")
+    picture = open_image(tmp_path / "b.nii")
     assert (picture.pixels == 7).all() and picture.grid is None and picture.spacing_mm is None
 
 
 def test_one_slice_needs_no_choice(tmp_path):
     plane = ramp(np.int16, shape=(3, 4))
     for name, volume in {"2-D": plane, "3-D": plane[:, :, None], "4-D": plane[:, :, None, None]}.items():
-        picture = open_picture(nifti(tmp_path / f"{name}.nii", volume, np.diag([-1.0, -1, 1, 1])), window=(0, 11))
+        picture = open_image(nifti(tmp_path / f"{name}.nii", volume, np.diag([-1.0, -1, 1, 1])), window=(0, 11))
         np.testing.assert_array_equal(grey(picture), linear(plane.T, 0, 11))
         out = np.zeros(volume.shape, np.uint8)
-        picture.grid.shown(out)[0, 2] = 5
+        picture.grid.display_view(out)[0, 2] = 5
         assert out.reshape(3, 4)[2, 0] == 5 and out.sum() == 5
-    row = open_picture(tmp_path / "2-D.nii", slice="i:2")
+    row = open_image(tmp_path / "2-D.nii", slice="i:2")
     assert row.pixels.shape == (1, 4, 3)
-    across = open_picture(nifti(tmp_path / "across.nii", plane[None], np.diag([-1.0, -1, -1, 1])), window=(0, 11))
+    across = open_image(nifti(tmp_path / "across.nii", plane[None], np.diag([-1.0, -1, -1, 1])), window=(0, 11))
     np.testing.assert_array_equal(grey(across), linear(plane.T, 0, 11))  # sagittal: rows are k
 
 
@@ -377,7 +377,7 @@ def test_damaged_bytes_give_a_picture_or_one_line(tmp_path_factory, seed, kind):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert open_picture(path, **chosen).pixels.dtype == np.uint8
+            assert open_image(path, **chosen).pixels.dtype == np.uint8
     except UserError as error:
         assert "\n" not in str(error)
 
@@ -387,7 +387,7 @@ def test_damaged_bytes_give_a_picture_or_one_line(tmp_path_factory, seed, kind):
 
 def test_other_files_take_a_window_of_numbers_only(tmp_path):
     Image.fromarray(ramp(np.uint16, step=100)).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(grey(open_picture(tmp_path / "a.png", window=(0, 2300))), linear(ramp(step=100), 0, 2300))
+    np.testing.assert_array_equal(grey(open_image(tmp_path / "a.png", window=(0, 2300))), linear(ramp(step=100), 0, 2300))
     fails(tmp_path / "a.png", "Hounsfield units, which only DICOM and NIfTI hold; give LOW,HIGH", window="lung")
     fails(tmp_path / "a.png", "a.png: is no DICOM file; leave frame 0 away$", frame=0)
     fails(tmp_path / "a.png", "a.png: is no NIfTI volume; leave slice k:1 away$", slice="k:1")
@@ -414,7 +414,7 @@ def test_real_files():
     raw = Path(REAL) / "raw"
     for path in sorted(raw.glob("CT*")):
         with pytest.warns(UserWarning, match="burned-in"):
-            picture = open_picture(path)
+            picture = open_image(path)
         ds = pydicom.dcmread(path)
         expected = pydicom.pixels.apply_voi_lut(pydicom.pixels.apply_modality_lut(ds.pixel_array, ds), ds)  # over the stored range
         expected = np.rint((expected + 1024) / 4095 * 255)
@@ -426,4 +426,4 @@ def test_real_files():
             volume = nibabel.load(raw / name)
             by_nibabel = picture_by_nibabel(np.asanyarray(volume.dataobj), volume.affine, plane, 20)
             low, high = np.percentile(by_nibabel, (0.5, 99.5))
-            np.testing.assert_allclose(grey(open_picture(raw / name, slice=f"{plane}:20")), linear(by_nibabel, low, high), atol=1)
+            np.testing.assert_allclose(grey(open_image(raw / name, slice=f"{plane}:20")), linear(by_nibabel, low, high), atol=1)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mimo_jax.data.images import image as pictures
 from mimo_jax.data.images.image import MedicalImage, Volume
-from mimo_jax.data.images.open_image import open_picture
+from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.images.volume import open_scan, open_volume
 from mimo_jax.errors import UserError
 from tests.data.medical_files import affine_of, dicom, enhanced, nifti, saved, series
@@ -65,7 +65,7 @@ def test_every_slice_of_a_nifti_is_the_picture_of_that_slice(tmp_path, seed, obl
         nibabel.save(image, path)
     volume = open_volume(path, axis=axis, window=window)
     for k, shown in enumerate(volume):
-        one = open_picture(path, slice=f"{axis or 'axial'}:{k}", window=window)
+        one = open_image(path, slice=f"{axis or 'axial'}:{k}", window=window)
         same(shown, one)
         assert (shown.grid.axis, shown.grid.index) == (one.grid.axis, k) == (volume.grids[k].axis, volume.grids[k].index)
     assert len(volume) == shape[volume.grids[0].axis] and volume.size == shown.pixels.shape[:2] and volume.files == [path]
@@ -90,7 +90,7 @@ def test_one_window_of_the_whole_volume_is_every_slices(tmp_path, kind, slope):
     limits = tuple(np.percentile(read[np.isfinite(read)].astype(float), (0.5, 99.5)))
     volume = open_volume(tmp_path / "a.nii")
     for k in range(kind is np.float32, 8):
-        expected = open_picture(tmp_path / "a.nii", slice=f"k:{k}", window=limits).pixels
+        expected = open_image(tmp_path / "a.nii", slice=f"k:{k}", window=limits).pixels
         assert np.abs(volume[k].pixels.astype(int) - expected).max() <= (kind is np.float32)  # percentiles are of the stored floats
     if kind is np.float32:
         assert not volume[0].pixels.any()
@@ -151,9 +151,9 @@ def test_a_series_is_in_the_order_of_the_patient(tmp_path, directions):
     paths = series(tmp_path / "s", slices, directions=directions)
     assert [p.name for p in paths] != sorted(p.name for p in paths)
     volume = open_volume(tmp_path / "s", window=(0, 900))
-    assert len(volume) == 5 and volume.size == (4, 6) and volume.passed_over == 0 and sorted(volume.files) == sorted(paths)
+    assert len(volume) == 5 and volume.size == (4, 6) and volume.num_skipped == 0 and sorted(volume.files) == sorted(paths)
     for k, path in enumerate(paths):
-        same(volume[k], open_picture(path, window=(0, 900)))
+        same(volume[k], open_image(path, window=(0, 900)))
         assert volume.grids[k].dataset.InstanceNumber == pydicom.dcmread(path).InstanceNumber and "PixelData" not in volume.grids[k].dataset
     assert volume.spacing_mm == pytest.approx((2, 0.5, 0.25)) and volume.voxel_mm3 == pytest.approx(0.25)
     plane = {(1, 0, 0, 0, 0, -1): "coronal", (0, 1, 0, 0, 0, -1): "sagittal", OBLIQUE: "coronal"}.get(directions, "axial")
@@ -170,7 +170,7 @@ def test_each_file_of_a_series_has_its_own_window(tmp_path):
         ds.WindowWidth = 0 if center == 30 else 50
         saved(ds, path)
     for shown, path in zip(open_volume(tmp_path / "s"), paths, strict=True):
-        same(shown, open_picture(path))
+        same(shown, open_image(path))
         assert shown.pixels[0, 0, 0] == 255 and shown.pixels[-1, -1, 0] == 0  # small values are bright
 
 
@@ -190,7 +190,7 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
     directory.file_meta.MediaStorageSOPClassUID = directory.SOPClassUID = pydicom.uid.MediaStorageDirectoryStorage
     saved(directory, folder / "DICOMDIR")
     volume = open_volume(folder)
-    assert len(volume) == 3 and volume.passed_over == 4
+    assert len(volume) == 3 and volume.num_skipped == 4
 
 
 @pytest.mark.parametrize("damage", ["header", "pixels", "stream"])
@@ -207,7 +207,7 @@ def test_a_damaged_file_among_good_ones_is_passed_over_and_said(tmp_path, damage
         broken.write_bytes(data[: 140 if damage == "header" else len(data) - 9])
     with pytest.warns(UserWarning, match="^damaged or unreadable files that are passed over: 1; slices may be missing$"):
         volume = open_volume(tmp_path / "s")
-    assert len(volume) == 3 and volume.passed_over == 1
+    assert len(volume) == 3 and volume.num_skipped == 1
     for path in paths[:3]:
         path.write_bytes(path.read_bytes()[:-9])
     fails(f"s: all {3 if damage == 'header' else 4} pictures are damaged or truncated", tmp_path / "s")
@@ -233,7 +233,7 @@ def test_of_several_series_one_is_chosen(tmp_path):
         "1: 4 pictures, MR, 10x8", "2: 3 pictures, CT, 6x4", "3: 2 pictures, MR, 6x4", "4: 2 pictures, MR, 6x4",
     ]  # fmt: skip
     assert [len(open_volume(folder, series=n)) for n in (1, 2, 3, 4)] == [4, 3, 2, 2]
-    same(open_scan(folder, series=1, slice="3"), open_picture(next(iter(open_volume(folder, series=1).files[3:]))))
+    same(open_scan(folder, series=1, slice="3"), open_image(next(iter(open_volume(folder, series=1).files[3:]))))
     for wrong in (0, 5):
         fails(f"series {wrong} is not there; it holds 4, counted from 1", folder, series=wrong)
 
@@ -262,7 +262,7 @@ def test_gaps_and_doubled_places_are_warned_of(tmp_path, at, said):
     with pytest.warns(UserWarning, match=said):
         volume = open_volume(tmp_path / "s")
     assert len(volume) == 5 and volume.voxel_mm3 is None and volume.spacing_mm is None
-    same(volume[4], open_picture(paths[4]))
+    same(volume[4], open_image(paths[4]))
 
 
 def test_small_errors_of_position_and_a_tilted_gantry_are_no_gaps(tmp_path):
@@ -289,7 +289,7 @@ def test_without_positions_the_instance_number_counts(tmp_path, known):
         volume = open_volume(tmp_path / "s", window=(0, 900))
     order = np.argsort(numbers) if known == "InstanceNumber" else np.argsort([p.name for p in paths])
     for k, n in enumerate(order):
-        same(volume[k], open_picture(paths[n], window=(0, 900)))
+        same(volume[k], open_image(paths[n], window=(0, 900)))
     assert volume.voxel_mm3 is None
     with pytest.warns(UserWarning), pytest.raises(UserError, match="its slices do not say how they lie.*write slice 1"):
         open_scan(tmp_path / "s", slice="axial:1")
@@ -318,7 +318,7 @@ def test_all_frames_of_a_file(tmp_path):
     volume = open_volume(path, window=(0, 700))
     assert len(volume) == 4 and volume.spacing_mm == (3, 2, 4) and volume.voxel_mm3 == pytest.approx(24)
     for k, shown in enumerate(volume):
-        one = open_picture(path, frame=k, window=(0, 700))
+        one = open_image(path, frame=k, window=(0, 700))
         same(shown, one)
         np.testing.assert_array_equal(volume.grids[k].affine, one.grid.affine)
     assert len(open_scan(path, frame="all")) == 4 and isinstance(open_scan(path, frame=2), MedicalImage)
@@ -397,11 +397,11 @@ def test_real_scans(tmp_path):
         volume = open_volume(tmp_path / "s")
         assert [float(g.dataset.ImagePositionPatient[2]) for g in volume.grids] == [-770.5, -768.5, -766.5]
         for shown, path in zip(volume, sorted(raw.glob("CT*"))[::-1], strict=True):
-            same(shown, open_picture(path))
+            same(shown, open_image(path))
     assert volume.spacing_mm == (2, 0.9765625, 0.9765625)
     for name in ("example_ct_sm.nii.gz", "t2.nii.gz"):
         values = np.asanyarray(nibabel.load(raw / name).dataobj)
         limits = tuple(np.percentile(values, (0.5, 99.5)))
         volume = open_volume(raw / name, axis="coronal")
         for k in (0, 20, len(volume) - 1):
-            same(volume[k], open_picture(raw / name, slice=f"coronal:{k}", window=limits))
+            same(volume[k], open_image(raw / name, slice=f"coronal:{k}", window=limits))

@@ -1,4 +1,4 @@
-"""Readers: what each kind of source holds, told as `items.Item`s before any pixel is read."""
+"""Readers: each describes one kind of source as `items.Item`s, before any pixel is read."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ KINDS: dict[str, type[DatasetReader]] = {}  # value of --source -> reader
 
 
 def register_reader(kind: str, reader: type[DatasetReader]) -> None:
-    """Add a kind of source, as `mimo data build --source KIND` names it. Raises ValueError for a kind that is taken."""
+    """Add a kind of source for `mimo data build --source KIND`. Raises ValueError for a kind that is already registered."""
     if kind in KINDS:
-        raise ValueError(f"source {kind}: is registered already, as {KINDS[kind].__name__}; choose another name")
+        raise ValueError(f"source {kind}: is already registered as {KINDS[kind].__name__}; choose another name")
     KINDS[kind] = reader
 
 
@@ -35,9 +35,9 @@ for _reader in (SaMed2d, BiomedParse, ManifestReader, Folders, MeCoVqa, LlavaMed
 
 
 def open_reader(kind: str, path: str | os.PathLike, **options) -> DatasetReader:
-    """The reader of a source of this kind. Options: dataset, modality, licence, and those of the kind's `options`; None is as if
-    it were not given. DataError for an unknown kind or option, for a path that is not laid out like that, and, here or while
-    `items` runs, for an index that is damaged."""
+    """The reader of a source of this kind. Options: dataset, modality, licence, and those of the kind's `options`; None means not
+    given. Raises DataError for an unknown kind or option, for a path with another layout and, here or while `items` runs, for a damaged
+    index."""
     if kind not in KINDS:
         near = difflib.get_close_matches(kind.casefold().replace("_", "-"), KINDS, 1)
         raise DataError(f"source {kind}: is unknown; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(KINDS)}"))

@@ -1,4 +1,4 @@
-"""BiomedParse: train/NAME_MODALITY_SITE.png with train_mask/NAME_MODALITY_SITE_TARGET.png, and the same of test; + is a space."""
+"""Reads BiomedParse: train/NAME_MODALITY_SITE.png with train_mask/NAME_MODALITY_SITE_TARGET.png, and the same for test; + is a space."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from mimo_jax.data.builder.items import Item, MaskRef
-from mimo_jax.data.builder.readers.reader import SPLITS, DatasetReader, case_of, pictures
+from mimo_jax.data.builder.readers.reader import SPLITS, DatasetReader, case_of, image_files
 
 _MODALITY = (
     (r"ct", "CT"), (r"mri?(-.*)?", "MR"), (r"x-?ray", "X-ray"), (r"ultrasound|us", "ultrasound"), (r"fundus.*", "fundus"),
@@ -27,24 +27,26 @@ class BiomedParse(DatasetReader):
 
     def items(self) -> Iterator[Item]:
         for part in self.parts:
-            images = {file.rsplit(".", 1)[0]: file for file in pictures(part)}
+            images = {file.rsplit(".", 1)[0]: file for file in image_files(part)}
             masks: dict[str, list[MaskRef]] = defaultdict(list)
-            for file in pictures(self.folder / f"{part.name}_mask"):
-                whole = file.rsplit(".", 1)[0]
-                stem = whole.rpartition("_")[0]
-                while stem and stem not in images:  # a target may hold a _ of its own
+            for file in image_files(self.folder / f"{part.name}_mask"):
+                full_stem = file.rsplit(".", 1)[0]
+                stem = full_stem.rpartition("_")[0]
+                while stem and stem not in images:  # a target may contain _
                     stem = stem.rpartition("_")[0]
                 if not stem:
                     self.skip(f"{part.name}_mask/{file}", "belongs to no image")
                     continue
-                target = whole[len(stem) + 1 :].replace("+", " ")
+                target = full_stem[len(stem) + 1 :].replace("+", " ")
                 path = f"{self.folder}/{part.name}_mask/{file}"
                 masks[stem].append(MaskRef(target, path, instance=sum(mask.class_raw == target for mask in masks[stem])))
             for stem, file in images.items():
-                name, *said = stem.rsplit("_", 2)
-                modality = next((kind for pattern, kind in _MODALITY if said and re.fullmatch(pattern, said[0].casefold())), self.modality)
-                if len(said) < 2 or not modality:
-                    self.skip(f"{part.name}/{file}", "its name is not NAME_MODALITY_SITE, with a modality that a record may have")
+                name, *suffix = stem.rsplit("_", 2)
+                modality = next(
+                    (kind for pattern, kind in _MODALITY if suffix and re.fullmatch(pattern, suffix[0].casefold())), self.modality
+                )
+                if len(suffix) < 2 or not modality:
+                    self.skip(f"{part.name}/{file}", "its name is not NAME_MODALITY_SITE with a modality of records")
                     continue
                 case = case_of(name) if modality in ("CT", "MR") else name
                 yield Item(

@@ -1,7 +1,7 @@
-"""DICOM images and the DICOM SEG objects that refer to them, in one folder or many below it.
+"""Reads DICOM images and the DICOM SEG objects that refer to them, in a folder and its subfolders.
 
-Items are the frames that a SEG refers to. Nothing of a header that names a person or a study leaves this file: ids and
-groups are hashes of UIDs (that of a short patient number could be found by trying all).
+Items are the frames that a SEG refers to. No header value that identifies a person or a study leaves this file: ids and groups are
+hashes of UIDs. (The hash of a short patient number could be reversed by trying all numbers.)
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.readers.reader import DatasetReader
-from mimo_jax.data.images.dicom import reading, value_of
-from mimo_jax.data.images.image import kind_of, library
+from mimo_jax.data.images.dicom import get_value, reading
+from mimo_jax.data.images.image import file_kind, import_medical
 from mimo_jax.errors import UserError
 
 _MODALITY = {
@@ -44,12 +44,12 @@ class DicomSeg(DatasetReader):
     options = {"window": None}
 
     def open(self) -> None:
-        library("pydicom")
+        import_medical("pydicom")
         self.images: dict[str, _SourceImage] = {}
         self.segs: list[Path] = []
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             try:
-                if kind_of(path) == "DICOM":
+                if file_kind(path) == "DICOM":
                     self._sort(path)
             except UserError:
                 self.skip(str(path), "a damaged or truncated file")
@@ -62,13 +62,13 @@ class DicomSeg(DatasetReader):
             try:
                 found, missing = self._segments(path)
             except UserError:
-                self.skip(str(path), "a damaged SEG, or one that lacks what it must hold")
+                self.skip(str(path), "a damaged or incomplete SEG")
                 continue
             for place, mask in found.items():
                 masks[place] += mask.values()
             if missing:
-                self.skip(str(path), f"refers to {missing} frames whose image is not there, or does not say to which")
-        studies: dict[str, str] = {}  # of each patient, the first
+                self.skip(str(path), f"has {missing} frames whose image is missing or not named")
+        studies: dict[str, str] = {}  # patient -> first study
         for image in self.images.values():
             studies[image.patient] = min(image.study, studies.get(image.patient, image.study))
         for uid, image in self.images.items():
@@ -77,35 +77,35 @@ class DicomSeg(DatasetReader):
                     yield Item(
                         id=f"{_hash(uid)}_{frame}", image=str(image.path), modality=image.modality, dataset=self.dataset,
                         group=f"{self.dataset}/{_hash(studies[image.patient])}", masks=tuple(masks[uid, frame]),
-                        frame=frame if image.frames > 1 else None, window=self.told["window"], complete=False, licence=self.licence,
+                        frame=frame if image.frames > 1 else None, window=self.values["window"], complete=False, licence=self.licence,
                     )  # fmt: skip
             if not image.modality and any((uid, frame) in masks for frame in range(image.frames)):
-                self.skip(str(image.path), "of a modality that no record may have")
+                self.skip(str(image.path), "its modality is not one of records")
 
     def _sort(self, path: Path) -> None:
         with reading(path):
-            ds = library("pydicom").dcmread(path, stop_before_pixels=True, specific_tags=list(_OF_IMAGE), force=True)
-            if value_of(ds, "Modality") == "SEG":
+            ds = import_medical("pydicom").dcmread(path, stop_before_pixels=True, specific_tags=list(_OF_IMAGE), force=True)
+            if get_value(ds, "Modality") == "SEG":
                 self.segs.append(path)
-            elif value_of(ds, "Rows") and value_of(ds, "SOPInstanceUID"):
-                study = str(value_of(ds, "StudyInstanceUID") or ds.SOPInstanceUID)
-                patient = str(value_of(ds, "PatientID") or study)
-                modality = _MODALITY.get(str(value_of(ds, "Modality")), self.modality)
-                uid, frames = str(ds.SOPInstanceUID), int(value_of(ds, "NumberOfFrames") or 1)
+            elif get_value(ds, "Rows") and get_value(ds, "SOPInstanceUID"):
+                study = str(get_value(ds, "StudyInstanceUID") or ds.SOPInstanceUID)
+                patient = str(get_value(ds, "PatientID") or study)
+                modality = _MODALITY.get(str(get_value(ds, "Modality")), self.modality)
+                uid, frames = str(ds.SOPInstanceUID), int(get_value(ds, "NumberOfFrames") or 1)
                 if uid in self.images:
-                    self.skip(str(path), "the same image as another file")
+                    self.skip(str(path), "same image as another file")
                 self.images.setdefault(uid, _SourceImage(path, uid, patient, study, modality, frames))
 
     def _segments(self, path: Path) -> tuple[dict[tuple[str, int], dict[int, MaskRef]], int]:
-        """((image, frame) -> number -> mask, of one SEG; how many of its own frames are of no image that is there)."""
+        """((image, frame) -> segment number -> mask, of one SEG; how many of its frames refer to no available image)."""
         found: dict[tuple[str, int], dict[int, MaskRef]] = defaultdict(dict)
         missing = 0
         with reading(path):
-            ds = library("pydicom").dcmread(path, stop_before_pixels=True)
+            ds = import_medical("pydicom").dcmread(path, stop_before_pixels=True)
             names = {int(segment.SegmentNumber): _name(segment) for segment in ds.SegmentSequence}
             for functions in ds.PerFrameFunctionalGroupsSequence:
-                told = functions.get("SegmentIdentificationSequence")
-                numbers = [int(told[0].ReferencedSegmentNumber)] if told else list(names)  # a label map holds all of them
+                identification = functions.get("SegmentIdentificationSequence")
+                numbers = [int(identification[0].ReferencedSegmentNumber)] if identification else list(names)  # all in a label map
                 places = [place for place in _sources(functions) if place[0] in self.images]
                 missing += not places
                 for place in places:
@@ -114,7 +114,7 @@ class DicomSeg(DatasetReader):
 
 
 def _sources(functions: Any) -> Iterator[tuple[str, int]]:
-    """(SOPInstanceUID, frame from 0) of what a frame of a SEG is of."""
+    """(SOPInstanceUID, frame from 0) of the images that a frame of a SEG refers to."""
     for derivation in functions.get("DerivationImageSequence") or ():
         for source in derivation.get("SourceImageSequence") or ():
             numbers = source.get("ReferencedFrameNumber") or 1
@@ -123,7 +123,7 @@ def _sources(functions: Any) -> Iterator[tuple[str, int]]:
 
 
 def _name(segment: Any) -> str:
-    """Its label, or, where that only counts, what it is coded as."""
+    """The segment's label or, if that is only a number, the meaning of its code."""
     label = str(segment.get("SegmentLabel") or "").strip()
     coded = segment.get("SegmentedPropertyTypeCodeSequence")
     if not coded or not _NUMBERED.fullmatch(label):

@@ -1,6 +1,5 @@
-"""A user's own pairs: images/x.png with masks/ENTITY/x.png, or with masks/x.png of one entity (option entity) or of values
-that a table names (option labels, a JSON such as {"1": "liver"}). A folder in between, images/CASE/x.png, says which images
-are of one patient or case."""
+"""Reads images/x.png with masks/ENTITY/x.png, or with masks/x.png that shows one entity (option entity) or whose values a table names
+(option labels, a JSON such as {"1": "liver"}). A folder in between, images/CASE/x.png, groups the images of one patient or case."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 
 from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.readers.label_tables import label_table
-from mimo_jax.data.builder.readers.reader import DatasetReader, pictures
+from mimo_jax.data.builder.readers.reader import DatasetReader, image_files
 from mimo_jax.data.records import DataError
 
 
@@ -22,15 +21,15 @@ class Folders(DatasetReader):
         self.images, self.masks = self.folder / "images", self.folder / "masks"
         if not (self.images.is_dir() and self.masks.is_dir()):
             raise self.layout_error()
-        self.needs_modality()
-        self.table = label_table(self.told["labels"]) if self.told["labels"] else {}
-        if self.told["entity"] and self.table:
+        self.required_modality()
+        self.table = label_table(self.values["labels"]) if self.values["labels"] else {}
+        if self.values["entity"] and self.table:
             raise DataError(f"{self.masks}: give the option entity or labels, not both")
 
     def items(self) -> Iterator[Item]:
         masks: dict[str, list[MaskRef]] = defaultdict(list)
-        images = {file.rsplit(".", 1)[0]: file for file in pictures(self.images)}
-        for file in pictures(self.masks):
+        images = {file.rsplit(".", 1)[0]: file for file in image_files(self.images)}
+        for file in image_files(self.masks):
             place = file.rsplit(".", 1)[0]
             entity, _, within = place.partition("/")
             if place in images:
@@ -47,10 +46,10 @@ class Folders(DatasetReader):
             )  # fmt: skip
 
     def _unnamed(self, file: str) -> list[MaskRef]:
-        if self.told["entity"]:
-            return [MaskRef(self.told["entity"], file)]
+        if self.values["entity"]:
+            return [MaskRef(self.values["entity"], file)]
         if not self.table:
             raise DataError(
-                f"{self.masks}: does not say what its masks show; put them into masks/ENTITY/, or give entity=NAME or labels=TABLE"
+                f"{self.masks}: does not say what its masks show; move them to masks/ENTITY/, or give entity=NAME or labels=TABLE"
             )
         return [MaskRef(name, file, value=value) for value, name in self.table.items()]

@@ -1,4 +1,4 @@
-"""GLaMM's grounded captions: [{file_name, caption, groundings: {phrase: {token_positives, rle_masks}}}], spans in characters."""
+"""Reads GLaMM's grounded captions: [{file_name, caption, groundings: {phrase: {token_positives, rle_masks}}}], spans in characters."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Gcg(Conversations):
         self.indices = [self.path] if self.path.is_file() else sorted([*self.path.glob("*.json"), *self.path.glob("*.jsonl")])
         if not self.indices or self.indices[0].suffix not in (".json", ".jsonl"):
             raise self.layout_error()
-        self.needs_modality()
-        self.images = self.below("images", "imgs")
+        self.required_modality()
+        self.images = self.find_folder("images", "imgs")
 
     def entries(self) -> Iterator[Entry]:
         for index in self.indices:
@@ -44,7 +44,7 @@ class Gcg(Conversations):
                     spans, rles = _grounding(f"{where}, {phrase!r}", grounding)
                     span = _span(caption, phrase, spans)
                     if span is None:
-                        self.skip(file, "a grounded phrase that its caption does not hold")
+                        self.skip(file, "a grounded phrase that is not in its caption")
                         continue
                     if any(span[0] < t["span"][1] and t["span"][0] < span[1] for t in targets):
                         self.skip(file, "a grounded phrase that overlaps another one")
@@ -53,7 +53,7 @@ class Gcg(Conversations):
                     masks += [MaskRef(phrase, rle=rle, instance=i) for i, rle in enumerate(rles)]
                     targets.append({"turn": 1, "entity": self._entity(phrase), "span": span, "mask": places})
                 if not targets:
-                    self.skip(file, "nothing of its caption is grounded")
+                    self.skip(file, "its caption has no grounded phrase")
                     continue
                 turns = [{"role": "user", "text": ASKED}, {"role": "assistant", "text": caption}]
                 sample = {"perspective": "III", "turns": turns, "targets": targets}
@@ -64,7 +64,7 @@ class Gcg(Conversations):
 
 
 def _grounding(where: str, grounding: Any) -> tuple[list[list[int]], list[dict]]:
-    """(spans, compressed RLE); a span may stand alone or in a list."""
+    """(spans, compressed RLEs). A single span need not be in a list."""
     try:
         spans, rles = grounding["token_positives"], grounding["rle_masks"]
         spans = [spans] if spans and isinstance(spans[0], int) else list(spans)
@@ -79,7 +79,7 @@ def _grounding(where: str, grounding: Any) -> tuple[list[list[int]], list[dict]]
 
 
 def _span(caption: str, phrase: str, spans: list[list[int]]) -> list[int] | None:
-    """Where the caption says the phrase: where it is said to, else where it is found; None if it is not."""
+    """The position of the phrase in the caption: the given span if it is right, else its first occurrence; None if there is none."""
     wanted = phrase.strip('" ').casefold()
     for start, end in spans:
         if 0 <= start < end <= len(caption) and caption[start:end].casefold().strip() == wanted:

@@ -1,4 +1,4 @@
-"""JSON indices of sources, value by value: an index of millions of lines is never held as a whole."""
+"""Reads JSON indices of sources value by value: an index of millions of lines is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHUNK = 1 << 20  # characters read at a time
 
 
 def pairs(path: Path) -> Iterator[tuple[str, Any]]:
-    """(key, value) of a file that holds one JSON object, in its order. DataError where it is damaged or something else."""
+    """The (key, value) pairs of a file that contains one JSON object, in order. Raises DataError if it is damaged or something else."""
     with _reading(path) as file:
         text = _Text(path, file)
         text.take("{", "a JSON object")
@@ -33,7 +33,7 @@ def pairs(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def entries(path: Path) -> Iterator[dict]:
-    """The objects of a file that holds a JSON list, or of one that holds an object a line (.jsonl); the same errors."""
+    """The objects of a file that contains a JSON list, or one object per line (.jsonl); errors as for `pairs`."""
     if path.suffix == ".jsonl":
         for number, value in lines(path):
             yield _object(f"{path}, line {number}", value)
@@ -52,7 +52,7 @@ def entries(path: Path) -> Iterator[dict]:
 
 
 def lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line that is not blank."""
+    """(line number, value) of each nonblank line."""
     with _reading(path) as file:
         for number, text in enumerate(file, 1):
             if text.strip():
@@ -72,13 +72,13 @@ def read(path: Path) -> Any:
 
 
 def pickled(path: Path) -> Any:
-    """What a pickle holds, where that is lists, dicts, texts and numbers alone: one that names any code is refused, unread."""
+    """The content of a pickle of lists, dicts, texts and numbers; a pickle that refers to any code is refused before it runs."""
     try:
         return _Plain(io.BytesIO(path.read_bytes())).load()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # unpickling what is damaged raises anything
-        raise DataError(f"{path}: is damaged, or no pickle of plain lists and texts ({error})") from None
+    except Exception as error:  # a damaged pickle may raise any error
+        raise DataError(f"{path}: is damaged or not a pickle of plain lists and texts ({error})") from None
 
 
 class _Plain(pickle.Unpickler):
@@ -88,7 +88,7 @@ class _Plain(pickle.Unpickler):
 
 def _object(where: str, value: Any) -> dict:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: is no JSON object")
+        raise DataError(f"{where}: is not a JSON object")
     return value
 
 
@@ -104,11 +104,11 @@ def _reading(path: Path) -> Iterator[TextIO]:
 
 
 class _Text:
-    """A JSON text of which some of what lies ahead is in memory."""
+    """A JSON text, read in chunks."""
 
     def __init__(self, path: Path, file: TextIO):
         self.path, self.file = path, file
-        self.ahead, self.at, self.before = "", 0, 0  # before: characters that are gone
+        self.ahead, self.at, self.before = "", 0, 0  # before: number of characters already dropped
         self.decoder = json.JSONDecoder()
 
     def more(self) -> bool:
@@ -118,7 +118,7 @@ class _Text:
         return bool(chunk)
 
     def next(self) -> str:
-        """The next character that is not blank, which stays; "" at the end."""
+        """The next nonblank character, without consuming it; "" at the end."""
         while True:
             while self.at < len(self.ahead):
                 if not self.ahead[self.at].isspace():
@@ -143,7 +143,7 @@ class _Text:
                 raise self.damaged() from None
             number = self.ahead[self.at] in "-0123456789"
             if number and (end == len(self.ahead) or self.ahead[end] not in ",]} \t\r\n") and self.more():
-                continue  # of a number that goes on
+                continue  # the number may continue in the next chunk
             self.at = end
             return value
 

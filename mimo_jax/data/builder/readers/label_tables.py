@@ -1,4 +1,4 @@
-"""What the values of a label volume stand for: a JSON table, or that of TotalSegmentator."""
+"""The names of the values of a label volume: a JSON table, or that of TotalSegmentator."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ TOTALSEGMENTATOR = (
 )  # fmt: skip
 
 
-def label_table(told: str | Path) -> dict[int, str]:
-    """Value -> name: of "totalsegmentator", or of a JSON file. DataError if it is none."""
-    if str(told).casefold() == "totalsegmentator":
+def label_table(source: str | Path) -> dict[int, str]:
+    """Value -> name: from "totalsegmentator" or a JSON file. Raises DataError if it is not a table of labels."""
+    if str(source).casefold() == "totalsegmentator":
         return dict(enumerate(TOTALSEGMENTATOR, 1))
-    return parse_table(str(told), read(Path(told)))
+    return parse_table(str(source), read(Path(source)))
 
 
 def parse_table(where: str, table: object) -> dict[int, str]:
-    """Value -> name of {"1": "liver"} or {"liver": 1}, without the background; `where` stands in errors."""
+    """Value -> name of {"1": "liver"} or {"liver": 1}, without the background. where: its name in errors."""
     if not isinstance(table, dict):
-        raise DataError(f'{where}: is no table of labels, such as {{"1": "liver"}}')
+        raise DataError(f'{where}: is not a table of labels, such as {{"1": "liver"}}')
     values: dict[int, str] = {}
     for key, value in table.items():
         number, name = (value, key) if isinstance(value, int) else (key, value)
         if not str(number).isdecimal() or not isinstance(name, str) or name.isdecimal():
-            raise DataError(f'{where}: {key}: {value} is no label and its name, such as "1": "liver"')
+            raise DataError(f'{where}: {key}: {value} is not a label with its name, such as "1": "liver"')
         if int(number):
             values[int(number)] = name
     if not values:
-        raise DataError(f"{where}: names no label but the background")
+        raise DataError(f"{where}: names no label except the background")
     return values

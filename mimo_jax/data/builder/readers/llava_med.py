@@ -1,4 +1,4 @@
-"""LLaVA-Med: [{id, image, conversations (also spelt conversatons) [{from, value}], answer_type, domain {ct_scan: true, …}}]."""
+"""Reads LLaVA-Med: [{id, image, conversations (also spelt conversatons) [{from, value}], answer_type, domain {ct_scan: true, …}}]."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LlavaMed(Conversations):
         self.indices = [self.path] if self.path.is_file() else sorted([*self.path.glob("*.json"), *self.path.glob("*.jsonl")])
         if not self.indices or self.indices[0].suffix not in (".json", ".jsonl"):
             raise self.layout_error()
-        self.images = self.below("images", "imgs")
+        self.images = self.find_folder("images", "imgs")
 
     def entries(self) -> Iterator[Entry]:
         for index in self.indices:

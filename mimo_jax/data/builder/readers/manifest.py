@@ -1,4 +1,4 @@
-"""A JSON line for each image: {id, image, masks: [{file, entity, annotation}], modality, group}, and, where they are known,
+"""Reads one JSON line per image: {id, image, masks: [{file, entity, annotation}], modality, group}, and optionally
 dataset (or source_repo), split, licence, source_path, pixel_spacing_mm, absent_entities. Paths are relative to the file."""
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ MANIFEST = "manifest.jsonl"
 
 
 def manifest_lines(path: Path) -> Iterator[dict]:
-    """The lines of a manifest, checked. DataError names the first that is wrong, and a manifest without any."""
-    seen: dict[str, int] = {}
+    """The lines of a manifest, checked. Raises DataError naming the first wrong line, and for a manifest without any."""
+    line_of: dict[str, int] = {}
     for number, line in lines(path):
         if wrong := _wrong(line):
             raise DataError(f"{path}, line {number}: {wrong}")
-        if line["id"] in seen:
-            raise DataError(f"{path}, line {number}: id {line['id']} stands in line {seen[line['id']]} too")
-        seen[line["id"]] = number
+        if line["id"] in line_of:
+            raise DataError(f"{path}, line {number}: id {line['id']} is also in line {line_of[line['id']]}")
+        line_of[line["id"]] = number
         yield line
-    if not seen:
-        raise DataError(f"{path}: holds no record")
+    if not line_of:
+        raise DataError(f"{path}: has no record")
 
 
 def _wrong(line: object) -> str:
-    """What is wrong with a line; "" if nothing."""
+    """What is wrong with a line; "" if it is valid."""
     if not isinstance(line, dict):
-        return "is no JSON object"
+        return "is not a JSON object"
     missing = [key for key in ("id", "image", "masks", "modality", "group") if key not in line]
     masks = line.get("masks")
     if missing or not isinstance(masks, list) or not all(isinstance(m, dict) and "file" in m and "entity" in m for m in masks):
@@ -46,12 +46,12 @@ def _wrong(line: object) -> str:
     optional = [(line, key) for key in ("dataset", "source_repo", "split", "licence", "source_path")]
     for holder, key in [*optional, *((mask, "annotation") for mask in masks)]:
         if not isinstance(holder.get(key), str | None):
-            return f"{key} is no text"
+            return f"{key} is not a text"
     if line.get("split") and line["split"] not in SPLITS:
-        return f"split {line['split']!r}; use train, val or test, or leave it away"
+        return f"split {line['split']!r}; use train, val or test, or omit it"
     absent, spacing = line.get("absent_entities") or [], line.get("pixel_spacing_mm")
     if not isinstance(absent, list) or not all(isinstance(entity, str) for entity in absent):
-        return "absent_entities is no list of texts"
+        return "absent_entities is not a list of texts"
     numbers = isinstance(spacing, list) and len(spacing) == 2 and all(isinstance(mm, int | float) and mm > 0 for mm in spacing)
     return "" if spacing is None or numbers else "pixel_spacing_mm is not [row, column] in mm"
 
@@ -67,7 +67,7 @@ class ManifestReader(DatasetReader):
 
     def items(self) -> Iterator[Item]:
         for line in manifest_lines(self.index):
-            dataset = self.told["dataset"] or line.get("dataset") or line.get("source_repo") or self.dataset
+            dataset = self.values["dataset"] or line.get("dataset") or line.get("source_repo") or self.dataset
             count: Counter[str] = Counter()
             masks = []
             for mask in line["masks"]:
@@ -75,7 +75,7 @@ class ManifestReader(DatasetReader):
                 masks.append(MaskRef(entity, self._at(mask["file"]), instance=count[entity], annotation=mask.get("annotation") or ""))
                 count[entity] += 1
             spacing = line.get("pixel_spacing_mm")
-            # Labels of a manifest are seldom complete: only what a line says to be absent is known to be.
+            # Labels of a manifest are rarely complete: only the entities listed as absent are known to be absent.
             yield Item(
                 id=line["id"], image=self._at(line["image"]), modality=line["modality"], dataset=dataset,
                 group=f"{dataset}/{line['group']}", masks=tuple(masks), split=SPLITS.get(line.get("split") or "", ""),

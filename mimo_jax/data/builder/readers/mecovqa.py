@@ -1,5 +1,5 @@
-"""MeCoVQA (MedPLIB): [{image, conversations, answer_type}] about images of SA-Med2D-20M. An answer that paints says <SEG> and
-<mask>masks/….png</mask>; a question that points says <region>masks/….png</region>."""
+"""Reads MeCoVQA (MedPLIB): [{image, conversations, answer_type}] about images of SA-Med2D-20M. An answer with a mask contains <SEG> and
+<mask>masks/….png</mask>; a question with a prompt contains <region>masks/….png</region>."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MeCoVqa(Conversations):
                 (image,) = texts(where, entry, "image")
                 turns = turns_of(where, entry)
                 stem = PurePosixPath(image).stem
-                name = Name.of(stem)
+                name = Name.parse(stem)
                 if not isinstance(name, Name):
                     self.skip(*name)
                     continue
@@ -53,7 +53,7 @@ class MeCoVqa(Conversations):
                     else:
                         wrong = wrong or mask
                 if not wrong and any("<SEG>" in text and not _MASK.search(text) for _, text in turns):
-                    wrong = image, "its answer says <SEG> and names no mask"
+                    wrong = image, "its answer has <SEG> but no <mask>"
                 if wrong:
                     self.skip(*wrong)
                     continue
@@ -70,30 +70,30 @@ def _below(file: str, folder: str) -> str:
 
 
 def _sample(where: str, turns: list[tuple[str, str]], masks: list[MaskRef], name: Name, answer_type: str) -> dict[str, Any]:
-    """The conversation in clean text. What is painted is spanned where the answer names it, else named in place of <SEG>."""
+    """The conversation in clean text. A masked entity gets the span where the answer names it; otherwise its name replaces <SEG>."""
     place = {PurePosixPath(mask.file).name: number for number, mask in enumerate(masks)}
     entity = [canonical(mask.class_raw, name.dataset, name.modality).name for mask in masks]
-    said: list[dict[str, Any]] = []
+    clean_turns: list[dict[str, Any]] = []
     targets: list[dict[str, Any]] = []
     for number, (role, text) in enumerate(turns):
-        pointed, painted = ([place[PurePosixPath(file.strip()).name] for file in tag.findall(text)] for tag in (_REGION, _MASK))
+        prompted, segmented = ([place[PurePosixPath(file.strip()).name] for file in tag.findall(text)] for tag in (_REGION, _MASK))
         text = _plain(clean(_MASK.sub(" ", _REGION.sub(" the marked region ", _CALLED.sub(r"\1", text)))))
-        if painted:
+        if segmented:
             if role != "assistant" or "<SEG>" not in text:
-                raise DataError(f"{where}: a <mask> belongs into an answer with <SEG>")
-            text, spans = _spanned(text, list(dict.fromkeys(entity[mask] for mask in painted)))
-            for painted_entity, span in spans.items():
-                mine = [mask for mask in painted if entity[mask] == painted_entity]
-                targets.append({"turn": number, "entity": painted_entity, "span": span, "mask": mine})
-        said.append({"role": role, "text": text} | ({"prompted": pointed} if pointed else {}))
+                raise DataError(f"{where}: a <mask> is allowed only in an answer with <SEG>")
+            text, spans = _spanned(text, list(dict.fromkeys(entity[mask] for mask in segmented)))
+            for segmented_entity, span in spans.items():
+                mine = [mask for mask in segmented if entity[mask] == segmented_entity]
+                targets.append({"turn": number, "entity": segmented_entity, "span": span, "mask": mine})
+        clean_turns.append({"role": role, "text": text} | ({"prompted": prompted} if prompted else {}))
     if targets:
-        return {"perspective": "II" if any("prompted" in turn for turn in said) else "I", "turns": said, "targets": targets}
-    plain = question(said[0]["text"], said[-1]["text"], answer_type) if len(said) == 2 else {"perspective": "vqa"}
-    return plain | {"turns": said}
+        return {"perspective": "II" if any("prompted" in turn for turn in clean_turns) else "I", "turns": clean_turns, "targets": targets}
+    plain = question(clean_turns[0]["text"], clean_turns[-1]["text"], answer_type) if len(clean_turns) == 2 else {"perspective": "vqa"}
+    return plain | {"turns": clean_turns}
 
 
 def _spanned(text: str, entities: list[str]) -> tuple[str, dict[str, list[int]]]:
-    """(text without <SEG>; entity -> span). An entity that the text does not name stands where its <SEG> stood."""
+    """(text without <SEG>; entity -> span). The name of an entity that the text does not name replaces its <SEG>."""
     unnamed = [entity for entity in entities if not _named(entity, text)]
     if not unnamed:
         text = re.sub(r"\s*:\s*<SEG>", "<SEG>", re.sub(r"\b(is|are)\s*<SEG>", r"\1 outlined<SEG>", text))

@@ -1,8 +1,8 @@
-"""Volumes in NIfTI with labels on their grid, cut into slices. Layouts, the first that fits:
+"""Reads NIfTI volumes with labels on their grid, as slices. Layouts, of which the first that fits is used:
 
-CASE/ct.nii.gz (or mri.nii.gz) with CASE/segmentations/NAME.nii.gz    TotalSegmentator; meta.csv may say the split of a case
+CASE/ct.nii.gz (or mri.nii.gz) with CASE/segmentations/NAME.nii.gz    TotalSegmentator; meta.csv may give the split of a case
 dataset.json, imagesTr/, labelsTr/                                  Medical Segmentation Decathlon and nnU-Net
-images/ and labels/ of the same names, with the option labels       a user's own
+images/ and labels/ with equal file names, and the option labels     other data
 IMAGE.nii.gz, with the options label=LABELS.nii.gz and labels
 """
 
@@ -20,17 +20,17 @@ from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.readers.index_files import read
 from mimo_jax.data.builder.readers.label_tables import label_table, parse_table
 from mimo_jax.data.builder.readers.reader import SPLITS, DatasetReader
-from mimo_jax.data.images.image import PLANES, library
+from mimo_jax.data.images.image import PLANES, import_medical
 from mimo_jax.data.records import DataError
 from mimo_jax.errors import UserError
 
 _SCANS = {"ct.nii.gz": "CT", "mri.nii.gz": "MR", "mr.nii.gz": "MR"}
-_SAME_MM = 0.1  # by which the places of voxels of two files that share a grid may differ
+_SAME_MM = 0.1  # tolerance for voxel positions of two files with the same grid
 
 
 @dataclass(frozen=True)
 class _Volume:
-    """labels: files with the structures in each, by value; value None is any that is not zero."""
+    """labels: file -> value -> structure; the value None stands for all nonzero values."""
 
     case: str
     image: Path
@@ -40,8 +40,8 @@ class _Volume:
 
 
 class Nifti(DatasetReader):
-    """axis: the plane or file axis to cut across; every: which slices, the nth; min_area: pixels of a structure below which a slice
-    does not show it; window: as `data.picture.WINDOWS`, or (low, high); by default "soft" for CT."""
+    """Options: axis, the plane or file axis of the slices; every, use every nth slice; min_area, number of pixels below which a slice
+    does not show a structure; window, a name of `WINDOWS` or (low, high), by default "soft" for CT."""
 
     name = "nifti"
     expected_layout = (
@@ -50,13 +50,13 @@ class Nifti(DatasetReader):
     options = {"axis": "axial", "every": 1, "min_area": 100, "window": None, "label": "", "labels": ""}
 
     def open(self) -> None:
-        self.axis, self.every, self.min_area = (self.told[name] for name in ("axis", "every", "min_area"))
+        self.axis, self.every, self.min_area = (self.values[name] for name in ("axis", "every", "min_area"))
         if self.axis not in (*PLANES, "i", "j", "k"):
             raise DataError(f"axis {self.axis}: give i, j, k, {', '.join(reversed(PLANES))}")
         if self.every < 1 or self.min_area < 1:
             raise DataError(f"every {self.every}, min_area {self.min_area}: must be 1 or more")
-        library("nibabel")
-        self.table = label_table(self.told["labels"]) if self.told["labels"] else {}
+        import_medical("nibabel")
+        self.table = label_table(self.values["labels"]) if self.values["labels"] else {}
         self.volumes = [*self._found()]
         if not self.volumes:
             raise self.layout_error()
@@ -76,7 +76,7 @@ class Nifti(DatasetReader):
                         masks.append(MaskRef(name, str(file), value=value))
                     small |= 0 < counts[index] < self.min_area
                 if masks:
-                    window = self.told["window"] or ("soft" if volume.modality == "CT" else None)
+                    window = self.values["window"] or ("soft" if volume.modality == "CT" else None)
                     yield Item(
                         id=f"{volume.case}/{self.axis}_{index:04d}", image=str(volume.image), modality=volume.modality,
                         dataset=self.dataset, group=f"{self.dataset}/{volume.case}", masks=tuple(masks), split=volume.split,
@@ -86,14 +86,14 @@ class Nifti(DatasetReader):
 
     def _found(self) -> Iterator[_Volume]:
         if self.path.is_file():
-            label = Path(self.told["label"])
-            if not self.told["label"] or not label.is_file() or not self.table:
+            label = Path(self.values["label"])
+            if not self.values["label"] or not label.is_file() or not self.table:
                 raise DataError(
-                    f"{self.path}: give label=VOLUME, that of its labels, and labels=NAMES, a JSON of their names or totalsegmentator"
+                    f"{self.path}: give label=VOLUME, its labels, and labels=NAMES, a JSON of their names or totalsegmentator"
                 )
-            yield _Volume(_stem(self.path), self.path, {label: dict(self.table)}, self.needs_modality())
+            yield _Volume(_stem(self.path), self.path, {label: dict(self.table)}, self.required_modality())
             return
-        if self.told["label"]:
+        if self.values["label"]:
             raise DataError(f"{self.path}: is a folder; the option label belongs to one volume")
         cases = [path.parent.resolve() for path in sorted(self.folder.glob("**/segmentations")) if path.is_dir()]
         if cases:
@@ -102,8 +102,8 @@ class Nifti(DatasetReader):
             yield from self._decathlon(read(self.folder / "dataset.json"))
         elif (self.folder / "images").is_dir() and (self.folder / "labels").is_dir():
             if not self.table:
-                raise DataError(f"{self.folder}: give labels=NAMES, a JSON of what the labels mean or totalsegmentator")
-            yield from self._pairs("images", "labels", self.table, self.needs_modality(), "")
+                raise DataError(f"{self.folder}: give labels=NAMES, a JSON of the labels' names or totalsegmentator")
+            yield from self._pairs("images", "labels", self.table, self.required_modality(), "")
 
     def _total_segmentator(self, cases: list[Path]) -> Iterator[_Volume]:
         splits = _meta(self.folder / "meta.csv")
@@ -116,18 +116,18 @@ class Nifti(DatasetReader):
             split = splits.get(case.name, "")
             yield _Volume(case.name, scan, {file: {None: _stem(file)} for file in files}, _SCANS[scan.name], split)
 
-    def _decathlon(self, said: object) -> Iterator[_Volume]:
+    def _decathlon(self, content: object) -> Iterator[_Volume]:
         where = str(self.folder / "dataset.json")
-        if not isinstance(said, dict) or not isinstance(said.get("labels"), dict):
+        if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
             raise DataError(f"{where}: has no labels")
-        single = {key: value for key, value in said["labels"].items() if not isinstance(value, list)}  # nnU-Net may list unions too
+        single = {key: value for key, value in content["labels"].items() if not isinstance(value, list)}  # nnU-Net may also list unions
         table = self.table or parse_table(where, single)
-        channels = said.get("modality") or said.get("channel_names") or {}
+        channels = content.get("modality") or content.get("channel_names") or {}
         first = str(next(iter(channels.values()), "")) if isinstance(channels, dict) else ""
         kind = "CT" if first.casefold() == "ct" else "MR" if re.match(r"(mr|t1|t2|flair|adc|dwi|lge)", first, re.IGNORECASE) else ""
         for part, split in (("Tr", "train"), ("Ts", "test")):
             if (self.folder / f"labels{part}").is_dir():
-                yield from self._pairs(f"images{part}", f"labels{part}", table, kind or self.needs_modality(), split)
+                yield from self._pairs(f"images{part}", f"labels{part}", table, kind or self.required_modality(), split)
 
     def _pairs(self, images: str, labels: str, table: dict[int, str], modality: str, split: str) -> Iterator[_Volume]:
         for label in sorted((self.folder / labels).glob("[!.]*.nii*")):
@@ -135,27 +135,27 @@ class Nifti(DatasetReader):
             names = [f"{case}{channel}{end}" for channel in ("", "_0000") for end in (".nii.gz", ".nii")]
             image = next((path for name in names if (path := self.folder / images / name).is_file()), None)
             if image is None:
-                self.skip(f"{labels}/{label.name}", "has no image of its name")
+                self.skip(f"{labels}/{label.name}", "has no image of the same name")
                 continue
             yield _Volume(case, image, {label: dict(table)}, modality, split)
 
     def _areas(self, volume: _Volume) -> tuple[dict[tuple[Path, int | None, str], np.ndarray], int]:
-        """((file, value, name) -> pixels of that structure in each slice; number of slices). UserError for files that cannot be
-        read, are no single volume, or do not share their grid."""
-        nibabel = library("nibabel")
+        """((file, value, name) -> number of pixels of that structure in each slice; number of slices). Raises UserError for files that
+        cannot be read, are not a single volume, or have different grids."""
+        nibabel = import_medical("nibabel")
         areas: dict[tuple[Path, int | None, str], np.ndarray] = {}
         try:
             image = nibabel.load(volume.image)
             shape = (*image.shape, 1, 1)[:3]
             if any(n > 1 for n in image.shape[3:]) or 0 in image.shape:
-                raise UserError(f"is {len(image.shape)}-D {list(image.shape)}; save the one volume that you mean as a 3-D file")
+                raise UserError(f"is {len(image.shape)}-D {list(image.shape)}; save one volume of it as a 3-D file")
             nearest = [int(world) for world in nibabel.io_orientation(image.affine)[:, 0]]
             axis = nearest.index(PLANES[self.axis]) if self.axis in PLANES else "ijk".index(self.axis)
             corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
             for file, names in volume.labels.items():
                 label = nibabel.load(file)
                 if (*label.shape, 1, 1)[:3] != shape or np.abs((label.affine - image.affine) @ corners).max() > _SAME_MM:
-                    raise UserError(f"{file.name} does not lie on the grid of its image; resample the labels onto it")
+                    raise UserError(f"{file.name} is not on the grid of its image; resample the labels onto it")
                 stored = np.moveaxis(np.asarray(label.dataobj).reshape(shape), axis, 0)
                 if None in names:
                     areas[file, None, names[None]] = (stored != 0).reshape(len(stored), -1).sum(1)
@@ -167,7 +167,7 @@ class Nifti(DatasetReader):
                 areas.update({(file, value, name): counts[:, value] for value, name in names.items() if counts[:, value].any()})
         except UserError:
             raise
-        except Exception as error:  # nibabel, gzip and numpy each have their own
+        except Exception as error:  # nibabel, gzip and numpy raise various errors
             raise UserError(f"a damaged or truncated NIfTI file ({type(error).__name__})") from None
         return areas, shape[axis]
 
@@ -177,7 +177,7 @@ def _stem(path: Path) -> str:
 
 
 def _meta(path: Path) -> dict[str, str]:
-    """Case -> split of TotalSegmentator's meta.csv; nothing where there is none."""
+    """Case -> split from TotalSegmentator's meta.csv; empty if there is no such file."""
     if not path.is_file():
         return {}
     with open(path, encoding="utf-8-sig", newline="") as file:

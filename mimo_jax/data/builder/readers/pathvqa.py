@@ -1,5 +1,5 @@
-"""PathVQA: qas/train/train_qa.pkl with images/train/NAME.jpg, and the same of val and test; or JSON lists of the same
-{image, question, answer}. What is answered yes or no is closed."""
+"""Reads PathVQA: qas/train/train_qa.pkl with images/train/NAME.jpg, and the same for val and test; or JSON lists of the same
+{image, question, answer}. Questions answered by yes or no are closed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""SLAKE: train.json, validate.json and test.json of {img_name, question, answer, q_lang, modality, answer_type}, with imgs/.
-Questions in English are read."""
+"""Reads SLAKE: train.json, validate.json and test.json of {img_name, question, answer, q_lang, modality, answer_type}, with imgs/.
+Only questions in English are used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Slake(Conversations):
     def open(self) -> None:
         found = [self.path] if self.path.is_file() else sorted(self.folder.glob("*.json"))
         self.indices = [path for path in found if split_of(path.name)]
-        self.images = self.below("imgs", "images")
+        self.images = self.find_folder("imgs", "images")
         if not self.indices or self.images == self.folder:
             raise self.layout_error()
 
@@ -28,7 +28,7 @@ class Slake(Conversations):
             for number, entry in enumerate(entries(index), 1):
                 where = f"{index}, entry {number}"
                 if entry.get("q_lang") != "en":
-                    self.skip(f"{index.name}, entry {number}", "a question that is not in English")
+                    self.skip(f"{index.name}, entry {number}", "the question is not in English")
                     continue
                 image, asked, answer = texts(where, entry, "img_name", "question", "answer")
                 sample = question(asked, answer, str(entry.get("answer_type") or ""), str(entry.get("content_type") or ""))

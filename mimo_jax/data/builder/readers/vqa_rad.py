@@ -1,5 +1,5 @@
-"""VQA-RAD: its public JSON list (or trainset.json and testset.json) of {image_name, image_organ, phrase_type, question, answer,
-answer_type}. Its own splits share images: what is asked in training of an image of the test split is left out."""
+"""Reads VQA-RAD: its public JSON list (or trainset.json and testset.json) of {image_name, image_organ, phrase_type, question, answer,
+answer_type}. Its splits share images: questions of the training split about images of the test split are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mimo_jax.data.builder.readers.index_files import entries
 from mimo_jax.data.builder.readers.reader import split_of
 
 INDEX = "VQA_RAD Dataset Public.json"
-_ORGAN = {"CHEST": "X-ray", "ABD": "CT"}  # of a head it may be CT or MR, which questions tell
+_ORGAN = {"CHEST": "X-ray", "ABD": "CT"}  # images of a head may be CT or MR; their questions tell
 
 
 class VqaRad(Conversations):
@@ -23,7 +23,7 @@ class VqaRad(Conversations):
         self.indices = found[:1] if found and found[0].name == INDEX else found
         if not self.indices:
             raise self.layout_error()
-        self.images = self.below("VQA_RAD Image Folder", "images", "imgs")
+        self.images = self.find_folder("VQA_RAD Image Folder", "images", "imgs")
 
     def entries(self) -> Iterator[Entry]:
         for index in self.indices:

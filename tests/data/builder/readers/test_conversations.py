@@ -35,16 +35,17 @@ def test_llava_med(tmp_path):
     assert asked(items[0]) == [("What is shown?", "A chest film.", "open"), ("Is it normal?", "No", "closed")]
     assert items[0].samples[1]["references"] == ["No"] and items[0].samples[1]["perspective"] == "vqa"
     assert [t["role"] for t in items[1].samples[0]["turns"]] == ["user", "assistant"] * 2 and "answer_type" not in items[1].samples[0]
-    assert skipped[:2] == [("train.json, entry 5", "has no image"), ("b.jpg", "a question or an answer without a word")]
-    assert skipped[2:] == [("c.jpg", "nothing says what made the image; --modality says it for all such")]
+    assert skipped[:2] == [("train.json, entry 5", "has no image"), ("b.jpg", "an empty question or answer")]
+    assert skipped[2:] == [("c.jpg", "the modality is unknown; --modality sets it for all such images")]
     lined = write_lines(tmp_path / "lines/train.jsonl", entries)
     assert [i.id for i in listed("llava-med", lined, modality="MR")[0]] == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 @pytest.mark.parametrize("entry, said", [
     ({"image": "a"}, "has no conversations"), ({"image": "a", "conversations": [{"from": "human"}]}, "has no conversations"),
-    ({"image": "a", **talk("one")}, "is not human and gpt in turn"), ({"image": "a", "conversations": []}, "is not human and gpt in turn"),
-    ({"image": ["a"], **talk("q", "a")}, "image is missing or no text"),
+    ({"image": "a", **talk("one")}, "does not alternate between human and gpt"),
+    ({"image": "a", "conversations": []}, "does not alternate between human and gpt"),
+    ({"image": ["a"], **talk("q", "a")}, "image is missing or not a text"),
 ])  # fmt: skip
 def test_damaged_conversations(tmp_path, entry, said):
     path = write_json(tmp_path / "train.json", [{"image": "b", **talk("q", "a")}, entry])
@@ -75,7 +76,7 @@ def test_vqa_rad(tmp_path):
     assert asked(items[0]) == [("Are regions infarcted?", "Yes", "closed"), ("What is this?", "an MRI", "open")]
     assert items[0].samples[0]["kind"] == "pres" and "kind" not in items[0].samples[1]
     assert asked(items[1]) == [("Is it a nodule?", "No", "closed")] and asked(items[2])[0][2] == "open"
-    assert [what for what, _ in skipped] == ["s2.jpg", "s4.jpg"] and skipped[0][1] == "a question of train, whose image is in test too"
+    assert [what for what, _ in skipped] == ["s2.jpg", "s4.jpg"] and skipped[0][1] == "a question of train whose image is also in test"
     assert items[0].image == str(tmp_path / "VQA_RAD Image Folder/s1.jpg")
     (tmp_path / "VQA_RAD Dataset Public.json").rename(tmp_path / "trainset.json")
     assert {i.split for i in listed("vqa-rad", tmp_path)[0]} == {"train"}
@@ -99,9 +100,9 @@ def test_slake(tmp_path):
         ("xmlab2/source.jpg", "MR", "val", "slake/xmlab2"),
     ]  # fmt: skip
     assert asked(items[0]) == [("Left or right?", "Left", "closed")] and items[1].samples[0]["kind"] == "organ"
-    assert skipped == [("train.json, entry 2", "a question that is not in English")]
+    assert skipped == [("train.json, entry 2", "the question is not in English")]
     write_json(tmp_path / "test.json", [{"img_name": "a", "question": "q", "q_lang": "en"}])
-    with pytest.raises(DataError, match="test.json, entry 1: answer is missing or no text"):
+    with pytest.raises(DataError, match="test.json, entry 1: answer is missing or not a text"):
         listed("slake", tmp_path)
 
 

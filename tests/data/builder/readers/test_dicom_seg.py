@@ -10,7 +10,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from mimo_jax.data.builder.masks import read_mask
-from mimo_jax.data.images.open_image import open_picture
+from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.records import DataError
 from tests.data.builder.readers.trees import image, listed
 from tests.data.medical_files import dicom, enhanced, saved, series
@@ -62,7 +62,7 @@ def test_a_series_and_its_segmentation(tmp_path):
         item = by_path[str(path)]
         assert (item.modality, item.frame, item.window, item.complete) == ("CT", None, "soft", False)
         assert [(m.class_raw, m.value) for m in item.masks] == [("Liver", 1), ("Liver", 2)][: 1 + (frame > 0)]  # the second by its code
-        picture = open_picture(path)
+        picture = open_image(path)
         for mask in item.masks:
             assert (read_mask(mask, picture) == masks[frame, :, :, mask.value - 1]).all()
     assert len({item.group for item in items}) == 1
@@ -82,7 +82,7 @@ def test_frames_of_one_file(tmp_path):
     for item in items:
         for mask in item.masks:
             wanted = masks[item.frame, :, :, mask.value - 1]
-            assert (read_mask(mask, open_picture(item.image, frame=item.frame)) == wanted).all()
+            assert (read_mask(mask, open_image(item.image, frame=item.frame)) == wanted).all()
 
 
 def test_what_is_passed_over(tmp_path):
@@ -99,9 +99,9 @@ def test_what_is_passed_over(tmp_path):
     items, skipped = listed("dicom-seg", tmp_path)
     assert len(items) == 2
     reasons = {what.rsplit("/", 1)[1]: why for what, why in skipped}
-    assert "refers to 2 frames whose image is not there" in reasons["seg.dcm"]
-    assert reasons["pet.dcm"] == "of a modality that no record may have" and "damaged" in reasons["cut.dcm"]
-    assert "the same image as another file" in [why for _, why in skipped]
+    assert "has 2 frames whose image is missing" in reasons["seg.dcm"]
+    assert reasons["pet.dcm"] == "its modality is not one of records" and "damaged" in reasons["cut.dcm"]
+    assert "same image as another file" in [why for _, why in skipped]
 
 
 def test_studies_of_one_patient_are_one_group(tmp_path):
@@ -116,5 +116,5 @@ def test_studies_of_one_patient_are_one_group(tmp_path):
 
 def test_a_folder_without_segmentations(tmp_path):
     series(tmp_path / "ct", np.ones((2, H, W), np.uint16))
-    with pytest.raises(DataError, match="is no dicom-seg source; looked for DICOM images and DICOM SEG objects"):
+    with pytest.raises(DataError, match="is not a dicom-seg source; expected DICOM images and DICOM SEG objects"):
         listed("dicom-seg", tmp_path)

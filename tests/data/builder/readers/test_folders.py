@@ -36,9 +36,9 @@ def test_masks_without_a_name(tmp_path):
 
 
 @pytest.mark.parametrize("table, said", [
-    ([], "is no table of labels"), ({"0": "background"}, "names no label but the background"),
-    ({"one": "liver"}, "is no label and its name"),
-    ({"1": 2}, "is no label and its name"), ({"-1": "liver"}, "is no label and its name"),
+    ([], "is not a table of labels"), ({"0": "background"}, "names no label except the background"),
+    ({"one": "liver"}, "is not a label with its name"),
+    ({"1": 2}, "is not a label with its name"), ({"-1": "liver"}, "is not a label with its name"),
 ])  # fmt: skip
 def test_tables_that_are_none(tmp_path, table, said):
     for name in ("images/a.png", "masks/a.png"):

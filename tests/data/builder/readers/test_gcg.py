@@ -55,8 +55,8 @@ def test_captions(tmp_path):
         ("Left Lung", "left lung", [0, 1]), ("right lung", "right lung", [2])
     ]  # fmt: skip
     assert [why for _, why in skipped] == [
-        "a grounded phrase that overlaps another one", "a grounded phrase that its caption does not hold",
-        "nothing of its caption is grounded"
+        "a grounded phrase that overlaps another one", "a grounded phrase that is not in its caption",
+        "its caption has no grounded phrase"
     ]  # fmt: skip
     with pytest.raises(DataError, match="give --modality"):
         listed("gcg", tmp_path)

@@ -28,15 +28,16 @@ def test_items(tmp_path):
 
 
 @pytest.mark.parametrize("line, said", [
-    ([], "is no JSON object"), ({"id": "a"}, "lacks image, masks, modality, group"),
+    ([], "is not a JSON object"), ({"id": "a"}, "lacks image, masks, modality, group"),
     (LINE | {"masks": [{}]}, "lacks file or entity of a mask"),
     (LINE | {"masks": "none"}, "lacks file or entity of a mask"), (LINE | {"id": 3}, "must be texts"),
     (LINE | {"group": ""}, "must be texts"),
     (LINE | {"modality": "ct"}, "modality 'ct'; use one of CT"), (LINE | {"split": "dev"}, "split 'dev'; use train"),
-    (LINE | {"licence": 3}, "licence is no text"), (LINE | {"masks": [LINE["masks"][0] | {"annotation": []}]}, "annotation is no text"),
-    (LINE | {"absent_entities": "liver"}, "absent_entities is no list"), (LINE | {"pixel_spacing_mm": [0.5]}, "pixel_spacing_mm is not"),
+    (LINE | {"licence": 3}, "licence is not a text"),
+    (LINE | {"masks": [LINE["masks"][0] | {"annotation": []}]}, "annotation is not a text"),
+    (LINE | {"absent_entities": "liver"}, "absent_entities is not a list"), (LINE | {"pixel_spacing_mm": [0.5]}, "pixel_spacing_mm is not"),
     (LINE | {"pixel_spacing_mm": [0.5, 0]}, "pixel_spacing_mm is not"),
-    (LINE, "id a stands in line 1 too"),
+    (LINE, "id a is also in line 1"),
 ])  # fmt: skip
 def test_lines_that_are_wrong(tmp_path, line, said):
     path = write_lines(tmp_path / "manifest.jsonl", [LINE, line])
@@ -47,7 +48,7 @@ def test_lines_that_are_wrong(tmp_path, line, said):
 
 def test_an_empty_manifest(tmp_path):
     (tmp_path / "manifest.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="holds no record"):
+    with pytest.raises(DataError, match="has no record"):
         list(manifest_lines(tmp_path / "manifest.jsonl"))
 
 

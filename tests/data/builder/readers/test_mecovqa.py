@@ -79,5 +79,5 @@ def test_what_is_left_out(tmp_path):
 
 def test_a_mask_outside_an_answer(tmp_path):
     tree(tmp_path, entry(f"Look: <SEG> <mask>{MASK['liver']}</mask>", "a"))
-    with pytest.raises(DataError, match="MeCoVQA_train.json, entry 1: a <mask> belongs into an answer with <SEG>"):
+    with pytest.raises(DataError, match="MeCoVQA_train.json, entry 1: a <mask> is allowed only in an answer with <SEG>"):
         listed("mecovqa", tmp_path)

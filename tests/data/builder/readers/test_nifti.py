@@ -10,7 +10,7 @@ from mimo_jax.data.builder.items import Item
 from mimo_jax.data.builder.masks import read_mask
 from mimo_jax.data.builder.readers.label_tables import TOTALSEGMENTATOR, label_table
 from mimo_jax.data.images.image import PLANES
-from mimo_jax.data.images.open_image import open_picture
+from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.records import DataError
 from tests.data.builder.readers.trees import listed, write_json
 from tests.data.medical_files import affine_of, nifti
@@ -52,7 +52,7 @@ def test_one_volume(tmp_path):
     assert set(shown(listed("nifti", ct, axis="coronal", min_area=5, **told)[0])) == {f"coronal:{j}" for j in (0, 1, 2, 3, 4, 6, 7, 8, 9)}
     assert set(shown(listed("nifti", ct, axis="i", min_area=8, **told)[0])) == {f"i:{i}" for i in (0, 1, 2, 3, 6, 7, 8)}
     for missing in ({"label": ""}, {"labels": ""}, {"label": str(tmp_path / "none")}):
-        with pytest.raises(DataError, match="give label=VOLUME, that of its labels, and labels=NAMES"):
+        with pytest.raises(DataError, match="give label=VOLUME, its labels, and labels=NAMES"):
             listed("nifti", ct, **told | missing)
     with pytest.raises(DataError, match="is a folder; the option label"):
         listed("nifti", tmp_path, **told)
@@ -68,7 +68,7 @@ def test_areas_are_those_of_the_masks(tmp_path, axis):
     items, _ = listed("nifti", ct, label=str(seg), labels=str(table), modality="MR", axis=axis, min_area=8)
     seen = 0
     for item in items:
-        picture = open_picture(item.image, slice=item.slice)
+        picture = open_image(item.image, slice=item.slice)
         for mask in item.masks:
             area = int(read_mask(mask, picture).sum())
             seen += area
@@ -111,7 +111,7 @@ def test_decathlon_and_nnunet(tmp_path, said):
     items, skipped = listed("nifti", tmp_path, min_area=12, dataset="MSD_Liver")
     assert {i.group: i.split for i in items} == {f"MSD_Liver/liver_{n}": split for n, split in ((1, "train"), (2, "train"), (3, "test"))}
     assert [m.class_raw for m in items[0].masks] == ["liver", "cancer"] and items[0].modality == "CT"
-    assert skipped == [("labelsTr/lost.nii.gz", "has no image of its name")]
+    assert skipped == [("labelsTr/lost.nii.gz", "has no image of the same name")]
 
 
 def test_volumes_that_cannot_be_used_are_passed_over(tmp_path):
@@ -128,8 +128,8 @@ def test_volumes_that_cannot_be_used_are_passed_over(tmp_path):
     items, skipped = listed("nifti", tmp_path, labels=str(table), modality="CT", min_area=4)
     assert {item.group.split("/")[1] for item in items} == {"good"}
     reasons = dict(skipped)
-    assert "save the one volume" in reasons["four"] and "damaged or truncated" in reasons["cut"] and len(skipped) == 4
-    assert all("does not lie on the grid" in reasons[case] for case in ("moved", "size"))
+    assert "save one volume" in reasons["four"] and "damaged or truncated" in reasons["cut"] and len(skipped) == 4
+    assert all("is not on the grid" in reasons[case] for case in ("moved", "size"))
     with pytest.raises(DataError, match="give labels=NAMES"):
         listed("nifti", tmp_path, modality="CT")
 

@@ -30,7 +30,7 @@ def test_unknown_kinds(tmp_path, kind, said):
 def test_what_is_no_such_source(tmp_path, kind):
     with pytest.raises(DataError, match="none: no such file or folder"):
         open_reader(kind, tmp_path / "none")
-    with pytest.raises(DataError, match=f"is no {kind} source; looked for ") as error:
+    with pytest.raises(DataError, match=f"is not a {kind} source; expected ") as error:
         open_reader(kind, tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     image(tmp_path / "picture.png")
@@ -39,7 +39,7 @@ def test_what_is_no_such_source(tmp_path, kind):
 
 
 @pytest.mark.parametrize("options, said", [
-    ({"labls": "x"}, "source folders has no option labls; it takes dataset, entity, labels, licence, modality"),
+    ({"labls": "x"}, "source folders has no option labls; its options are dataset, entity, labels, licence, modality"),
     ({"modality": "ct"}, "modality 'ct': use one of CT, MR"),
 ])  # fmt: skip
 def test_options(tmp_path, options, said):
@@ -48,8 +48,9 @@ def test_options(tmp_path, options, said):
 
 
 @pytest.mark.parametrize("options, said", [
-    ({"every": "two"}, "option every=two: is no number"), ({"every": "0"}, "must be 1 or more"), ({"min_area": "-3"}, "must be 1 or more"),
-    ({"window": "blue"}, "option window=blue: window blue: is unknown"), ({"window": "5,x"}, "is no number"),
+    ({"every": "two"}, "option every=two: is not a number"), ({"every": "0"}, "must be 1 or more"),
+    ({"min_area": "-3"}, "must be 1 or more"),
+    ({"window": "blue"}, "option window=blue: window blue: is unknown"), ({"window": "5,x"}, "is not a number"),
     ({"window": "5,1"}, "LOW < HIGH"), ({"axis": "top"}, "axis top: give i, j, k, axial"),
 ])  # fmt: skip
 def test_options_as_texts(tmp_path, options, said):
@@ -97,7 +98,7 @@ def test_an_index_is_not_held_as_a_whole(tmp_path, monkeypatch):
 
 
 def test_entries_that_are_none(tmp_path):
-    for text, said in (("{}", "is not a JSON list"), ("[1]", "entry 1: is no JSON object"), ('[{"a": 1} {"a": 2}]', "damaged")):
+    for text, said in (("{}", "is not a JSON list"), ("[1]", "entry 1: is not a JSON object"), ('[{"a": 1} {"a": 2}]', "damaged")):
         (tmp_path / "list.json").write_text(text)
         with pytest.raises(DataError, match=said):
             list(index_files.entries(tmp_path / "list.json"))
@@ -119,7 +120,7 @@ def test_a_pickle_that_names_code_is_refused(tmp_path):
     path.write_bytes(pickle.dumps([{"image": "a", "n": 1.5}]))
     assert index_files.pickled(path) == [{"image": "a", "n": 1.5}]
     path.write_bytes(pickle.dumps([Evil()]))
-    with pytest.raises(DataError, match="no pickle of plain lists and texts .*it names .*open"):
+    with pytest.raises(DataError, match="not a pickle of plain lists and texts .*it names .*open"):
         index_files.pickled(path)
     path.write_bytes(b"\x80\x04garbage")
     with pytest.raises(DataError, match="is damaged"):

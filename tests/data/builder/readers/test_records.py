@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mimo_jax.data.builder.readers import open_reader
-from mimo_jax.data.builder.record import Made, make_record
+from mimo_jax.data.builder.record import BuiltRecord, make_record
 from tests.data.builder.readers.trees import write_json, write_lines
 
 STEM = "ct_00--AMOS--case_1--z_0040"
@@ -93,7 +93,7 @@ def test_records(tmp_path, kind, make, options):
         options = options | {"labels": str(root / options["labels"])}
     (item,) = open_reader(kind, root, **options).items()
     made = make_record(item)
-    assert isinstance(made, Made), made
+    assert isinstance(made, BuiltRecord), made
     record = made.record
     record.check()
     assert (record.height, record.width, record.modality, record.group) == (*SIZE, "CT", item.group)
@@ -113,7 +113,7 @@ def test_grounded_caption(tmp_path):
     write_json(tmp_path / "val.json", [{"file_name": "a.png", "caption": "The lungs are clear.", "groundings": groundings}])
     (item,) = open_reader("gcg", tmp_path, modality="X-ray").items()
     made = make_record(item)
-    assert isinstance(made, Made), made
+    assert isinstance(made, BuiltRecord), made
     made.record.check()
     assert (made.record.masks[0].entity, made.record.masks[0].area_px, made.record.split) == ("lung", 30, "val")
     (target,) = made.record.samples[0].targets

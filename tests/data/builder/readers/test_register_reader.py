@@ -49,5 +49,5 @@ def test_a_registered_reader_builds_a_data_set(toy, tmp_path):
 
 
 def test_a_kind_is_registered_once(toy):
-    with pytest.raises(ValueError, match="^source toy: is registered already, as Toy"):
+    with pytest.raises(ValueError, match="^source toy: is already registered as Toy"):
         register_reader("toy", Toy)

@@ -57,11 +57,11 @@ def test_whole_data_set(tmp_path):
     assert [m.class_raw for m in by_name["x_ray--other--c--2d_none"].masks] == ["zebra"]
     reasons = dict(skipped)
     assert len(skipped) == 8 and reasons["brain-growth"] == "the images of this data set are masks"
-    assert reasons["AMOS, modality pet_00"] == "is none that a record may have" and reasons["AMOS, modality gamma_ray"] == "is unknown"
+    assert reasons["AMOS, modality pet_00"] == "is not a modality of records" and reasons["AMOS, modality gamma_ray"] == "is unknown"
     assert "its name is not" in reasons["ct_00_AMOS_c"] and "has no name in" in reasons["WORD, class 0009"]
     unions = by_name["ct_00--unions--c--2d_none"]
     assert [m.class_raw for m in unions.masks] == ["liver", "union_lung"] and unions.complete
-    assert reasons["unions, class union_liver_and_zebra"].startswith("unites other classes")
+    assert reasons["unions, class union_liver_and_zebra"].startswith("is a union of classes")
     assert not by_name["x_ray--other--c--2d_none"].complete
     assert {"other, class left", "other, class class4"} <= set(reasons)
 
@@ -69,8 +69,8 @@ def test_whole_data_set(tmp_path):
 def test_every_token_of_the_data_set_has_a_modality():
     assert len(MODALITY) == 34 and set(MODALITY.values()) == {"", *MODALITIES} - {"pathology"}
     for token, modality in MODALITY.items():
-        name = Name.of(f"{token}--D--c--z_0003")
-        assert name == Name(modality, "D", "c", "z", 3) if modality else name == (f"D, modality {token}", "is none that a record may have")
+        name = Name.parse(f"{token}--D--c--z_0003")
+        assert name == Name(modality, "D", "c", "z", 3) if modality else name == (f"D, modality {token}", "is not a modality of records")
 
 
 def test_what_is_passed_over_is_counted(tmp_path):
@@ -107,7 +107,7 @@ def test_damaged_classes(tmp_path, classes):
     with pytest.raises(DataError, match="class_mapping_id.json: is not {dataset: {class: id}}"):
         listed("sa-med2d", tmp_path)
     (tmp_path / "SAMed2D_v1_class_mapping_id.json").unlink()
-    with pytest.raises(DataError, match="no such file; without it class ids have no names"):
+    with pytest.raises(DataError, match="no such file; it maps class ids to names"):
         listed("sa-med2d", tmp_path)
 
 
@@ -139,8 +139,8 @@ def test_demo(tmp_path):
     ]  # fmt: skip
     assert items[2].image == str(root / "images/s0619_32.png") and items[0].modality == "CT"
     assert skipped == [
-        ("data_demo/masks/s0619_33_aorta_000.png", "its name is not that of its image and _CLASS_INSTANCE"),
-        ("data_demo/images/s0114_111.png", "stands in image2label_train.json too"),
+        ("data_demo/masks/s0619_33_aorta_000.png", "its name is not IMAGE_CLASS_INSTANCE"),
+        ("data_demo/images/s0114_111.png", "is also in image2label_train.json"),
     ]
     assert [item.id for item in listed("sa-med2d", root / "label2image_test.json", modality="CT")[0]] == ["s0619_32", "s0114_111"]
     with pytest.raises(DataError, match="give --modality, one of CT"):

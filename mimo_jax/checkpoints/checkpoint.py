@@ -80,7 +80,9 @@ def read_config(run: str | os.PathLike) -> Config:
     try:
         return Config.from_dict(json.loads(path.read_text()))
     except (OSError, json.JSONDecodeError, ConfigError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a config of mimo_jax {__version__}: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a config of mimo_jax {__version__} ({error}); use the version that wrote it, or copy it again"
+        ) from error
 
 
 def check_config(saved: Config, wanted: Config, where: str = "the checkpoint") -> None:
@@ -203,7 +205,7 @@ class Checkpoints:
         shutil.rmtree(self._folder(step), ignore_errors=True)
         last = self.latest()
         good = f"step {last} is the last good one" if last is not None else "no step was saved before"
-        with files.disk_errors(self._folder(step), CheckpointError, f"{good}; mend that and run the same command to go on"):
+        with files.disk_errors(self._folder(step), CheckpointError, f"{good}; fix that and run the same command to resume"):
             raise error
 
 

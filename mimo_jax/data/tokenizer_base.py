@@ -143,7 +143,7 @@ def read_file(path: str | os.PathLike) -> tuple[dict, bytes]:
         raw = Path(path).read_bytes()
         values = json.loads(raw)
     except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read ({error.strerror})") from None
+        raise TokenizerError(f"{path}: cannot be read ({error.strerror}); give a tokenizer.json") from None
     except ValueError:
         raise TokenizerError(f"{path}: is not JSON; give a tokenizer.json") from None
     kind = values.get("model", {}).get("type") if isinstance(values, dict) else None

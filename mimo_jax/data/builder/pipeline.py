@@ -37,8 +37,8 @@ def build(reader: Reader, out: str | os.PathLike, options: Options, workers: int
     asked to stop; the same call then resumes the build, as it does after a kill. The contents depend only on the items, their files
     and `options`, not on `workers`, which is a number of processes or an object that runs jobs.
 
-    Raises DataError, without creating `out`, if `out` is not empty, if another process builds it, if more than `max_rejects` of the
-    items have no record, or if the disk is full; LeakError as described in `Options`."""
+    Raises UserError, without creating `out`, if `out` is not empty or another process builds it; its subclass DataError if more than
+    `max_rejects` of the items have no record, or if the disk is full; LeakError as described in `Options`."""
     out = Path(out)
     options.check()
     with _locked_work_folder(out) as work, Workers(workers) if isinstance(workers, int) else workers as pool:

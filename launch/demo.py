@@ -1,6 +1,6 @@
-"""`make demo`: phantoms, a tiny model trained on them, its report, overlays and a few questions, in runs/demo.
+"""`make demo`: generate phantoms, train a tiny model on them, evaluate it and ask a few questions, in runs/demo.
 
-Every command is printed before it runs. Steps that are done already are not done again; training that was stopped goes on.
+Every command is printed before it runs. Finished steps are skipped; a stopped training run resumes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def main() -> int:
     mimo("eval", "--checkpoint", RUN, "--data", DATA, "--split", "test", "--out", REPORT, "--overlays", OVERLAYS)
     IMAGES.mkdir(exist_ok=True)
     ANSWERS.mkdir(exist_ok=True)
-    asked = questions()
-    for image, question, prompt in asked:
+    examples = questions()
+    for image, question, prompt in examples:
         mimo("ask", "--checkpoint", RUN, image, question, *prompt, "--out", ANSWERS / f"{image.stem}.png")
-    print(f"\nReport: {REPORT}\nPictures:", *sorted(ANSWERS.glob("*.png")), *sorted(OVERLAYS.glob("*.png")), sep="\n  ")
-    image, question, prompt = asked[0]
+    print(f"\nReport: {REPORT}\nImages:", *sorted(ANSWERS.glob("*.png")), *sorted(OVERLAYS.glob("*.png")), sep="\n  ")
+    image, question, prompt = examples[0]
     ask = shlex.join(["mimo", "ask", "--checkpoint", str(RUN), str(image), question, *prompt, "--out", "answer.png"])
-    print(f"\nNow ask yourself:\n  source {os.path.relpath(Path(sys.prefix) / 'bin' / 'activate')}\n  {ask}")
+    print(f"\nTry it yourself:\n  source {os.path.relpath(Path(sys.prefix) / 'bin' / 'activate')}\n  {ask}")
     return 0
 
 
 def mimo(*arguments) -> None:
-    """Run one `mimo` command; the demo ends where it fails, with its exit code."""
+    """Run one `mimo` command; if it fails, exit with its exit code."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ mimo {shlex.join(words)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "mimo_jax.cli", *words]).returncode
@@ -44,7 +44,7 @@ def mimo(*arguments) -> None:
 
 
 def questions() -> list[tuple[Path, str, list[str]]]:
-    """(image file, question, prompt flags) of four held-out phantoms, one of each perspective; the images are written."""
+    """Write the images of four held-out phantoms, one per perspective; returns (image file, question, prompt flags) for each."""
     records = RecordFolder(DATA, "test")
     found: dict[str, tuple[Path, str, list[str]]] = {}
     for index in range(len(records)):

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Train on this machine, and go on by itself where the run stopped with its state saved (75).
+# Train on this machine, and restart the run by itself if it stopped with its state saved (75).
 #
-#   launch/local.sh --config configs/tiny.py --data DIR --workdir DIR [flags] [-- flags of mimo train, as --config.train.steps=500]
+#   launch/local.sh --config configs/tiny.py --data DIR --workdir DIR [flags] [-- flags of mimo train, such as --config.train.steps=500]
 #
-#   --accelerator A   auto (what jax finds, the default), cpu, gpu (all of them) or gpu:N
-#   --processes N     1 drives all devices; N of them with gpu:N take one GPU each; with cpu they rehearse a cluster
-#   --devices N       with cpu: virtual devices of each process
-#   --init PATH, --report FILE (of mimo compile), --name NAME, --retries N (faults forgiven, 3), --dry-run
+#   --accelerator A   auto (what jax finds, the default), cpu, gpu (all GPUs) or gpu:N
+#   --processes N     1 process uses all devices; with gpu:N, N processes use one GPU each; with cpu, they simulate a cluster
+#   --devices N       with cpu: virtual devices per process
+#   --init PATH, --report FILE (of mimo compile), --name NAME, --retries N (failures tolerated, 3), --dry-run
 #
-# SIGINT, SIGTERM or SIGHUP stop it: the run saves, and this ends with 75.
+# SIGINT, SIGTERM or SIGHUP stop it: the run saves its state, and the exit code is 75.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-set -m # children have process groups of their own: Ctrl-C reaches them once, from here
+set -m # children get their own process groups, so that Ctrl-C reaches them once, from here
 
 flag+=([accelerator]=auto [processes]=1 [devices]=1)
 parse "$@"
@@ -24,26 +24,26 @@ case ${flag[accelerator]} in
   cpu) settings=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=${flag[devices]}") ;;
   gpu) settings=(JAX_PLATFORMS=cuda) ;;
   gpu:*)
-    gpu_count "${flag[accelerator]}" || die "--accelerator ${flag[accelerator]}: write gpu:N, as gpu:8"
+    gpu_count "${flag[accelerator]}" || die "--accelerator ${flag[accelerator]}: write gpu:N, such as gpu:8"
     settings=(JAX_PLATFORMS=cuda "CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus - 1)))")
     ;;
-  *) die "--accelerator ${flag[accelerator]}: is none of this machine's; use auto, cpu, gpu or gpu:N" ;;
+  *) die "--accelerator ${flag[accelerator]}: is not one of this machine; use auto, cpu, gpu or gpu:N" ;;
 esac
 ((processes == 1)) || [[ ${flag[accelerator]} == cpu || ${flag[accelerator]} == "gpu:$processes" ]] ||
   die "--processes $processes: needs --accelerator cpu or gpu:$processes"
-[[ ${flag[devices]} == 1 || ${flag[accelerator]} == cpu ]] || die "--devices: are virtual ones of a CPU; add --accelerator cpu"
+[[ ${flag[devices]} == 1 || ${flag[accelerator]} == cpu ]] || die "--devices: sets virtual devices of a CPU; add --accelerator cpu"
 ((flag[nodes] == 1)) || die "--nodes: this is one machine; use launch/slurm, launch/gke, launch/tpu or launch/sky"
 
 check_config
-for place in "${data[@]}" ${flag[init]:+"${flag[init]}"}; do
-  check_path --data "$(place_of "$place")"
+for path in "${data[@]}" ${flag[init]:+"${flag[init]}"}; do
+  check_path --data "$(path_of "$path")"
 done
 [[ ${flag[workdir]} != gs://* ]] || die "--workdir ${flag[workdir]}: mount the bucket (gcsfuse) and name the folder"
 check "mimo: activate its environment (source .venv/bin/activate)" command -v mimo
-[[ ${flag[accelerator]} != gpu* ]] || check "no GPU answers; use --accelerator cpu, or see to the driver" nvidia-smi -L
+[[ ${flag[accelerator]} != gpu* ]] || check "no GPU responds; use --accelerator cpu, or check the driver" nvidia-smi -L
 train_command
 
-# start I: process I of this attempt, in the background; adds its id to pids.
+# start I: starts process I of this attempt in the background; adds its id to pids.
 start() {
   local own=("${settings[@]}")
   if ((processes > 1)); then
@@ -58,7 +58,7 @@ start() {
   fi
 }
 
-# finish: waits for the children `pids`; sets codes. A signal that came before they were known is told to them now.
+# finish: waits for the children `pids`; sets codes. A signal that arrived before they were known is forwarded now.
 finish() {
   local pid
   codes=()
@@ -78,7 +78,7 @@ if dry; then
 fi
 
 asked=no pids=()
-# Called by a trap: the run saves and ends.
+# Called by a trap: lets the run save its state and end.
 stop() {
   asked=yes broken=yes
   for pid in "${pids[@]}"; do
@@ -97,7 +97,7 @@ while true; do
   [[ $asked == no ]] || flag[retries]=0
   result=$(settle "$ledger" "${flag[retries]}" "${codes[@]}")
   [[ $result == 75 && $asked == no ]] || exit "$result"
-  say "exit codes ${codes[*]}; going on in $DELAY s"
+  say "exit codes ${codes[*]}; restarting in $DELAY s"
   sleep "$DELAY" &
   pids=($!)
   finish

@@ -1,5 +1,5 @@
-"""Fill a YAML template: `render.py TEMPLATE NAME=VALUE… [-- COMMAND…]`. `$name` takes its value as it is, `$command` the command's words
-as a list. A name too many or too few is an error."""
+"""Fill a YAML template: `render.py TEMPLATE NAME=VALUE… [-- COMMAND…]`. `$name` is replaced by its value, `$command` by the words of the
+command as a list. A missing or unused name is an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def render(template: str, values: dict[str, str]) -> str:
-    """The template's text with every `$name` in it filled in; KeyError or ValueError if values and names are not the same."""
+    """The text of the template with every `$name` replaced; raises KeyError for a missing value and ValueError for an unused one."""
     parsed = string.Template(template)
     unused = set(values) - set(parsed.get_identifiers())
     if unused:

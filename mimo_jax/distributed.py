@@ -1,18 +1,18 @@
-"""Several processes as one run: how they find and join each other, speak with one voice, and end together.
+"""Runs with several processes: how they find and join each other, exchange values, and end together.
 
-jax recognises Cloud TPU pods, GKE, SLURM (under srun), Kubernetes and Open MPI. Elsewhere every process is told by
+jax recognises Cloud TPU pods, GKE, SLURM (under srun), Kubernetes and Open MPI. Elsewhere, set for every process
 
-    MIMO_COORDINATOR=host:port   of process 0, the same for all
-    MIMO_PROCESSES=n             how many there are; 1: this one is alone, whatever jax recognises
-    MIMO_PROCESS=i               which of them this is, from 0
-    MIMO_JOIN_TIMEOUT=300        seconds in which all must have come
+    MIMO_COORDINATOR=host:port   address of process 0, the same for all
+    MIMO_PROCESSES=n             number of processes; with 1, this process runs alone, whatever jax recognises
+    MIMO_PROCESS=i               index of this process, from 0
+    MIMO_JOIN_TIMEOUT=300        seconds within which all processes must have joined
 
-Each process is a worker under a watcher that started it. The watcher hands on SIGTERM, ends a worker that is silent for
-longer than it announced, and says why a worker is gone: when a peer is lost, jax aborts the process from a thread of its own.
+Each process consists of a watcher and a worker that the watcher started. The watcher forwards SIGTERM, kills a worker that sends no
+heartbeat for longer than it announced, and reports why a worker ended: when a peer is lost, jax aborts the process from another thread.
 
-Exit codes, of every process: 0 done · 1 or 2 as soon as any process fails with it · 75 stopped on request, or a peer died, hangs or
-did not come: what was saved stands, the same command for all processes goes on. (A process that was killed itself has the code that
-its system gives it; whoever restarts, restarts all.)
+Exit codes of every process: 0 done · 1 or 2 as soon as any process fails with that code · 75 stopped on request, or a peer died, hangs
+or did not join: the saved state is intact, and the same command for all processes resumes. (A process that was killed itself has the
+exit code that the operating system gives it; all processes must be restarted together.)
 """
 
 from __future__ import annotations
@@ -43,23 +43,25 @@ from mimo_jax.jax_internals import coordination_client, find_cluster
 from mimo_jax.preemption import StopSignal
 
 _COORDINATOR, _PROCESSES, _PROCESS, _JOIN_TIMEOUT = "MIMO_COORDINATOR", "MIMO_PROCESSES", "MIMO_PROCESS", "MIMO_JOIN_TIMEOUT"
-_CHANNEL = "MIMO_WATCHER"  # set by the watcher for its worker: the number of the socket between them
-_GRACE_SECONDS = 5.0  # seconds in which the others may end by themselves once one has failed
-_FOREVER_MS = 10**9  # milliseconds: lost peers are noticed by their heartbeat
-# How errors of a collective begin or end when the fault is a peer's.
-_PEER_ERRORS = re.compile(r"gloo|nccl|coordination|heartbeat|unavailable|deadline_exceeded|connection (reset|closed|refused)", re.IGNORECASE)
-_FAILED_KEY = "mimo/failed"  # key of the exit code of the process that failed first, or "none" in the end
+_CHANNEL = "MIMO_WATCHER"  # set by the watcher for its worker: file descriptor of the socket between them
+_GRACE_SECONDS = 5.0  # time for the other processes to end by themselves after one has failed
+_FOREVER_MS = 10**9  # effectively no timeout: lost peers are detected by their heartbeat
+# Texts in the errors of a collective that failed because of a peer.
+_PEER_ERRORS = re.compile(
+    r"gloo|nccl|coordination|heartbeat|unavailable|deadline_exceeded|connection (reset|closed|refused)", re.IGNORECASE
+)
+_FAILED_KEY = "mimo/failed"  # its value is the exit code of the process that failed first, or "none" at the end of the run
 _gathered = itertools.count()
 _ending = threading.Lock()
 _channel: socket.socket | None = None
 
 
 class ClusterError(UserError):
-    """The variables, or what jax recognises, do not say how the processes find each other."""
+    """The environment does not say how the processes find each other."""
 
 
 class ProcessInfo(NamedTuple):
-    """Which process this is. coordinator: host:port, None where jax finds it; told: who says so."""
+    """This process among those of the run. coordinator: host:port, None if jax finds it; source: where this information comes from."""
 
     process: int
     count: int
@@ -68,21 +70,21 @@ class ProcessInfo(NamedTuple):
 
 
 def run(work: Callable[[], int], heartbeat_timeout: int = 100) -> int:
-    """The exit code of `work()`, which must be called before anything touches a device; alone, or with the processes that this one
-    belongs to joined. heartbeat_timeout: seconds of silence after which a peer counts as dead.
+    """Join the other processes of the run, if there are any, call `work` and return its exit code. Must be called before anything uses a
+    device. heartbeat_timeout: seconds without heartbeat after which a peer counts as dead.
 
-    Raises ClusterError for variables that are set in part or wrong; of several processes, no error of `work` gets out."""
+    Raises ClusterError if the variables are incomplete or invalid. With several processes, errors of `work` are printed, not raised."""
     info = find_process_info()
     if info is None:
         return work()
-    _join_timeout()  # a wrong one is told before anything starts
+    _join_timeout()  # report an invalid value before anything starts
     if _CHANNEL not in os.environ:
         return _watch(info)
     return _worker(info, work, heartbeat_timeout)
 
 
 def find_process_info() -> ProcessInfo | None:
-    """This process among those of its cluster, None if it is alone."""
+    """This process among those of its cluster; None if it is alone."""
     values = {name: os.environ[name] for name in (_COORDINATOR, _PROCESSES, _PROCESS) if os.environ.get(name)}
     if values.get(_PROCESSES) == "1":
         return None
@@ -94,8 +96,8 @@ def find_process_info() -> ProcessInfo | None:
             return None
         return ProcessInfo(cluster.process, cluster.count, None, cluster.kind)
     except Exception as error:  # each cluster has errors of its own
-        where = f"this looks like a cluster, but how many processes there are cannot be told ({type(error).__name__}: {error})"
-        raise ClusterError(f"{where}; set {_COORDINATOR}, {_PROCESSES} and {_PROCESS}, or {_PROCESSES}=1 to run alone") from error
+        problem = f"this looks like a cluster, but the number of processes cannot be determined ({type(error).__name__}: {error})"
+        raise ClusterError(f"{problem}; set {_COORDINATOR}, {_PROCESSES} and {_PROCESS}, or {_PROCESSES}=1 to run alone") from error
 
 
 def _info_from_environment(values: dict[str, str]) -> ProcessInfo:
@@ -108,7 +110,9 @@ def _info_from_environment(values: dict[str, str]) -> ProcessInfo:
     if not values[_PROCESSES].isdecimal() or int(values[_PROCESSES]) < 1:
         raise ClusterError(f"{_PROCESSES}={values[_PROCESSES]}: is not a number of processes")
     if not values[_PROCESS].isdecimal() or int(values[_PROCESS]) >= int(values[_PROCESSES]):
-        raise ClusterError(f"{_PROCESS}={values[_PROCESS]}: is not one of 0 … {int(values[_PROCESSES]) - 1} ({_PROCESSES}={values[_PROCESSES]})")
+        raise ClusterError(
+            f"{_PROCESS}={values[_PROCESS]}: is not one of 0 … {int(values[_PROCESSES]) - 1} ({_PROCESSES}={values[_PROCESSES]})"
+        )
     return ProcessInfo(int(values[_PROCESS]), int(values[_PROCESSES]), values[_COORDINATOR], _COORDINATOR)
 
 
@@ -123,7 +127,7 @@ def _join_timeout() -> int:
 
 
 def _watch(info: ProcessInfo) -> int:
-    """Start this same command as the worker, and wait; returns the exit code that is to be this process's."""
+    """Start this same command as the worker and wait for it; returns the exit code of this process."""
     ours, theirs = socket.socketpair()
     environment = os.environ | {_CHANNEL: str(theirs.fileno())}
     worker = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, pass_fds=[theirs.fileno()])
@@ -133,14 +137,14 @@ def _watch(info: ProcessInfo) -> int:
     joined, allowed, heard = False, 0.0, time.monotonic()
     while worker.poll() is None:
         if select.select([ours], [], [], 0.5)[0]:
-            beats = ours.recv(4096)  # whole beats: each is sent as one
+            beats = ours.recv(4096)  # complete heartbeats, since each is sent in one call
             if not beats:
                 break
             joined, allowed, heard = True, struct.unpack("d", beats[-8:])[0], time.monotonic()
         elif allowed and time.monotonic() - heard > allowed:
             worker.kill()
             worker.wait()
-            return _report_restart(info, f"no step came back in {allowed:g} s (config.train.step_timeout), so it hangs, or a peer does")
+            return _report_restart(info, f"no step finished within {allowed:g} s (config.train.step_timeout): it, or a peer, hangs")
     code = worker.wait()
     if code >= 0:
         return code
@@ -148,23 +152,24 @@ def _watch(info: ProcessInfo) -> int:
     if -code == signal.SIGABRT and not joined:
         at = f", process 0 at {info.coordinator}" if info.coordinator else ""
         return _report_restart(
-            info, f"not all processes came together within {_join_timeout()} s ({_JOIN_TIMEOUT}); {info.source} tells of {info.count}{at}"
+            info, f"not all processes joined within {_join_timeout()} s ({_JOIN_TIMEOUT}); {info.source} reports {info.count}{at}"
         )
     if -code == signal.SIGABRT:
-        return _report_restart(info, "a peer died or does not answer any more; the lines above say which")
+        return _report_restart(info, "a peer died or no longer responds; the lines above say which")
     if -code in (signal.SIGTERM, signal.SIGKILL):
-        return _report_restart(info, f"was ended by {name}")
-    print(f"mimo: process {info.process}: was ended by {name}", file=sys.stderr)
+        return _report_restart(info, f"was killed by {name}")
+    print(f"mimo: process {info.process}: was killed by {name}", file=sys.stderr)
     return EXIT_INTERNAL
 
 
-def _report_restart(info: ProcessInfo, why: str) -> int:
-    print(f"mimo: process {info.process}: {why}; run the same command for all {info.count} processes to go on", file=sys.stderr)
+def _report_restart(info: ProcessInfo, reason: str) -> int:
+    """Print why the run must be restarted; returns EXIT_TEMPFAIL."""
+    print(f"mimo: process {info.process}: {reason}; run the same command for all {info.count} processes to resume", file=sys.stderr)
     return EXIT_TEMPFAIL
 
 
 def send_heartbeat(seconds: float) -> None:
-    """Tell the watcher that it hears again from this process within so many seconds; 0: whenever that may be."""
+    """Announce to the watcher that the next heartbeat follows within `seconds`; 0 means at any time."""
     if _channel is not None:
         _channel.sendall(struct.pack("d", seconds))
 
@@ -190,7 +195,7 @@ def _worker(info: ProcessInfo, work: Callable[[], int], heartbeat_timeout: int) 
     except BaseException as error:
         _exit_all(_report_error(info, error, stderr))
     gather("done")
-    with contextlib.suppress(Exception):  # one is enough
+    with contextlib.suppress(Exception):  # it is enough if one process sets it
         coordination_client().key_value_set(_FAILED_KEY, "none")
     listener.join()
     jax.distributed.shutdown()
@@ -198,12 +203,12 @@ def _worker(info: ProcessInfo, work: Callable[[], int], heartbeat_timeout: int) 
 
 
 def _join(info: ProcessInfo, heartbeat_timeout: int) -> bool:
-    """Whether all processes came together; says why not."""
+    """Join the other processes; returns whether all joined in time, otherwise prints why not."""
     explicit = {}
     if info.coordinator:
         explicit = {"coordinator_address": info.coordinator, "num_processes": info.count, "process_id": info.process}
         explicit["cluster_detection_method"] = "deactivate"
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # on CPUs, programs in flight together mix up their collectives
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # on CPUs, the collectives of concurrent programs get mixed up
     try:
         jax.distributed.initialize(
             **explicit,
@@ -212,27 +217,27 @@ def _join(info: ProcessInfo, heartbeat_timeout: int) -> bool:
             shutdown_timeout_seconds=_FOREVER_MS // 1000,
         )
     except Exception as error:  # each cluster has errors of its own
-        what = "not all processes came" if info.process == 0 else f"process 0 was not reached at {info.coordinator or 'its address'}"
-        line = f"{what} within {_join_timeout()} s ({_JOIN_TIMEOUT}); as {info.source} says, there are {info.count}: {_first_line(error)}"
+        what = "not all processes joined" if info.process == 0 else f"process 0 was not reached at {info.coordinator or 'its address'}"
+        line = f"{what} within {_join_timeout()} s ({_JOIN_TIMEOUT}); {info.source} reports {info.count}: {_first_line(error)}"
         print(f"mimo: process {info.process}: {line}", file=sys.stderr)
         return False
     return True
 
 
 def _end_with_watcher() -> None:
-    _channel.recv(1)  # it never speaks
+    _channel.recv(1)  # the watcher never sends: this returns when it has ended
     os._exit(EXIT_INTERNAL)
 
 
 def _report_error(info: ProcessInfo, error: BaseException, stream) -> int:
-    """Say what went wrong; returns the exit code for it."""
+    """Print what went wrong; returns the exit code for it."""
     lost = isinstance(error, Exception) and not isinstance(error, UserError) and _PEER_ERRORS.search(str(error))
     if lost:
-        time.sleep(2 * _GRACE_SECONDS)  # if the peer failed and said so, this process ends meanwhile as that one does
+        time.sleep(2 * _GRACE_SECONDS)  # if the peer failed with an exit code, this process ends meanwhile with the same one
     if isinstance(error, KeyboardInterrupt):
         line, code = "interrupted", EXIT_INTERRUPTED
     elif lost:
-        line, code = f"a peer died or does not answer any more: {_first_line(error)}; run the same command for all to go on", EXIT_TEMPFAIL
+        line, code = f"a peer died or no longer responds: {_first_line(error)}; run the same command for all to resume", EXIT_TEMPFAIL
     elif isinstance(error, UserError):
         line, code = errors.user_message(error), EXIT_USAGE
         if errors.traceback_wanted():
@@ -249,7 +254,7 @@ def _first_line(error: BaseException) -> str:
 
 def _exit_all(code: int) -> NoReturn:
     """End this process, and all others with the same code."""
-    if not _ending.acquire(blocking=False):  # another thread is at it
+    if not _ending.acquire(blocking=False):  # another thread is already ending the process
         threading.Event().wait()
     client = coordination_client()
     with contextlib.suppress(Exception):
@@ -257,25 +262,25 @@ def _exit_all(code: int) -> NoReturn:
     with contextlib.suppress(Exception):
         client.wait_at_barrier("mimo/ended", int(3000 * _GRACE_SECONDS))
     if jax.process_index() == 0:
-        time.sleep(1)  # it serves the others, who abort when it is gone
+        time.sleep(1)  # it runs the coordination service, without which the others abort
     os._exit(code)
 
 
 def _end_with_peers() -> None:
     try:
         code = coordination_client().blocking_key_value_get(_FAILED_KEY, _FOREVER_MS)
-    except Exception:  # process 0 is gone: this one is about to be aborted
+    except Exception:  # process 0 has ended: this process is about to be aborted
         return
     if code != "none":
         time.sleep(_GRACE_SECONDS)
         _exit_all(int(code))
 
 
-# --- what the processes of a run do together; each of these is called by all of them
+# --- collective operations, which all processes must call
 
 
 def gather(value: Any) -> list:
-    """The values (JSON) of all processes, in their order, once all have come here."""
+    """The values (JSON-serializable) of all processes in order; waits until all processes have called it."""
     client = coordination_client()
     if client is None:
         return [value]
@@ -286,17 +291,16 @@ def gather(value: Any) -> list:
 
 
 class PreemptionGuard:
-    """A request to stop that came to this process, or to any one of several by SIGTERM (SIGINT counts as such): then every process
-    stops after the same step."""
+    """Detects a request to stop (SIGTERM or SIGINT). If any of several processes receives one, all stop after the same step."""
 
     def __init__(self):
         self._stop_signal = StopSignal() if coordination_client() is None else None
         self._interrupt = None
-        if self._stop_signal is None:  # jax listens to SIGTERM, and to notices of the platform
+        if self._stop_signal is None:  # jax handles SIGTERM and the preemption notices of the platform
             self._interrupt = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
     def should_stop_after(self, step: int) -> bool:
-        """Whether this step is the last. Of several processes, all must ask after every step."""
+        """Whether to stop after this step. With several processes, all must call it after every step."""
         return self._stop_signal.received if self._stop_signal else multihost_utils.reached_preemption_sync_point(step)
 
     def restore(self) -> None:

@@ -1,4 +1,4 @@
-"""The root of every error that is the user's to mend, where a path of theirs becomes one, and the exit codes."""
+"""Exit codes, the base class of usage errors, and the conversion of an OSError about a user's path into a usage error."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator
 
 EXIT_OK = 0
-EXIT_INTERNAL = 1  # our fault: a traceback is shown
-EXIT_USAGE = 2  # the user's fault: one line says what to do
+EXIT_INTERNAL = 1  # internal error: a traceback is printed
+EXIT_USAGE = 2  # usage error: one line says what to do
 EXIT_PARTIAL = 3  # done in part
-EXIT_TEMPFAIL = 75  # stopped on request, or a peer was lost: the same command goes on
+EXIT_TEMPFAIL = 75  # stopped on request, or a peer was lost: the same command resumes
 EXIT_INTERRUPTED = 130
 
-# Refused because of the machine or its permissions, whatever the file; with what the user can do.
+# Errors caused by the machine or its permissions, whatever the file, with their remedies.
 _ENVIRONMENT_ERRORS = {
     errno.EACCES: "change its permissions",
     errno.EPERM: "change its permissions",
@@ -23,7 +23,7 @@ _ENVIRONMENT_ERRORS = {
     errno.EROFS: "choose a place that can be written to",
     errno.EFBIG: "raise the limit on the size of files",
 }
-# Refused because the path leads elsewhere; the user's to mend only where they named the path.
+# Errors caused by a wrong path, which are usage errors only if the user named the path.
 _PATH_ERRORS = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
@@ -33,28 +33,27 @@ _REMEDIES = _ENVIRONMENT_ERRORS | _PATH_ERRORS
 
 
 class UserError(Exception):
-    """A mistake in a file, a flag or a setting. The message is one line that names it and says what to do;
-    the command line prints that line, without a traceback, and exits with code 2. With `listing`, lines follow it that
-    list what is wrong, one thing each."""
+    """A usage error: a mistake in a file, a flag or a setting. The message is one line that names it and the remedy; the command line
+    prints it without a traceback and exits with code 2. If `listing` is set, the message has more lines, one per mistake."""
 
     listing = False
 
 
 def user_message(error: UserError) -> str:
-    """What to print of it: one line, or its listing."""
+    """The text to print for an error: one line, or its listing."""
     return str(error) if error.listing else " ".join(str(error).split())
 
 
 def traceback_wanted() -> bool:
-    """Whether the traceback of a user's error is shown as well."""
+    """Whether the traceback of a usage error is printed as well."""
     return os.environ.get("MIMO_TRACEBACK") == "1"
 
 
 @contextlib.contextmanager
 def user_path(*paths: str | os.PathLike, contents: bool = False) -> Iterator[None]:
-    """Turn an OSError of the block into a UserError where it is the user's to mend: a full disk or a permission, and a path that is
+    """Turn an OSError of the block into a UserError if the user can fix it: a full disk or missing permissions, and a path that is
     missing or of the wrong kind if it is one of `paths`, or a folder above one; with `contents`, also a file within one. Any other
-    missing file is ours, and its error passes."""
+    missing file is an internal error, which is not converted."""
     try:
         yield
     except OSError as error:

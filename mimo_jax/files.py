@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there, locks between processes, what a disk refuses, hashes, and JSON."""
+"""Atomic writing of files and folders, locks between processes, errors of the file system, hashes, and JSON."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import filelock
 
 from mimo_jax.errors import UserError
 
-LOCK = ".lock"  # the file by which a process keeps a folder to itself
-# What a disk refuses, in the words that stand in errors of libraries written in C++, which raise no OSError.
+LOCK = ".lock"  # name of the file by which a process locks a folder
+# Messages of file system errors as they occur in the errors of C++ libraries, which do not raise OSError.
 _REFUSALS = [
     os.strerror(getattr(errno, name))
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "ESTALE")
@@ -26,24 +26,24 @@ _REFUSALS = [
 
 
 def absolute(path: str | os.PathLike) -> Path:
-    """From the root, without "..", links as they are."""
+    """The absolute path without "..", with links unresolved."""
     return Path(os.path.abspath(path))
 
 
-# --- complete or not there
+# --- atomic writing
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file has the name of one that `atomic_write` has not finished; after a kill it may be left."""
+    """Whether a file has the name of a temporary file of `atomic_write`, which a killed process may leave behind."""
     return name.startswith(".") and name.endswith(".part")
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
-    """The path of a file beside `path` for the block to write. When the block ends well, it takes the place of `path`; otherwise it is
-    removed, and `path` is as it was. An OSError names `path`, not the file beside it.
+    """Yield the path of a temporary file next to `path` for the block to write. If the block succeeds, the file replaces `path`; otherwise
+    it is removed, and `path` is unchanged. An OSError names `path`, not the temporary file.
 
-    durable: wait until the content is on the disk, so that it survives a loss of power."""
+    durable: wait until the content is on the disk, so that it survives a power failure."""
     path = Path(path)
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
@@ -63,11 +63,11 @@ def atomic_write(path: str | os.PathLike, durable: bool = False) -> Iterator[Pat
 
 @contextlib.contextmanager
 def atomic_folder(out: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
-    """A new folder, in a hidden one beside `out`, for the block to fill. When the block ends well, it becomes `out`; otherwise it is
-    removed, and `out` is as it was. A killed process leaves the hidden folder, which the next one that writes `out` removes.
+    """Yield a new folder, in a hidden folder next to `out`, for the block to fill. If the block succeeds, it becomes `out`; otherwise it is
+    removed, and `out` is unchanged. A killed process leaves the hidden folder, which the next process that writes `out` removes.
 
-    replace: `out` is there and its content makes way. UserError where it holds anything without that, and where another process
-    writes it."""
+    replace: `out` exists and is replaced. Raises UserError if `out` is not empty and not to be replaced, and if another process is
+    writing it."""
     out = absolute(out)
     work = _work_folder(out)
     new, old = work / out.name, _replaced(out)
@@ -77,26 +77,26 @@ def atomic_folder(out: str | os.PathLike, replace: bool = False) -> Iterator[Pat
             if not replace:
                 check_new(out)
             with disk_errors(out):
-                for left in (new, old):  # of a killed process
-                    if left.exists():
-                        shutil.rmtree(left)
+                for folder in (new, old):  # left by a killed process
+                    if folder.exists():
+                        shutil.rmtree(folder)
                 new.mkdir()
             yield new
             with disk_errors(out):
                 if replace:
                     os.rename(out, old)
-                os.rename(new, out)  # takes the place of an empty folder
+                os.rename(new, out)  # replaces an empty folder
         finally:
             restore(out)
-            for left in (new, old):
-                shutil.rmtree(left, ignore_errors=True)
+            for folder in (new, old):
+                shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
-                (work / LOCK).unlink()  # last, so that nobody else comes in before
+                (work / LOCK).unlink()  # last, so that no other process enters before
                 work.rmdir()
 
 
 def restore(out: Path) -> None:
-    """Put back the folder `out` that a process moved away to replace it, and was killed before it did."""
+    """Move the folder `out` back if a process was killed after it had moved it away and before it replaced it."""
     if _replaced(out).exists() and not out.exists():
         os.rename(_replaced(out), out)
 
@@ -110,14 +110,14 @@ def _replaced(out: Path) -> Path:
 
 
 def check_new(out: Path) -> None:
-    """UserError if `out` is there, and is not an empty folder."""
+    """Raises UserError if `out` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; give another --out or remove it")
 
 
 @contextlib.contextmanager
 def removed_on_failure(folder: Path) -> Iterator[None]:
-    """Remove `folder` where the block fails."""
+    """Remove `folder` if the block fails."""
     try:
         yield
     except BaseException:
@@ -129,8 +129,8 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
 
 
 def claimed(folder: Path, out: Path) -> IO[str]:
-    """Make `folder`, in which `out` is written, and keep it to this process until the lock that is returned is closed. UserError
-    where another process has it."""
+    """Create `folder`, in which `out` is written, and lock it for this process until the returned file is closed. Raises UserError if
+    another process holds the lock."""
     while True:
         with disk_errors(out):
             folder.mkdir(parents=True, exist_ok=True)
@@ -138,40 +138,40 @@ def claimed(folder: Path, out: Path) -> IO[str]:
                 lock = locked(folder / LOCK, blocking=False)
             except BlockingIOError:
                 raise UserError(f"{out}: is being written by another process; wait for it, or give another --out") from None
-            except FileNotFoundError:  # whoever had the folder removed it in between
+            except FileNotFoundError:  # another process has just removed the folder
                 continue
         if os.fstat(lock.fileno()).st_nlink:
             return lock
-        lock.close()  # of a file that was removed in between
+        lock.close()  # another process has just removed the file
 
 
 def locked(path: str | os.PathLike, blocking: bool = True) -> IO[str]:
-    """The open file `path`, locked until it is closed, also in the processes that inherit it: of all threads and processes one at a
-    time has it. A process that is killed lets go. On a file system without locks, there is none.
+    """Open the file `path` and lock it exclusively, among all threads and processes, until it is closed here and in all processes that
+    inherit it. The lock of a killed process is released. On a file system without locks, nothing is locked.
 
-    Raises BlockingIOError where another has it and this is not `blocking`."""
+    Raises BlockingIOError if it is locked by another and not `blocking`."""
     file = open(path, "w")
     try:
-        taken = filelock.lock_descriptor(file.fileno(), blocking=blocking)
-    except OSError:  # the file system knows no locks
+        acquired = filelock.lock_descriptor(file.fileno(), blocking=blocking)
+    except OSError:  # the file system does not support locks
         return file
     except BaseException:
         file.close()
         raise
-    if not taken:
+    if not acquired:
         file.close()
         raise BlockingIOError(errno.EAGAIN, "is in use by another process", str(path))
     return file
 
 
-# --- what the disk refuses
+# --- errors of the file system
 
 
 @contextlib.contextmanager
 def disk_errors(
-    path: str | os.PathLike, error_type: type[UserError] = UserError, remedy: str = "mend that and run the same command again"
+    path: str | os.PathLike, error_type: type[UserError] = UserError, remedy: str = "fix that and run the same command again"
 ) -> Iterator[None]:
-    """Around the writing of `path`: turn what the disk refuses into "PATH: cannot be written: REASON; REMEDY". Other errors pass."""
+    """Turn file system errors while the block writes `path` into an `error_type` "PATH: cannot be written: REASON; REMEDY"."""
     try:
         yield
     except UserError:
@@ -184,7 +184,7 @@ def disk_errors(
 
 
 def disk_fault(error: BaseException | None) -> str | None:
-    """What the operating system refused, if that is what went wrong; tensorstore and ArrayRecord report it within a text."""
+    """The file system error that caused `error`, None if it has another cause; tensorstore and ArrayRecord report it within a text."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return os.strerror(error.errno)
@@ -198,23 +198,23 @@ def disk_fault(error: BaseException | None) -> str | None:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_bytes(content: bytes) -> str:
-    """SHA-256 in hexadecimal."""
+    """The SHA-256 of `content`, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def json_bytes(content: Any) -> bytes:
-    """JSON as `write_json` writes it."""
+    """The bytes that `write_json` writes."""
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
-    """The file's content, None if it is missing or damaged."""
+    """The parsed content of a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -222,6 +222,6 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any, durable: bool = False) -> None:
-    """All or nothing, as `atomic_write`."""
+    """Write a JSON file atomically; durable: see `atomic_write`."""
     with atomic_write(path, durable) as part:
         part.write_bytes(json_bytes(content))

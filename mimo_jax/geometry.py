@@ -1,10 +1,10 @@
-"""Coordinates: the one file that converts between the original image and the CLIP and SAM frames.
+"""Coordinates: the only module that converts between the original image and the frames of the vision tower and SAM.
 
 Convention: integer (x, y) is the *centre* of a pixel, x right, y down; an image spans [-0.5, W-0.5] x [-0.5, H-0.5].
-A box [x0, y0, x1, y1) is half-open: it covers the pixels x0 … x1-1, its edges lie at x0-0.5 and x1-0.5.
-A frame is the square that a tower sees: the image resized to `content_height` x `content_width`, laid at
-(`offset_x`, `offset_y`). A resized pixel grid keeps its edges in place, so x goes to (x + 0.5)·s - 0.5 + offset,
-with s the ratio of the *rounded* sizes, one for x and one for y.
+A box [x0, y0, x1, y1) is half-open: it covers the pixels x0 … x1-1, and its edges are at x0-0.5 and x1-0.5.
+A frame is the square input of a tower: the image resized to `content_height` x `content_width`, placed at
+(`offset_x`, `offset_y`). Resizing keeps the edges of the pixel grid, so x is mapped to (x + 0.5)·s - 0.5 + offset,
+with s the ratio of the *rounded* sizes, separately for x and y.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ FITS = ("pad", "stretch", "crop")
 
 
 class GeometryError(UserError):
-    """A size, point, box or scribble that cannot be; one line that says what and where."""
+    """An invalid size, point, box or scribble; the message says what and where."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where an image of height x width lies in a square of side x side pixels."""
+    """The position of an image of height x width in a square of side x side pixels."""
 
-    height: int  # of the original image
+    height: int  # height of the original image
     width: int
-    side: int  # of the frame
+    side: int  # side of the frame
     fit: str  # "pad", "stretch" or "crop"
-    content_height: int  # of the resized image; with "crop" it may exceed `side`
+    content_height: int  # height of the resized image; with "crop" it may exceed `side`
     content_width: int
-    offset_x: int = 0  # of the resized image's left edge in the frame; 0 or, with "crop", negative
+    offset_x: int = 0  # position of the resized image's left edge in the frame; 0 or, with "crop", negative
     offset_y: int = 0
 
     @property
@@ -45,14 +45,14 @@ class Frame:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the image's part of the frame, which starts at the frame's top left."""
+        """(height, width) of the part of the frame that the image covers, from the top left."""
         return min(self.content_height, self.side), min(self.content_width, self.side)
 
     def to_frame(self, xy: np.ndarray, sam_compat: bool = False) -> np.ndarray:
-        """Original pixels [..., 2] -> pixels of the frame, float64 [..., 2], both (x, y), both counted from pixel centres.
+        """Pixels of the original image [..., 2] -> pixels of the frame, float64 [..., 2]; both (x, y), with integers at pixel centres.
 
-        `sam_compat`: SAM's own ResizeLongestSide rule, x·s; its prompt encoder then adds 0.5, as ours does, and so
-        reads x·s + 0.5 where the exact position is (x + 0.5)·s. Source: segment_anything/utils/transforms.py.
+        sam_compat: use SAM's own ResizeLongestSide rule, x·s. SAM's prompt encoder then adds 0.5, as ours does, and so
+        uses x·s + 0.5 instead of the exact position (x + 0.5)·s. Source: segment_anything/utils/transforms.py.
         """
         xy, scale, offset = self._operands(xy)
         if sam_compat:
@@ -74,8 +74,8 @@ class Frame:
 
 
 def vision_frame(height: int, width: int, cfg_side: int, fit: str) -> Frame:
-    """The CLIP frame of an image. `fit`: "pad" keeps the ratio, longest side = cfg_side, padding right and bottom;
-    "stretch" fills the square; "crop" (CLIP's stock processor) makes the shortest side cfg_side and cuts the centre out."""
+    """The vision frame of an image. fit: "pad" keeps the aspect ratio, makes the longest side cfg_side and pads right and bottom;
+    "stretch" fills the square; "crop" (CLIP's own processor) makes the shortest side cfg_side and crops the centre."""
     if fit == "pad":
         return _longest_side(height, width, cfg_side)
     _check_size(height, width, cfg_side)
@@ -92,13 +92,13 @@ def vision_frame(height: int, width: int, cfg_side: int, fit: str) -> Frame:
 
 
 def sam_frame(height: int, width: int, side: int, fit: str = "pad") -> Frame:
-    """The SAM frame of an image. `fit`: "pad" makes the longest side `side`, rounded as SAM rounds, padding right and bottom;
-    "stretch" fills the square."""
+    """The SAM frame of an image. fit: "pad" makes the longest side `side`, rounded as in SAM, and pads right and bottom; "stretch"
+    fills the square."""
     return vision_frame(height, width, side, fit)
 
 
 def _longest_side(height: int, width: int, side: int) -> Frame:
-    """SAM's int(x + 0.5) makes 0 rows of a 1 x 4000 image; a side is at least 1 here."""
+    """Like SAM's rule int(x + 0.5), but with a minimum of 1: SAM's rule gives a 1 x 4000 image 0 rows."""
     _check_size(height, width, side)
     scale = side / max(height, width)
     return Frame(height, width, side, "pad", max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
@@ -110,15 +110,15 @@ def _check_size(height: int, width: int, side: int) -> None:
 
 
 def box_to_corners(boxes: np.ndarray) -> np.ndarray:
-    """Half-open boxes [..., 4] (x0, y0, x1, y1) -> float64 [..., 2, 2], the points (x, y) of their top-left and
-    bottom-right corners: the outer edges of the pixels they cover."""
+    """Half-open boxes [..., 4] (x0, y0, x1, y1) -> float64 [..., 2, 2], the points (x, y) of their top-left and bottom-right
+    corners, at the outer edges of the covered pixels."""
     boxes = np.asarray(boxes, np.float64)
     return boxes.reshape(*boxes.shape[:-1], 2, 2) - 0.5
 
 
 def validate_points(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """float64 [n, 3] (x, y, label) of points on an image; GeometryError for a wrong shape, NaN, a label other than
-    1 (in) or 0 (out), or a point outside [-0.5, W-0.5] x [-0.5, H-0.5]."""
+    """The points as float64 [n, 3] (x, y, label); raises GeometryError for a wrong shape, NaN, a label other than 1 (inside) or
+    0 (outside), or a point outside [-0.5, W-0.5] x [-0.5, H-0.5]."""
     points = _rows(points, 3, "points", "x, y, label")
     for i, (x, y, label) in enumerate(points):
         if label not in (0.0, 1.0):
@@ -128,20 +128,21 @@ def validate_points(points: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def validate_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """float64 [n, 4] of half-open boxes (x0, y0, x1, y1) on an image; GeometryError for a wrong shape, NaN, a box
-    without area or one that leaves [0, W] x [0, H]."""
+    """The half-open boxes as float64 [n, 4] (x0, y0, x1, y1); raises GeometryError for a wrong shape, NaN, a box without area, or
+    one that exceeds [0, W] x [0, H]."""
     boxes = _rows(boxes, 4, "boxes", "x0, y0, x1, y1")
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         shown = f"box {i} [{x0:g}, {y0:g}, {x1:g}, {y1:g})"
         if x0 >= x1 or y0 >= y1:
             raise GeometryError(f"{shown} has no area; give x0 < x1 and y0 < y1")
         if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-            raise GeometryError(f"{shown} leaves the image of {width}x{height} pixels")
+            raise GeometryError(f"{shown} exceeds the image of {width}x{height} pixels")
     return boxes
 
 
 def validate_scribbles(scribbles: list[np.ndarray], height: int, width: int) -> list[np.ndarray]:
-    """List of float64 [m, 2] polylines (x, y), m >= 1; GeometryError for a wrong shape, NaN or a vertex outside."""
+    """The scribbles as float64 [m, 2] polylines (x, y), m >= 1; raises GeometryError for a wrong shape, NaN, or a vertex outside
+    the image."""
     checked = []
     for i, scribble in enumerate(scribbles):
         scribble = _rows(scribble, 2, f"scribble {i}", "x, y")
@@ -170,4 +171,4 @@ def _rows(values: np.ndarray, columns: int, what: str, names: str) -> np.ndarray
 
 def _check_inside(x: float, y: float, height: int, width: int, what: str) -> None:
     if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
-        raise GeometryError(f"{what}: ({x:g}, {y:g}) lies outside the image of {width}x{height} pixels")
+        raise GeometryError(f"{what}: ({x:g}, {y:g}) is outside the image of {width}x{height} pixels")

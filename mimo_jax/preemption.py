@@ -1,4 +1,4 @@
-"""A request to stop that lets the work in hand be finished and saved first."""
+"""Handling of stop signals such that the current work is finished and saved first."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import threading
 
 
 class StopSignal:
-    """While it holds, SIGTERM and SIGINT only set `received`; a second SIGINT kills as usual. Other threads than the main one may
-    not catch signals: there it stays as it is."""
+    """A context manager within which SIGTERM and SIGINT only set `received`; a second SIGINT interrupts as usual. Only the main thread can
+    handle signals; in other threads it does nothing."""
 
     def __init__(self):
         self.received = False

@@ -1,5 +1,5 @@
-"""Settings of a whole process. The `mimo` command makes them for its own process, and a worker process of the dataset builder for
-itself; importing the package, or calling its functions from another program, never does."""
+"""Process-wide settings. The `mimo` command applies them to its own process, and the worker processes of the dataset builder to
+themselves; importing the package, or calling its functions from another program, never does."""
 
 from __future__ import annotations
 
@@ -22,32 +22,30 @@ def set_up(command: str) -> None:
     if command == "data":
         keep_freed_memory()
     warnings.formatwarning = lambda message, category, *_, **__: f"mimo: warning: {message}\n"
-    # Compiled programs outlive the process: a second `ask` starts in seconds.
+    # Compiled programs are cached on disk, so that a second `ask` starts in seconds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "mimo_jax" / "jax"))
     quiet_orbax()
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: to map and clear the pages of every picture again takes a fifth of a builder's time."""
+    """Let glibc keep freed memory: mapping and clearing the pages of every image again takes a fifth of the dataset builder's time."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
             ctypes.CDLL(None).mallopt(option, _THRESHOLD)
 
 
 def _restart_with_huge_pages() -> None:
-    """Start this process again with huge pages for big arrays, which the C library takes up only as it starts: on a CPU a step takes
-    a tenth less time, or more (benchmarks/RESULTS.md). Where it does not know the setting, nothing changes."""
+    """Restart this process with huge pages for large arrays, a setting that the C library reads only at startup. On a CPU this shortens a
+    step by a tenth or more (benchmarks/RESULTS.md). A C library that does not know the setting ignores it."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-# What orbax says of its own accord would stand between a user and the one line that matters. Errors of its threads it also raises;
-# when one array of several cannot be written, the others report to a loop that has ended.
-
-
 def quiet_orbax() -> None:
+    """Suppress log messages of orbax that would hide the one line of a usage error. Errors in its threads are also raised; if one of
+    several arrays cannot be written, the others report to an event loop that is already closed, which is suppressed too."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_worth_logging)
     sys.unraisablehook = _unraisable_hook

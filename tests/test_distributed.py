@@ -122,7 +122,7 @@ def test_a_coordinator_that_is_not_there_is_named_after_the_time_given(tmp_path)
     codes, _, errors = ends([second])
     assert codes == [75]
     last = errors[0].splitlines()[-1]
-    assert last.startswith("mimo: process 1: not all processes came together within 2 s (MIMO_JOIN_TIMEOUT)")
+    assert last.startswith("mimo: process 1: not all processes joined within 2 s (MIMO_JOIN_TIMEOUT)")
     assert "process 0 at 127.0.0.1:9" in last
 
 
@@ -151,5 +151,5 @@ def test_a_peer_that_hangs_or_dies_ends_the_run(tmp_path, case):
         os.kill(int((tmp_path / "worker1").read_text()), signal.SIGKILL)
     codes, _, errors = ends(processes)
     assert codes == [75, 75]
-    reason = "no step came back in 4 s" if case == "hangs" else "a peer died or does not answer any more"
+    reason = "no step finished within 4 s" if case == "hangs" else "a peer died or no longer responds"
     assert reason in errors[0] and "run the same command for all" in errors[0].splitlines()[-1]

@@ -4,8 +4,8 @@
 #SBATCH --open-mode=append
 # One training run as a SLURM job: job.sh ROOT LOGS RETRIES COMMAND…, made by submit.sh.
 #
-# Two minutes before the time limit SLURM sends this script SIGTERM, which goes on to all processes: they save and exit 75. The job then
-# queues itself again, unless it was cancelled. Nodes that fail are SLURM's to see to: --requeue.
+# Two minutes before the time limit, SLURM sends SIGTERM to this script, which forwards it to all processes: they save and exit with 75.
+# The job then requeues itself, unless it was cancelled. SLURM itself requeues the job if a node fails (--requeue).
 root=$1 logs=$2 retries=$3
 shift 3
 # shellcheck source=../lib.sh
@@ -14,15 +14,15 @@ source "$root/launch/lib.sh"
 codes=$logs/$SLURM_JOB_ID.codes
 rm -rf "$codes"
 mkdir -p "$codes"
-[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
-# jax takes one GPU by the task's number on its node; a task alone on its node takes all.
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it
+# jax uses one GPU, chosen by the index of the task on its node; a task that is alone on its node uses all.
 if [[ ${SLURM_NTASKS_PER_NODE:-1} == 1 && -n ${SLURM_GPUS_ON_NODE:-} ]]; then
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
   export JAX_LOCAL_DEVICE_IDS
 fi
 
-# stop AGAIN: the run saves and ends; AGAIN says whether the job is to come back.
-# shellcheck disable=SC2329 # the traps do
+# stop AGAIN: lets the run save its state and end; AGAIN says whether the job is requeued.
+# shellcheck disable=SC2329 # called by the traps
 stop() {
   again=$1 broken=yes
   kill -TERM "$step" 2>/dev/null || true
@@ -31,8 +31,8 @@ again=yes
 trap 'stop yes' TERM
 trap 'stop no' USR1
 
-# srun tells the highest exit code only, so every task writes down its own. It waits for the slowest: a task that has saved must
-# not have the others killed.
+# srun returns only the highest exit code, so every task writes its own to a file. srun waits for the slowest task: when one has saved,
+# the others must not be killed.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=0 --wait=0 bash -c '
   trap : TERM
@@ -46,7 +46,7 @@ await "$step"
 
 ended=()
 for ((i = 0; i < SLURM_NTASKS; i++)); do
-  ended+=("$(cat "$codes/$i" 2>/dev/null || echo 137)") # no code: it was killed with its node
+  ended+=("$(cat "$codes/$i" 2>/dev/null || echo 137)") # without a code, it was killed with its node
 done
 result=$(settle "$logs/$SLURM_JOB_ID.faults" "$retries" "${ended[@]}")
 say "exit codes ${ended[*]}: $result"

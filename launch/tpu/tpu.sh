@@ -1,38 +1,38 @@
 #!/usr/bin/env bash
-# Train on Cloud TPU VMs: ask for a queued resource, wait, install, run on all workers, give it back when the run is done.
+# Train on Cloud TPU VMs: create a queued resource, wait for it, install, run on all workers, and delete it when the run is done.
 #
 #   launch/tpu/tpu.sh run --zone Z --config FILE --data gs://B/D --workdir gs://B/W --accelerator v5e:4x4 [flags] [-- flags of mimo train]
-#   launch/tpu/tpu.sh logs --zone Z --name NAME       what worker 0 of the first slice prints
-#   launch/tpu/tpu.sh delete --zone Z --name NAME     gives it back (a run that goes on saves first)
+#   launch/tpu/tpu.sh logs --zone Z --name NAME       shows the output of worker 0 of the first slice
+#   launch/tpu/tpu.sh delete --zone Z --name NAME     deletes the resource (an active run saves first)
 #
 #   --accelerator A   v5e:4x4, v5p:2x2x4, v6e:16x16 …: generation and topology, as in mimo compile --topology
-#   --nodes N         slices (1)
-#   --spot            cheaper, may be taken away; --reserved: from a reservation
-#   --keep            do not give the TPU back at the end
+#   --nodes N         number of slices (1)
+#   --spot            cheaper, but may be preempted; --reserved: from a reservation
+#   --keep            do not delete the TPU at the end
 #   --project P, --runtime VERSION, --service-account EMAIL
-#   --init gs://…, --report FILE (of mimo compile), --name NAME, --retries N (faults forgiven, 3), --dry-run
+#   --init gs://…, --report FILE (of mimo compile), --name NAME, --retries N (failures tolerated, 3), --dry-run
 #
-# This stays and watches: a run that stopped with its state saved (75) starts again, a TPU that was taken away is asked for again. Keep it
-# running (tmux on a small machine). Ended with Ctrl-C it leaves the TPU as it is; the same command finds it again.
+# The script keeps watching the run: a run that stopped with its state saved (75) is restarted, and a preempted TPU is requested again.
+# Keep it running (such as in tmux on a small machine). Ctrl-C leaves the TPU running; the same command attaches to it again.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
 verb=${1:-}
 case $verb in
   run | logs | delete) shift ;;
   -h | --help) parse --help ;;
-  *) die "'$verb': say run, logs or delete; see $0 --help" ;;
+  *) die "'$verb': is not a command; use run, logs or delete, see $0 --help" ;;
 esac
 flag+=([zone]="" [project]="" [runtime]="" [service-account]="" [spot]=no [reserved]=no [keep]=no)
 parse "$@"
-[[ -n ${flag[zone]} ]] || die "--zone: is missing; gcloud compute tpus locations list names them"
+[[ -n ${flag[zone]} ]] || die "--zone: is missing; gcloud compute tpus locations list shows all"
 scope=(--zone "${flag[zone]}" --quiet)
 [[ -z ${flag[project]} ]] || scope+=(--project "${flag[project]}")
 tpus=(gcloud compute tpus)
 
-# on NODE WORKER COMMAND: runs it there by ssh; WORKER is a number or all.
+# on NODE WORKER COMMAND: runs the command there by ssh; WORKER is a number or all.
 on() { run "${tpus[@]}" tpu-vm ssh "$1" "${scope[@]}" --worker "$2" --command "$3"; }
 
-# everywhere COMMAND: on all workers of all slices at once; fails if one does.
+# everywhere COMMAND: runs the command on all workers of all slices at once; fails if one does.
 everywhere() {
   local node pid pids=() result=0
   for node in "${slices[@]}"; do
@@ -44,7 +44,7 @@ everywhere() {
   return "$result"
 }
 
-# slices_of N: their names, as the queued resource gives them out.
+# slices_of N: sets `slices` to the names that the queued resource gives to its N slices.
 slices_of() {
   (($1 == 1)) && slices=("$name") && return
   mapfile -t slices < <(seq -f "$name-%g" 0 $(($1 - 1)))
@@ -54,12 +54,12 @@ remove() { run "${tpus[@]}" queued-resources delete "$name" "${scope[@]}" --forc
 
 if [[ $verb != run ]]; then
   name=${flag[name]}
-  [[ -n $name ]] || die "--name: is missing; gcloud compute tpus queued-resources list --zone ${flag[zone]} names them"
+  [[ -n $name ]] || die "--name: is missing; gcloud compute tpus queued-resources list --zone ${flag[zone]} shows all"
   slices_of "${flag[nodes]}"
   if [[ $verb == logs ]]; then
     on "${slices[0]}" 0 "tail -n +1 -f $name/.launch/log"
   else
-    everywhere "bash $name/launch/tpu/worker.sh stop" || say "no answer from all workers; they are given back all the same"
+    everywhere "bash $name/launch/tpu/worker.sh stop" || say "not all workers responded; they are deleted nevertheless"
     remove
   fi
   exit
@@ -67,7 +67,7 @@ fi
 
 check_flags
 name=${flag[name]}
-tpu_slice "${flag[accelerator]}" || die "--accelerator '${flag[accelerator]}': name a TPU slice, as v5e:4x4"
+tpu_slice "${flag[accelerator]}" || die "--accelerator '${flag[accelerator]}': name a TPU slice, such as v5e:4x4"
 [[ ${flag[spot]}${flag[reserved]} != yesyes ]] || die "--spot and --reserved: choose one"
 slices_of "${flag[nodes]}"
 workers=$((tpu_hosts * flag[nodes]))
@@ -79,9 +79,9 @@ check_gcs
 check "--accelerator ${flag[accelerator]}: zone ${flag[zone]} has none; gcloud compute tpus accelerator-types list --zone ${flag[zone]}" \
   "${tpus[@]}" accelerator-types describe "$tpu_type" "${scope[@]}"
 
-# --- what the watch does
+# --- watching the run
 
-PATIENCE=20 # looks, with workers that do not answer or do not end
+PATIENCE=20 # polls to wait for workers that do not respond or do not end
 
 create() {
   local how=(--accelerator-type "$tpu_type" --runtime-version "${flag[runtime]:-$tpu_runtime}")
@@ -89,14 +89,14 @@ create() {
   [[ ${flag[spot]} == no ]] || how+=(--spot)
   [[ ${flag[reserved]} == no ]] || how+=(--reserved)
   [[ -z ${flag[service-account]} ]] || how+=(--service-account "${flag[service-account]}")
-  say "asking for $tpu_type x ${flag[nodes]} in ${flag[zone]}"
+  say "requesting $tpu_type x ${flag[nodes]} in ${flag[zone]}"
   run "${tpus[@]}" queued-resources create "$name" "${scope[@]}" "${how[@]}"
 }
 
-# state: of the queued resource, nothing if there is none; fails if it cannot be told.
+# state: prints the state of the queued resource, nothing if there is none; fails if it cannot be queried.
 state() { "${tpus[@]}" queued-resources list "${scope[@]}" --filter "name~(^|/)$name\$" --format "value(state.state)"; }
 
-# What is on disk here, less what git ignores.
+# Packs the files of this checkout, except those that git ignores.
 pack() {
   if dry; then
     echo "git -C $ROOT ls-files -co --exclude-standard -z | tar -C $ROOT --null -T - -czf $name.tar.gz"
@@ -121,46 +121,46 @@ begin() {
 }
 
 ask="bash $name/launch/tpu/worker.sh state 2>/dev/null || echo mimo-worker: none"
-# look: sets states, one for each worker that answers.
+# look: sets states, one per worker that responds.
 look() {
   mapfile -t states < <(everywhere "$ask" | sed -n 's/.*mimo-worker: //p')
 }
 
-# finish CODE: the end of the watch.
+# finish CODE: stops watching and exits.
 finish() {
   say "ended with $1"
   [[ $1 == 0 ]] || on "${slices[0]}" 0 "tail -n 40 $name/.launch/log" >&2 || true
   if [[ ${flag[keep]} == yes ]]; then
-    say "the TPU is kept; give it back: $0 delete --zone ${flag[zone]} --name $name --nodes ${flag[nodes]}"
+    say "the TPU is kept; delete it with: $0 delete --zone ${flag[zone]} --name $name --nodes ${flag[nodes]}"
   else
     remove
   fi
   exit "$1"
 }
 
-# again CODE…: what to do after these; returns where the run is to be started again.
+# again CODE…: exits after these exit codes, unless the run is to be restarted.
 again() {
   local result
   result=$(settle "$ledger" "${flag[retries]}" "$@")
   ((result == 75)) || finish "$result"
-  say "exit codes $*; going on"
+  say "exit codes $*; restarting"
 }
 
-# step: one look at a TPU that is there.
+# step: polls the workers of a TPU that is active.
 step() {
   local code ended=() running=0
   look
   if ((${#states[@]} < workers)); then
     silent=$((silent + 1))
-    say "${#states[@]} of $workers workers answer"
-    if ((silent > PATIENCE)); then # lost, whatever its state says
+    say "${#states[@]} of $workers workers respond"
+    if ((silent > PATIENCE)); then # the TPU is lost, whatever its state says
       silent=0
       remove
     fi
     return
   fi
   silent=0
-  if [[ " ${states[*]} " == *" none "* ]]; then # fresh machines
+  if [[ " ${states[*]} " == *" none "* ]]; then # new machines
     { install && begin; } || again 1
     return
   fi
@@ -170,7 +170,7 @@ step() {
   if ((${#ended[@]} == 0)); then
     waited=0
   elif ((running)); then
-    # One has ended, so the others must: they notice within minutes.
+    # One worker has ended, so the others must end too: they notice within minutes.
     waited=$((waited + 1))
     ((waited <= PATIENCE)) || everywhere "bash $name/launch/tpu/worker.sh stop" || true
   else
@@ -195,14 +195,14 @@ trap 'rm -rf "$workspace"' EXIT
 waited=0 silent=0 before=""
 while true; do
   if ! now=$(state); then
-    say "gcloud does not answer; trying again in $DELAY s"
+    say "gcloud does not respond; retrying in $DELAY s"
   else
-    [[ $now == "$before" ]] || say "$name: ${now:-is not there}"
+    [[ $now == "$before" ]] || say "$name: ${now:-does not exist}"
     before=$now
     case $now in
       "") create ;;
       ACTIVE) step ;;
-      SUSPENDED) remove || true ;; # taken away; the next look finds nothing and asks anew
+      SUSPENDED) remove || true ;; # preempted; the next poll finds nothing and requests it again
       FAILED)
         again 1
         remove || true

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What tpu.sh has each worker of a TPU do. The checkout that holds this script is the run's folder; .launch/ in it is its state.
+# Runs on each worker of a TPU, called by tpu.sh. The checkout that contains this script is the folder of the run; its state is in .launch/.
 #
-#   worker.sh install         Python, this package and the buckets under /gcs
-#   worker.sh start COMMAND…  begins it, after ending what is left of the last one
+#   worker.sh install         installs Python and this package, and mounts the buckets under /gcs
+#   worker.sh start COMMAND…  starts the command, after stopping the previous one
 #   worker.sh state           prints `mimo-worker: none`, `mimo-worker: running` or `mimo-worker: CODE`
-#   worker.sh stop            ends it: two minutes for a save
+#   worker.sh stop            stops the command; it has two minutes to save
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 state=$PWD/.launch
 mkdir -p "$state"
-pid=${MIMO_LAUNCH_RUN:-/dev/shm}/$(basename "$PWD").pid # gone when the machine starts anew
+pid=${MIMO_LAUNCH_RUN:-/dev/shm}/$(basename "$PWD").pid # removed when the machine reboots
 
 alive() { [[ -s $pid ]] && kill -0 -- "-$(cat "$pid")" 2>/dev/null; }
 
@@ -26,7 +26,7 @@ stop() {
 
 case $1 in
   install)
-    # The images bring Python 3.10; uv fetches the one that is wanted.
+    # The images have Python 3.10; uv downloads 3.11.
     python3 -m pip install -q --user "uv>=0.7,<1"
     [[ -x .venv/bin/python ]] || ~/.local/bin/uv venv -q --python 3.11 .venv
     ~/.local/bin/uv pip install -q --python .venv/bin/python --constraint launch/constraints.txt -e ".[tpu]"
@@ -38,7 +38,7 @@ case $1 in
       sudo apt-get update -q
       sudo apt-get install -q -y gcsfuse
     fi
-    # Every bucket, as /gcs/BUCKET. Processes must see at once what others write: no cached look-ups.
+    # Every bucket, as /gcs/BUCKET. Processes must see immediately what others write, so metadata is not cached.
     mountpoint -q /gcs || {
       sudo mkdir -p /gcs
       sudo chown "$(id -u)" /gcs

@@ -55,9 +55,9 @@ def test_marks_from_a_file_and_taking_them_back(session, tmp_path):
 @pytest.mark.parametrize(
     "line, error",
     [
-        ("/boxes 1,2,3,4", "/boxes 1,2,3,4: is not understood; /help"),
+        ("/boxes 1,2,3,4", "/boxes 1,2,3,4: is not a command; see /help"),
         ("/box 1,2,3", "is not X0,Y0,X1,Y1"),
-        ("/save a.png", "nothing was answered yet"),
+        ("/save a.png", "there is no answer yet"),
         ('/save "a', "No closing quotation"),
         ("Where is it? " * 200, "leaves no room to answer"),
     ],

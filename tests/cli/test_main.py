@@ -163,7 +163,7 @@ def test_help_loads_no_jax():
         ("eval --checkpoint c --data d --out o --split dev", "invalid choice: 'dev'"),
         ("eval --checkpoint c --data d", "--out: is missing"),
         ("eval --checkpoint c --data d --out o --calibrate", "--out: --calibrate writes no report"),
-        ("ask --checkpoint c i.png", "IMAGE and QUESTION are needed"),
+        ("ask --checkpoint c i.png", "IMAGE and QUESTION are missing"),
         ("ask --checkpoint c i.png q --quantize int3", "invalid choice: 'int3'"),
         ("ask --checkpoint c i.png q more", "'more': is one argument too many"),
         ("ask --checkpoint c i.png q --box 1,2,3", "'1,2,3' is not X0,Y0,X1,Y1 such as 10,12,40,44"),
@@ -285,9 +285,9 @@ def test_ask_refuses_outputs_before_a_model_is_loaded(asked, capsys, out, error)
 def test_ask_refuses_prompts_before_a_model_is_loaded(asked, capsys, tmp_path):
     (tmp_path / "far.json").write_text('{"points": [[50, 6]]}')
     for flag, value, says in (
-        ("--prompts", f"{tmp_path}/far.json", "far.json: point 0: (50, 6) lies outside the image of 9x8 pixels"),
+        ("--prompts", f"{tmp_path}/far.json", "far.json: point 0: (50, 6) is outside the image of 9x8 pixels"),
         ("--prompts", f"{tmp_path}/gone.json", "gone.json: No such file"),
-        ("--box", "1,2,99,4", "box 0 [1, 2, 99, 4) leaves the image of 9x8 pixels"),
+        ("--box", "1,2,99,4", "box 0 [1, 2, 99, 4) exceeds the image of 9x8 pixels"),
     ):
         assert says in fails(capsys, "ask", "--checkpoint", "c", "i.png", "Which?", flag, value)
     assert "checkpoint" not in asked
@@ -307,7 +307,7 @@ def test_batch_hands_over_its_flags_and_says_how_it_ended(monkeypatch, capsys):
     assert "9 answers in o" in capsys.readouterr().out
     assert main.main(line) == 3
     said = capsys.readouterr().err
-    assert "2 requests failed in whole or in part; why stands in o/failed.jsonl" in said and "3 pictures may contain burned-in text" in said
+    assert "2 requests failed at least in part; see the reasons in o/failed.jsonl" in said and "3 images may contain burned-in text" in said
     assert main.main(line) == 75
     assert "stopped after 4 requests; run the same command with --resume" in capsys.readouterr().err
     options = {"save": [".png", ".nii.gz"], "resume": True, "volumes": True, "window": (-5, 6), "frame": "all", "series": 2}
@@ -374,16 +374,16 @@ def test_ask_of_a_scan_says_what_is_wrong_before_a_model_is_loaded(scanned, caps
     folder = tmp_path / "s"
     paths = series(folder, slices())
     argv = ["ask", "--checkpoint", "c", str(folder), "?"]
-    assert "--prompts mark one slice; choose it, as --slice 30" in fails(capsys, *argv, "--point", "1,2")
-    assert "is a file of the folder asked about" in fails(
+    assert "--prompts need a single slice; choose one, such as --slice 30" in fails(capsys, *argv, "--point", "1,2")
+    assert "is in the folder of the images" in fails(
         capsys, *argv, "--out", str(saved(dicom(slices()[0], Modality="SEG"), folder / "b.dcm"))
     )
     assert "'x' is not a whole number" in fails(capsys, *argv, "--frame", "x")
-    assert "series 2 is not there; it holds 1" in fails(capsys, *argv, "--series", "2")
+    assert "series 2 does not exist; it has 1" in fails(capsys, *argv, "--series", "2")
     saved(dicom(slices()[0]), folder / "another")
     assert main.main(argv) == 2
     listed = capsys.readouterr().err.splitlines()
-    assert "holds 2 series, sizes or directions" in listed[0] and listed[1:] == ["  1: 4 pictures, CT, 10x8", "  2: 1 picture, CT, 10x8"]
+    assert "has 2 series, sizes or directions" in listed[0] and listed[1:] == ["  1: 4 pictures, CT, 10x8", "  2: 1 picture, CT, 10x8"]
     assert "checkpoint" not in scanned and len(paths) == 4
 
 

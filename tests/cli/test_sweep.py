@@ -54,9 +54,9 @@ def test_a_dry_run_prints_runs_and_commands(backend, tmp_path, monkeypatch, caps
     [
         (["--only", "alinger"], "--only alinger: is not a group of configs/ablations.py; its groups are aligner, data"),
         (["--seeds", "0,x"], "argument --seeds: 'x' is not a whole number of 0 or more"),
-        (["--data", "other=data/b"], "--test: is missing; of several --data, say whose test split is asked"),
+        (["--data", "other=data/b"], "--test: is missing; with several --data, name the dataset whose test split is evaluated"),
         (["--config.train.stesp=3"], "config.train.stesp: is unknown; did you mean config.train.steps?"),
-        (["--launch=--nodes 2"], "--launch --nodes 2: is for a cluster; add --backend slurm or gke"),
+        (["--launch=--nodes 2"], "--launch --nodes 2: applies only to a cluster; add --backend slurm or gke"),
         (["--backend", "gke"], "--workdir runs/ablations: mount the bucket where jobs find it (gcsfuse BUCKET /gcs/BUCKET)"),
         (["--base-config", "configs/tinny.py"], "--config configs/tinny.py: no such file"),
     ],

@@ -363,9 +363,9 @@ def test_turns_of_different_number_share_a_batch(mimo):
         ("the context of 256 leaves no room", {"question": "Where is the liver? " * 90}),
         ("finite", {"points": [[float("nan"), 3, 1]]}),
         ("label 2", {"points": [[3, 3, 2]]}),
-        ("lies outside the image of 56x40", {"points": [[70, 3, 1]]}),
+        ("is outside the image of 56x40", {"points": [[70, 3, 1]]}),
         ("has no area", {"boxes": [[9, 9, 9, 20]]}),
-        ("leaves the image of 56x40", {"boxes": [[-9, 9, 9, 20]]}),
+        ("exceeds the image of 56x40", {"boxes": [[-9, 9, 9, 20]]}),
         ("scribble 0", {"scribbles": [[[3, 3], [3, 99]]]}),
         ("shape", {"points": [[3, 3]]}),
         ("this model takes 12 in a turn", {"points": [[3, 3, 1]] * 13}),
@@ -459,7 +459,7 @@ def test_medical_files_are_opened_asked_about_and_answered_on_their_grid(mimo, t
     assert mimo.open(open_image(path, slice="k:0")).image.picture.grid.index == 0
 
 
-@pytest.mark.parametrize("error, chosen", [("frame 0: is for a file", {"frame": 0}), ("slice k:1: is for", {"slice": "k:1"})])
+@pytest.mark.parametrize("error, chosen", [("frame 0: applies only to a file", {"frame": 0}), ("slice k:1: applies only to", {"slice": "k:1"})])
 def test_frame_and_slice_are_refused_with_pixels(mimo, error, chosen):
     for image in (picture(), MedicalImage(picture())):
         with pytest.raises(UserError, match=error):

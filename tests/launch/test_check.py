@@ -36,9 +36,9 @@ def test_a_report_that_fits_this_slice_lets_the_launch_go_on(checked):
         ({"fits": False, "remedies": ["--batch-per-chip 2", "fsdp 16"]}, ["does not fit", "--batch-per-chip 2 or fsdp 16"]),
         ({"fits": None}, ["does not fit", "lower the batch"]),
         ({"chips": 32}, ["32 chips", "16 chips"]),
-        ({"topology": "v5e:16x16"}, ["is of v5e:16x16", "mimo compile --topology v5e:4x4"]),
-        ("{}", ["is no report of mimo compile"]),
-        ("not JSON", ["is no report of mimo compile"]),
+        ({"topology": "v5e:16x16"}, ["is for v5e:16x16", "mimo compile --topology v5e:4x4"]),
+        ("{}", ["is not a report of mimo compile"]),
+        ("not JSON", ["is not a report of mimo compile"]),
     ],
 )
 def test_another_report_stops_it(checked, report, named):

@@ -78,7 +78,7 @@ def test_told_to_stop_between_two_attempts_it_ends_at_once(tools):
     tools.codes(75, 0)
     process = tools.start("local.sh", *words(tools), MIMO_LAUNCH_DELAY="50")
     wait_for(lambda: tools.calls("mimo"))
-    wait_for(lambda: "going on" in process.stderr.readline())
+    wait_for(lambda: "restarting" in process.stderr.readline())
     assert stop(process)[0] == 75 and len(tools.calls("mimo")) == 1
 
 
@@ -92,7 +92,7 @@ def test_told_to_stop_between_two_attempts_it_ends_at_once(tools):
         (["--steps", "2"], ["--steps", "is unknown", "--help"]),
         (["--processes"], ["--processes", "needs a value"]),
         (["--retries", "many"], ["--retries many", "not a number"]),
-        (["--name", "A_b"], ["--name A_b", "beginning with a letter"]),
+        (["--name", "A_b"], ["--name A_b", "starting with a letter"]),
         (["--data", "/nowhere"], ["--data /nowhere", "does not exist"]),
         (["--", "--config.train.step=4"], ["config.train.step", "did you mean config.train.steps"]),
         (["--", "--config.train.steps=x"], ["steps"]),

@@ -128,7 +128,7 @@ def test_submitting_prints_the_jobs_number_alone_and_the_name_comes_from_the_wor
 @pytest.mark.parametrize(
     "more, settings, named",
     [
-        ([], {"REFUSED": "1"}, ["SLURM refuses", "sinfo", "sbatch --test-only"]),
+        ([], {"REFUSED": "1"}, ["SLURM rejects", "sinfo", "sbatch --test-only"]),
         (["--accelerator", "h100"], {}, ["--accelerator 'h100'", "h100:8"]),
         (["--tasks", "core"], {}, ["--tasks core", "gpu or node"]),
         (["--workdir", "gs://b/run"], {}, ["--workdir gs://b/run", "share"]),

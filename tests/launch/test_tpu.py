@@ -108,7 +108,7 @@ def test_a_tpu_that_was_taken_away_is_asked_for_again(tools, two):
     assert done.returncode == 0, done.stderr
     assert count(tools, "queued-resources create") == count(tools, "queued-resources delete") == 2
     assert sum(call.startswith("pip") for call in tools.calls("uv")) == 4
-    assert "SUSPENDED" in done.stderr and "does not answer" in done.stderr
+    assert "SUSPENDED" in done.stderr and "does not respond" in done.stderr
 
 
 def test_the_watch_can_be_ended_and_taken_up_again(tools, two):

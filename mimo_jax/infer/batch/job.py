@@ -30,7 +30,7 @@ COLUMNS = (
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates a cell that starts with one of these
 
 
-disk_errors = partial(files.disk_errors, remedy="mend that and run the same command with --resume")
+disk_errors = partial(files.disk_errors, remedy="fix that and run the same command with --resume")
 
 
 class BatchJob:

@@ -74,7 +74,7 @@ def test_without_a_fit_it_is_iou_times_seg_prob():
 
 
 def test_too_little_is_refused_and_one_sided_data_keep_the_usual_bound():
-    with pytest.raises(CalibrationError, match=f"99 painted .* {MIN_ENTITIES}"):
+    with pytest.raises(CalibrationError, match=f"99 segmented .* {MIN_ENTITIES}"):
         Calibration.fit(made_up(99, 0), {})
     same = Calibration.fit([(ConfidenceFeatures(0.9, 0.9, 0.9, 0.9), 0.8)] * MIN_ENTITIES, {})
     assert same and same.uncertain_below == 0.5 and same.fitted["j"] is None

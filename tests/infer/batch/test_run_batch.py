@@ -172,7 +172,7 @@ def test_what_cannot_be_asked_is_listed_with_the_reason_and_the_rest_is_done(mim
         (ask | {"image": "bomb.png"}, "Image size (10000000000 pixels) exceeds limit"),
         (ask | {"image": "volume.nii.gz"}, "is a volume; choose a slice, such as slice k:2: i (near sagittal) has 6"),
         (ask | {"image": "volume.nii.gz", "slice": "k:9"}, "slice k:9 is not there"),
-        (ask | {"points": [[99, 2]]}, "prompts: point 0: (99, 2) lies outside the image of 56x40"),
+        (ask | {"points": [[99, 2]]}, "prompts: point 0: (99, 2) is outside the image of 56x40"),
         (ask | {"mask": "mask.png"}, "mask mask.png: a mask of 9x9 pixels, the image has 56x40"),
         (ask | {"boxes": [[1, 2, 3, 4]] * 9}, "this model takes 12 in a turn"),
         (ask | {"question": "liver " * 500}, "leaves no room to answer, shorten it"),
@@ -184,7 +184,7 @@ def test_what_cannot_be_asked_is_listed_with_the_reason_and_the_rest_is_done(mim
     assert main.main(["batch", "--checkpoint", "c", "--in", str(path), "--out", str(tmp_path / "out")]) == 3
     said = capsys.readouterr()
     assert (
-        f"13 requests failed in whole or in part; why stands in {tmp_path / 'out' / 'failed.jsonl'}" in said.err
+        f"13 requests failed at least in part; see the reasons in {tmp_path / 'out' / 'failed.jsonl'}" in said.err
         and "2 answers in" in said.out
     )
     assert [line["id"] for line in read(tmp_path / "out" / "answers.jsonl")] == ["first", "last"]
@@ -342,7 +342,7 @@ def test_a_full_disk_is_said_and_the_job_goes_on_afterwards(mimo, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2200, limits[1]))  # bytes of any file
     try:
-        with pytest.raises(UserError, match="cannot be written: File too large; mend that and run the same command with --resume"):
+        with pytest.raises(UserError, match="cannot be written: File too large; fix that and run the same command with --resume"):
             run_batch(lambda: mimo, folder, out, "What is this?")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

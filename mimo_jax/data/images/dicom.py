@@ -1,4 +1,4 @@
-"""DICOM files to pictures: modality LUT, window, inversion, colour; and the place of every frame in the patient.
+"""Reads images from DICOM files: modality LUT, window, inversion, colour, and the position of every frame in the patient.
 
 Axis letters: F frames, H, W height and width of a frame in pixels.
 """
@@ -18,7 +18,7 @@ from mimo_jax.data.images.image import PERCENTILES, DicomGrid, MedicalImage, Win
 from mimo_jax.data.transforms import MAX_PIXELS, windowed
 from mimo_jax.errors import UserError
 
-# What decides how a frame looks and where it lies; an enhanced DICOM has it in these functional groups, frame by frame.
+# Attributes that determine the look and position of a frame; enhanced DICOM stores them per frame in these functional groups.
 _GROUPS = ("PixelMeasures", "PlanePosition", "PlaneOrientation", "PixelValueTransformation", "FrameVOILUT")
 _ATTRIBUTES = (
     "Modality", "PhotometricInterpretation", "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "VOILUTFunction",
@@ -26,30 +26,30 @@ _ATTRIBUTES = (
     "ImageOrientationPatient", "ImagePositionPatient",
 )  # fmt: skip
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-STEP_TOLERANCE = 0.05  # part of a step by which a slice may lie beside where even steps would put it
+STEP_TOLERANCE = 0.05  # share of a step by which a slice may deviate from even spacing
 
 
 class DamagedError(UserError):
-    """A file that is no DICOM picture, or not a whole one."""
+    """A file that is not a DICOM image, or not a complete one."""
 
 
 def open_frame(path: Path, frame: int | None, window: Window) -> MedicalImage:
-    """One frame of a DICOM file as a Picture; `open_picture` says the rest."""
+    """One frame of a DICOM file; see `open_image`."""
     file = DicomFile(path)
     if frame is None and file.frames > 1:
-        raise UserError(f"{path}: holds {file.frames} frames; choose one, frame 0 to {file.frames - 1}")
+        raise UserError(f"{path}: has {file.frames} frames; choose one, frame 0 to {file.frames - 1}")
     frame = frame or 0
     if not 0 <= frame < file.frames:
-        raise UserError(f"{path}: frame {frame} is not there; it holds {file.frames}, counted from 0")
-    picture = file.image(frame, window)
+        raise UserError(f"{path}: frame {frame} does not exist; it has {file.frames}, counted from 0")
+    image = file.image(frame, window)
     if file.may_have_burned_in_text():
-        warnings.warn("the picture may contain burned-in text, such as a patient's name", stacklevel=3)
-    return picture
+        warnings.warn("the image may contain burned-in text, such as a patient's name", stacklevel=3)
+    return image
 
 
 class DicomFile:
-    """A DICOM file in memory, its pixels as they are stored. header: pydicom's dataset without them. size: (H, W).
-    Raises DamagedError for what is no whole picture, UserError for one that is too large or needs a decoder."""
+    """A DICOM file in memory, with its pixels as stored. header: pydicom's dataset without pixels. size: (H, W).
+    Raises DamagedError if it is not a complete image, UserError if it is too large or no decoder is available."""
 
     def __init__(self, path: Path):
         pydicom, self._pixels = import_medical("pydicom"), import_medical("pydicom.pixels")
@@ -57,7 +57,7 @@ class DicomFile:
         with reading(path):
             self._dataset = pydicom.dcmread(path, force=True)
             if not any(name in self._dataset for name in _PIXELS):
-                raise DamagedError(f"{path}: a DICOM file without a picture (a report, say), or cut off before it")
+                raise DamagedError(f"{path}: a DICOM file without an image (such as a report), or truncated before it")
             self.frames = int(self._dataset.get("NumberOfFrames") or 1)
             self.size = int(self._dataset.Rows), int(self._dataset.Columns)
             if self.size[0] * self.size[1] > MAX_PIXELS:
@@ -73,7 +73,7 @@ class DicomFile:
             if self.header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2"):
                 rgb = np.repeat(_grey(self.path, view, values, window)[:, :, None], 3, axis=2)
             elif window is not None:
-                raise UserError(f"{self.path}: a colour image takes no window; leave the window away")
+                raise UserError(f"{self.path}: a colour image has no window; omit the window")
             else:
                 rgb = _colour(self._pixels, self.header, values)
             return MedicalImage(rgb, _spacing(view), self.grid(frame))
@@ -84,13 +84,13 @@ class DicomFile:
             return DicomGrid(self.header, frame, self.frames, _affine(view, _spacing(view)))
 
     def may_have_burned_in_text(self) -> bool:
-        """Whether the file does not rule out burned-in text."""
+        """True unless the file rules out burned-in text."""
         return get_value(self.header, "BurnedInAnnotation") != "NO"
 
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """What pydicom and highdicom warn of and log goes nowhere: they quote the values of a header."""
+    """Suppress warnings and logs of pydicom and highdicom, because they quote header values."""
     loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
     before = [logger.disabled for logger in loggers]
     with warnings.catch_warnings():
@@ -106,35 +106,35 @@ def silence_libraries() -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What fails while a file is read becomes one line that quotes nothing of it."""
+    """Turn any failure while a file is read into a DamagedError of one line that quotes no header value."""
     try:
         with silence_libraries():
             yield
     except UserError:
         raise
-    except Exception as error:  # of many kinds, and their text may quote the header
+    except Exception as error:  # of many types, and their text may quote the header
         raise DamagedError(f"{path}: a damaged or truncated DICOM file ({type(error).__name__})") from None
 
 
 def stack_affine(grids: Sequence[DicomGrid]) -> np.ndarray | None:
-    """[4, 4]: (column, row, slice) to RAS mm of frames that lie one behind the other at even steps; None if they do not, or if
-    nothing says where they lie. A step may lean, as that of a CT with a tilted gantry does."""
+    """[4, 4]: (column, row, slice) to RAS mm of frames that are stacked at even steps; None if they are not, or if their positions are
+    unknown. The step may be oblique, as with a tilted CT gantry."""
     affines = np.array([grid.affine for grid in grids if grid.affine is not None])
     if len(affines) < len(grids) or len(grids) < 2:
         return grids[0].affine if len(grids) == 1 else None
-    places = affines[:, :3, 3]
-    step = (places[-1] - places[0]) / (len(places) - 1)
-    even = places[0] + np.arange(len(places))[:, None] * step
+    positions = affines[:, :3, 3]
+    step = (positions[-1] - positions[0]) / (len(positions) - 1)
+    even = positions[0] + np.arange(len(positions))[:, None] * step
     stack = affines[0].copy()
     stack[:3, 2] = step
     flat = np.abs(np.linalg.det(stack[:3, :3])) < 0.5 * np.prod(np.linalg.norm(stack[:3, :3], axis=0))
-    uneven = np.linalg.norm(places - even, axis=1).max() > STEP_TOLERANCE * np.linalg.norm(step)
-    turned = np.abs(affines[:, :3, :2] - affines[0, :3, :2]).max() > 1e-3
-    return None if flat or uneven or turned else stack
+    uneven = np.linalg.norm(positions - even, axis=1).max() > STEP_TOLERANCE * np.linalg.norm(step)
+    rotated = np.abs(affines[:, :3, :2] - affines[0, :3, :2]).max() > 1e-3
+    return None if flat or uneven or rotated else stack
 
 
 def get_value(dataset: Any, name: str) -> Any:
-    """An attribute's value; None where it is missing, empty, or damaged, which pydicom finds when it is asked for."""
+    """An attribute's value; None if it is missing, empty or damaged (pydicom parses values on access)."""
     try:
         return dataset.get(name)
     except Exception:
@@ -142,15 +142,15 @@ def get_value(dataset: Any, name: str) -> Any:
 
 
 def directions_and_position(dataset: Any, frame: int = 0) -> tuple[np.ndarray, np.ndarray] | None:
-    """(directions [6] of a row and a column, position [3] of the first pixel) in LPS, mm; None where a file does not say."""
+    """(directions [6] of a row and a column, position [3] of the first pixel) in LPS, mm; None if the file does not give them."""
     view = _at_frame(dataset, frame)
     directions, position = (np.array(_numbers(view, name)) for name in ("ImageOrientationPatient", "ImagePositionPatient"))
-    whole = len(directions) == 6 and len(position) == 3 and np.isfinite([*directions, *position]).all()
-    return (directions, position) if whole else None
+    valid = len(directions) == 6 and len(position) == 3 and np.isfinite([*directions, *position]).all()
+    return (directions, position) if valid else None
 
 
 def _check_compression(pixels: Any, path: Path, dataset: Any) -> None:
-    """Complete a file without a meta header; UserError where no decoder is at hand."""
+    """Add the transfer syntax to a file without a meta header. Raises UserError if no decoder is available."""
     if "TransferSyntaxUID" not in dataset.file_meta:  # implicit or explicit VR, little endian
         dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" if dataset.original_encoding[0] else "1.2.840.10008.1.2.1"
     try:
@@ -162,25 +162,25 @@ def _check_compression(pixels: Any, path: Path, dataset: Any) -> None:
 
 
 def _at_frame(dataset: Any, frame: int) -> dict[str, Any]:
-    """The attributes that count for one frame; those of its functional groups go before those of the file."""
+    """The attributes of one frame; those of its functional groups override those of the file."""
     found = {name: dataset[name].value for name in _ATTRIBUTES if name in dataset}
     shared, each = dataset.get("SharedFunctionalGroupsSequence"), dataset.get("PerFrameFunctionalGroupsSequence")
     groups = ([shared[0]] if shared else []) + ([each[frame]] if each else [])
     for item in (item for group in groups for name in _GROUPS for item in group.get(f"{name}Sequence") or ()):
         found.update({name: item[name].value for name in _ATTRIBUTES if name in item})
     if int(dataset.get("NumberOfFrames") or 1) > 1 and not any("PlanePositionSequence" in group for group in groups):
-        found.pop("ImagePositionPatient", None)  # one place for all frames is that of the first; nothing says where the others lie
+        found.pop("ImagePositionPatient", None)  # a single position is that of the first frame; those of the others are unknown
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _grey(path: Path, view: dict[str, Any], stored: np.ndarray, window: Window) -> np.ndarray:
-    """Stored values [H, W] -> uint8 [H, W]: modality LUT or rescale, window, inversion where small values are bright."""
+    """Stored values [H, W] -> uint8 [H, W]: modality LUT or rescale, window, inversion if small values are bright."""
     if view.get("ModalityLUTSequence"):
         values = _lookup(view["ModalityLUTSequence"][0], stored)[0]
     else:
         values = stored * _number(view, "RescaleSlope", 1.0) + _number(view, "RescaleIntercept", 0.0)
     if isinstance(window, str) and view.get("Modality") not in ("CT", None, ""):
-        raise UserError(f"{path}: window {window} is one of Hounsfield units, which only a CT holds; give LOW,HIGH or leave it away")
+        raise UserError(f"{path}: window {window} is in Hounsfield units, which only CT has; give LOW,HIGH or omit it")
     limits = window_limits(window)
     center, width = _number(view, "WindowCenter"), _number(view, "WindowWidth")
     rule = str(view.get("VOILUTFunction") or "LINEAR").upper()
@@ -188,7 +188,7 @@ def _grey(path: Path, view: dict[str, Any], stored: np.ndarray, window: Window) 
         if rule == "SIGMOID":
             values, limits = 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))), (0.0, 1.0)
         else:
-            # PS3.3 C.11.2.1.2: LINEAR counts from the first grey level to the last, LINEAR_EXACT from edge to edge.
+            # PS3.3 C.11.2.1.2: LINEAR spans from the first grey level to the last, LINEAR_EXACT from edge to edge.
             middle, half = (center - 0.5, (width - 1) / 2) if rule == "LINEAR" else (center, width / 2)
             limits = (middle - half, max(middle + half, middle - half + 1e-6))  # a width of 1 is a threshold
     elif limits is None and view.get("VOILUTSequence"):
@@ -199,7 +199,7 @@ def _grey(path: Path, view: dict[str, Any], stored: np.ndarray, window: Window) 
 
 
 def _lookup(item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
-    """(the LUT's entries for these values as float64, bits of an entry). pydicom's own wraps values beyond an 8-bit table."""
+    """(the LUT's entries for these values as float64, bits per entry). pydicom's function wraps values beyond an 8-bit table."""
     entries, first, bits = (int(v) for v in item.LUTDescriptor)
     entries, data = entries or 2**16, item.LUTData
     if isinstance(data, bytes):
@@ -209,7 +209,7 @@ def _lookup(item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _colour(pixels: Any, dataset: Any, values: np.ndarray) -> np.ndarray:
-    """Decoded values -> uint8 RGB [H, W, 3]; pydicom has already turned YBR into RGB."""
+    """Decoded values -> uint8 RGB [H, W, 3]; pydicom has already converted YBR to RGB."""
     bits = int(dataset.BitsStored)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         values = pixels.apply_color_lut(values, dataset)

@@ -1,7 +1,7 @@
-"""One picture, or the slices of a volume, and where each lies in the medical file that it comes from.
+"""One image, or the slices of a volume, and the position of each in the medical file that it comes from.
 
-Axis letters: F slices, H, W height and width of a picture in pixels; i, j, k axes of a NIfTI file. World axes are in mm,
-RAS: x grows to the patient's right, y to the front, z to the head (DICOM's own LPS is turned into that).
+Axis letters: F slices, H, W height and width of an image in pixels; i, j, k axes of a NIfTI file. World axes are in mm,
+RAS: x grows to the patient's right, y to the front, z to the head (DICOM's LPS is converted).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ WINDOWS = {
     "lung": (-1350.0, 150.0), "bone": (-450.0, 1050.0), "soft": (-160.0, 240.0),
     "brain": (0.0, 80.0), "abdomen": (-140.0, 260.0), "mediastinum": (-125.0, 225.0),
 }  # fmt: skip
-PERCENTILES = (0.5, 99.5)  # what becomes black and white where no one says
-PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the world axis that a slice of each is cut across
-MAX_SLICES, MAX_VOXELS = 4096, 2**29  # of a volume; a whole body of 512 x 512 x 2000 passes
+PERCENTILES = (0.5, 99.5)  # values shown as black and white by default
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the world axis that is normal to each plane
+MAX_SLICES, MAX_VOXELS = 4096, 2**29  # of a volume; a whole body of 512 x 512 x 2000 is accepted
 
 
 @dataclass(frozen=True)
 class NiftiGrid:
-    """Where a picture lies in a NIfTI file. shape: the file's own; header: nibabel's; affine [4, 4]: voxel (i, j, k) to world
-    in the file's unit. The picture is the plane `index` of the file axis `axis`, transposed, then its rows and columns turned."""
+    """The position of an image in a NIfTI file. shape: that of the file. header: nibabel's. affine: [4, 4], voxel (i, j, k) to world in
+    the file's unit. The image is the plane `index` of the file axis `axis`, transposed, then with rows and columns flipped."""
 
     shape: tuple[int, ...]
     header: Any = field(repr=False)
@@ -44,20 +44,20 @@ class NiftiGrid:
     flip_columns: bool
 
     def display_view(self, volume: np.ndarray) -> np.ndarray:
-        """The picture's plane [H, W] of an array of the file's shape: a view, so that what is written to it lands there."""
+        """The image's plane [H, W] of an array of the file's shape, as a view: writing to it changes the array."""
         planes = np.moveaxis(volume.reshape((*self.shape, 1)[:3]), self.axis, 0)
         return self.to_display(planes[self.index])
 
     def to_display(self, plane: np.ndarray) -> np.ndarray:
-        """The picture of a plane of the file, as it is indexed there."""
+        """A plane of the file, indexed by file axes, in the orientation of the image; a view."""
         plane = plane.T if self.transpose else plane
         return plane[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
 
 
 @dataclass(frozen=True)
 class DicomGrid:
-    """Where a picture lies in a DICOM file. dataset: pydicom's, without its pixels; frame of `frames`, from 0. affine [4, 4]:
-    (column, row, 0) of the frame to world in mm, None where the file does not say where in the patient the frame lies."""
+    """The position of an image in a DICOM file. dataset: pydicom's, without pixels. frame: index from 0, of `frames`. affine: [4, 4],
+    (column, row, 0) of the frame to world in mm, None if the file does not give the position in the patient."""
 
     dataset: Any = field(repr=False)
     frame: int
@@ -71,7 +71,7 @@ Grid = NiftiGrid | DicomGrid
 @dataclass(frozen=True)
 class MedicalImage:
     """pixels: uint8 RGB [H, W, 3]. spacing_mm: distance of neighbouring rows and of neighbouring columns, None if unknown.
-    grid: where the picture lies in a medical file, None for any other."""
+    grid: position in the medical file, None for other image files."""
 
     pixels: np.ndarray
     spacing_mm: tuple[float, float] | None = None
@@ -80,11 +80,11 @@ class MedicalImage:
 
 @dataclass(frozen=True)
 class Volume(Sequence[MedicalImage]):
-    """Slices of one scan, all of one size: `len(volume)`, `volume[k]`, which makes that slice's Picture anew, iteration.
+    """The slices of one scan, all of one size, as a sequence; `volume[k]` renders slice k again each time.
 
-    size: (H, W). grids: where each slice lies. spacing_mm: distance of neighbouring slices, rows and columns; voxel_mm3: what
-    a voxel takes up in mm³; both None where the files do not say, or the slices are not evenly spaced. passed_over: files of
-    the folder that hold no picture or cannot be read. files: those that the slices come from.
+    size: (H, W). grids: position of each slice. load_slice: index -> image. spacing_mm: distance of neighbouring slices, rows and
+    columns; voxel_mm3: volume of a voxel in mm³; both None if the files do not give them or the slices are not evenly spaced. files:
+    those of the slices. num_skipped: number of files of the folder that have no image or cannot be read.
     """
 
     size: tuple[int, int]
@@ -103,7 +103,7 @@ class Volume(Sequence[MedicalImage]):
 
 
 def parse_window(text: str) -> str | tuple[float, float]:
-    """A name as it is, which `check_window` judges; otherwise "LOW,HIGH" as two numbers. UserError for other text."""
+    """A name unchanged (`check_window` checks it), or "LOW,HIGH" as two numbers. Raises UserError for other text."""
     if text.isalpha():
         return text
     try:
@@ -114,7 +114,7 @@ def parse_window(text: str) -> str | tuple[float, float]:
 
 
 def check_window(window: Window) -> None:
-    """UserError for a name that is not in WINDOWS, or no LOW < HIGH."""
+    """Raise UserError for a name that is not in WINDOWS, or unless LOW < HIGH."""
     if isinstance(window, str):
         if window.lower() not in WINDOWS:
             raise UserError(f"window {window}: is unknown; give LOW,HIGH or one of {', '.join(WINDOWS)}")
@@ -123,18 +123,18 @@ def check_window(window: Window) -> None:
 
 
 def window_limits(window: Window) -> tuple[float, float] | None:
-    """(low, high) of a window that `check_window` lets pass."""
+    """(low, high) of a valid window; None for None."""
     return WINDOWS[window.lower()] if isinstance(window, str) else window
 
 
 def check_size(path: Path, slices: int, height: int, width: int) -> None:
-    """UserError for a volume beyond MAX_SLICES or MAX_VOXELS."""
+    """Raise UserError for a volume beyond MAX_SLICES or MAX_VOXELS."""
     if slices > MAX_SLICES or slices * height * width > MAX_VOXELS:
         raise UserError(f"{path}: {slices} slices of {width}x{height}; the limits are {MAX_SLICES} slices and {MAX_VOXELS} voxels")
 
 
 def file_kind(path: Path) -> str:
-    """ "DICOM", "NIfTI" or "picture", by the first bytes."""
+    """ "DICOM", "NIfTI" or "picture" (any other), by the first bytes. Raises UserError if the file cannot be read."""
     try:
         with open_unpacked(path) as file:
             head = file.read(352)
@@ -143,22 +143,22 @@ def file_kind(path: Path) -> str:
     if head[128:132] == b"DICM":
         return "DICOM"
     if b"ni1\0" == head[344:348] or b"ni2\0" == head[4:8]:
-        raise UserError(f"{path}: the header of a .hdr/.img pair; save it as one .nii.gz")
+        raise UserError(f"{path}: is the header of a .hdr/.img pair; save both as one .nii.gz")
     if b"n+1\0" == head[344:348] or b"n+2\0" == head[4:8]:
         return "NIfTI"
-    # Without preamble and magic a DICOM file begins with an element of group 2 or 8; no picture format does.
+    # Without preamble and magic, a DICOM file begins with an element of group 2 or 8; no image format does.
     return "DICOM" if head[:2] in (b"\x02\0", b"\x08\0") else "picture"
 
 
 def open_unpacked(path: Path) -> BinaryIO:
-    """A file, unpacked where it is gzip."""
+    """A file opened for reading, decompressed if it is gzip."""
     with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if packed else open(path, "rb")
+        compressed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if compressed else open(path, "rb")
 
 
 def import_medical(name: str) -> Any:
-    """A module of the extra `medical`; UserError with the remedy where it is not installed."""
+    """A module of the extra `medical`. Raises UserError with the remedy if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -1,6 +1,6 @@
-"""NIfTI files to pictures: one slice, or all along an axis, as a radiologist sees them.
+"""Reads images from NIfTI files: one slice, or all along an axis, as a radiologist sees them.
 
-Axis letters: F slices, H, W height and width of the picture in pixels; i, j, k axes of the file.
+Axis letters: F slices, H, W height and width of the image in pixels; i, j, k axes of the file.
 """
 
 from __future__ import annotations
@@ -14,28 +14,39 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.data.images.image import PERCENTILES, PLANES, MedicalImage, NiftiGrid, Volume, Window, check_size, import_medical, window_limits, open_unpacked
+from mimo_jax.data.images.image import (
+    PERCENTILES,
+    PLANES,
+    MedicalImage,
+    NiftiGrid,
+    Volume,
+    Window,
+    check_size,
+    import_medical,
+    open_unpacked,
+    window_limits,
+)
 from mimo_jax.data.transforms import MAX_PIXELS, windowed
 from mimo_jax.errors import UserError
 
 _AXES = "ijk"
-_MM = {"meter": 1000.0, "micron": 0.001}  # a NIfTI file's unit of length; others are taken for mm
+_MM = {"meter": 1000.0, "micron": 0.001}  # length units of NIfTI files; all others are treated as mm
 
 
 def open_slice(path: Path, slice: str | None, window: Window) -> MedicalImage:
-    """One slice of a NIfTI file as a Picture; `open_picture` says the rest."""
+    """One slice of a NIfTI file; see `open_image`."""
     with _reading(path) as image:
         axis, index = _parse_slice(path, slice, *_axes(image))
         grid = _grid(path, image, axis, index)
         where = [np.s_[:]] * 3 + [0] * len(image.shape[3:])
         where[axis] = index
-        plane = np.asarray(image.dataobj[tuple(where[: len(image.shape)])], np.float64)  # slope and intercept are in it
+        plane = np.asarray(image.dataobj[tuple(where[: len(image.shape)])], np.float64)  # nibabel applies slope and intercept
         plane = plane.reshape(np.delete((*image.shape, 1)[:3], axis))
         return _to_image(path, grid, plane, _steps(image), window_limits(window))
 
 
 def open_slices(path: Path, axis: str | None, window: Window) -> Volume:
-    """All slices along an axis of a NIfTI file; `open_volume` says the rest. Stored values stay in memory, as they are."""
+    """All slices along an axis of a NIfTI file; see `open_volume`. The stored values stay in memory, unscaled."""
     with _reading(path) as image:
         shape, worlds = _axes(image)
         across = _axis(axis or "axial", worlds)
@@ -49,21 +60,21 @@ def open_slices(path: Path, axis: str | None, window: Window) -> Volume:
         scaled = import_medical("nibabel.volumeutils").apply_read_scaling
         limits = window_limits(window) or _limits(path, stored, lambda values: scaled(values, *scaling))
 
-    def show(k: int) -> MedicalImage:
+    def load_slice(k: int) -> MedicalImage:
         values = np.asarray(scaled(stored[k], *scaling), np.float64)
-        if not np.isfinite(values).any():  # outside the field of view of a scan that was put onto a larger grid
+        if not np.isfinite(values).any():  # outside the field of view of a scan that was resampled to a larger grid
             values = np.full_like(values, limits[0])
         return _to_image(path, replace(grid, index=k), values, steps, limits)
 
     between, rows, columns = steps[across], *_spacing(grid, steps)
     voxel = float(abs(np.linalg.det(grid.affine[:3, :3])) * np.prod(steps / np.linalg.norm(grid.affine[:3, :3], axis=0)))
     grids = [replace(grid, index=k) for k in range(shape[across])]
-    return Volume((height, width), grids, show, (float(between), rows, columns), voxel, [path])
+    return Volume((height, width), grids, load_slice, (float(between), rows, columns), voxel, [path])
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """nibabel's image; what fails while it is read becomes one line."""
+    """nibabel's image; any failure while it is read becomes a UserError of one line."""
     nibabel = import_medical("nibabel")
     with open_unpacked(path) as stream:
         try:
@@ -74,15 +85,15 @@ def _reading(path: Path) -> Iterator[Any]:
             yield image
         except UserError:
             raise
-        except Exception as error:  # nibabel, gzip and numpy each have their own
+        except Exception as error:  # nibabel, gzip and numpy raise various errors
             raise UserError(f"{path}: a damaged or truncated NIfTI file ({type(error).__name__})") from None
 
 
 def _limits(path: Path, stored: np.ndarray, scaled: Any) -> tuple[float, float]:
-    """(low, high) of a whole volume, by its percentiles, or by its extremes where it is nearly constant."""
+    """(low, high) of a whole volume: its percentiles, or its extremes if it is nearly constant."""
     finite = stored[np.isfinite(stored)] if stored.dtype.kind == "f" else stored
     if not finite.size:
-        raise UserError(f"{path}: holds no finite value")
+        raise UserError(f"{path}: has no finite value")
     low, high = sorted(float(v) for v in scaled(np.percentile(finite, PERCENTILES)))
     if low >= high:
         low, high = sorted(float(v) for v in scaled(np.array([finite.min(), finite.max()])))
@@ -90,18 +101,18 @@ def _limits(path: Path, stored: np.ndarray, scaled: Any) -> tuple[float, float]:
 
 
 def _to_image(path: Path, grid: NiftiGrid, plane: np.ndarray, steps: np.ndarray, limits: tuple[float, float] | None) -> MedicalImage:
-    """A plane of the file, float64 and scaled, as it is seen."""
+    """The image of a plane of the file, float64 and scaled."""
     grey = windowed(grid.to_display(plane), limits, PERCENTILES, str(path))
     return MedicalImage(np.repeat(grey[:, :, None], 3, axis=2), _spacing(grid, steps), grid)
 
 
 def _steps(image: Any) -> np.ndarray:
-    """mm from one voxel to the next along i, j, k."""
+    """Distance of neighbouring voxels along i, j, k in mm, float64 [3]."""
     return np.linalg.norm(image.affine[:3, :3], axis=0) * _MM.get(image.header.get_xyzt_units()[0], 1.0)
 
 
 def _spacing(grid: NiftiGrid, steps: np.ndarray) -> tuple[float, float]:
-    """mm between the rows and between the columns of a picture."""
+    """Distance of neighbouring rows and of neighbouring columns of an image in mm."""
     first, second = np.delete(steps, grid.axis).tolist()
     return (second, first) if grid.transpose else (first, second)
 
@@ -109,15 +120,15 @@ def _spacing(grid: NiftiGrid, steps: np.ndarray) -> tuple[float, float]:
 def _check_nifti(path: Path, image: Any) -> None:
     kind, affine = image.get_data_dtype().kind, image.affine
     if kind not in "iufb":
-        raise UserError(f"{path}: holds {'complex numbers' if kind == 'c' else 'colours'}; save it with one real number a voxel")
+        raise UserError(f"{path}: has {'complex numbers' if kind == 'c' else 'colours'}; save it with one real number per voxel")
     if len(image.shape) < 2 or 0 in image.shape or any(n > 1 for n in image.shape[3:]):
-        raise UserError(f"{path}: is {len(image.shape)}-D {list(image.shape)}; save the one volume that you mean as a 3-D file")
+        raise UserError(f"{path}: is {len(image.shape)}-D {list(image.shape)}; save one volume of it as a 3-D file")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) <= 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0)):
-        raise UserError(f"{path}: its affine maps all voxels into one plane, so nothing says which way is up; mend its header")
+        raise UserError(f"{path}: its affine maps all voxels into one plane, so the orientation is unknown; fix its header")
 
 
 def _axes(image: Any) -> tuple[tuple[int, ...], list[int]]:
-    """(shape, 3-D; of each file axis the nearest world axis)."""
+    """(shape as 3-D; the nearest world axis of each file axis)."""
     nearest = import_medical("nibabel").io_orientation(image.affine)
     return (*image.shape, 1)[:3], [int(world) for world in nearest[:, 0]]
 
@@ -127,19 +138,19 @@ def _grid(path: Path, image: Any, axis: int, index: int) -> NiftiGrid:
     rows, columns = sorted((a for a in range(3) if a != axis), key=lambda a: -worlds[a])
     if shape[rows] * shape[columns] > MAX_PIXELS:
         raise UserError(f"{path}: a slice of {shape[columns]}x{shape[rows]} pixels; the limit is {MAX_PIXELS} in all")
-    # Down a picture z, or else y, falls; to its right x, or else y, falls: an axis that runs along its world axis is turned.
+    # z, or else y, decreases downwards; x, or else y, decreases to the right: an axis that runs along its world axis is flipped.
     along = import_medical("nibabel").io_orientation(image.affine)[:, 1] > 0
     return NiftiGrid(image.shape, image.header, image.affine, axis, index, rows > columns, bool(along[rows]), bool(along[columns]))
 
 
 def _axis(name: str, worlds: list[int]) -> int | None:
-    """The file axis of i, j, k or a plane's name; None for another."""
+    """The file axis of i, j, k or a plane's name; None for other names."""
     name = name.lower()
     return worlds.index(PLANES[name]) if name in PLANES else _AXES.index(name) if name in tuple(_AXES) else None
 
 
 def _parse_slice(path: Path, slice: str | None, shape: tuple[int, ...], worlds: list[int]) -> tuple[int, int]:
-    """(file axis, index) of "AXIS:INDEX"; without it, of the only slice."""
+    """(file axis, index) of "AXIS:INDEX"; without it, those of the only slice."""
     near = {worlds.index(world): name for name, world in PLANES.items()}
     counts = ", ".join(f"{_AXES[a]} (near {near[a]}) has {shape[a]}" for a in range(3))
     if slice is None:
@@ -151,5 +162,5 @@ def _parse_slice(path: Path, slice: str | None, shape: tuple[int, ...], worlds: 
     if not match or axis is None:
         raise UserError(f"slice {slice}: write AXIS:INDEX, AXIS one of i, j, k, {', '.join(reversed(PLANES))}, such as axial:30")
     if int(match[2]) >= shape[axis]:
-        raise UserError(f"{path}: slice {slice} is not there, counted from 0: {counts}")
+        raise UserError(f"{path}: slice {slice} does not exist, counted from 0: {counts}")
     return axis, int(match[2])

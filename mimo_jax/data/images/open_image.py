@@ -1,8 +1,8 @@
-"""Files as clinics write them: DICOM, NIfTI or any picture to one Picture, with what is needed to lay a mask back onto the input.
+"""Opens a DICOM, NIfTI or other image file as one MedicalImage, with the position that is needed to write a mask back to the file.
 
 A DICOM frame is shown as it is stored. A NIfTI slice is shown as a radiologist sees it, whatever the file's orientation:
-the patient's left on the right side of the picture, anterior up (axial) or left (sagittal), head up (coronal, sagittal).
-No message repeats what a header says of a patient.
+the patient's left on the right side of the image, anterior up (axial) or left (sagittal), head up (coronal, sagittal).
+No message contains header values about a patient.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from mimo_jax.errors import UserError
 
 
 def open_image(path: str | os.PathLike, *, frame: int | None = None, slice: str | None = None, window: Window = None) -> MedicalImage:
-    """One picture out of a file; DICOM and NIfTI are known by their content, all else is read by `decode_image`.
+    """One image from a file. DICOM and NIfTI are recognised by their content; all other files are read by `decode_image`.
 
-    frame: of a DICOM of several, from 0. slice: of a NIfTI volume, "AXIS:INDEX" with i, j or k (axes of the file) or axial,
-    coronal or sagittal (the file axis nearest to it); INDEX counts along that file axis, from 0. window: (low, high), the
-    values that become black and white, in the file's units (CT: HU), or a name of WINDOWS; without it the file's own first
-    window or VOI LUT, else the 0.5 and 99.5 percentiles. Warns where a DICOM does not rule out burned-in text.
-    Raises UserError, one line, for what cannot be read or is not said.
+    frame: index in a multi-frame DICOM file, from 0. slice: of a NIfTI volume, "AXIS:INDEX" with AXIS i, j or k (file axes) or axial,
+    coronal or sagittal (the nearest file axis); INDEX counts along that file axis, from 0. window: (low, high), the values shown as
+    black and white, in the file's units (CT: HU), or a name of WINDOWS; the default is the file's first window or VOI LUT, else the
+    0.5 and 99.5 percentiles. Warns if a DICOM file may contain burned-in text.
+    Raises UserError, one line, for a file that cannot be read or a missing or wrong choice.
     """
     check_window(window)
     path = Path(path)
     kind = file_kind(path)
     if slice is not None and kind != "NIfTI":
-        raise UserError(f"{path}: is no NIfTI volume; leave slice {slice} away" + " and give a frame" * (kind == "DICOM"))
+        raise UserError(f"{path}: is not a NIfTI volume; omit slice {slice}" + " and give a frame" * (kind == "DICOM"))
     if frame is not None and kind != "DICOM":
-        raise UserError(f"{path}: is no DICOM file; leave frame {frame} away" + " and give a slice" * (kind == "NIfTI"))
+        raise UserError(f"{path}: is not a DICOM file; omit frame {frame}" + " and give a slice" * (kind == "NIfTI"))
     if kind == "DICOM":
         return open_frame(path, frame, window)
     if kind == "NIfTI":
         return open_slice(path, slice, window)
     if isinstance(window, str):
-        raise UserError(f"{path}: window {window} is one of Hounsfield units, which only DICOM and NIfTI hold; give LOW,HIGH")
+        raise UserError(f"{path}: window {window} is in Hounsfield units, which only DICOM and NIfTI files have; give LOW,HIGH")
     return MedicalImage(decode_image(path, window=window))

@@ -1,6 +1,6 @@
-"""A folder of DICOM files to the slices of one series, in the order in which they lie in the patient.
+"""Reads the slices of one series from a folder of DICOM files, in the order of their position in the patient.
 
-What is no picture to ask about (another format, a DICOMDIR, reports, segmentations) and what cannot be read is passed over.
+Files that are not images to ask about (other formats, a DICOMDIR, reports, segmentations) or that cannot be read are skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.data.images.dicom import STEP_TOLERANCE, DamagedError, DicomFile, directions_and_position, reading, stack_affine, get_value
+from mimo_jax.data.images.dicom import STEP_TOLERANCE, DamagedError, DicomFile, directions_and_position, get_value, reading, stack_affine
 from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, check_size, file_kind, import_medical
 from mimo_jax.errors import UserError
 
@@ -22,19 +22,19 @@ _TAGS = (
     "SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "Rows", "Columns", "NumberOfFrames", "ImageOrientationPatient",
     "ImagePositionPatient",
 )  # fmt: skip
-_DERIVED_MODALITIES = ("SEG", "RTDOSE")  # modalities whose pixels are drawn over a picture
-_SKIP_REASONS = {"other": "no DICOM", "pictureless": "without a picture to ask about", "damaged": "damaged or unreadable"}
+_DERIVED_MODALITIES = ("SEG", "RTDOSE")  # modalities whose pixels are derived from an image
+_SKIP_REASONS = {"other": "not DICOM", "no image": "without an image to ask about", "damaged": "damaged or unreadable"}
 
 
 class SeriesError(UserError):
-    """A folder of several series; the lines that follow the first name each."""
+    """The folder has several series; the message lists one per line after the first line."""
 
     listing = True
 
 
 @dataclass
 class _Series:
-    """Files whose pictures belong together: one series, one size, one direction; a file of several frames stands alone."""
+    """Files whose images have the same series, size and direction; a multi-frame file is a series by itself."""
 
     uid: str
     number: float
@@ -45,41 +45,41 @@ class _Series:
     files: list[Path] = field(default_factory=list)
 
     def accepts(self, other: _Series) -> bool:
-        alike = (self.uid, self.size, self.frames) == (other.uid, other.size, other.frames) and self.frames == 1
+        matches = (self.uid, self.size, self.frames) == (other.uid, other.size, other.frames) and self.frames == 1
         if self.directions is None or other.directions is None:
-            return alike and self.directions is other.directions
-        return alike and np.abs(self.directions - other.directions).max() < 1e-3
+            return matches and self.directions is other.directions
+        return matches and np.abs(self.directions - other.directions).max() < 1e-3
 
     def describe(self) -> str:
-        pictures = self.frames * len(self.files)
-        return f"{pictures} picture{'s' * (pictures != 1)}, {self.modality or 'modality not said'}, {self.size[1]}x{self.size[0]}"
+        images = self.frames * len(self.files)
+        return f"{images} image{'s' * (images != 1)}, {self.modality or 'modality unknown'}, {self.size[1]}x{self.size[0]}"
 
 
 def open_series(folder: Path, number: int | None, window: Window) -> Volume:
-    """A series of a folder as a Volume; `open_volume` says the rest."""
-    found, passed = _scan(folder)
+    """A series of a folder as a Volume; see `open_volume`."""
+    found, skipped = _scan(folder)
     if not found:
-        reasons = ", ".join(f"{count} {_SKIP_REASONS[kind]}" for kind, count in passed.items())
-        raise UserError(f"{folder}: holds no DICOM picture that can be read ({reasons or 'no file at all'}); give the folder of one series")
+        reasons = ", ".join(f"{count} {_SKIP_REASONS[kind]}" for kind, count in skipped.items())
+        raise UserError(f"{folder}: has no DICOM image that can be read ({reasons or 'no file at all'}); give the folder of one series")
     if number is None and len(found) > 1:
-        head = f"{folder}: holds {len(found)} series, sizes or directions; choose one with series=N (--series N)"
+        head = f"{folder}: has {len(found)} series, sizes or directions; choose one with series=N (--series N)"
         raise SeriesError("\n  ".join([head, *(f"{n}: {series.describe()}" for n, series in enumerate(found, 1))]))
     if number is not None and not 1 <= number <= len(found):
-        raise UserError(f"{folder}: series {number} is not there; it holds {len(found)}, counted from 1")
+        raise UserError(f"{folder}: series {number} does not exist; it has {len(found)}, counted from 1")
     chosen = found[(number or 1) - 1]
     if chosen.frames > 1:
         volume = open_frames(chosen.files[0], window)
     else:
         check_size(folder, len(chosen.files), *chosen.size)
-        slices = _read(folder, chosen.files, window, passed)
+        slices = _read(folder, chosen.files, window, skipped)
         volume = _volume([path for path, _ in slices], [grid for _, grid in slices], window)
-    if passed["damaged"]:
-        warnings.warn(f"damaged or unreadable files that are passed over: {passed['damaged']}; slices may be missing", stacklevel=3)
-    return replace(volume, passed_over=passed.total())
+    if skipped["damaged"]:
+        warnings.warn(f"skipped damaged or unreadable files: {skipped['damaged']}; slices may be missing", stacklevel=3)
+    return replace(volume, num_skipped=skipped.total())
 
 
 def open_frames(path: Path, window: Window) -> Volume:
-    """All frames of a DICOM file as a Volume, in their order."""
+    """All frames of a DICOM file as a Volume, in order."""
     file = DicomFile(path)
     check_size(path, file.frames, *file.size)
     _warn_of_burned_in_text(file.may_have_burned_in_text())
@@ -89,49 +89,49 @@ def open_frames(path: Path, window: Window) -> Volume:
 
 
 def _scan(folder: Path) -> tuple[list[_Series], Counter]:
-    """(the series of a folder, in the order of their number; how many files were passed over, by reason)."""
-    found, passed = [], Counter[str]()
-    import_medical("pydicom")  # that it is missing is no damage of a file
+    """(the series of a folder, sorted by number; how many files were skipped, by reason)."""
+    found, skipped = [], Counter[str]()
+    import_medical("pydicom")  # if it is missing, files are not to blame
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         try:
             if file_kind(path) != "DICOM":
-                passed["other"] += 1
+                skipped["other"] += 1
                 continue
-            made = _header(path)
+            header = _header(path)
         except UserError:
-            passed["damaged"] += 1
+            skipped["damaged"] += 1
             continue
-        if made is None:
-            passed["pictureless"] += 1
+        if header is None:
+            skipped["no image"] += 1
             continue
-        home = next((series for series in found if series.takes(made)), made)
-        if home is made:
-            found.append(made)
-        home.files.append(path)
-    return sorted(found, key=lambda series: series.number), passed
+        match = next((series for series in found if series.accepts(header)), header)
+        if match is header:
+            found.append(header)
+        match.files.append(path)
+    return sorted(found, key=lambda series: series.number), skipped
 
 
 def _header(path: Path) -> _Series | None:
-    """The series of one file, as yet without files; None where it holds no picture to ask about."""
+    """The series of one file, without any files yet; None if the file has no image to ask about."""
     pydicom = import_medical("pydicom")
     with reading(path):
         ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS), force=True)
         if not ds.get("Rows") or not ds.get("Columns"):
             kind = pydicom.uid.UID(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "").name
             if not kind or "Image Storage" in kind:
-                raise DamagedError(f"{path}: cut off before its picture")
+                raise DamagedError(f"{path}: truncated before its image")
             return None
         if ds.get("Modality") in _DERIVED_MODALITIES:
             return None
-        place = directions_and_position(ds)
+        position = directions_and_position(ds)
         number = float("inf") if ds.get("SeriesNumber") is None else float(ds.SeriesNumber)
         size, frames = (int(ds.Rows), int(ds.Columns)), int(ds.get("NumberOfFrames") or 1)
         uid, modality = str(ds.get("SeriesInstanceUID") or ""), str(ds.get("Modality") or "")
-        return _Series(uid, number, modality, size, place and place[0], frames)
+        return _Series(uid, number, modality, size, position and position[0], frames)
 
 
-def _read(folder: Path, files: Sequence[Path], window: Window, passed: Counter) -> list[tuple[Path, DicomGrid]]:
-    """Each file with its grid, sorted. All are decoded here, so that none turns out to be damaged in the middle of the work."""
+def _read(folder: Path, files: Sequence[Path], window: Window, skipped: Counter) -> list[tuple[Path, DicomGrid]]:
+    """The readable files with their grids, sorted. All are decoded here, so that damage is found before any further work."""
     slices, text = [], False
     for path in files:
         try:
@@ -139,43 +139,43 @@ def _read(folder: Path, files: Sequence[Path], window: Window, passed: Counter) 
             slices.append((path, file.image(0, window).grid))
             text |= file.may_have_burned_in_text()
         except DamagedError:
-            passed["damaged"] += 1
+            skipped["damaged"] += 1
     if not slices:
-        raise UserError(f"{folder}: all {len(files)} pictures are damaged or truncated; copy them from where they were made")
+        raise UserError(f"{folder}: all {len(files)} images are damaged or truncated; copy them again from their origin")
     _warn_of_burned_in_text(text)
     return _sorted(slices)
 
 
 def _sorted(slices: list[tuple[Path, DicomGrid]]) -> list[tuple[Path, DicomGrid]]:
-    """By position along the normal of the slices, else by InstanceNumber, else by name."""
-    places = [directions_and_position(grid.dataset) for _, grid in slices]
-    if all(places):
-        directions = places[0][0]
-        keys: list[Any] = [position @ np.cross(directions[:3], directions[3:]) for _, position in places]
+    """Sort by position along the normal of the slices, else by InstanceNumber, else by file name."""
+    positions = [directions_and_position(grid.dataset) for _, grid in slices]
+    if all(positions):
+        directions = positions[0][0]
+        keys: list[Any] = [position @ np.cross(directions[:3], directions[3:]) for _, position in positions]
     else:
         keys, how = [get_value(grid.dataset, "InstanceNumber") for _, grid in slices], "InstanceNumber"
         if not all(isinstance(key, int) for key in keys):
             keys, how = [path.name for path, _ in slices], "file name"
         if len(slices) > 1:
-            warnings.warn(f"the files do not say where their slices lie; they are in the order of {how}", stacklevel=5)
+            warnings.warn(f"the files do not give the positions of their slices; they are sorted by {how}", stacklevel=5)
     return [slices[n] for n in sorted(range(len(slices)), key=keys.__getitem__)]
 
 
 def _volume(files: list[Path], grids: list[DicomGrid], window: Window, file: DicomFile | None = None) -> Volume:
-    """file: the one that holds all slices, open; without it each of `files` is read when its slice is shown."""
+    """file: the open file of all slices; without it, each of `files` is read when its slice is loaded."""
     affine = stack_affine(grids)
     if affine is None:
         _warn_of_gaps(grids)
     known = affine is not None and len(grids) > 1
     between, rows, columns = (float(np.linalg.norm(affine[:3, n])) for n in (2, 1, 0)) if known else (0, 0, 0)
 
-    def show(k: int) -> MedicalImage:
+    def load_slice(k: int) -> MedicalImage:
         return (file or DicomFile(files[k])).image(grids[k].frame, window)
 
     return Volume(
         size=(int(grids[0].dataset.Rows), int(grids[0].dataset.Columns)),
         grids=grids,
-        load_slice=show,
+        load_slice=load_slice,
         spacing_mm=(between, rows, columns) if known else None,
         voxel_mm3=float(abs(np.linalg.det(affine[:3, :3]))) if known else None,
         files=list(dict.fromkeys(files)),
@@ -183,7 +183,7 @@ def _volume(files: list[Path], grids: list[DicomGrid], window: Window, file: Dic
 
 
 def _warn_of_gaps(grids: Sequence[DicomGrid]) -> None:
-    """Says why slices whose places are known make no even stack."""
+    """Warn why slices with known positions are not evenly spaced."""
     if any(grid.affine is None for grid in grids):
         return
     affines = np.array([grid.affine for grid in grids])
@@ -192,10 +192,10 @@ def _warn_of_gaps(grids: Sequence[DicomGrid]) -> None:
     apart = steps[steps >= 1e-3]
     usual = np.median(apart) if len(apart) else 0
     same, odd = len(steps) - len(apart), int((np.abs(apart - usual) > STEP_TOLERANCE * usual).sum())
-    reasons = [f"slices in a place that another one has: {same} (several phases or echoes?)"] * (same > 0)
-    reasons += [f"distances that are not the usual {usual:g} mm: {odd} of {len(steps)} (slices missing?)"] * (odd > 0)
-    what = "; ".join(reasons) or "the slices do not lie one behind the other"
-    warnings.warn(f"{what}; mm³ are not known, and .nii cannot be written", stacklevel=5)
+    reasons = [f"slices with the same position as another one: {same} (several phases or echoes?)"] * (same > 0)
+    reasons += [f"distances other than the usual {usual:g} mm: {odd} of {len(steps)} (slices missing?)"] * (odd > 0)
+    what = "; ".join(reasons) or "the slices are not stacked along one direction"
+    warnings.warn(f"{what}; mm³ are unknown, and .nii cannot be written", stacklevel=5)
 
 
 def _warn_of_burned_in_text(possible: bool) -> None:

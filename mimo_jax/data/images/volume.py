@@ -1,4 +1,4 @@
-"""Whole scans: all slices of a NIfTI file, of a folder of DICOM files, of a DICOM file of several frames."""
+"""Opens whole scans: all slices of a NIfTI file, a folder of DICOM files, or a multi-frame DICOM file."""
 
 from __future__ import annotations
 
@@ -16,46 +16,47 @@ from mimo_jax.errors import UserError
 
 
 def open_volume(path: str | os.PathLike, *, axis: str | None = None, series: int | None = None, window: Window = None) -> Volume:
-    """All slices of a scan, shown one at a time; formats are known by content.
+    """All slices of a scan, loaded one at a time; formats are recognised by content.
 
-    NIfTI: every slice along `axis` (axial, coronal, sagittal, i, j, k; default axial), each the picture that `open_picture`
-    makes of it; but without a window, all are shown with one, from the 0.5 to the 99.5 percentile of the whole volume, so that
-    neighbours look alike. A packed file is unpacked once and its stored values stay in memory.
+    NIfTI: every slice along `axis` (axial, coronal, sagittal, i, j, k; default axial), each as `open_image` shows it. Without a window,
+    however, all slices have the same one, from the 0.5 to the 99.5 percentile of the whole volume, so that neighbours look similar. A
+    compressed file is decompressed once and its stored values stay in memory.
 
-    A folder: the DICOM files of one series, sorted by their position along the normal of the slices (of InstanceNumber where
-    they have none), each with its own window as in `open_picture`. Other files are passed over, damaged ones with a warning. Of
-    several series (or sizes, or directions) `series` chooses one, counted from 1; without it, an error lists them. Warns of
-    slices that share a place and of gaps. A DICOM file: all its frames, in their order. Every DICOM picture is decoded once
-    here, so that what is damaged is known before the work.
+    Folder: the DICOM files of one series, sorted by position along the normal of the slices (or by InstanceNumber if they have no
+    position), each with its own window as in `open_image`. Other files are skipped, damaged ones with a warning. `series` chooses one of
+    several series (or sizes, or directions), counted from 1; without it, an error lists them. Warns of gaps and of slices with the same
+    position.
 
-    Raises UserError for what cannot be read or is not said, and for more than MAX_SLICES slices or MAX_VOXELS voxels.
+    DICOM file: all frames in their order. Every DICOM image is decoded once here, so that damage is found before any further work.
+
+    Raises UserError for files that cannot be read, for a missing or wrong choice, and beyond MAX_SLICES or MAX_VOXELS.
     """
     check_window(window)
     path = Path(path)
     kind = "folder" if path.is_dir() else file_kind(path)
     if series is not None and kind != "folder":
-        raise UserError(f"{path}: is no folder; leave series {series} away")
+        raise UserError(f"{path}: is not a folder; omit series {series}")
     if axis is not None and kind != "NIfTI":
-        raise UserError(f"{path}: is no NIfTI volume; leave axis {axis} away, DICOM slices are seen as they were taken")
+        raise UserError(f"{path}: is not a NIfTI volume; omit axis {axis}, DICOM slices are shown as they were acquired")
     if kind == "NIfTI":
         return open_slices(path, axis, window)
     if kind == "picture":
-        raise UserError(f"{path}: is one picture, no volume; give a NIfTI file, a DICOM file of several frames, or a folder of DICOM files")
+        raise UserError(f"{path}: is one image, not a volume; give a NIfTI file, a multi-frame DICOM file, or a folder of DICOM files")
     return open_series(path, series, window) if kind == "folder" else open_frames(path, window)
 
 
 def open_scan(
     path: str | os.PathLike, *, frame: int | str | None = None, slice: str | None = None, series: int | None = None, window: Window = None
 ) -> MedicalImage | Volume:
-    """What a command line chooses of a path: a Volume for a folder, frame "all" or slice "AXIS:all", else one Picture.
+    """The Volume or image that a command line selects: a Volume for a folder, frame "all" or slice "AXIS:all", else one image.
 
-    Of a folder, slice "INDEX" or "PLANE:INDEX" chooses one, counted from 0 in the order of `open_volume`; PLANE can only be the
-    one nearest to the slices. Raises UserError as `open_picture` and `open_volume` do.
+    In a folder, slice "INDEX" or "PLANE:INDEX" selects one slice, counted from 0 in the order of `open_volume`; PLANE must be the plane
+    nearest to the slices. Raises UserError as `open_image` and `open_volume` do.
     """
     path = Path(path)
     if path.is_dir():
         if frame is not None:
-            raise UserError(f"{path}: is a folder; leave frame {frame} away, and choose a slice if you mean one")
+            raise UserError(f"{path}: is a folder; omit frame {frame}, or select a slice instead")
         volume = open_volume(path, series=series, window=window)
         index = None if slice is None else _index(path, volume, slice)
         return volume if index is None else volume[index]
@@ -64,27 +65,27 @@ def open_scan(
         return open_volume(path, axis=axis[1].lower(), series=series, window=window)
     if frame == "all" and slice is None:
         if file_kind(path) != "DICOM":
-            raise UserError(f"{path}: is no DICOM file; leave frame all away")
+            raise UserError(f"{path}: is not a DICOM file; omit frame all")
         return open_volume(path, series=series, window=window)
     if series is not None:
-        raise UserError(f"{path}: is no folder; leave series {series} away")
+        raise UserError(f"{path}: is not a folder; omit series {series}")
     if isinstance(frame, str):
         raise UserError(f"{path}: choose a frame or a slice, not both")
     return open_image(path, frame=frame, slice=slice, window=window)
 
 
 def _index(path: Path, volume: Volume, slice: str) -> int | None:
-    """Which slice of a DICOM series is meant; None for all."""
+    """The index of the selected slice of a DICOM series; None for all."""
     match = re.fullmatch(r"(?:([a-z]+):)?(\d+|all)", slice.lower())
     if not match or match[1] not in (None, *PLANES):
-        raise UserError(f"slice {slice}: of a folder, write INDEX or PLANE:INDEX, such as 30 or axial:30")
+        raise UserError(f"slice {slice}: for a folder, write INDEX or PLANE:INDEX, such as 30 or axial:30")
     affine = volume.grids[0].affine
     plane = None if affine is None else list(PLANES)[int(np.abs(np.cross(affine[:3, 0], affine[:3, 1])).argmax())]
     if match[1] not in (None, plane):
-        what = f"are {plane}" if plane else "do not say how they lie"
-        raise UserError(f"{path}: its slices {what}, and DICOM slices are seen as they were taken; write slice {match[2]}")
+        what = f"are {plane}" if plane else "have no known plane"
+        raise UserError(f"{path}: its slices {what}, and DICOM slices are shown as they were acquired; write slice {match[2]}")
     if match[2] == "all":
         return None
     if int(match[2]) >= len(volume):
-        raise UserError(f"{path}: slice {slice} is not there; it holds {len(volume)}, counted from 0")
+        raise UserError(f"{path}: slice {slice} does not exist; it has {len(volume)}, counted from 0")
     return int(match[2])

@@ -130,7 +130,7 @@ def test_colour_comes_as_rgb(tmp_path):
     np.testing.assert_array_equal(open_image(saved(planes, tmp_path / "planes")).pixels, rgb)
     deep = dicom(rgb.astype(np.uint16) << 8, photometric="RGB")
     np.testing.assert_array_equal(open_image(saved(deep, tmp_path / "deep")).pixels, rgb)
-    fails(tmp_path / "rgb", "a colour image takes no window", window=(0, 9))
+    fails(tmp_path / "rgb", "a colour image has no window", window=(0, 9))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -152,10 +152,10 @@ def test_of_several_frames_one_is_chosen(tmp_path):
         picture = open_image(path, frame=n, window=(0, 300))
         np.testing.assert_array_equal(grey(picture), linear(frames[n].astype(float), 0, 300))
         assert picture.grid.frame == n and picture.grid.affine is None  # one position for all: that of none but the first
-    fails(path, "holds 3 frames; choose one, frame 0 to 2")
+    fails(path, "has 3 frames; choose one, frame 0 to 2")
     for wrong in (3, -1):
-        fails(path, f"frame {wrong} is not there; it holds 3, counted from 0", frame=wrong)
-    fails(saved(dicom(ramp()), tmp_path / "b"), "frame 1 is not there; it holds 1", frame=1)
+        fails(path, f"frame {wrong} does not exist; it has 3, counted from 0", frame=wrong)
+    fails(saved(dicom(ramp()), tmp_path / "b"), "frame 1 does not exist; it has 1", frame=1)
 
 
 def test_functional_groups_count_frame_by_frame(tmp_path):
@@ -203,7 +203,7 @@ def test_spacing_and_place_may_be_missing(tmp_path):
 
 def test_burned_in_text_is_warned_of_unless_it_is_ruled_out(tmp_path):
     for name, attributes in {"yes": {"BurnedInAnnotation": "YES"}, "unsaid": {"without": ["BurnedInAnnotation"]}}.items():
-        with pytest.warns(UserWarning, match="^the picture may contain burned-in text"):
+        with pytest.warns(UserWarning, match="^the image may contain burned-in text"):
             open_image(saved(dicom(ramp(), **attributes), tmp_path / name))
 
 
@@ -212,10 +212,10 @@ def test_a_dicom_that_cannot_be_used_is_one_line(tmp_path):
     data = path.read_bytes()
     for size in (140, 300, len(data) - 600, len(data) - 9):
         (tmp_path / "cut").write_bytes(data[:size])
-        fails(tmp_path / "cut", "cut: a d(amaged or truncated DICOM file|ICOM file without a picture)|cut: a DICOM file without")
+        fails(tmp_path / "cut", "cut: a d(amaged or truncated DICOM file|ICOM file without an image)|cut: a DICOM file without")
     report = dicom(ramp())
     del report.PixelData
-    fails(saved(report, tmp_path / "report"), "report: a DICOM file without a picture")
+    fails(saved(report, tmp_path / "report"), "report: a DICOM file without an image")
     damaged = dicom(ramp())
     damaged.file_meta.TransferSyntaxUID = JPEG2000Lossless
     damaged.PixelData = encapsulate([b"SECRET no code stream"])
@@ -225,8 +225,8 @@ def test_a_dicom_that_cannot_be_used_is_one_line(tmp_path):
     video.PixelData = encapsulate([b"1234"])
     fails(saved(video, tmp_path / "video"), "video: no decoder for its compression")
     fails(saved(dicom(ramp(), Rows=40000, Columns=40000), tmp_path / "bomb"), "40000x40000 pixels; the limit is")
-    fails(saved(dicom(ramp(), Modality="MR"), tmp_path / "mr"), "window lung is one of Hounsfield units, which only a CT", window="lung")
-    fails(path, "is no NIfTI volume; leave slice k:3 away and give a frame", slice="k:3")
+    fails(saved(dicom(ramp(), Modality="MR"), tmp_path / "mr"), "window lung is in Hounsfield units, which only CT has", window="lung")
+    fails(path, "is not a NIfTI volume; omit slice k:3 and give a frame", slice="k:3")
 
 
 # --- NIfTI
@@ -334,15 +334,15 @@ def test_a_nifti_that_cannot_be_used_is_one_line(tmp_path):
     path = nifti(tmp_path / "a.nii.gz", volume, affine)
     counts = r"i \(near sagittal\) has 5, j \(near coronal\) has 6, k \(near axial\) has 7"
     fails(path, rf"a.nii.gz: is a volume; choose a slice, such as slice k:3: {counts}")
-    fails(path, rf"slice axial:7 is not there, counted from 0: {counts}", slice="axial:7")
+    fails(path, rf"slice axial:7 does not exist, counted from 0: {counts}", slice="axial:7")
     for wrong in ("7", "k", "k:", "k:-1", "x:3", "k:1.5", "axial 3"):
         fails(path, "write AXIS:INDEX, AXIS one of i, j, k, axial, coronal, sagittal, such as axial:30", slice=wrong)
-    fails(path, "is no DICOM file; leave frame 3 away and give a slice", frame=3)
-    fails(nifti(tmp_path / "b.nii", np.zeros((2, 3, 4, 5), np.int16), affine), r"is 4-D \[2, 3, 4, 5\]; save the one volume", slice="k:1")
-    fails(nifti(tmp_path / "c.nii", np.zeros((2, 3, 4), np.complex64), affine), "holds complex numbers", slice="k:1")
+    fails(path, "is not a DICOM file; omit frame 3 and give a slice", frame=3)
+    fails(nifti(tmp_path / "b.nii", np.zeros((2, 3, 4, 5), np.int16), affine), r"is 4-D \[2, 3, 4, 5\]; save one volume", slice="k:1")
+    fails(nifti(tmp_path / "c.nii", np.zeros((2, 3, 4), np.complex64), affine), "has complex numbers", slice="k:1")
     colours = np.zeros((2, 3, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
-    fails(nifti(tmp_path / "d.nii", colours, affine), "holds colours", slice="k:1")
-    fails(nifti(tmp_path / "e.nii", np.full((2, 3, 4), np.nan, np.float32), affine), "holds no finite value", slice="k:1")
+    fails(nifti(tmp_path / "d.nii", colours, affine), "has colours", slice="k:1")
+    fails(nifti(tmp_path / "e.nii", np.full((2, 3, 4), np.nan, np.float32), affine), "has no finite value", slice="k:1")
     data = path.read_bytes()
     for size in (8, 40, len(data) // 2):
         (tmp_path / "cut.nii.gz").write_bytes(data[:size])
@@ -350,7 +350,7 @@ def test_a_nifti_that_cannot_be_used_is_one_line(tmp_path):
     (tmp_path / "cut.nii").write_bytes(gzip.decompress(data)[:400])
     fails(tmp_path / "cut.nii", "damaged or truncated NIfTI file", slice="k:6")
     nibabel.save(nibabel.Nifti1Pair(volume, affine), tmp_path / "pair.img")
-    fails(tmp_path / "pair.hdr", "the header of a .hdr/.img pair; save it as one .nii.gz")
+    fails(tmp_path / "pair.hdr", "the header of a .hdr/.img pair; save both as one .nii.gz")
     flat = bytearray(gzip.decompress(data))
     flat[280:328] = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]], "<f4").tobytes()  # srow_x, srow_y, srow_z
     (tmp_path / "flat.nii").write_bytes(flat)
@@ -388,9 +388,9 @@ def test_damaged_bytes_give_a_picture_or_one_line(tmp_path_factory, seed, kind):
 def test_other_files_take_a_window_of_numbers_only(tmp_path):
     Image.fromarray(ramp(np.uint16, step=100)).save(tmp_path / "a.png")
     np.testing.assert_array_equal(grey(open_image(tmp_path / "a.png", window=(0, 2300))), linear(ramp(step=100), 0, 2300))
-    fails(tmp_path / "a.png", "Hounsfield units, which only DICOM and NIfTI hold; give LOW,HIGH", window="lung")
-    fails(tmp_path / "a.png", "a.png: is no DICOM file; leave frame 0 away$", frame=0)
-    fails(tmp_path / "a.png", "a.png: is no NIfTI volume; leave slice k:1 away$", slice="k:1")
+    fails(tmp_path / "a.png", "Hounsfield units, which only DICOM and NIfTI files have; give LOW,HIGH", window="lung")
+    fails(tmp_path / "a.png", "a.png: is not a DICOM file; omit frame 0$", frame=0)
+    fails(tmp_path / "a.png", "a.png: is not a NIfTI volume; omit slice k:1$", slice="k:1")
     fails(tmp_path / "gone.dcm", "gone.dcm: No such file")
     fails(tmp_path, "Is a directory")
     (tmp_path / "empty.dcm").write_bytes(b"")

@@ -102,7 +102,7 @@ def test_a_constant_volume_is_black_and_one_without_values_is_refused(tmp_path):
     spots = np.zeros((20, 20, 20), np.int16)
     spots[4, 5, 6] = 9  # fewer than the percentiles would see
     assert open_volume(nifti(tmp_path / "b.nii", spots, np.eye(4)))[6].pixels.max() == 255
-    fails("c.nii: holds no finite value", nifti(tmp_path / "c.nii", np.full((3, 4, 5), np.nan, np.float32), np.eye(4)))
+    fails("c.nii: has no finite value", nifti(tmp_path / "c.nii", np.full((3, 4, 5), np.nan, np.float32), np.eye(4)))
 
 
 def test_units_of_a_nifti_count(tmp_path):
@@ -205,20 +205,20 @@ def test_a_damaged_file_among_good_ones_is_passed_over_and_said(tmp_path, damage
         saved(ds, broken)
     else:
         broken.write_bytes(data[: 140 if damage == "header" else len(data) - 9])
-    with pytest.warns(UserWarning, match="^damaged or unreadable files that are passed over: 1; slices may be missing$"):
+    with pytest.warns(UserWarning, match="^skipped damaged or unreadable files: 1; slices may be missing$"):
         volume = open_volume(tmp_path / "s")
     assert len(volume) == 3 and volume.num_skipped == 1
     for path in paths[:3]:
         path.write_bytes(path.read_bytes()[:-9])
-    fails(f"s: all {3 if damage == 'header' else 4} pictures are damaged or truncated", tmp_path / "s")
+    fails(f"s: all {3 if damage == 'header' else 4} images are damaged or truncated", tmp_path / "s")
 
 
 def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
-    fails("holds no DICOM picture that can be read .no file at all.; give the folder of one series", tmp_path)
+    fails("has no DICOM image that can be read .no file at all.; give the folder of one series", tmp_path)
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b").write_bytes(b"\0" * 128 + b"DICM" + b"\x02\0\0\0UL")
     (tmp_path / "c").write_bytes(b"\x1f\x8b\x08")
-    fails("1 no DICOM, 2 damaged or unreadable", tmp_path)
+    fails("1 not DICOM, 2 damaged or unreadable", tmp_path)
 
 
 def test_of_several_series_one_is_chosen(tmp_path):
@@ -228,14 +228,14 @@ def test_of_several_series_one_is_chosen(tmp_path):
         shutil.move(path, folder / f"t{path.name}")
     saved(enhanced(stored(2), SeriesNumber=9), folder / "e")
     saved(enhanced(stored(2), SeriesNumber=9), folder / "f")
-    error = fails(r"s: holds 4 series, sizes or directions; choose one with series=N \(--series N\)", folder, lines=5)
+    error = fails(r"s: has 4 series, sizes or directions; choose one with series=N \(--series N\)", folder, lines=5)
     assert [line.strip() for line in error.split("\n")[1:]] == [
-        "1: 4 pictures, MR, 10x8", "2: 3 pictures, CT, 6x4", "3: 2 pictures, MR, 6x4", "4: 2 pictures, MR, 6x4",
+        "1: 4 images, MR, 10x8", "2: 3 images, CT, 6x4", "3: 2 images, MR, 6x4", "4: 2 images, MR, 6x4",
     ]  # fmt: skip
     assert [len(open_volume(folder, series=n)) for n in (1, 2, 3, 4)] == [4, 3, 2, 2]
     same(open_scan(folder, series=1, slice="3"), open_image(next(iter(open_volume(folder, series=1).files[3:]))))
     for wrong in (0, 5):
-        fails(f"series {wrong} is not there; it holds 4, counted from 1", folder, series=wrong)
+        fails(f"series {wrong} does not exist; it has 4, counted from 1", folder, series=wrong)
 
 
 @pytest.mark.parametrize("shape, directions", [((4, 6), (1, 0, 0, 0, 0, -1)), ((8, 6), (1, 0, 0, 0, 1, 0))])
@@ -244,17 +244,17 @@ def test_a_localizer_in_the_same_series_is_told_apart(tmp_path, shape, direction
     series(tmp_path / "s", stored(3), SeriesInstanceUID=uid)
     (extra,) = series(tmp_path / "t", stored(1, shape), SeriesInstanceUID=uid, directions=directions)
     shutil.move(extra, tmp_path / "s" / "zzz")
-    error = fails("holds 2 series, sizes or directions", tmp_path / "s", lines=3)
-    assert "1: 3 pictures" in error and "2: 1 picture," in error
+    error = fails("has 2 series, sizes or directions", tmp_path / "s", lines=3)
+    assert "1: 3 images" in error and "2: 1 image," in error
     assert [len(open_volume(tmp_path / "s", series=n)) for n in (1, 2)] == [3, 1]
 
 
 @pytest.mark.parametrize(
     "at, said",
     [
-        ([0, 1, 1, 2, 3], r"slices in a place that another one has: 1 \(several phases or echoes\?\); mm³ are not known"),
-        ([0, 1, 2, 4, 5], r"distances that are not the usual 2 mm: 1 of 4 \(slices missing\?\); mm³ are not known, and .nii cannot"),
-        ([0, 0, 1, 1, 3], "that another one has: 2 .*; distances that are not the usual"),
+        ([0, 1, 1, 2, 3], r"slices with the same position as another one: 1 \(several phases or echoes\?\); mm³ are unknown"),
+        ([0, 1, 2, 4, 5], r"distances other than the usual 2 mm: 1 of 4 \(slices missing\?\); mm³ are unknown, and .nii cannot"),
+        ([0, 0, 1, 1, 3], "with the same position as another one: 2 .*; distances other than the usual"),
     ],
 )
 def test_gaps_and_doubled_places_are_warned_of(tmp_path, at, said):
@@ -285,13 +285,13 @@ def test_without_positions_the_instance_number_counts(tmp_path, known):
             ds = pydicom.dcmread(path)
             ds.InstanceNumber = number
             saved(ds, path)
-    with pytest.warns(UserWarning, match=f"do not say where their slices lie; they are in the order of {known}"):
+    with pytest.warns(UserWarning, match=f"do not give the positions of their slices; they are sorted by {known}"):
         volume = open_volume(tmp_path / "s", window=(0, 900))
     order = np.argsort(numbers) if known == "InstanceNumber" else np.argsort([p.name for p in paths])
     for k, n in enumerate(order):
         same(volume[k], open_image(paths[n], window=(0, 900)))
     assert volume.voxel_mm3 is None
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="its slices do not say how they lie.*write slice 1"):
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="its slices have no known plane.*write slice 1"):
         open_scan(tmp_path / "s", slice="axial:1")
 
 
@@ -305,7 +305,7 @@ def test_burned_in_text_is_warned_of_once(tmp_path):
 def test_limits_of_a_series_come_before_its_pixels(tmp_path, monkeypatch):
     series(tmp_path / "s", stored(3))
     monkeypatch.setattr(pictures, "MAX_SLICES", 2)
-    monkeypatch.setattr("mimo_jax.data.images.dicom.DicomFile.picture", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("mimo_jax.data.images.dicom.DicomFile.image", lambda *_: pytest.fail("decoded"))
     fails("s: 3 slices of 6x4; the limits are 2 slices", tmp_path / "s")
     fails("a: 3 slices of 6x4; the limits are 2 slices", saved(dicom(stored(3), frames=3), tmp_path / "a"))
 
@@ -357,23 +357,23 @@ def test_what_does_not_fit_a_path_is_one_line(tmp_path):
     film = saved(dicom(stored(1)[0]), tmp_path / "b")
     (tmp_path / "c.txt").write_text("x")
     series(tmp_path / "s", stored(3))
-    fails("a.nii: is no folder; leave series 1 away", volume, series=1)
+    fails("a.nii: is not a folder; omit series 1", volume, series=1)
     fails("axis up: give i, j, k, axial, coronal, sagittal", volume, axis="up")
-    fails("b: is no NIfTI volume; leave axis axial away", film, axis="axial")
-    fails("c.txt: is one picture, no volume", tmp_path / "c.txt")
+    fails("b: is not a NIfTI volume; omit axis axial", film, axis="axial")
+    fails("c.txt: is one image, not a volume", tmp_path / "c.txt")
     fails("gone: No such file", tmp_path / "gone")
     fails("window liver: is unknown", volume, window="liver")
-    fails("window lung is one of Hounsfield units", saved(dicom(stored(1)[0], Modality="MR"), tmp_path / "m"), window="lung")
+    fails("window lung is in Hounsfield units", saved(dicom(stored(1)[0], Modality="MR"), tmp_path / "m"), window="lung")
     scans = {
         "a.nii: is a volume; choose a slice.*i .near sagittal. has 5, j .near coronal. has 4, k .near axial. has 6": (volume, {}),
-        "a.nii: is no DICOM file; leave frame all away": (volume, {"frame": "all"}),
-        "a.nii: is no folder; leave series 2 away": (volume, {"slice": "k:1", "series": 2}),
+        "a.nii: is not a DICOM file; omit frame all": (volume, {"frame": "all"}),
+        "a.nii: is not a folder; omit series 2": (volume, {"slice": "k:1", "series": 2}),
         "axis z: give i, j, k": (volume, {"slice": "z:all"}),
         "choose a frame or a slice, not both": (volume, {"slice": "k:all", "frame": "all"}),
-        "s: is a folder; leave frame 1 away": (tmp_path / "s", {"frame": 1}),
-        "slice k:1: of a folder, write INDEX or PLANE:INDEX, such as 30 or axial:30": (tmp_path / "s", {"slice": "k:1"}),
-        "s: slice 3 is not there; it holds 3, counted from 0": (tmp_path / "s", {"slice": "3"}),
-        "s: its slices are axial, and DICOM slices are seen as they were taken; write slice 1": (tmp_path / "s", {"slice": "coronal:1"}),
+        "s: is a folder; omit frame 1": (tmp_path / "s", {"frame": 1}),
+        "slice k:1: for a folder, write INDEX or PLANE:INDEX, such as 30 or axial:30": (tmp_path / "s", {"slice": "k:1"}),
+        "s: slice 3 does not exist; it has 3, counted from 0": (tmp_path / "s", {"slice": "3"}),
+        "s: its slices are axial, and DICOM slices are shown as they were acquired; write slice": (tmp_path / "s", {"slice": "coronal:1"}),
     }
     for error, (path, chosen) in scans.items():
         fails(error, path, open_scan, **chosen)

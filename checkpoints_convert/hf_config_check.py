@@ -66,6 +66,7 @@ _LORA_ONLY = {
     "alpha_pattern": (None, {}), "fan_in_fan_out": (None, False), "layers_to_transform": (None,), "peft_type": (None, "LORA"),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # the others change the base too
 }  # fmt: skip
+_SECTIONS = {"vision": "vision tower", "aligner": "aligner", "llm": "language model", "sam": "mask encoder"}
 _PROJECTIONS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
@@ -83,12 +84,11 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config) -> st
         if isinstance(targets, list) and sorted(_PROJECTIONS.get(t.rsplit(".", 1)[-1], t) for t in set(targets)) != wanted:
             named = ",".join(_PROJECTIONS.get(t.rsplit(".", 1)[-1], t) for t in targets)
             problems.append(f"target_modules is {targets}: set --config.model.lora.targets={named}")
-    for component in (COMPONENTS[part] for part in sorted(parts)):
-        if not component.fits(config.model):
-            kind = f"config.model.{component.section}.kind"
-            now = getattr(config.model, component.section).kind
-            problems.append(f"its {component.title} does not fit {kind} {now}: set --{kind}={component.kinds[0]}")
-    if problems:
+    misfits = {c.section: c.kinds[0] for c in (COMPONENTS[part] for part in sorted(parts)) if not c.fits(config.model)}
+    for section, kind in misfits.items():
+        now = getattr(config.model, section).kind
+        problems.append(f"its {_SECTIONS[section]} is not of kind {now}: set --config.model.{section}.kind={kind}")
+    if misfits.keys() - {"aligner"}:  # settings of another kind have other fields
         raise SettingsError(_listed(folder, problems))
     if "llama" in parts and told:
         told = _llama(told)

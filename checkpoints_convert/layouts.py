@@ -123,7 +123,7 @@ _STANDARD = {
     ),
     "llama": Component("Llama", rows.LLAMA, r"model\.embed_tokens\.weight$", rows.LLAMA_IGNORED, **_LLAMA),
     "lora": Component("LoRA", rows.LORA, r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_A\.weight$", **_LLAMA),
-    "sam": Component("SAM", rows.SAM, r"image_encoder\.pos_embed$", section="sam", kinds=("vit",), indices=_sam_indices),
+    "sam": Component("SAM", rows.SAM, r"mask_decoder\.iou_token\.weight$", section="sam", kinds=("vit",), indices=_sam_indices),
     "projector": Component(
         "linear projector (LISA, LLaVA)", rows.PROJECTOR_LINEAR, r"model\.mm_projector\.weight$", section="aligner", kinds=("linear",)
     ),

@@ -210,5 +210,5 @@ def test_the_attention_map_loss_is_refused_without_queries_and_where_the_grid_is
     config.model.aligner.kind, config.model.vision.image_fit = kind, fit
     config.validate()
     config.train.loss.attention_map = 1.0
-    with pytest.raises(ConfigError, match=r"^config\.train\.loss\.attention_map: needs aligner\.kind cross_attention"):
+    with pytest.raises(ConfigError, match=r"^config\.train\.loss\.attention_map: needs an aligner with an attention map"):
         config.validate()

@@ -4,7 +4,7 @@ import numpy as np
 
 from mimo_jax import pathtree
 from mimo_jax.config import Config, DataConfig, GenerateConfig, TrainConfig
-from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraConfig, ModelConfig, PromptConfig, SamConfig
+from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraConfig, ModelConfig, PromptConfig, SamVitConfig
 from mimo_jax.models import mimo
 
 
@@ -16,7 +16,7 @@ def tiny_config(**model) -> Config:
         "aligner": AlignerConfig(queries=4, blocks=2, width=16, heads=2, max_text=16),
         "llm": LlamaConfig(vocab_size=512, width=16, layers=2, heads=2, kv_heads=1, mlp_width=32, max_length=256),
         "lora": LoraConfig(rank=0),
-        "sam": SamConfig(
+        "sam": SamVitConfig(
             image_size=64, patch_size=8, width=16, layers=2, heads=2, window=4, global_every=2, decoder_width=32, decoder_heads=2,
             decoder_mlp_width=32, iou_head_width=16,
         ),

@@ -130,7 +130,7 @@ def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles
     """float [H, W] -> uint8 [H, W], linear between low and high; what is not finite becomes 0."""
     finite = np.isfinite(values)
     if not finite.any():
-        raise ImageError(f"{name}: holds no finite value")
+        raise ImageError(f"{name}: has no finite value")
     if window is None:
         low, high = (float(v) for v in np.percentile(values[finite], percentiles))
         if low >= high:  # nearly constant: a few bright pixels must not vanish

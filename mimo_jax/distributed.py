@@ -217,8 +217,8 @@ def _join(info: ProcessInfo, heartbeat_timeout: int) -> bool:
             shutdown_timeout_seconds=_FOREVER_MS // 1000,
         )
     except Exception as error:  # each cluster has errors of its own
-        what = "not all processes joined" if info.process == 0 else f"process 0 was not reached at {info.coordinator or 'its address'}"
-        line = f"{what} within {_join_timeout()} s ({_JOIN_TIMEOUT}); {info.source} reports {info.count}: {_first_line(error)}"
+        problem = "not all processes joined" if info.process == 0 else f"process 0 was not reached at {info.coordinator or 'its address'}"
+        line = f"{problem} within {_join_timeout()} s ({_JOIN_TIMEOUT}); {info.source} reports {info.count}: {_first_line(error)}"
         print(f"mimo: process {info.process}: {line}", file=sys.stderr)
         return False
     return True

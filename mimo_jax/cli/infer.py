@@ -141,8 +141,8 @@ def _ask(args: argparse.Namespace) -> int:
     size = picture.pixels.shape[:2]
     prompts = join_prompts([read_prompts(flags, *size), *[read_prompts(file, *size) for file in args.prompts]])
     chat = _load(args).open(picture)
-    marked = {"points": prompts.points, "boxes": prompts.boxes, "scribbles": prompts.scribbles}
-    answer = chat.ask(args.question, **marked, max_new_tokens=args.max_new_tokens)
+    prompt_fields = {"points": prompts.points, "boxes": prompts.boxes, "scribbles": prompts.scribbles}
+    answer = chat.ask(args.question, **prompt_fields, max_new_tokens=args.max_new_tokens)
     if args.json:
         print(json.dumps(answer.to_json(), ensure_ascii=False))
     else:

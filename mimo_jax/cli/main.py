@@ -1,6 +1,6 @@
-"""The one command, `mimo`. Subcommands import what they need when they run, so that `--help` is quick.
+"""The command `mimo`. Subcommands import their modules only when they run, so that `--help` is fast.
 
-Exit codes: 0 done · 1 our fault · 2 the user's fault, nothing done · 3 done in part · 75 stopped on request, state saved.
+Exit codes: 0 done · 1 internal error · 2 usage error, nothing done · 3 done in part · 75 stopped on request, state saved.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mimo_jax.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with whole flag names only, examples kept as they are typed, and errors of one line."""
+    """argparse without abbreviated flags, with preformatted examples, and with one-line errors."""
 
     def __init__(self, **kwargs):
-        self.flags: list[str] = []  # every spelling of its own flags
+        self.flags: list[str] = []  # all spellings of its own flags
         self.commands: dict[str, Parser] = {}
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     top = Parser(
         prog="mimo",
-        description="Ask about a medical image and get an answer whose structures are painted. Research use only.",
+        description="Ask about a medical image and get an answer whose structures are segmented. Research use only.",
         epilog="""examples:
   mimo data phantom --out data/phantom --images 2000 --seed 0
   mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
@@ -57,8 +57,8 @@ def parser() -> Parser:
   mimo ask --checkpoint runs/a image.png "What is this?" --box 10,12,40,44 --out overlay.png
   mimo batch --checkpoint runs/a --in films --question "Segment the lungs." --out answers
 
-exit codes: 0 done, 1 a fault of mimo (with a traceback), 2 a mistake to mend (one line), 3 done in part, 75 stopped: run it again.
-MIMO_TRACEBACK=1 in the environment shows the traceback of every error.""",
+exit codes: 0 done, 1 internal error (with a traceback), 2 usage error (one line), 3 done in part, 75 stopped: run it again to resume.
+The environment variable MIMO_TRACEBACK=1 adds the traceback of any error.""",
     )
     top.add_argument("--version", action="version", version=f"mimo_jax {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -70,7 +70,7 @@ MIMO_TRACEBACK=1 in the environment shows the traceback of every error.""",
 
     evaluate = commands.add_parser(
         "eval",
-        help="measure a model on a dataset",
+        help="evaluate a model on a dataset",
         description="Answer every question of a split by free-running generation; write a report and print a table.",
         epilog="""examples:
   mimo eval --checkpoint runs/a --data data/phantom --split test --out report.json
@@ -79,14 +79,14 @@ MIMO_TRACEBACK=1 in the environment shows the traceback of every error.""",
     )
     checkpoint_flags(evaluate)
     evaluate.add_argument(
-        "--data", type=InputPath, required=True, metavar="DIR", help="a folder that `mimo data` wrote, or a .jsonl manifest"
+        "--data", type=InputPath, required=True, metavar="DIR", help="a dataset written by `mimo data`, or a .jsonl manifest"
     )
     evaluate.add_argument("--split", choices=("train", "val", "test"), help="default: test; with --calibrate: val")
-    evaluate.add_argument("--out", type=OutputPath, metavar="FILE", help="where the report goes, as JSON")
+    evaluate.add_argument("--out", type=OutputPath, metavar="FILE", help="write the report there, as JSON")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N samples")
-    evaluate.add_argument("--quantize", choices=QUANTIZATIONS, default="", help="hold the language model in integers")
-    evaluate.add_argument("--overlays", type=OutputPath, metavar="DIR", help="write pictures of answers there")
-    calibrate_help = "instead of a report: fit the scores to the IoU found, and keep that with the checkpoint"
+    evaluate.add_argument("--quantize", choices=QUANTIZATIONS, default="", help="store the language model as integers")
+    evaluate.add_argument("--overlays", type=OutputPath, metavar="DIR", help="write overlays of answers there")
+    calibrate_help = "instead of writing a report, fit the confidence calibration and save it with the checkpoint"
     evaluate.add_argument("--calibrate", action="store_true", help=calibrate_help)
     evaluate.set_defaults(run=_eval)
 
@@ -106,7 +106,7 @@ MIMO_TRACEBACK=1 in the environment shows the traceback of every error.""",
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. Errors that are ours are raised."""
+    """Run one command; returns its exit code. Internal errors are raised."""
     try:
         args = _parse(_join_negative_values([resolve_bucket(word) for word in (sys.argv[1:] if argv is None else argv)]))
         with named_paths(args):
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Flags of one command; its `overrides` are the `--config.…` arguments, of those commands that take any."""
+    """Parse the arguments of one command; `overrides` are its `--config.…` arguments, if the command takes any."""
     top = parser()
     command = _command(top, argv)
     known = command.flags
@@ -135,13 +135,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"{flag}: is unknown; {f'did you mean {near[0]}?' if near else f'see {command.prog} --help'}")
     args, rest = top.parse_known_args(argv)
     if rest and not hasattr(args, "overrides"):
-        raise UserError(f"{rest[0]!r}: is one argument too many; see {command.prog} --help")
+        raise UserError(f"{rest[0]!r}: is an unexpected argument; see {command.prog} --help")
     args.overrides = rest
     return args
 
 
 def _command(top: Parser, argv: Sequence[str]) -> Parser:
-    """The parser of the command that a line begins with, or of its verb."""
+    """The parser of the command, or of its subcommand, with which a command line starts."""
     for word in argv:
         if word not in top.commands:
             break
@@ -150,7 +150,7 @@ def _command(top: Parser, argv: Sequence[str]) -> Parser:
 
 
 def _join_negative_values(argv: Sequence[str]) -> list[str]:
-    """`--box -3,4,9,9` as `--box=-3,4,9,9`: argparse takes a leading minus for a flag."""
+    """Replace `--box -3,4,9,9` by `--box=-3,4,9,9`, since argparse parses a leading minus as a flag."""
     joined: list[str] = []
     for argument in argv:
         if joined and joined[-1] in ("--point", "--box", "--scribble", "--window") and argument[:1] == "-" and argument[1:2].isdecimal():
@@ -160,7 +160,7 @@ def _join_negative_values(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-# --- what the commands do
+# --- commands
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -168,13 +168,13 @@ def _eval(args: argparse.Namespace) -> int:
     if args.calibrate:
         for flag in ("out", "overlays", "quantize"):
             if getattr(args, flag):
-                raise UserError(f"--{flag}: --calibrate writes no report; leave it away, and run mimo eval again without --calibrate")
+                raise UserError(f"--{flag}: --calibrate writes no report; omit it, and run mimo eval again without --calibrate")
         from mimo_jax.eval.calibrate import calibrate_checkpoint
 
         calibrate_checkpoint(args.checkpoint, args.data, args.split or "val", **options)
         return EXIT_OK
     if not args.out:
-        raise UserError("--out: is missing; say where the report goes, as --out report.json")
+        raise UserError("--out: is missing; name the file of the report, such as --out report.json")
     from mimo_jax.eval.evaluate import evaluate_checkpoint
 
     options |= {"overlays": args.overlays, "quantization": args.quantize}

@@ -27,12 +27,12 @@ def calibrate(
     `evaluate`. Raises CalibrationError, before the model runs, if the samples have too few masks, and afterwards if the model predicts
     too few."""
     chosen = select_samples(records, limit, [p for p in perspectives if p in GROUNDED])
-    marked = 0
+    num_annotated = 0
     for number, indices in chosen.items():
         samples = records[number].samples if isinstance(records, list) else records.samples(number)
-        marked += sum(not target.absent for i in indices for target in samples[i].targets)
-    if marked < MIN_ENTITIES:
-        raise CalibrationError(f"calibration: split {split} has {marked} annotated structures to fit on, {MIN_ENTITIES} are needed")
+        num_annotated += sum(not target.absent for i in indices for target in samples[i].targets)
+    if num_annotated < MIN_ENTITIES:
+        raise CalibrationError(f"calibration: split {split} has {num_annotated} annotated structures to fit on, {MIN_ENTITIES} are needed")
     results = collect_results(mimo, records, chosen)
     return Calibration.fit(results.segmented, {"split": split, "samples": sum(map(len, chosen.values()))}), results
 

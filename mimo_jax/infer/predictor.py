@@ -235,16 +235,16 @@ class Chat:
         self._past: list[TurnHistory] = []
         self._cache = TurnCache()
 
-    def ask(self, question: str, **asked: Any) -> Answer:
+    def ask(self, question: str, **options: Any) -> Answer:
         """Ask the next question; see `request` for the other arguments. Raises UserError for an invalid request, which leaves the chat
         unchanged."""
-        ((answer, past),) = self.mimo.generate([self.request(question, **asked)])
+        ((answer, past),) = self.mimo.generate([self.request(question, **options)])
         self._append_turn(answer, past)
         return answer
 
-    def stream(self, question: str, **asked: Any) -> Iterator[Event]:
+    def stream(self, question: str, **options: Any) -> Iterator[Event]:
         """Like `ask`, but yields the answer piece by piece. A stream that is not read to its end leaves the chat unchanged."""
-        batch = self.mimo.start(self.request(question, **asked))
+        batch = self.mimo.start(self.request(question, **options))
         num_characters, num_entities = 0, 0
         while not batch.done:
             batch.decode(_NEXT_STEP if num_characters else _FIRST_STEP)

@@ -159,8 +159,8 @@ class VolumeAnswer:
             file.write(array.data)
 
     def _sheet(self) -> Any:
-        painted = self.segmented_slices()
-        chosen = [painted[n] for n in np.unique(np.linspace(0, len(painted) - 1, min(_MAX_TILES, len(painted))).round().astype(int))]
+        indices = self.segmented_slices()
+        chosen = [indices[n] for n in np.unique(np.linspace(0, len(indices) - 1, min(_MAX_TILES, len(indices))).round().astype(int))]
         tiles = [(f"slice {k}", self.volume[k].pixels, [s.on_slice(k) for s in self.structures]) for k in chosen]
         names = [s.phrase or f"structure {s.id + 1}" for s in self.structures]
         return draw_sheet(tiles, names, f"{self.question}\n{self.describe()}".replace("cm³", "ml"))  # the font has no ³
@@ -172,13 +172,12 @@ def ask_volume(mimo: Mimo, volume: Volume, question: str, *, max_new_tokens: int
     mimo.check(Request(volume[0], question, max_new_tokens=max_new_tokens))
     merged = _VolumeMerger(volume, mimo.calibration)
     size = mimo.config.generate.batch_size
-    batches = np.array_split(
-        np.arange(len(volume)), -(-len(volume) // size)
-    )  # of even length: a single slice would need another compilation
+    # The batches have similar lengths: a single slice would need another compilation.
+    batches = np.array_split(np.arange(len(volume)), -(-len(volume) // size))
     with tqdm(total=len(volume), desc="ask", unit="slice", disable=None if progress else True) as bar:
         for batch in batches:
-            asked = [Request(volume[k], question, max_new_tokens=max_new_tokens) for k in batch]
-            for k, answer in zip(batch.tolist(), mimo.predict(asked), strict=True):
+            requests = [Request(volume[k], question, max_new_tokens=max_new_tokens) for k in batch]
+            for k, answer in zip(batch.tolist(), mimo.predict(requests), strict=True):
                 merged.add(k, answer)
             bar.update(len(batch))
     return VolumeAnswer(question, merged.texts, merged.structures(), merged.truncated, volume, bool(mimo.calibration))

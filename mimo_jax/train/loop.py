@@ -92,13 +92,13 @@ def prepare(config: Config, workdir: str | Path) -> ResumedTraining:
 
     since = time.perf_counter()
     state, frozen = _restore(setup, checkpoints, loader) if resumed else (None, None)
-    begun = state is not None
-    restored = time.perf_counter() - since if begun else 0.0
-    if not begun:
+    has_checkpoint = state is not None
+    restored = time.perf_counter() - since if has_checkpoint else 0.0
+    if not has_checkpoint:
         state, frozen = setup.start(_initial_params(setup))
     if config.data.features:
         loader.use_features(encode_features.fingerprint(config, pathtree.flatten(frozen)), mimo.feature_shapes(config))
-    if not begun:
+    if not has_checkpoint:
         checkpoint.start_run(workdir, config, frozen)
     return ResumedTraining(setup, state, frozen, loader, tokenizer, sources, checkpoints, _num_steps_done(loader), restored)
 

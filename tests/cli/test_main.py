@@ -165,7 +165,7 @@ def test_help_loads_no_jax():
         ("eval --checkpoint c --data d --out o --calibrate", "--out: --calibrate writes no report"),
         ("ask --checkpoint c i.png", "IMAGE and QUESTION are missing"),
         ("ask --checkpoint c i.png q --quantize int3", "invalid choice: 'int3'"),
-        ("ask --checkpoint c i.png q more", "'more': is one argument too many"),
+        ("ask --checkpoint c i.png q more", "'more': is an unexpected argument"),
         ("ask --checkpoint c i.png q --box 1,2,3", "'1,2,3' is not X0,Y0,X1,Y1 such as 10,12,40,44"),
         ("ask --checkpoint c i.png q --point 1", "'1' is not X,Y,LABEL such as 31,40,1"),
         ("ask --checkpoint c i.png q --scribble 1,2,3", "'1,2,3' is not X,Y pairs"),

@@ -459,7 +459,7 @@ def test_medical_files_are_opened_asked_about_and_answered_on_their_grid(mimo, t
     assert mimo.open(open_image(path, slice="k:0")).image.picture.grid.index == 0
 
 
-@pytest.mark.parametrize("error, chosen", [("frame 0: applies only to a file", {"frame": 0}), ("slice k:1: applies only to", {"slice": "k:1"})])
+@pytest.mark.parametrize("error, chosen", [("frame 0: applies only to a file", {"frame": 0}), ("slice k:1: applies", {"slice": "k:1"})])
 def test_frame_and_slice_are_refused_with_pixels(mimo, error, chosen):
     for image in (picture(), MedicalImage(picture())):
         with pytest.raises(UserError, match=error):

@@ -63,8 +63,8 @@ def write_nifti(file: BinaryIO, packed: bool, masks: Iterable[np.ndarray], grids
     volume, count = np.zeros(shape, np.uint16), 0
     planes = on_grid(volume, grids) if isinstance(grids[0], NiftiGrid) else volume.T
     for count, mask in enumerate(masks, 1):
-        for plane, painted in zip(planes, mask, strict=True):
-            plane[painted] = count
+        for plane, slice_mask in zip(planes, mask, strict=True):
+            plane[slice_mask] = count
     volume = volume if count > np.iinfo(np.uint8).max else volume.astype(np.uint8)
     if isinstance(grids[0], NiftiGrid):
         header = grids[0].header
@@ -105,14 +105,14 @@ def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[Dicom
     from pydicom.sr.codedict import codes
     from pydicom.uid import generate_uid
 
-    painted = [(_label(phrase) or f"structure {n}", mask) for n, (phrase, mask) in enumerate(entities, 1) if mask.any()]
-    if not painted:
+    segments = [(_label(phrase) or f"structure {n}", mask) for n, (phrase, mask) in enumerate(entities, 1) if mask.any()]
+    if not segments:
         raise UserError(f"{path}: the answer segments nothing, and a DICOM SEG without segments is not allowed; use .json")
     sources, frames = _sources(grids), grids[0].frames
-    pixels = np.zeros((frames * len(sources), *painted[0][1].shape[1:], len(painted)), np.uint8)  # [F, H, W, E]
-    places = [grid.frame if frames > 1 else k for k, grid in enumerate(grids)]  # a file of several frames is the only source
-    for e, (_, mask) in enumerate(painted):
-        pixels[places, :, :, e] = mask
+    pixels = np.zeros((frames * len(sources), *segments[0][1].shape[1:], len(segments)), np.uint8)  # [F, H, W, E]
+    indices = [grid.frame if frames > 1 else k for k, grid in enumerate(grids)]  # a file of several frames is the only source
+    for e, (_, mask) in enumerate(segments):
+        pixels[indices, :, :, e] = mask
     algorithm = highdicom.AlgorithmIdentificationSequence("MIMO", codes.cid7162.ArtificialIntelligence, __version__)
     described = [
         highdicom.seg.SegmentDescription(
@@ -124,7 +124,7 @@ def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[Dicom
             algorithm_type="SEMIAUTOMATIC" if prompted else "AUTOMATIC",
             algorithm_identification=algorithm,
         )
-        for n, (label, _) in enumerate(painted, 1)
+        for n, (label, _) in enumerate(segments, 1)
     ]
     with silence_libraries():
         try:

@@ -93,7 +93,7 @@ def run_batch(
     requests = BatchRequests(source, out, defaults, volumes)
     survey = requests.survey()
     if survey.faulty == survey.count:
-        raise UserError(f"{source}: " + (f"no request can be asked; the first: {survey.first}" if survey.count else "contains no request"))
+        raise UserError(f"{source}: " + (f"no request is valid; the first: {survey.first}" if survey.count else "contains no request"))
     job = BatchJob(Path(out), {**defaults, "requests": survey.digest, "count": survey.count, "save": list(save)}, resume)
     burned_in, stopped = 0, False
     if job.done < survey.count:
@@ -147,14 +147,14 @@ def _read_ahead(
 
 def _submit(pool: ThreadPoolExecutor, items: list[BatchRequest]) -> tuple[list[BatchRequest], dict[tuple, Future], list[tuple | None]]:
     """Start reading a window; returns (the window, image key -> future, and for each request its image key and index there)."""
-    asked: dict[tuple, list[BatchRequest]] = defaultdict(list)
+    groups: dict[tuple, list[BatchRequest]] = defaultdict(list)
     places: list[tuple | None] = []
     for item in items:
         key = (item.path, item.frame, item.slice, item.series, item.window)
-        places.append(None if item.fault else (key, len(asked[key])))
+        places.append(None if item.fault else (key, len(groups[key])))
         if not item.fault:
-            asked[key].append(item)
-    return items, {key: pool.submit(_open, of) for key, of in asked.items() if of}, places
+            groups[key].append(item)
+    return items, {key: pool.submit(_open, of) for key, of in groups.items() if of}, places
 
 
 def _open(items: Sequence[BatchRequest]) -> OpenedImage:
@@ -204,15 +204,15 @@ def _answer(
             faults[i] = item.fault
         elif isinstance(picture := found[0].picture, str):
             faults[i] = picture
-        elif isinstance(marked := found[0].prompts[found[1]], str):
-            faults[i] = marked
+        elif isinstance(own_prompts := found[0].prompts[found[1]], str):
+            faults[i] = own_prompts
         elif isinstance(picture, Volume):
             try:
                 answers[i].append(ask_volume(mimo, picture, item.questions[0], max_new_tokens=item.max_new_tokens))
             except UserError as error:
                 faults[i] = _one_line(error)
         else:
-            images[i], prompts[i] = picture, marked
+            images[i], prompts[i] = picture, own_prompts
 
     past: dict[int, list[TurnHistory]] = {i: [] for i in images}
     for turn in range(max((len(item.questions) for item in items), default=0)):
@@ -220,8 +220,8 @@ def _answer(
         for i, image in images.items():
             if turn >= len(items[i].questions) or i in faults:
                 continue
-            marked = prompts[i] if turn == 0 else Prompts()
-            request = Request(image, items[i].questions[turn], marked, items[i].max_new_tokens, tuple(past[i]))
+            turn_prompts = prompts[i] if turn == 0 else Prompts()
+            request = Request(image, items[i].questions[turn], turn_prompts, items[i].max_new_tokens, tuple(past[i]))
             try:
                 mimo.check(request)
             except UserError as error:
@@ -275,9 +275,9 @@ def _write_outputs(
 def _save(answer: Answer | VolumeAnswer, paths: Sequence[Path]) -> tuple[list[str], list[str]]:
     """Returns (names of the files written, reasons why others were not). A DICOM SEG without segments is invalid, so it is skipped."""
     names, refused = [], []
-    painted = answer.segmented_slices() if isinstance(answer, VolumeAnswer) else [e for e in answer.entities if e.area_px]
+    segmented = answer.segmented_slices() if isinstance(answer, VolumeAnswer) else [e for e in answer.entities if e.area_px]
     for path in paths:
-        if path.suffix == ".dcm" and not painted:
+        if path.suffix == ".dcm" and not segmented:
             continue
         with disk_errors(path):
             try:

@@ -59,16 +59,16 @@ class DecodeBatch:
 
         limits = np.zeros(rows, np.int32)
         limits[: len(turns)] = [turn.limit for turn in turns]
-        usual, most = config.generate.max_new_tokens, int(limits.max())
-        self.new_tokens = usual if most <= usual else bucket(most)
+        default, longest = config.generate.max_new_tokens, int(limits.max())
+        self.new_tokens = default if longest <= default else bucket(longest)
         self._prefill(limits)
 
     def _prefill(self, limits: np.ndarray) -> None:
         """Prefill what the cache does not hold: the new turn, or the full conversation."""
-        kept = self.requests[0].cache if self.rows == 1 else None
-        cache, start = (kept.arrays, kept.length) if kept and kept.length else (None, 0)
-        if kept:
-            kept.release()  # the arrays are donated below; if anything fails, the next turn starts without a cache
+        turn_cache = self.requests[0].cache if self.rows == 1 else None
+        cache, start = (turn_cache.arrays, turn_cache.length) if turn_cache and turn_cache.length else (None, 0)
+        if turn_cache:
+            turn_cache.release()  # the arrays are donated below; if anything fails, the next turn starts without a cache
         slots = cache_bucket(min(max(len(turn.ids) for turn in self.turns) + self.new_tokens, self.config.model.llm.max_length))
         if cache is None:
             cache = self.engine.new_cache(self.rows, slots)
@@ -105,11 +105,11 @@ class DecodeBatch:
             return self.x_q
         new = self.x_q[:, 0]
         nothing = jnp.zeros_like(new[0])
-        made = []
+        rows = []
         for b in range(self.rows):
             earlier = [turn.x_q for turn in self.requests[b].past] if b < len(self.requests) else []
-            made.append(jnp.stack([*earlier, new[b], *[nothing] * (turns - 1 - len(earlier))]))
-        return jnp.stack(made)
+            rows.append(jnp.stack([*earlier, new[b], *[nothing] * (turns - 1 - len(earlier))]))
+        return jnp.stack(rows)
 
     def decode(self, tokens: int | None = None) -> None:
         """Decode `tokens` more tokens, or to the end."""
@@ -168,12 +168,12 @@ class DecodeBatch:
         """The entities of every row so far; one call of the mask decoder segments all new ones."""
         phrases = [self._parse_row(b)[2] for b in range(len(self.turns))]
         counts = [len(self.generated_ids[b]) if self.stopped[b] is None else self.stopped[b][0] for b in range(len(self.turns))]
-        places = [
+        seg_positions = [
             [n for n, i in enumerate(ids[:count]) if i == self.tokenizer.seg] for ids, count in zip(self.generated_ids, counts, strict=True)
         ]
-        new = [row[len(known) :] for row, known in zip(places, self.entities, strict=True)]
-        if most := max(map(len, new)):
-            index = np.zeros((self.rows, _power_of_two(most)), np.int32)
+        new = [row[len(known) :] for row, known in zip(seg_positions, self.entities, strict=True)]
+        if num_masks := max(map(len, new)):
+            index = np.zeros((self.rows, _power_of_two(num_masks)), np.int32)
             for b, row in enumerate(new):
                 index[b, : len(row)] = row
             features = _stacked_on_device(self.features, self.rows)
@@ -183,11 +183,11 @@ class DecodeBatch:
             logits, iou = jax.device_get(outputs)
             for b, row in enumerate(new):
                 image = self.images[b]
-                for s, place in enumerate(row):
+                for s, position in enumerate(row):
                     k = len(self.entities[b])
                     mask = mask_from_logits(logits[b, s], image.sam_frame, *image.pixels.shape[:2])
-                    since = places[b][k - 1] + 1 if k else 0
-                    evidence = ConfidenceFeatures.of(logits[b, s], image.sam_frame, iou[b, s], self.probs[b, since : place + 1])
+                    since = seg_positions[b][k - 1] + 1 if k else 0
+                    evidence = ConfidenceFeatures.of(logits[b, s], image.sam_frame, iou[b, s], self.probs[b, since : position + 1])
                     spacing = image.picture.spacing_mm
                     self.entities[b].append(Entity.of(k, phrases[b][k][0], mask, evidence, self.calibration, spacing))
         return self.entities
@@ -209,13 +209,13 @@ class DecodeBatch:
             text, pieces, _ = self._parse_row(b)
             parts = [{"text": p["text"]} if p["seg"] is None else {"text": p["text"], "entity_id": p["seg"]} for p in pieces]
             truncated = not self.ended[b] and self.stopped[b] is None
-            asked = (request.question, image.pixels, turn.prompts, image.picture.grid)
-            answer = Answer(text, parts, self.entities[b], truncated, *asked, bool(self.calibration))
+            context = (request.question, image.pixels, turn.prompts, image.picture.grid)
+            answer = Answer(text, parts, self.entities[b], truncated, *context, bool(self.calibration))
             results.append((answer, self._turn_history(b)))
-        kept = self.requests[0].cache if self.rows == 1 else None
-        if kept:
+        turn_cache = self.requests[0].cache if self.rows == 1 else None
+        if turn_cache:
             length = len(self.turns[0].ids) + len(self._kept_ids(0))
-            kept.arrays, kept.length = self.state.cache, length + int(self.ended[0] and self.stopped[0] is None)
+            turn_cache.arrays, turn_cache.length = self.state.cache, length + int(self.ended[0] and self.stopped[0] is None)
         return results
 
     def _kept_ids(self, b: int) -> list[int]:

@@ -21,9 +21,9 @@ class Decoding(NamedTuple):
     cache: of the language model, in the form of its kind; prompt_len int32 [B]: number of slots that hold the prompt; last [B, 1, D]:
     hidden state that predicts the next token; step: number of tokens since the prompt; active bool [B]: rows that are still generating;
     ended bool [B]: rows that produced the end token; num_generated int32 [B]: number of tokens so far, without the end token; limits
-    int32 [B]: maximum number of tokens per row; ids int32 [B, M] (0 after a row's end); probs fp32 [B, M]: probabilities of the sampled tokens under the
-    unscaled distribution; states [B, M, D]: input of the mask decoder if token m is a `<SEG>`; temperature, top_p fp32 [B], seed uint32
-    [B]: see `sample_token`."""
+    int32 [B]: maximum number of tokens per row; ids int32 [B, M] (0 after a row's end); probs fp32 [B, M]: probabilities of the sampled
+    tokens under the unscaled distribution; states [B, M, D]: input of the mask decoder if token m is a `<SEG>`; temperature, top_p fp32
+    [B], seed uint32 [B]: see `sample_token`."""
 
     cache: Any
     prompt_len: jax.Array

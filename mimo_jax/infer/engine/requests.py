@@ -135,9 +135,9 @@ def encode_request(request: Request, frame: Frame, tokenizer: Tokenizer, config:
     m = config.model
     if not isinstance(request.question, str) or not request.question.strip():
         raise UserError("question: is empty; ask something, such as 'Segment the liver.'")
-    most = config.generate.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-    if not isinstance(most, Integral) or most < 1:
-        raise UserError(f"max_new_tokens: is {most}; give a whole number of 1 or more")
+    max_new_tokens = config.generate.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: is {max_new_tokens}; give a whole number of 1 or more")
     if len(request.past) >= MAX_TURNS:
         raise UserError(f"question: is turn {len(request.past) + 1} of a conversation, which may have {MAX_TURNS}; open the image again")
     request.sampling.check()
@@ -173,7 +173,7 @@ def encode_request(request: Request, frame: Frame, tokenizer: Tokenizer, config:
         prompt_xy=xy,
         prompt_kind=kind,
         prompts=prompts,
-        limit=min(most, room),
+        limit=min(max_new_tokens, room),
     )
 
 

@@ -274,7 +274,7 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(tmp_path):
         ((one, out), {}, "with --question"),
         ((one, out, " "), {}, "question: is empty"),
         ((bad, out), {"volumes": True}, "omit --volumes"),
-        ((bad, out), {}, "no request can be asked; the first: requests.jsonl, line 1: is not JSON"),
+        ((bad, out), {}, "no request is valid; the first: requests.jsonl, line 1: is not JSON"),
         ((one, out, "?"), {"save": (".gif",)}, ".gif: cannot be saved for each answer"),
         ((one, out, "?"), {"window": "liver"}, "window liver: is unknown"),
         ((one, tmp_path / "used", "?"), {}, "contains other files and no job"),

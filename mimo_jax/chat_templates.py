@@ -1,8 +1,8 @@
-"""Chat templates: what stands around the turns of a conversation, a row for each.
+"""Chat templates: the text around the turns of a conversation.
 
     {system_turn} {user} <image> {image_separator}{question} {assistant}{answer}{stop} {separator} {user} ...
 
-Names of control tokens in a row's `tokens` become these tokens' ids; all else is text. Chosen by `config.data.chat_template`.
+Control tokens listed in `tokens` are encoded as these tokens; everything else is text. `config.data.chat_template` selects a template.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """system: the system prompt, where the config gives none; it takes the place of `{system}` in `system_turn`, which opens the
-    conversation. user, assistant: what stands before the image, and before the answer (a space at its end goes with the answer's
-    first word). image_separator: between image and question. stop: the token that ends an answer; empty: the tokenizer's end of a
-    text. separator: between an answer's stop and the next turn. tokens: control tokens that these texts name."""
+    """system: the default system prompt; it replaces `{system}` in `system_turn`, which opens the conversation. user, assistant: the text
+    before the image, and before the answer (a space at its end belongs to the answer's first word). image_separator: the text between
+    image and question. stop: the token that ends an answer; "": the tokenizer's end-of-text token. separator: the text between an
+    answer's stop token and the next turn. tokens: the control tokens in these texts."""
 
     system: str
     system_turn: str
@@ -32,16 +32,16 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {}
 
 
 def register_chat_template(name: str, template: ChatTemplate) -> None:
-    """Add a row. Raises ValueError for a name that is taken, and for a `system_turn` that does not say where the words go."""
+    """Register a template. Raises ValueError for a name that is taken, and for a `system_turn` without {system}."""
     if name in CHAT_TEMPLATES:
-        raise ValueError(f"chat template {name}: is registered already; choose another name")
+        raise ValueError(f"chat template {name}: is already registered; choose another name")
     if "{system}" not in template.system_turn:
-        raise ValueError(f"chat template {name}: system_turn lacks {{system}}; write it where the system prompt goes")
+        raise ValueError(f"chat template {name}: system_turn lacks {{system}}; insert it where the system prompt belongs")
     CHAT_TEMPLATES[name] = template
 
 
 def unknown_template(name: str) -> str:
-    """What is wrong with a name that no row has: the nearest one, or else all."""
+    """The error message for an unknown name: suggests the nearest template, or else lists all."""
     near = difflib.get_close_matches(name.casefold(), CHAT_TEMPLATES, 1)
     return f"is {name!r}; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(CHAT_TEMPLATES)}")
 

@@ -247,7 +247,7 @@ def test_names_of_code_in_architecture_stand_in_the_file_named_with_them():
     for symbol, path in (
         ("RULES", "mimo_jax/sharding.py"),
         ("AXES", "mimo_jax/sharding.py"),
-        ("SAMPLES", "mimo_jax/sharding.py"),
+        ("LOGICAL_AXES", "mimo_jax/sharding.py"),
         ("make_mesh", "mimo_jax/sharding.py"),
         ("inference_mesh", "mimo_jax/sharding.py"),
         ("MeshConfig", "mimo_jax/config.py"),
@@ -255,8 +255,17 @@ def test_names_of_code_in_architecture_stand_in_the_file_named_with_them():
         ("DatasetReader", "mimo_jax/data/builder/readers/reader.py"),
         ("Conversations", "mimo_jax/data/builder/readers/conversations.py"),
         ("OPS", "checkpoints_convert/ops.py"),
-        ("PARTS", "checkpoints_convert/layouts.py"),
-        ("layer_indices", "checkpoints_convert/name_map.py"),
+        ("Component", "checkpoints_convert/layouts.py"),
+        ("register_component", "checkpoints_convert/layouts.py"),
+        ("VisionConfig", "mimo_jax/model_config.py"),
+        ("LlmConfig", "mimo_jax/model_config.py"),
+        ("KINDS", "mimo_jax/model_config.py"),
+        ("register_vision_tower", "mimo_jax/models/registry.py"),
+        ("register_language_model", "mimo_jax/models/registry.py"),
+        ("register_mask_encoder", "mimo_jax/models/registry.py"),
+        ("register_aligner", "mimo_jax/models/registry.py"),
+        ("MatmulCounts", "mimo_jax/models/counts.py"),
+        ("MaskDecoder", "mimo_jax/models/sam_decoder.py"),
     ):
         assert f"`{symbol}`" in page and path in page
         assert re.search(rf"^(def |class )?{symbol}\b", (ROOT / path).read_text(), re.M), f"{path} has no {symbol}"

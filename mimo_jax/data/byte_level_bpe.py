@@ -8,12 +8,12 @@ import tokenizers
 
 from mimo_jax.data.tokenizer_base import Tokenizer, TokenizerError
 
-# What ends a text, as the makers call it; the first that a file has. A chat template may end answers with another token.
+# Names of the end-of-text token; the first that a file has is used. A chat template may end answers with another token.
 _ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<|im_end|>")
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet: letter -> byte. Printable bytes stand for themselves, the others for the letters from U+0100 on."""
+    """GPT-2's alphabet: letter -> byte. Printable bytes map to themselves, the others to the letters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -23,28 +23,28 @@ _BYTE_OF = _byte_letters()
 
 
 class ByteLevelBpe(Tokenizer):
-    """Text is cut into words by the file's own pattern, and merged byte by byte."""
+    """Text is split into words by the file's pattern, and bytes are merged within words."""
 
     dummy_prefix = False
 
     def check_kind(self, ids: dict[str, int]) -> None:
         if missing := [letter for letter in _BYTE_OF if letter not in ids]:
-            raise TokenizerError(f"{self.path}: lacks the bytes {', '.join(missing[:3])}; a byte-level BPE with all 256 is needed")
+            raise TokenizerError(f"{self.path}: lacks the bytes {', '.join(missing[:3])}; give a byte-level BPE with all 256")
         self.eos = next((ids[name] for name in _ENDS if name in ids), -1)
         if self.eos < 0:
-            raise TokenizerError(f"{self.path}: names no end of a text; one of {', '.join(_ENDS)} must be among its tokens")
+            raise TokenizerError(f"{self.path}: has no end-of-text token; one of {', '.join(_ENDS)} must be among its tokens")
 
     def special(self) -> tuple[str, ...]:
         return _ENDS
 
     def token_bytes(self, token: str) -> bytes:
-        if strange := next((letter for letter in token if letter not in _BYTE_OF), ""):
-            raise TokenizerError(f"{self.path}: token {token} has {strange}, which stands for no byte; list it among added_tokens")
+        if unknown := next((letter for letter in token if letter not in _BYTE_OF), ""):
+            raise TokenizerError(f"{self.path}: token {token} has {unknown}, which is not a byte; list it among added_tokens")
         return bytes(_BYTE_OF[letter] for letter in token)
 
     def build(self, plain: dict, values: dict) -> None:
         self.bos = self.control.get(_opening(values.get("post_processor") or {}))
-        # A control token in the vocabulary would be found whole where the file ignores merges.
+        # If the file ignores merges, a control token in the vocabulary would be matched as a whole.
         vocab = {token: i for token, i in plain["model"]["vocab"].items() if token not in self.control}
         model = {**plain["model"], "vocab": vocab, "unk_token": None}
         self._backend = tokenizers.Tokenizer.from_str(
@@ -57,7 +57,7 @@ class ByteLevelBpe(Tokenizer):
 
 
 def is_byte_level(values: dict) -> bool:
-    """Whether the content of a tokenizer.json says so: by its pre-tokenizer or decoder."""
+    """Whether the content of a tokenizer.json is byte-level, by its pre-tokenizer or decoder."""
 
     def named(part: dict | None) -> bool:
         if not part:
@@ -68,12 +68,12 @@ def is_byte_level(values: dict) -> bool:
 
 
 def _opening(processor: dict) -> str:
-    """The token that a file's post-processor puts before a text; "" if it puts none."""
+    """The token that a file's post-processor adds before a text; "" if it adds none."""
     first = next(iter(processor.get("single", ())), {})
     return first.get("SpecialToken", {}).get("id", "") or next(filter(None, map(_opening, processor.get("processors", ()))), "")
 
 
 def _without_prefix_space(part: dict) -> dict:
-    """A pre-tokenizer that adds no space of its own; `encode` does."""
+    """The pre-tokenizer without its prefix space, which `encode` adds instead."""
     inner = {"pretokenizers": [*map(_without_prefix_space, part["pretokenizers"])]} if "pretokenizers" in part else {}
     return {**part, **inner, **({"add_prefix_space": False} if part["type"] == "ByteLevel" else {})}

@@ -1,9 +1,9 @@
-"""Prompts as other tools write them: JSON of points, boxes, scribbles and COCO masks, mask images, bool arrays.
+"""Reads prompts in the formats of other tools: JSON of points, boxes, scribbles and COCO masks, mask images, bool arrays.
 
 Axis letters: H, W height and width of the image in pixels.
 
-All is in pixels of the image, integers being pixel centres. A mask becomes the stroke through it. Nothing is decoded before its
-size and the number of prompts are known to be in bounds.
+Coordinates are pixels of the image; integers are pixel centres. A mask becomes a scribble through it. Nothing is decoded before its size
+and the number of prompts have been checked.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mimo_jax.geometry import GeometryError, validate_boxes, validate_points, va
 
 Source = str | os.PathLike | bytes | Mapping | np.ndarray | Prompts
 
-MAX_PROMPTS = 64  # of one source; no model takes as many
-MAX_VERTICES = 10_000  # of a scribble or polygon
+MAX_PROMPTS = 64  # per source; no model accepts as many
+MAX_VERTICES = 10_000  # per scribble or polygon
 MAX_BYTES = 2**24  # of a JSON file
 _PROMPT_KEYS = ("points", "boxes", "scribbles", "masks")
 _RLE = ("size", "counts")
 _COCO = ("segmentation", "bbox")
-# What else a COCO annotation says.
+# Other fields of a COCO annotation.
 _COCO_OTHER = ("id", "image_id", "category_id", "category_name", "area", "iscrowd", "score", "keypoints", "num_keypoints", "attributes")
 _FORMS = {
     "points": "[[x, y, label], …]", "boxes": "[[x0, y0, x1, y1], …]", "scribbles": "[[[x, y], …], …]", "masks": "[{size, counts}, …]",
@@ -40,13 +40,13 @@ _FORMS = {
 
 
 def read_prompts(source: Source, height: int, width: int, name: str = "") -> Prompts:
-    """What `source` marks on an image of `height` x `width` pixels.
+    """The prompts in `source` for an image of `height` x `width` pixels.
 
-    source: a path or the bytes of a file, JSON or a mask image (PNG, TIFF, …; `decode_mask` says which pixels count); what such
-    JSON holds, as a dict; a bool array [H, W]; or Prompts, which are checked. JSON is one of
-    {"points": [[x, y, label] or [x, y]], "boxes": [[x0, y0, x1, y1]], "scribbles": [[[x, y], …]], "masks": [RLE]}, any of them;
-    a COCO RLE {"size": [H, W], "counts": str or list}; a COCO annotation, of which the "segmentation" (polygons or RLE) counts, or
-    without one the "bbox" [x, y, width, height]. `name` stands for the source in errors.
+    source: a path or the bytes of a file, JSON or a mask image (PNG, TIFF, …, read by `decode_mask`); the content of such JSON as a dict;
+    a bool array [H, W]; or Prompts, which are checked. JSON is one of: an object with any of
+    {"points": [[x, y, label] or [x, y]], "boxes": [[x0, y0, x1, y1]], "scribbles": [[[x, y], …]], "masks": [RLE]};
+    a COCO RLE {"size": [H, W], "counts": str or list}; a COCO annotation, whose "segmentation" (polygons or RLE) is used, or else its
+    "bbox" [x, y, width, height]. name: the name of the source in errors.
     Raises PromptError, one line, for anything else, and for prompts outside the image or masks of another size.
     """
     name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "prompts")
@@ -58,11 +58,13 @@ def read_prompts(source: Source, height: int, width: int, name: str = "") -> Pro
         if isinstance(source, Prompts):
             return _validated(source, height, width)
         if not isinstance(source, Mapping):
-            raise PromptError(f"is {_type_name(source)}; give an object with some of {', '.join(_PROMPT_KEYS)}, or a COCO RLE or annotation")
+            raise PromptError(
+                f"is {_type_name(source)}; give an object with some of {', '.join(_PROMPT_KEYS)}, or a COCO RLE or annotation"
+            )
         return _parse_json(source, height, width)
     except (PromptError, GeometryError, ImageError) as error:
-        said = str(error)
-        raise PromptError(said if said.startswith(f"{name}: ") else f"{name}: {said}") from None
+        message = str(error)
+        raise PromptError(message if message.startswith(f"{name}: ") else f"{name}: {message}") from None
 
 
 def join_prompts(parts: Iterable[Prompts]) -> Prompts:
@@ -75,7 +77,7 @@ def join_prompts(parts: Iterable[Prompts]) -> Prompts:
 
 
 def _read_file(source: str | os.PathLike | bytes, name: str) -> Any:
-    """What a JSON file holds, or the mask bool [H, W] of an image; no image begins as JSON does."""
+    """The content of a JSON file, or the mask, bool [H, W], of an image. No image format begins like JSON."""
     if isinstance(source, bytes):
         head, size = source[:64], len(source)
     else:
@@ -89,7 +91,7 @@ def _read_file(source: str | os.PathLike | bytes, name: str) -> Any:
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):
         return decode_mask(source, name=name)
     if size > MAX_BYTES:
-        raise PromptError(f"is a JSON file of {size} bytes; the limit is {MAX_BYTES}, save large masks as PNG")
+        raise PromptError(f"is a JSON file of {size} bytes; the limit is {MAX_BYTES}: save large masks as PNG")
     if not isinstance(source, bytes):
         with open(source, "rb") as file:
             source = file.read()
@@ -115,12 +117,12 @@ def _parse_json(content: Mapping, height: int, width: int) -> Prompts:
     _check_keys(keys, _PROMPT_KEYS)
     lists = {key: _as_list(content[key], key, _FORMS[key]) for key in keys}
     if (count := sum(map(len, lists.values()))) > MAX_PROMPTS:
-        raise PromptError(f"holds {count} prompts; the limit is {MAX_PROMPTS}, and a model takes fewer still")
+        raise PromptError(f"has {count} prompts; the limit is {MAX_PROMPTS}, and that of the model is lower")
     points = [(_numbers(p, "points", _FORMS["points"], (2, 3)) + [1.0])[:3] for p in lists.get("points", [])]
     boxes = [_numbers(b, "boxes", _FORMS["boxes"], (4,)) for b in lists.get("boxes", [])]
     scribbles = [np.array(_parse_scribble(s)) for s in lists.get("scribbles", [])]
-    marked = _validated(Prompts(np.array(points).reshape(-1, 3), np.array(boxes).reshape(-1, 4), scribbles), height, width)
-    return join_prompts([marked, _masks_to_prompts([_decode_rle(m, height, width) for m in lists.get("masks", [])])])
+    prompts = _validated(Prompts(np.array(points).reshape(-1, 3), np.array(boxes).reshape(-1, 4), scribbles), height, width)
+    return join_prompts([prompts, _masks_to_prompts([_decode_rle(m, height, width) for m in lists.get("masks", [])])])
 
 
 def _check_keys(keys: Iterable[Any], known: Iterable[str]) -> None:
@@ -152,11 +154,11 @@ def _check_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _same_size(rows: int, columns: int, height: int, width: int) -> None:
     if (rows, columns) != (height, width):
-        raise PromptError(f"a mask of {columns}x{rows} pixels, the image has {width}x{height}; give one of the image's size")
+        raise PromptError(f"a mask has {columns}x{rows} pixels, the image {width}x{height}; give a mask of the image's size")
 
 
 def _decode_rle(rle: Any, height: int, width: int) -> np.ndarray:
-    """A COCO RLE as bool [H, W]. pycocotools reads beyond the end of a damaged one, so it is decoded here."""
+    """A COCO RLE as bool [H, W]. It is decoded here because pycocotools reads beyond the end of a damaged RLE."""
     if not isinstance(rle, Mapping) or not all(key in rle for key in _RLE):
         raise PromptError(f"a mask is {_type_name(rle)}; give a COCO RLE with size [height, width] and counts")
     _check_keys(rle, _RLE)
@@ -171,15 +173,15 @@ def _decode_rle(rle: Any, height: int, width: int) -> np.ndarray:
     if not isinstance(counts, list | tuple) or not all(_is_count(run) for run in counts):
         raise PromptError("counts: give COCO's string, or a list of whole numbers of 0 or more")
     if sum(counts) != height * width:
-        raise PromptError(f"counts: stand for {_abbreviated(sum(counts))} pixels; the image has {width}x{height}")
+        raise PromptError(f"counts: cover {_abbreviated(sum(counts))} pixels; the image has {width}x{height}")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
 def _decompress_counts(text: str) -> list[int]:
-    """Runs of COCO's string: 5 bits a character, lowest first, 32 meaning "goes on", signed; from the fourth on they are the
-    difference to the last but one."""
+    """The runs of COCO's compressed string: signed numbers of 5 bits per character, lowest first, with 32 as continuation bit; from the
+    fourth run on, the difference to the run before the previous one."""
     if not re.fullmatch("(?:[P-o]{0,6}[0-O])*", text):
-        raise PromptError("counts: is not a string that COCO writes")
+        raise PromptError("counts: is not a compressed COCO string")
     runs: list[int] = []
     for group in re.findall("[P-o]*[0-O]", text):
         codes = [ord(character) - 48 for character in group]
@@ -190,7 +192,7 @@ def _decompress_counts(text: str) -> list[int]:
 
 
 def decode_segmentation(value: Any, height: int, width: int) -> np.ndarray:
-    """Polygons [[x, y, x, y, …], …], united, or an RLE, as bool [H, W]."""
+    """The union of polygons [[x, y, x, y, …], …], or an RLE, as bool [H, W]."""
     if isinstance(value, Mapping):
         return _decode_rle(value, height, width)
     form = "polygons [[x, y, x, y, x, y, …], …] or a COCO RLE"
@@ -200,9 +202,9 @@ def decode_segmentation(value: Any, height: int, width: int) -> np.ndarray:
     rings = []
     for polygon in polygons:
         numbers = np.array(_numbers(polygon, "segmentation", form, range(6, 2 * MAX_VERTICES + 1, 2)))
-        # COCO's polygons count from the corner of the first pixel. Its rasteriser takes memory for what lies outside.
+        # COCO's polygons count from the corner of the first pixel. Its rasteriser allocates memory for points outside the image.
         if not ((numbers >= -1) & (numbers <= np.tile([width + 1, height + 1], len(numbers) // 2))).all():
-            raise PromptError(f"segmentation: a polygon leaves the image of {width}x{height} pixels")
+            raise PromptError(f"segmentation: a polygon exceeds the image of {width}x{height} pixels")
         rings.append(np.clip(numbers, 0, np.tile([width, height], len(numbers) // 2)).tolist())
     return coco.decode(coco.merge(coco.frPyObjects(rings, height, width))).astype(bool)
 
@@ -210,7 +212,7 @@ def decode_segmentation(value: Any, height: int, width: int) -> np.ndarray:
 def _parse_scribble(value: Any) -> list[list[float]]:
     vertices = _as_list(value, "scribbles", _FORMS["scribbles"])
     if not 1 <= len(vertices) <= MAX_VERTICES:
-        raise PromptError(f"scribbles: one of {len(vertices)} points; give 1 to {MAX_VERTICES}")
+        raise PromptError(f"scribbles: one has {len(vertices)} points; give 1 to {MAX_VERTICES}")
     return [_numbers(vertex, "scribbles", _FORMS["scribbles"], (2,)) for vertex in vertices]
 
 
@@ -225,10 +227,10 @@ def _as_list(value: Any, what: str, form: str) -> list | tuple:
 def _numbers(value: Any, what: str, form: str, counts: Iterable[int]) -> list[float]:
     values = _as_list(value, what, form)
     if len(values) not in counts:
-        raise PromptError(f"{what}: {len(values)} numbers where {form} is meant")
+        raise PromptError(f"{what}: has {len(values)} numbers; give {form}")
     for number in values:
         if isinstance(number, bool) or not isinstance(number, int | float | np.integer | np.floating) or not -1e9 <= number <= 1e9:
-            raise PromptError(f"{what}: {_abbreviated(number)} is no finite number; give {form}")
+            raise PromptError(f"{what}: {_abbreviated(number)} is not a finite number; give {form}")
     return [float(number) for number in values]
 
 
@@ -242,8 +244,8 @@ def _type_name(value: Any) -> str:
 
 
 def _abbreviated(value: Any) -> str:
-    """A value in an error: one short line."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:  # Python refuses to print the longest
+    """A value as one short line, for errors."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:  # Python refuses to print very long integers
         return f"a number of about {math.floor(value.bit_length() * 0.30103) + 1} digits"
     text = " ".join(ascii(value).split()) if not isinstance(value, str) else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}…"

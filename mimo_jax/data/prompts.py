@@ -1,9 +1,9 @@
-"""Visual prompts: drawn from a mask, encoded for the model.
+"""Visual prompts: samples them from a mask and encodes them for the model.
 
 Axis letters: P prompt tokens (PromptConfig.max_tokens).
 
 Prompts live in pixels of the original image (geometry.py's convention). `draw_prompts` is the one function that
-simulates a user's hand, for training, evaluation and viewing; records store masks only.
+simulates a user, for training, evaluation and viewing; records contain only masks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mimo_jax.geometry import Frame, box_to_corners, validate_boxes, validate_po
 from mimo_jax.model_config import PromptConfig
 
 NONE, POINT_IN, POINT_OUT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, SCRIBBLE = range(6)  # values of prompt_kind
-_UNUSED, _NOT_A_POINT = -2, -1  # labels of SAM's points
-_SAM_LABELS = np.array([_UNUSED, 1, 0, 2, 3, 1])  # of each kind
+_UNUSED, _NOT_A_POINT = -2, -1  # labels of SAM's point prompts
+_SAM_LABELS = np.array([_UNUSED, 1, 0, 2, 3, 1])  # of each prompt kind
 
-_GRID = 128  # cells along the longer side of the crop on which strokes are planned
-_NEGATIVE = 0.3  # share of point prompts with a point outside
+_GRID = 128  # cells along the longer side of the crop in which strokes are drawn
+_NEGATIVE = 0.3  # share of point prompts with an additional point outside
 _JITTER, _JITTER_MAX = 0.1, 20.0  # a box's edges move by up to this share of its side, and this many pixels
 _STEPS = 24  # vertices in each direction from a scribble's start
 
@@ -36,21 +36,21 @@ class PromptError(UserError):
 
 @dataclass
 class Prompts:
-    """What a user marks on one image, in one turn, in pixels of the original image."""
+    """The prompts of one turn on one image, in pixels of the original image."""
 
     points: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))  # [n, 3] x, y, label (1 in, 0 out)
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))  # [n, 4] x0, y0, x1, y1, half-open
-    scribbles: list[np.ndarray] = field(default_factory=list)  # of [m, 2] x, y
+    scribbles: list[np.ndarray] = field(default_factory=list)  # each [m, 2] x, y
 
     def __bool__(self) -> bool:
         return bool(len(self.points) or len(self.boxes) or self.scribbles)
 
 
 def draw_prompts(mask: np.ndarray, rng: np.random.Generator, kinds: Sequence[str] = PROMPT_KINDS) -> Prompts:
-    """The prompt that a user might draw on the structure `mask`, bool [H, W]; of one kind, each of `kinds` as likely.
+    """A random prompt for the structure `mask`, bool [H, W], as a user might draw it; of one kind, uniformly sampled from `kinds`.
 
-    point: one to three inside, the deeper the likelier, at times one close outside; box: tight, its edges jittered;
-    scribble: a smooth stroke that keeps to the middle. The same mask and rng state give the same prompt.
+    point: one to three inside, preferably far from the border, sometimes with one just outside. box: tight, with jittered edges.
+    scribble: a smooth stroke near the middle. The same mask and rng state give the same prompt.
     Raises PromptError for an empty mask or an unknown kind.
     """
     unknown = sorted(set(kinds) - set(PROMPT_KINDS))
@@ -76,13 +76,13 @@ def draw_prompts(mask: np.ndarray, rng: np.random.Generator, kinds: Sequence[str
 
 
 def prompts_from_mask(mask: np.ndarray) -> Prompts:
-    """A user's own mask (a mask image, a decoded COCO RLE, a painted stroke), bool [H, W], as the stroke through it;
-    always the same for the same mask. Raises PromptError if it is empty."""
+    """A user's mask (a mask image, a decoded COCO RLE, a painted stroke), bool [H, W], as a scribble through it; deterministic. Raises
+    PromptError if it is empty."""
     return draw_prompts(mask, np.random.default_rng(0), ("scribble",))
 
 
 def _jittered(box: tuple[int, int, int, int], height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """[4] float, inside the image, at least half a pixel wide and high."""
+    """`box` with jittered edges: float [4], inside the image, at least half a pixel wide and high."""
     x0, y0, x1, y1 = box
     reach = np.minimum(_JITTER * np.array([x1 - x0, y1 - y0] * 2), _JITTER_MAX)
     moved = np.array(box) + rng.uniform(-1, 1, 4) * reach
@@ -91,7 +91,7 @@ def _jittered(box: tuple[int, int, int, int], height: int, width: int, rng: np.r
 
 def _depth(crop: np.ndarray) -> tuple[np.ndarray, int]:
     """(float64 [h, w] distance of each cell to the outside, in cells, 0 outside; pixels along a cell). A cell belongs to
-    the structure if any of its pixels does, so that thin vessels stay connected; the crop's border counts as outside."""
+    the structure if any of its pixels does, so that thin vessels stay connected; everything beyond the crop is outside."""
     step = -(-max(crop.shape) // _GRID)
     height, width = (-(-side // step) for side in crop.shape)
     if step > 1:
@@ -111,7 +111,7 @@ def _deep_cells(depth: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 
 
 def _pixels(cells: np.ndarray, crop: np.ndarray, step: int) -> np.ndarray:
-    """Cells [n, 2] (row, column) -> [n, 2] (x, y): of each cell the pixel inside the structure that is nearest its middle."""
+    """Cells [n, 2] (row, column) -> [n, 2] (x, y): for each cell, the pixel inside the structure that is nearest to its centre."""
     found = np.empty((len(cells), 2))
     for i, (row, col) in enumerate(cells):
         top, left = row * step, col * step
@@ -122,7 +122,7 @@ def _pixels(cells: np.ndarray, crop: np.ndarray, step: int) -> np.ndarray:
 
 
 def _outside(mask: np.ndarray, box: tuple[int, int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """[1, 3] a point outside the structure, within its box enlarged by a quarter (and 2 pixels); [0, 3] if none is met."""
+    """[1, 3] a random point outside the structure, within its box enlarged by a quarter (and 2 pixels); [0, 3] if none is found."""
     x0, y0, x1, y1 = box
     reach_x, reach_y = 2 + (x1 - x0) // 4, 2 + (y1 - y0) // 4
     xs = rng.integers(max(0, x0 - reach_x), min(mask.shape[1], x1 + reach_x), 16)
@@ -142,8 +142,8 @@ def _stroke(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _longest_heading(depth: np.ndarray, start: np.ndarray, stride: float, first: float) -> float:
-    """Of 8 headings, the one whose straight line through `start` stays inside longest, both ways; the hand follows the
-    structure's length. `first` turns the set of headings."""
+    """Of 8 headings, the one whose straight line through `start` stays inside longest in both directions, so that the stroke follows the
+    structure's length. first: the first heading in radians."""
     headings = first + np.arange(8) * (math.pi / 8)
     runs = np.zeros(8)
     for sign in (1, -1):
@@ -159,8 +159,8 @@ def _longest_heading(depth: np.ndarray, start: np.ndarray, stride: float, first:
 def _walk(
     depth: np.ndarray, start: np.ndarray, heading: float, stride: float, steps: int, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """Up to `steps` cells: each step turns by at most 36 degrees to where it is deepest, with a hand's tremor; the walk
-    ends at the structure's border."""
+    """Up to `steps` cells: each step turns by at most 36 degrees towards the deepest cell, with tremor; the walk ends at the structure's
+    border."""
     height, width = depth.shape
     row, col = float(start[0]), float(start[1])
     cells: list[tuple[int, int]] = []

@@ -1,9 +1,9 @@
-"""Record folders: image-major ArrayRecord shards with an index, written whole or not at all, read at random.
+"""Record folders: image-major ArrayRecord shards with an index, written atomically and read at random.
 
-train-00000-of-00003.array_record   records of one split, one per group: a random read costs 0.07 ms
-train.samples.array_record          the same records' samples alone: texts can be read without images
+train-00000-of-00003.array_record   records of one split, one per ArrayRecord group: a random read takes 0.07 ms
+train.samples.array_record          only the samples of the same records, so that texts can be read without images
 train.index.npz                     per record: id, group; per sample: perspective, words, bytes of text
-dataset_info.json                   counts, licences, SHA-256 of every file, and what the builder says of itself
+dataset_info.json                   counts, licences, SHA-256 of every file, and information about the builder
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from mimo_jax.errors import UserError
 from mimo_jax.files import atomic_folder, disk_errors, sha256
 
 INFO = "dataset_info.json"
-SHARD_BYTES = 300 << 20  # a new shard begins once one holds so much
-SAMPLES = ".samples"  # beside a shard, until its split is joined
+SHARD_BYTES = 300 << 20  # a new shard begins once one has this size
+SAMPLES = ".samples"  # suffix of the samples of a shard, next to it until its split is joined
 _WRITER_OPTIONS = "group_size:1"
 
 
@@ -36,7 +36,7 @@ class DataError(UserError):
 
 @dataclasses.dataclass
 class Index:
-    """What planning needs of n records and their m samples, without reading them."""
+    """What the loader needs to know of n records and their m samples without reading them."""
 
     ids: np.ndarray  # bytes [n]
     groups: np.ndarray  # bytes [n]
@@ -57,18 +57,18 @@ class Index:
             raise DataError(f"{path}: index cannot be read ({error}); build the dataset again") from None
 
     def counts(self) -> dict[str, int]:
-        """Samples of each perspective that there is."""
+        """The number of samples of each perspective that occurs."""
         return {p: int(n) for i, p in enumerate(PERSPECTIVES) if (n := np.count_nonzero(self.perspective == i))}
 
 
 @dataclasses.dataclass
 class IndexBuilder:
-    """Collects an Index record by record; texts are not kept."""
+    """Collects an Index record by record, without keeping texts."""
 
     ids: list[str] = dataclasses.field(default_factory=list)
     groups: list[str] = dataclasses.field(default_factory=list)
-    num_samples: list[int] = dataclasses.field(default_factory=list)  # samples of each record
-    sample_rows: list[list[int]] = dataclasses.field(default_factory=list)  # of each sample: perspective, words, bytes of text
+    num_samples: list[int] = dataclasses.field(default_factory=list)  # per record
+    sample_rows: list[list[int]] = dataclasses.field(default_factory=list)  # per sample: perspective, words, bytes of text
 
     def add(self, record_id: str, group: str, samples: list[Sample]) -> None:
         self.ids.append(record_id)
@@ -97,23 +97,23 @@ class IndexBuilder:
 
 @dataclasses.dataclass
 class Shard:
-    """A written shard: what the index and the counts of its split need to know of its records."""
+    """A written shard, with the information about its records that the index and the counts of its split need."""
 
-    file: str  # its samples alone lie beside it, under SAMPLES
+    file: str  # its samples are next to it, with the suffix SAMPLES
     sha256: str
     bytes: int
     index: IndexBuilder
     masks: int
-    entities: dict[str, int]  # records that hold them
+    entities: dict[str, int]  # entity -> number of records
     modalities: dict[str, int]
     licences: dict[str, int]
 
 
 class ShardWriter:
-    """One shard, record by record, at `path`; whole once `close` returns. Raises DataError where the disk takes no more."""
+    """Writes one shard to `path` record by record; it is complete once `close` returns. Raises DataError if the disk is full."""
 
     def __init__(self, path: Path):
-        self.path, self.num_bytes = path, 0  # filled: bytes of records
+        self.path, self.num_bytes = path, 0  # num_bytes: size of the records so far
         with disk_errors(path, DataError):
             self._records = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
             self._samples = array_record_module.ArrayRecordWriter(f"{path}{SAMPLES}", _WRITER_OPTIONS)
@@ -141,8 +141,8 @@ class ShardWriter:
 
 
 def join_shards(folder: Path, shards: Mapping[str, Sequence[Shard]], info: dict) -> dict:
-    """Make the record folder `folder` of the shards of each split, which lie in it; returns what stands in its
-    dataset_info.json: `info` and what is counted."""
+    """Turn `folder`, which contains the shards of each split, into a record folder. Returns the contents of its dataset_info.json:
+    `info` and counts."""
     with disk_errors(folder, DataError):
         written = {**info, "splits": {split: _join_split(folder, split, shards[split]) for split in sorted(shards)}}
         (folder / INFO).write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -153,10 +153,10 @@ def _join_split(folder: Path, split: str, shards: Sequence[Shard]) -> dict:
     samples, files, builder = folder / f"{split}.samples.array_record", [], IndexBuilder()
     writer = array_record_module.ArrayRecordWriter(str(samples), _WRITER_OPTIONS)
     for i, shard in enumerate(shards):
-        alone = folder / f"{shard.file}{SAMPLES}"
-        for row in array_record_data_source.ArrayRecordDataSource([f"{alone}[0:{len(shard.index.ids)}]"]):
+        samples_file = folder / f"{shard.file}{SAMPLES}"
+        for row in array_record_data_source.ArrayRecordDataSource([f"{samples_file}[0:{len(shard.index.ids)}]"]):
             writer.write(row)
-        alone.unlink()
+        samples_file.unlink()
         name = f"{split}-{i:05d}-of-{len(shards):05d}.array_record"
         (folder / shard.file).rename(folder / name)
         builder.extend(shard.index)
@@ -164,7 +164,7 @@ def _join_split(folder: Path, split: str, shards: Sequence[Shard]) -> dict:
     writer.close()
     index = builder.build()
     index.save(folder / f"{split}.index.npz")
-    beside = [samples, folder / f"{split}.index.npz"]
+    side_files = [samples, folder / f"{split}.index.npz"]
     return {
         "records": len(index.ids),
         "groups": len(set(index.groups.tolist())),
@@ -173,7 +173,7 @@ def _join_split(folder: Path, split: str, shards: Sequence[Shard]) -> dict:
         "perspectives": index.counts(),
         **{name: _totals(getattr(shard, name) for shard in shards) for name in ("modalities", "entities", "licences")},
         "shards": files,
-        "files": [{"file": path.name, "sha256": sha256(path)} for path in beside],
+        "files": [{"file": path.name, "sha256": sha256(path)} for path in side_files],
     }
 
 
@@ -187,12 +187,12 @@ def _totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def write_records(
     out_dir: str | os.PathLike, records: Iterable[Record], info: dict, shard_bytes: int = SHARD_BYTES, replace: bool = False
 ) -> dict:
-    """Write `records`, by their `split`, to a new folder; returns what stands in its dataset_info.json.
+    """Write `records`, by their `split`, to a new folder; returns the contents of its dataset_info.json.
 
-    info: what the builder says of itself (name, builder_version, seed, …). A new shard begins once one holds `shard_bytes`.
-    The folder appears under its name only when it is whole; with `replace`, it then takes the place of the one that is there.
-    Raises UserError if `out_dir` holds anything without that, DataError if an id comes twice, or if a group is in two splits,
-    RecordError for a record that breaks the schema.
+    info: information about the builder (name, builder_version, seed, …). A new shard begins once one has `shard_bytes`. The folder
+    appears under its name only when it is complete; with `replace`, it then replaces an existing one. Raises UserError if `out_dir` is
+    not empty and `replace` is not set, DataError if an id occurs twice or a group is in two splits, RecordError for a record that
+    violates the schema.
     """
     with atomic_folder(out_dir, replace) as folder:
         writers: dict[str, ShardWriter] = {}
@@ -201,11 +201,11 @@ def write_records(
         split_of_group: dict[str, str] = {}
         for record in records:
             if record.id in split_of_id:
-                raise DataError(f"{out_dir}: record {record.id} comes twice ({split_of_id[record.id]}, {record.split})")
+                raise DataError(f"{out_dir}: record {record.id} occurs twice ({split_of_id[record.id]}, {record.split})")
             split_of_id[record.id] = record.split
-            known = split_of_group.setdefault(record.group, record.split)
-            if known != record.split:
-                raise DataError(f"{out_dir}: group {record.group} is in both {known} and {record.split}; split by group")
+            group_split = split_of_group.setdefault(record.group, record.split)
+            if group_split != record.split:
+                raise DataError(f"{out_dir}: group {record.group} is in both {group_split} and {record.split}; split by group")
             done = shards.setdefault(record.split, [])
             if record.split in writers and writers[record.split].num_bytes >= shard_bytes:
                 done.append(writers.pop(record.split).close())
@@ -213,7 +213,7 @@ def write_records(
                 writers[record.split] = ShardWriter(folder / f"{record.split}-{len(done):05d}.part")
             writers[record.split].add(record)
         if not writers:
-            raise DataError(f"{out_dir}: there is no record to write")
+            raise DataError(f"{out_dir}: no record to write; check the source")
         for split, writer in writers.items():
             shards[split].append(writer.close())
         return join_shards(folder, shards, info)
@@ -224,13 +224,13 @@ def read_info(path: str | os.PathLike) -> dict:
     try:
         return json.loads((Path(path) / INFO).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: holds no {INFO}; give a folder written by `mimo data`") from None
+        raise DataError(f"{path}: has no {INFO}; give a folder written by `mimo data`") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{Path(path) / INFO}: cannot be read ({error}); copy or build the dataset again") from None
 
 
 def damaged_files(path: str | os.PathLike) -> list[str]:
-    """One line for each file of a record folder that is missing or whose SHA-256 is not the recorded one. Reads every byte."""
+    """One line for each file of a record folder that is missing or whose SHA-256 differs from the recorded one. Reads every byte."""
     problems, info = [], read_info(path)
     for entry in (*(entry for split in info["splits"].values() for entry in [*split["shards"], *split["files"]]), *info.get("files", ())):
         file = Path(path) / entry["file"]
@@ -242,7 +242,7 @@ def damaged_files(path: str | os.PathLike) -> list[str]:
 
 
 class RecordFolder:
-    """One split of a record folder, as a sequence of Record that can be pickled and read from several threads."""
+    """One split of a record folder, as a sequence of Record; picklable, and readable from several threads."""
 
     def __init__(self, path: str | os.PathLike, split: str):
         self.path, self.split = Path(path), split
@@ -250,7 +250,7 @@ class RecordFolder:
         if split not in splits:
             raise DataError(f"{path}: has no split {split!r}; it has {', '.join(sorted(splits))}")
         self.index = Index.load(self.path / f"{split}.index.npz")
-        self.bad: dict[str, str] = {}  # nothing was refused: records were checked when they were written
+        self.bad: dict[str, str] = {}  # always empty: records were checked when they were written
         self._shards = splits[split]["shards"]
         self._ends = np.cumsum([shard["records"] for shard in self._shards])
         names = [shard["file"] for shard in self._shards]
@@ -258,8 +258,8 @@ class RecordFolder:
         if missing:
             raise DataError(f"{path}: lacks {', '.join(missing)}; build the dataset again")
         if self._ends[-1] != len(self.index.ids):
-            raise DataError(f"{path}: {INFO} counts {self._ends[-1]} records of {split}, the index {len(self.index.ids)}; build it again")
-        # With the number of records in brackets, shards are opened only when one of them is read.
+            raise DataError(f"{path}: {INFO} has {self._ends[-1]} records of {split}, the index {len(self.index.ids)}; build it again")
+        # With the number of records in brackets, a shard is opened only when one of its records is read.
         self._records = array_record_data_source.ArrayRecordDataSource(
             [f"{self.path / shard['file']}[0:{shard['records']}]" for shard in self._shards]
         )
@@ -269,15 +269,15 @@ class RecordFolder:
         return len(self.index.ids)
 
     def __getitem__(self, position: int) -> Record:
-        """Raises IndexError past the end, DataError naming shard and record for one that cannot be read."""
+        """The record at `position`. Raises IndexError past the end, DataError naming shard and record if it cannot be read."""
         position = self._checked(position)
         try:
             return Record.from_bytes(self._records[position])
-        except Exception as error:  # the reader's C++ raises several kinds; a damaged record fails in msgpack or the dataclass
+        except Exception as error:  # the reader's C++ raises various errors; a damaged record fails in msgpack or the dataclass
             raise DataError(f"{self.where(position)}: cannot be read ({_first_line(error)})") from error
 
     def where(self, position: int) -> str:
-        """Shard and record within it, for errors."""
+        """The shard and the record's position in it, for errors."""
         shard = int(np.searchsorted(self._ends, position, side="right"))
         return f"{self.path / self._shards[shard]['file']}, record {position - (int(self._ends[shard - 1]) if shard else 0)}"
 
@@ -299,7 +299,7 @@ class RecordFolder:
 
 
 def open_records(path: str | os.PathLike, split: str) -> RecordFolder:
-    """One split of a folder written by `write_records`. Raises DataError if it is none, or has no such split."""
+    """One split of a folder written by `write_records`. Raises DataError if it is not a record folder or has no such split."""
     return RecordFolder(path, split)
 
 

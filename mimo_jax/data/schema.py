@@ -1,9 +1,8 @@
-"""The record: one image, its masks, and every question asked of it.
+"""The record: one image, its masks, and all questions about it.
 
-Coordinates are pixels of the original image, origin top left, x right, y down. Boxes are half-open
-[x0, y0, x1, y1). Spans are character offsets [start, end) into the turn's clean text; `<p>` and
-`<SEG>` are put in when a conversation is rendered. Prompts are not stored: a user turn names the
-masks that it points at, and points, boxes or scribbles are drawn from them at load.
+Coordinates are pixels of the original image, origin top left, x right, y down. Boxes are half-open [x0, y0, x1, y1). Spans are character
+offsets [start, end) into the turn's clean text; `<p>` and `<SEG>` are inserted when a conversation is rendered. Prompts are not stored: a
+user turn lists the prompted masks, and points, boxes or scribbles are drawn from them at load time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from mimo_jax.errors import UserError
 
 
 class RecordError(UserError):
-    """A record that breaks the schema; the message names the record and the field."""
+    """A record that violates the schema; the message names the record and the field."""
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Mask:
     parent_mask_id: str = ""
 
     def decode(self) -> np.ndarray:
-        """bool [height, width]. RecordError for an RLE that is damaged."""
+        """bool [height, width]. Raises RecordError for a damaged RLE."""
         try:
             return coco.decode(self.rle).astype(bool)
         except (ValueError, TypeError, KeyError) as error:
@@ -46,18 +45,18 @@ class Mask:
 class Turn:
     role: str  # "user" or "assistant"
     text: str
-    prompted: list[str] = field(default_factory=list)  # user: mask_ids that the user points at
+    prompted: list[str] = field(default_factory=list)  # user: mask_ids of the prompted masks
 
 
 @dataclass
 class Target:
-    """A span of an assistant turn that carries masks; `absent` says that the entity is asked for and not there.
+    """A span of an assistant turn with its masks; `absent` means that the entity is asked for but not in the image.
 
-    In vqa, whose answers paint nothing: what the answer is about, with masks and without a span, or absent."""
+    In vqa, whose answers segment nothing, a target is what the answer is about: it has masks and no span, or is absent."""
 
     turn: int  # index into Sample.turns
     entity: str
-    span: list[int] | None = None  # None where absent, and in vqa
+    span: list[int] | None = None  # None if absent, and in vqa
     mask_ids: list[str] = field(default_factory=list)
     absent: bool = False
 
@@ -71,7 +70,7 @@ class Sample:
     answer_type: str = ""  # vqa: "closed" or "open"
     references: list[str] = field(default_factory=list)  # vqa: accepted answers
     choices: list[str] = field(default_factory=list)
-    kind: str = ""  # what is asked, e.g. "yes_no", "count", "modality", "compare", "absent"
+    kind: str = ""  # kind of question, e.g. "yes_no", "count", "modality", "compare", "absent"
     kb: dict = field(default_factory=dict)
     gen: dict = field(default_factory=dict)
 
@@ -120,7 +119,7 @@ class Record:
         raise RecordError(f"record {self.id}: no mask {mask_id!r}")
 
     def check(self) -> None:
-        """Raise RecordError for a mask of another size, a span outside its text, or a reference to nothing."""
+        """Raise RecordError for a mask of another size, a span outside its text, or a reference to a missing mask or turn."""
         for mask in self.masks:
             if list(mask.rle["size"]) != [self.height, self.width]:
                 raise RecordError(
@@ -135,16 +134,16 @@ class Record:
                 for mask_id in target.mask_ids:
                     self.mask(mask_id)
                 if not 0 <= target.turn < len(sample.turns):
-                    raise RecordError(f"record {self.id}, sample {sample.sample_id}: target of turn {target.turn}, which is not there")
+                    raise RecordError(f"record {self.id}, sample {sample.sample_id}: target of turn {target.turn}, which does not exist")
                 text = sample.turns[target.turn].text
                 if target.span is not None and not 0 <= target.span[0] < target.span[1] <= len(text):
-                    raise RecordError(f"record {self.id}, sample {sample.sample_id}: span {target.span} lies outside the text")
+                    raise RecordError(f"record {self.id}, sample {sample.sample_id}: span {target.span} is outside the text")
                 if target.absent == bool(target.mask_ids):
-                    raise RecordError(f"record {self.id}, sample {sample.sample_id}: a target has masks or is absent, not both or neither")
+                    raise RecordError(f"record {self.id}, sample {sample.sample_id}: a target must either have masks or be absent")
 
 
 def encode_mask(mask: np.ndarray, mask_id: str, entity: str, **extra) -> Mask:
-    """Mask from a bool array [height, width]; RecordError if it is empty (an empty mask is never a target)."""
+    """The Mask of a bool array [height, width]. Raises RecordError if it is empty: an empty mask is never a target."""
     rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     area = int(coco.area(rle))
     if not area:

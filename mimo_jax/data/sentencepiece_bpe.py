@@ -1,4 +1,4 @@
-"""SentencePiece-style BPE with byte fallback: the tokenizers of Llama 1 and 2, Vicuna and Mistral, and those learnt here."""
+"""SentencePiece-style BPE with byte fallback: the tokenizers of Llama 1 and 2, Vicuna and Mistral, and those trained here."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 class SentencePieceBpe(Tokenizer):
-    """Words begin with "▁"; letters that the vocabulary lacks are spelt in bytes `<0x00>` to `<0xFF>`."""
+    """Words begin with "▁"; letters that are not in the vocabulary are encoded as bytes `<0x00>` to `<0xFF>`."""
 
     dummy_prefix = True
 
     def check_kind(self, ids: dict[str, int]) -> None:
         if missing := [t for t in ("<s>", "</s>", SPACE, *BYTES) if t not in ids]:
-            raise TokenizerError(f"{self.path}: lacks {', '.join(missing[:3])}; a Llama-style BPE with byte fallback is needed")
+            raise TokenizerError(f"{self.path}: lacks {', '.join(missing[:3])}; give a Llama-style BPE with byte fallback")
         self.bos, self.eos = ids["<s>"], ids["</s>"]
-        self._space_ids = [ids[BYTES[b]] for b in SPACE.encode()]  # U+2581 itself would come back as a space, so it is spelt in bytes
+        self._space_ids = [ids[BYTES[b]] for b in SPACE.encode()]  # U+2581 itself would be decoded as a space, so it is encoded as bytes
         self._anchor = [ids[SPACE], ids[BYTES[10]]]
 
     def special(self) -> tuple[str, ...]:
@@ -33,10 +33,10 @@ class SentencePieceBpe(Tokenizer):
 
     def build(self, plain: dict, values: dict) -> None:
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(plain))
-        # A line feed never merges with its neighbours, so what follows one is encoded as in the middle of a line.
+        # A line feed never merges with its neighbours, so text after one is encoded as in the middle of a line.
         if self._backend.encode("\n").ids != self._anchor:
             tokens = self._backend.encode("\n").tokens
-            raise TokenizerError(f"{self.path}: a line feed is encoded as {tokens}, not as one byte after '▁'")
+            raise TokenizerError(f"{self.path}: a line feed is encoded as {tokens}, but must be one byte after '▁'")
 
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
         text = text.encode("utf-8", "replace").decode()

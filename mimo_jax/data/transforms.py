@@ -1,8 +1,8 @@
-"""Pixels: files to arrays, one decoded image to the CLIP and SAM views, masks into the SAM frame and back.
+"""Image transforms: decodes files, resizes images for the vision and SAM encoders, and maps masks into the SAM frame and back.
 
-Axis letters: H W original height and width, M mask side (SAM's low-resolution logits).
+Axis letters: H, W original height and width, M mask side (SAM's low-resolution logits).
 
-Everything stays uint8 or bool on the host; normalising and zeroing of padding happen on the device.
+Everything stays uint8 or bool on the host; normalisation and zeroing of padding happen on the device.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, sam_frame, vision_frame
 from mimo_jax.model_config import ModelConfig
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow's other readers never see a user's bytes
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb; an error here
-_LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: a phone's JPEG with a second picture behind it
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow's other readers are never used
+MAX_PIXELS = 89_478_485  # the size from which Pillow warns of a decompression bomb; an error here
+_LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: JPEG of a phone, followed by a second image
 _COLOUR = ("LA", "RGB", "RGBA")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_MAX_FULL_RESIZE = 64  # an image up to so many times as long as wide is resized whole before it is cropped
+_MAX_FULL_RESIZE = 64  # maximum ratio of content to frame side at which an image is resized before it is cropped
 _MAX_LABELS = 8  # a lossless mask with more grey levels than this is a soft edge or decoded JPEG, not a label map
 
 
 class ImageError(UserError):
-    """A file that is no usable image; the message names it."""
+    """A file that is not a usable image; the message names it."""
 
 
 def decode_image(
@@ -43,17 +43,17 @@ def decode_image(
 ) -> np.ndarray:
     """Encoded bytes or a path -> uint8 RGB [H, W, 3], as it is meant to be seen.
 
-    EXIF rotation is applied once, alpha is laid over black, palettes are resolved, grey becomes three equal channels,
-    of several frames the first counts. Values of more than 8 bits are windowed: `window` = (low, high), raw values that
-    become 0 and 255; without it, low and high are these `percentiles` of the image. `name` stands for bytes in errors.
-    Raises ImageError for what is missing, corrupt, truncated, of an unknown format, or larger than MAX_PIXELS.
+    EXIF rotation is applied, alpha is composited over black, palettes are resolved, grey becomes three equal channels, and the first of
+    several frames is used. Values of more than 8 bits are windowed: `window` = (low, high), raw values that become 0 and 255; by default
+    these `percentiles` of the image. name: the name of bytes in errors. Raises ImageError for a file that is missing, corrupt,
+    truncated, of an unknown format, or larger than MAX_PIXELS.
     """
     image, name = _open(source, name)
     if image.mode.startswith(("I", "F")):
         grey = windowed(np.asarray(image, np.float32), window, percentiles, name)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if window is not None:
-        raise ImageError(f"{name}: window {window} given, but Pillow reads this {image.mode} file as 8 bits; leave the window away")
+        raise ImageError(f"{name}: window {window} given, but Pillow reads this {image.mode} file as 8 bits; omit the window")
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
@@ -63,8 +63,8 @@ def decode_image(
 def decode_mask(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndarray:
     """Encoded bytes or a path -> bool [H, W].
 
-    Palette files: raw index != 0, whatever colour 0 has. Lossy files, and lossless ones with many grey levels (soft
-    edges, a JPEG saved again): at least half of 255. Others: any value but 0, in any channel. Raises ImageError.
+    Pixels in the mask are, in palette files: index != 0, whatever the colour of 0; in lossy files, and lossless ones with many grey levels
+    (soft edges, a decoded JPEG): values of at least 128; in others: nonzero values in any channel. Raises ImageError.
     """
     image, name = _open(source, name)
     if image.mode in ("P", "1") or image.mode.startswith(("I", "F")):
@@ -84,22 +84,22 @@ def decode_mask(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndar
 
 
 def decode_labels(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndarray:
-    """Encoded bytes or a path -> int32 [H, W], the label of each pixel: raw palette index or grey level. Raises ImageError for
+    """Encoded bytes or a path -> int32 [H, W], the label of each pixel: palette index or grey level. Raises ImageError for
     a lossy file, and for one whose channels differ."""
     image, name = _open(source, name)
     if image.format in _LOSSY:
-        raise ImageError(f"{name}: a lossy file blurs labels into each other; give a PNG or TIFF")
+        raise ImageError(f"{name}: lossy compression changes labels; give a PNG or TIFF")
     values = np.asarray(image)
     if values.ndim == 3:
         colours = values[..., : 1 if image.mode in ("LA", "PA") else 3]
         if (colours != colours[..., :1]).any():
-            raise ImageError(f"{name}: is in colour; give labels as grey levels or palette indices")
+            raise ImageError(f"{name}: is a colour image; give labels as grey levels or palette indices")
         values = colours[..., 0]
     return values.astype(np.int32)
 
 
 def _open(source: bytes | str | os.PathLike, name: str) -> tuple[Image.Image, str]:
-    """Decoded PIL image, upright, with its `format` kept, and the name to use in errors."""
+    """(the decoded PIL image, upright, with its `format` kept; the name for errors)."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, stream = name or "image", io.BytesIO(source)
     else:
@@ -107,9 +107,9 @@ def _open(source: bytes | str | os.PathLike, name: str) -> tuple[Image.Image, st
     try:
         with Image.open(stream, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{name}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS} in all")
+                raise ImageError(f"{name}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS} in total")
             deep_colour = image.mode in _COLOUR and any(";16" in str(tile[3]) for tile in image.tile)
-            image.load()  # a TIFF is turned, and loses the tag, while it loads: never turn before
+            image.load()  # a TIFF is rotated and loses the tag while it loads, so rotate only afterwards
             upright = ImageOps.exif_transpose(image)
             upright.format = image.format
     except ImageError:
@@ -117,17 +117,17 @@ def _open(source: bytes | str | os.PathLike, name: str) -> tuple[Image.Image, st
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image that can be read ({', '.join(FORMATS)})") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, … on a damaged file
+        raise ImageError(f"{name}: not an image of a supported format ({', '.join(FORMATS)})") from None
+    except Exception as error:  # for a damaged file Pillow's decoders raise OSError, SyntaxError, struct.error, …
         raise ImageError(f"{name}: damaged or truncated image ({error})") from error
     if deep_colour and max(high for _, high in upright.convert("RGB").getextrema()) < 32:
-        # Pillow keeps the high byte of 16-bit colour, which is right only where the values fill the 16 bits.
-        raise ImageError(f"{name}: 16-bit colour whose values fill less than an eighth of the range; convert it to 8 bits")
+        # Pillow keeps the high byte of 16-bit colour, which is right only if the values use all 16 bits.
+        raise ImageError(f"{name}: 16-bit colour whose values use less than an eighth of the range; convert it to 8 bits")
     return upright, name
 
 
 def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles: tuple[float, float], name: str) -> np.ndarray:
-    """float [H, W] -> uint8 [H, W], linear between low and high; what is not finite becomes 0."""
+    """float [H, W] -> uint8 [H, W], linear between low and high; values that are not finite become 0."""
     finite = np.isfinite(values)
     if not finite.any():
         raise ImageError(f"{name}: has no finite value")
@@ -144,14 +144,14 @@ def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles
 
 
 def preprocess(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """uint8 RGB [H, W, 3] -> what both towers see: `vision_image` uint8 [Hc, Hc, 3], `sam_image` uint8 [Hs, Hs, 3], and
+    """uint8 RGB [H, W, 3] -> the inputs of both encoders: `vision_image` uint8 [Hc, Hc, 3], `sam_image` uint8 [Hs, Hs, 3], and
     `vision_size`, `sam_size` int32 [2], the (height, width) of the content of each; the rest is 0."""
     height, width = image.shape[:2]
     vision = vision_frame(height, width, cfg.vision.image_size, cfg.vision.image_fit)
     sam = sam_frame(height, width, cfg.sam.image_size, cfg.sam.image_fit)
     red, green, blue = (image[:, :, channel] for channel in range(3))
     if np.array_equal(red, green) and np.array_equal(red, blue):
-        image = red  # one channel is resized in a third of the time, to the same values
+        image = red  # resizing one channel takes a third of the time and gives the same values
     return {
         "vision_image": image_to_frame(image, vision, cfg.vision.resample),
         "vision_size": np.array(vision.size, np.int32),
@@ -161,22 +161,22 @@ def preprocess(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def image_to_frame(image: np.ndarray, frame: Frame, resample: str = "bilinear") -> np.ndarray:
-    """uint8 RGB [H, W, 3], or grey [H, W], -> uint8 RGB [side, side, 3]: by Pillow's bilinear or bicubic filter (each averages
-    when it shrinks), cut to the frame, then zeros right and bottom."""
+    """uint8 RGB [H, W, 3], or grey [H, W], -> uint8 RGB [side, side, 3]: resized with Pillow's bilinear or bicubic filter (both
+    antialias), cropped to the frame, padded with zeros at the right and bottom."""
     rows, cols = frame.size
     source = Image.fromarray(image)
     if max(frame.content_height, frame.content_width) <= _MAX_FULL_RESIZE * frame.side:
-        whole = source.resize((frame.content_width, frame.content_height), _FILTERS[resample])
-        resized = np.asarray(whole.crop((-frame.offset_x, -frame.offset_y, cols - frame.offset_x, rows - frame.offset_y)))
+        full = source.resize((frame.content_width, frame.content_height), _FILTERS[resample])
+        resized = np.asarray(full.crop((-frame.offset_x, -frame.offset_y, cols - frame.offset_x, rows - frame.offset_y)))
     else:
-        # A strip would be enlarged beyond all memory: only the visible part is made, which Pillow may round 1 off.
+        # A long strip would exceed the memory: only the visible part is resized, which may differ by 1.
         left, top = -frame.offset_x / frame.scale_x, -frame.offset_y / frame.scale_y
         box = (left, top, min(left + cols / frame.scale_x, frame.width), min(top + rows / frame.scale_y, frame.height))
         resized = np.asarray(source.resize((cols, rows), _FILTERS[resample], box=box))
     if resized.shape == (frame.side, frame.side, 3):
         return resized
     out = np.zeros((frame.side, frame.side, 3), np.uint8)
-    for channel in range(3):  # faster than one assignment that broadcasts
+    for channel in range(3):  # faster than one broadcasting assignment
         out[:rows, :cols, channel] = resized if resized.ndim == 2 else resized[:, :, channel]
     return out
 
@@ -184,9 +184,9 @@ def image_to_frame(image: np.ndarray, frame: Frame, resample: str = "bilinear") 
 def mask_to_frame(mask: np.ndarray, frame: Frame, mask_side: int) -> np.ndarray:
     """bool [H, W] -> uint8 [M, M]: the target in the (padded) frame at mask resolution.
 
-    A cell is 1 where the mask covers at least half of the part of the cell that lies in the image; so a structure at
-    the image's edge, or an image thinner than a cell, is not lost to the padding. Where a mask reaches half of no cell,
-    its best covered cells are taken: an entity that is there never becomes an empty target.
+    A cell is 1 if the mask covers at least half of the part of the cell that is inside the image, so that a structure at the image's edge,
+    or an image narrower than a cell, is not lost to the padding. If a mask covers half of no cell, the cells with the largest coverage
+    are taken: an entity that is present never becomes an empty target.
     """
     out = np.zeros((mask_side, mask_side), np.uint8)
     mask = np.asarray(mask, bool)
@@ -205,7 +205,7 @@ def mask_to_frame(mask: np.ndarray, frame: Frame, mask_side: int) -> np.ndarray:
 
 
 def _cell_edges(cell: float, start: int, stop: int, size: int, mask_side: int) -> tuple[int, np.ndarray]:
-    """(index of the first cell that meets pixels start … stop-1, edges of these cells in pixels, cut at the image's end)."""
+    """(index of the first cell that overlaps pixels start … stop-1, edges of these cells in pixels, clipped at the image's end)."""
     first = int(start / cell)
     last = min(mask_side, int(np.ceil(stop / cell - 1e-9)))
     return first, np.minimum(np.arange(first, last + 1) * cell, size)
@@ -216,13 +216,13 @@ def _integrate(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     total = np.zeros((len(values) + 1, values.shape[1]), np.int32 if values.dtype == np.uint8 else np.float64)
     np.cumsum(values, axis=0, out=total[1:])
     at = np.clip(edges, 0, len(values))
-    whole = np.minimum(at.astype(int), len(values) - 1)
-    return np.diff(total[whole] + (at - whole)[:, None] * values[whole], axis=0)
+    index = np.minimum(at.astype(int), len(values) - 1)
+    return np.diff(total[index] + (at - index)[:, None] * values[index], axis=0)
 
 
 def logits_to_image(logits: np.ndarray, frame: Frame, height: int, width: int) -> np.ndarray:
     """float [M, M] of the frame -> float32 [height, width]: as SAM and LISA do, bilinear to the frame's side, crop to the
-    content, bilinear to the original size (align_corners False, no antialias). Both steps are one matrix for each axis."""
+    content, bilinear to the original size (align_corners False, no antialias). Both steps are one matrix per axis."""
     rows, _, _ = _upsampler(logits.shape[0], frame.side, frame.content_height, height)
     cols, _, _ = _upsampler(logits.shape[1], frame.side, frame.content_width, width)
     return _apply(rows, np.asarray(logits, np.float32), cols)
@@ -233,7 +233,7 @@ def mask_from_logits(logits: np.ndarray, frame: Frame, height: int, width: int) 
     logits = np.asarray(logits, np.float32)
     rows, *reach_y = _upsampler(logits.shape[0], frame.side, frame.content_height, height)
     cols, *reach_x = _upsampler(logits.shape[1], frame.side, frame.content_width, width)
-    # An interpolated value is positive only where a cell it mixes is: nothing else is computed.
+    # An interpolated value can be positive only if one of its cells is, so only such values are computed.
     positive = logits > 0
     y, x = _outputs(*reach_y, positive.any(1)), _outputs(*reach_x, positive.any(0))
     out = np.zeros((height, width), bool)
@@ -243,12 +243,12 @@ def mask_from_logits(logits: np.ndarray, frame: Frame, height: int, width: int) 
 
 
 def _apply(rows: csr_array, values: np.ndarray, cols: csr_array) -> np.ndarray:
-    """rows · values · colsᵀ. Sparse: each output mixes at most four cells, and BLAS would fight the other workers for cores."""
+    """rows · values · colsᵀ. Sparse: each output mixes at most four cells, and BLAS would compete with other workers for cores."""
     return rows @ np.ascontiguousarray((cols @ np.ascontiguousarray(values.T)).T)
 
 
 def _outputs(first: np.ndarray, last: np.ndarray, cells: np.ndarray) -> slice:
-    """The outputs that mix any cell between the first and the last that is set; `first` and `last` as `_upsampler` gives them."""
+    """The outputs that mix any cell between the first and the last set one. first, last: as returned by `_upsampler`."""
     found = np.flatnonzero(cells)
     if not len(found):
         return slice(0, 0)
@@ -268,7 +268,7 @@ def _upsampler(mask_side: int, side: int, content: int, size: int) -> tuple[csr_
 
 
 def _bilinear_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(lower tap, upper tap, weight of the upper) of each of `target` samples: F.interpolate(mode="bilinear") of torch."""
+    """(lower tap, upper tap, weight of the upper) of each of `target` samples, as torch's F.interpolate(mode="bilinear")."""
     at = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
     low = np.minimum(at.astype(int), source - 1)
     return low, np.minimum(low + 1, source - 1), at - low
@@ -276,9 +276,9 @@ def _bilinear_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np
 
 def augment(image: np.ndarray, masks: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
     """One random variant of uint8 RGB [H, W, 3] and its bool masks [H, W]: rotation up to 10 degrees, scale 0.9 to 1.1,
-    shift up to 6 % of each side, all masks moved with the image; then gain, gamma and noise of the intensities.
+    shift up to 6 % of each side, applied to the image and all masks; then gain, gamma and noise of the intensities.
 
-    Never a flip: left and right are anatomy. Where the move would push more than half of a mask out, the image stays.
+    The image is never flipped: left and right are anatomy. If more than half of a mask would leave the image, it is not moved.
     """
     affine = _random_affine(*image.shape[:2], rng)
     intensities = rng.uniform((0.85, 0.8, 0.0), (1.15, 1.25, 4.0))
@@ -300,7 +300,7 @@ def _random_affine(height: int, width: int, rng: np.random.Generator) -> tuple[f
 
 
 def _warp(values: np.ndarray, affine: tuple[float, ...], box: tuple[int, int, int, int]) -> np.ndarray:
-    """The part [x0, y0, x1, y1) of the moved uint8 image; black where it comes from outside."""
+    """The part [x0, y0, x1, y1) of the moved uint8 image; black outside the original image."""
     x0, y0, x1, y1 = box
     a, b, c, d, e, f = affine
     shifted = (a, b, c + a * x0 + b * y0, d, e, f + d * x0 + e * y0)
@@ -309,7 +309,7 @@ def _warp(values: np.ndarray, affine: tuple[float, ...], box: tuple[int, int, in
 
 
 def _warp_mask(mask: np.ndarray, affine: tuple[float, ...]) -> np.ndarray:
-    """bool [H, W] -> bool [H, W]; only the box in which the moved mask can lie is computed."""
+    """bool [H, W] -> bool [H, W]; only the box that can contain the moved mask is computed."""
     height, width = mask.shape
     out = np.zeros((height, width), bool)
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -329,7 +329,7 @@ def _intensity(image: np.ndarray, gain: float, gamma: float, noise: float, rng: 
     """gain·x^gamma, then Gaussian noise of that many grey levels, the same in all channels: a grey image stays grey."""
     levels = np.clip(255 * gain * (np.arange(256) / 255) ** gamma, 0, 255)
     out = np.asarray(Image.fromarray(image).point(np.rint(levels).astype(int).tolist() * 3)).astype(np.int16)
-    # 256 quantiles stand for the normal distribution: a tenth of the cost of drawing it.
+    # 256 quantiles approximate the normal distribution at a tenth of the cost of sampling it.
     quantiles = np.rint(noise * ndtri((np.arange(256) + 0.5) / 256)).astype(np.int16)
     out += quantiles[rng.integers(0, 256, image.shape[:2], np.uint8)][:, :, None]
     return np.clip(out, 0, 255).astype(np.uint8)

@@ -125,36 +125,39 @@ def spec(path: str, shape: tuple[int, ...]) -> P:
     return mesh_axes(*[None] * (len(shape) - len(axes)), *axes) if axes else P()
 
 
-def param_shardings(tree: dict, mesh: Mesh, whole: dict[str, str] | None = None, axes: Sequence[str] = AXES) -> dict:
+def param_shardings(tree: dict, mesh: Mesh, unsharded: dict[str, str] | None = None, axes: Sequence[str] = AXES) -> dict:
     """NamedSharding for every leaf of a nested dict of arrays (or shapes), over those mesh `axes` alone. A dimension that an axis does
-    not divide is not split; `whole` then says why, by the parameter's path."""
+    not divide is not split; `unsharded` then says why, by the parameter's path."""
     made = {}
     for path, leaf in pathtree.flatten(tree).items():
-        partition = [axis if axis in axes else None for axis in spec(path, leaf.shape)]
-        for i, (size, axis) in enumerate(zip(leaf.shape, partition, strict=False)):
-            if axis is not None and size % mesh.shape[axis]:
-                partition[i] = None
-                if whole is not None:
-                    whole[path] = f"{mesh.shape[axis]} does not divide axis of {size} of parameter {path}"
+        partition = []
+        for size, entry in zip(leaf.shape, spec(path, leaf.shape), strict=False):
+            names = tuple(axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if axis in axes)
+            shards = math.prod(mesh.shape[axis] for axis in names)
+            if size % shards:
+                names = ()
+                if unsharded is not None:
+                    unsharded[path] = f"{shards} does not divide axis of {size} of parameter {path}"
+            partition.append(names if len(names) > 1 else names[0] if names else None)
         made[path] = NamedSharding(mesh, P(*partition))
     return pathtree.unflatten(made)
 
 
 class ModelShardings(NamedTuple):
     """Of a model: shardings of its trained and its frozen parameters (nested dicts); reason: where the frozen base lives and why, in one
-    line; whole: {path: why} of parameters that an axis does not divide, which are not split over it."""
+    line; unsharded: {path: why} of parameters that an axis does not divide, which are not split over it."""
 
     train: dict
     frozen: dict
     reason: str
-    whole: dict[str, str]
+    unsharded: dict[str, str]
 
 
 def model_shardings(cfg: MeshConfig, mesh: Mesh, memory: int | None, train: dict, frozen: dict) -> ModelShardings:
     """train, frozen: nested dicts of shapes. memory: bytes of a device, None if it is not known."""
-    whole: dict[str, str] = {}
+    unsharded: dict[str, str] = {}
     axes, reason = _base_axes(cfg, mesh, memory, frozen)
-    return ModelShardings(param_shardings(train, mesh, whole), param_shardings(frozen, mesh, whole, axes), reason, whole)
+    return ModelShardings(param_shardings(train, mesh, unsharded), param_shardings(frozen, mesh, unsharded, axes), reason, unsharded)
 
 
 def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) -> tuple[tuple[str, ...], str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,12 +88,28 @@ def test_an_axis_that_does_not_divide_stays_whole_and_says_why():
     mesh = jax.sharding.AbstractMesh((1, 1, 1, 4), sharding.AXES)
     shapes = {"embedding/base": (32003, 4096), "lm_head/base": (4096, 32003), "llm/layers/block/q/kernel": (32, 4096, 4096)}
     tree = pathtree.unflatten({path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in shapes.items()})
-    whole = {}
-    placed = {path: place.spec for path, place in pathtree.flatten(sharding.param_shardings(tree, mesh, whole)).items()}
+    unsharded = {}
+    placed = {path: place.spec for path, place in pathtree.flatten(sharding.param_shardings(tree, mesh, unsharded)).items()}
     assert placed["embedding/base"] == P(None, "fsdp") and placed["lm_head/base"] == P("fsdp", None)
     assert placed["llm/layers/block/q/kernel"] == P(None, "fsdp", "tensor")
-    assert whole["embedding/base"] == "4 does not divide axis of 32003 of parameter embedding/base"
-    assert set(whole) == {"embedding/base", "lm_head/base"}
+    assert unsharded["embedding/base"] == "4 does not divide axis of 32003 of parameter embedding/base"
+    assert set(unsharded) == {"embedding/base", "lm_head/base"}
+
+
+def test_every_axis_is_named_in_one_place():
+    """Rules name logical axes, logical axes mesh axes; no other module knows a mesh axis that parameters are split over."""
+    assert {axis for axes in sharding.RULES.values() for axis in axes} - {None} <= sharding.LOGICAL_AXES.keys()
+    assert {axis for axes in sharding.LOGICAL_AXES.values() for axis in axes} == set(sharding.AXES)
+    package = Path(sharding.__file__).parent
+    naming = {str(path.relative_to(package)) for path in package.rglob("*.py") if re.search(r'"(fsdp|tensor)"', path.read_text())}
+    assert naming == {"sharding.py"}
+
+
+def test_the_table_of_logical_axes_places_activations_and_parameters(monkeypatch):
+    assert sharding.mesh_axes("batch", "sequence", "heads") == P(("slice", "data", "fsdp"), None, "tensor")
+    assert sharding.mesh_axes(None, "embed") == P(None, "fsdp") and sharding.mesh_axes() == P()
+    monkeypatch.setitem(sharding.LOGICAL_AXES, "vocab", ("fsdp", "tensor"))
+    assert sharding.spec("lm_head/base", (4096, 32000)) == P("fsdp", ("fsdp", "tensor"))
 
 
 MACHINES = {  # mesh sizes, kind of the device
@@ -115,7 +132,7 @@ def test_the_full_model_lies_where_the_golden_file_says(machine):
     train, frozen = pathtree.partition(parameters.typed(config, shapes), lambda path: rates[path] is not None)
     mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
     placed = sharding.model_shardings(config.mesh, mesh, hardware.of_kind(kind).memory, train, frozen)
-    lines = [f"mimo_7b on {machine}: {dict(mesh.shape)}", placed.reason, *placed.whole.values()]
+    lines = [f"mimo_7b on {machine}: {dict(mesh.shape)}", placed.reason, *placed.unsharded.values()]
     for what, tree, places in (("trained", train, placed.train), ("frozen", frozen, placed.frozen)):
         lines.append(f"{what}: {sharding.bytes_per_device(tree, places) / 2**20:,.1f} MiB a device")
         flat = pathtree.flatten(places)
@@ -161,9 +178,9 @@ def test_integers_are_sharded_as_the_matrices_that_they_stand_for(weights):
             assert sharding.spec(path, leaf.shape) == partition
             assert sharding.spec(f"{kernel}_scale", held[f"{kernel}_scale"].shape)[-1] == partition[-1], "with the outputs"
     mesh = jax.sharding.AbstractMesh((1, 1, 1, 8), sharding.AXES)
-    whole = {}
-    sharding.param_shardings(mimo.abstract(config.with_quantization(weights))[1], mesh, whole)
-    assert not whole, "all divide"
+    unsharded = {}
+    sharding.param_shardings(mimo.abstract(config.with_quantization(weights))[1], mesh, unsharded)
+    assert not unsharded, "all divide"
 
 
 SPLIT = """

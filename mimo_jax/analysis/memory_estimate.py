@@ -61,12 +61,13 @@ def estimate_memory(
     lower: makes the programs of a conversation from the config and the shapes as they will be held
     (`mimo_jax.infer.engine.lower_conversation`). Returns
 
-        quantization, devices (their number), device (what they are), whole {path: why it is not split over the devices}
+        quantization, devices (their number), device (what they are), unsharded {path: why it is not split over the devices}
         parameters {part: {bytes, dtypes}}, loading (beside these, while they are read; 0 where they stay as they are)
         cache, slots (its tokens), features (of one image), temporaries {function: bytes, what it returns included}
         total (at the worst moment), available, fits, other {quantization: total of those}"""
-    made = {"quantization": quantization, "devices": jax.local_device_count(), "device": jax.local_devices()[0].device_kind, "whole": {}}
-    held = _placed(config, _held(shapes, config, quantization), made["whole"])
+    made = {"quantization": quantization, "unsharded": {}}
+    made |= {"devices": jax.local_device_count(), "device": jax.local_devices()[0].device_kind}
+    held = _placed(config, _held(shapes, config, quantization), made["unsharded"])
     made["parameters"] = parameters(held)
     asked = lower(config.with_quantization(quantization), pathtree.unflatten(held), tokenizer)
     made |= {"slots": asked.slots, "temporaries": {name: _temporaries(program) for name, program in asked.programs.items()}}
@@ -109,7 +110,7 @@ def table(made: dict) -> str:
     wide = max(len(name) for name, *_ in rows)
     devices = f"on each of {made['devices']} devices" if made["devices"] > 1 else "on one device"
     lines = [f"{devices} ({made['device']}):", *(f"  {name:{wide}}  {_size(size):>9}  {about}".rstrip() for name, size, about in rows)]
-    lines += [f"not split over the devices: {reason}" for reason in made["whole"].values()]
+    lines += [f"not split over the devices: {reason}" for reason in made["unsharded"].values()]
     if made["fits"]:
         return "\n".join([*lines, "it fits"])
     smaller = [f"--quantize {w} takes {_size(size)}" for w, size in made["other"].items() if size <= made["available"]]
@@ -130,12 +131,12 @@ def _held(shapes: dict, config: Config, quantization: str) -> dict:
     return held
 
 
-def _placed(config: Config, shapes: dict, whole: dict) -> dict:
+def _placed(config: Config, shapes: dict, unsharded: dict) -> dict:
     """The same shapes where `load_for_inference` puts them."""
     mesh = sharding.inference_mesh(config.model.llm)
     if mesh is None:
         return shapes
-    places = pathtree.flatten(sharding.param_shardings(pathtree.unflatten(shapes), mesh, whole))
+    places = pathtree.flatten(sharding.param_shardings(pathtree.unflatten(shapes), mesh, unsharded))
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in shapes.items()}
 
 

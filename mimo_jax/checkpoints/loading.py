@@ -59,7 +59,7 @@ def load_for_inference(
             "or give --allow-untrained to see what comes out"
         )
     mesh = sharding.inference_mesh(config.model.llm)
-    leaves = LazyParams(path, base_at, partial(sharding.param_shardings, mesh=mesh, whole={}) if mesh else None)
+    leaves = LazyParams(path, base_at, partial(sharding.param_shardings, mesh=mesh, unsharded={}) if mesh else None)
     params = leaves.load(quantization)
     extra = files.read_json(run / "steps" / str(leaves.step) / "extra.json")
     origin = f"{run} step {leaves.step}, {checkpoint.origin(run)}{f', language model in {quantization}' if quantization else ''}"

@@ -59,7 +59,7 @@ def constrain_batch(tree: Any) -> Any:
         return tree
 
     def place(x: jax.Array) -> jax.Array:
-        whole = x.ndim == 0 or x.shape[0] % num_batch_shards(mesh)
-        return x if whole else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, mesh_axes("batch")))
+        undivided = x.ndim == 0 or x.shape[0] % num_batch_shards(mesh)
+        return x if undivided else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, mesh_axes("batch")))
 
     return jax.tree.map(place, tree)

@@ -26,7 +26,7 @@ from mimo_jax.train.optimizer import make_optimizer
 class TrainSetup:
     """Everything that is known before an array exists: graph, shapes, dtypes, shardings, optimizer.
 
-    base_reason: one line that says where the frozen base lives, and why; whole: {path: why} of parameters that the mesh does not
+    base_reason: one line that says where the frozen base lives, and why; unsharded: {path: why} of parameters that the mesh does not
     divide, which are then not split. ConfigError for a batch that the mesh does not divide."""
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -39,7 +39,7 @@ class TrainSetup:
         self.train, self.frozen = pathtree.partition(self.params, self.trains)
         memory = hardware.memory_of(mesh.devices.flat[0])
         placed = sharding.model_shardings(config.mesh, mesh, memory, self.train, self.frozen)
-        self.train_shardings, self.frozen_shardings, self.base_reason, self.whole = placed
+        self.train_shardings, self.frozen_shardings, self.base_reason, self.unsharded = placed
         self.param_shardings = pathtree.merge(self.train_shardings, self.frozen_shardings)
         self.state = jax.eval_shape(self._state_of, self.train)
         self.state_shardings = self._place(self.state)

@@ -65,8 +65,8 @@ class Loader:
         self._bad: dict[str, dict] = {}
 
     def use_features(self, fingerprint: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """From now on batches carry the features that `FeatureFolder.read` returns, in place of pictures; shapes: as of `FeatureFolder`. Raises
-        DataError for a source that has none of the encoders of that fingerprint."""
+        """From now on batches carry the features that `FeatureFolder.read` returns, in place of pictures. shapes: as of `FeatureFolder`.
+        Raises DataError for a source that has none of the encoders of that fingerprint."""
         order, maker = self._batches.order, self._batches.maker
         maker.features = [open_features(source, fingerprint, shapes) for source in order.sources]
 

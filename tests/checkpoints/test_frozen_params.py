@@ -1,7 +1,7 @@
 """The frozen base: written once, found wherever it is, held to its hashes."""
 
-import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -100,8 +100,9 @@ def test_base_of_other_shapes_is_listed(tmp_path):
 
 
 def test_a_base_swapped_under_a_step_is_noticed(tmp_path):
-    begin(tmp_path, steps=(3,))
-    record = json.loads((tmp_path / "base.json").read_text())
-    (tmp_path / "base.json").write_text(json.dumps(record | {"fingerprint": "0" * 64}))
+    run, other = tmp_path / "a", tmp_path / "other"
+    begin(run, steps=(3,))
+    begin(other, frozen=frozen_tree(1))
+    shutil.copy(other / "base.json", run)
     with pytest.raises(CheckpointError, match="another frozen base"):
-        loading.load_params(tmp_path)
+        loading.load_params(run)

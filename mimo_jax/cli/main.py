@@ -98,8 +98,8 @@ The environment variable MIMO_TRACEBACK=1 adds the traceback of any error.""",
 
     convert = commands.add_parser(
         "convert",
-        help="PyTorch checkpoints to mimo_jax and back",
-        description="Turn CLIP, Vicuna, SAM, LoRA and whole LISA checkpoints into a mimo_jax checkpoint, and back.",
+        help="convert PyTorch checkpoints to mimo_jax and back",
+        description="Convert CLIP, Vicuna, SAM, LoRA and complete LISA checkpoints to a mimo_jax checkpoint, and back.",
     )
     add_verbs(convert)
     return top
@@ -129,8 +129,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     known = command.flags
     for argument in argv:
         flag = argument.split("=")[0]
-        takes_overrides = command.get_default("overrides") is not None
-        if flag[:2] == "--" and flag not in known and not (takes_overrides and flag.startswith(("--config.", "--noconfig."))):
+        accepts_overrides = command.get_default("overrides") is not None
+        if flag[:2] == "--" and flag not in known and not (accepts_overrides and flag.startswith(("--config.", "--noconfig."))):
             near = difflib.get_close_matches(flag, known, 1)
             raise UserError(f"{flag}: is unknown; {f'did you mean {near[0]}?' if near else f'see {command.prog} --help'}")
     args, rest = top.parse_known_args(argv)

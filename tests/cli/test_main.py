@@ -383,7 +383,7 @@ def test_ask_of_a_scan_says_what_is_wrong_before_a_model_is_loaded(scanned, caps
     saved(dicom(slices()[0]), folder / "another")
     assert main.main(argv) == 2
     listed = capsys.readouterr().err.splitlines()
-    assert "has 2 series, sizes or directions" in listed[0] and listed[1:] == ["  1: 4 pictures, CT, 10x8", "  2: 1 picture, CT, 10x8"]
+    assert "has 2 series, sizes or directions" in listed[0] and listed[1:] == ["  1: 4 images, CT, 10x8", "  2: 1 image, CT, 10x8"]
     assert "checkpoint" not in scanned and len(paths) == 4
 
 

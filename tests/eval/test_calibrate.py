@@ -81,7 +81,7 @@ def test_it_goes_with_its_step(folder, tmp_path):
 
 def test_too_little_to_fit_on_is_said_before_anything_is_asked(folder):
     path = folder / "run" / "steps" / "1" / "calibration.json"
-    with pytest.raises(CalibrationError, match="split test has 9 marked structures.*100"):
+    with pytest.raises(CalibrationError, match="split test has 9 annotated structures.*100"):
         cal.calibrate_checkpoint(folder / "run" / "steps" / "1", folder / "data", "test")
     with pytest.raises(CalibrationError, match="split val has"):
         cal.calibrate_checkpoint(folder / "run" / "steps" / "1", folder / "data", "val", limit=20)
@@ -103,5 +103,5 @@ def test_at_the_end_of_training_it_reads_the_runs_own_sources(folder, capsys):
 
 def test_a_folder_that_may_not_be_written_is_said_first(folder, monkeypatch):
     monkeypatch.setattr(cal.os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="calibration.json: may not be written"):
+    with pytest.raises(UserError, match="calibration.json: no permission to write"):
         cal.calibrate_checkpoint(folder / "run", folder / "data", "val")

@@ -70,7 +70,7 @@ class Oracle:
     def check(self, request):
         pass
 
-    def converse(self, requests):
+    def generate(self, requests):
         self.requests += requests
         made = []
         for request in requests:

@@ -167,11 +167,11 @@ def test_what_cannot_be_asked_is_listed_with_the_reason_and_the_rest_is_done(mim
         ("{", "requests.jsonl, line 2: is not JSON"),
         (ask | {"questoin": "?"}, "'questoin' is unknown; did you mean question?"),
         (ask | {"id": "FIRST"}, "id FIRST is also that of request 1"),
-        (ask | {"image": "zero.png"}, "zero.png: not an image that can be read"),
-        (ask | {"image": "text.png"}, "text.png: not an image that can be read"),
+        (ask | {"image": "zero.png"}, "zero.png: not an image of a supported format"),
+        (ask | {"image": "text.png"}, "text.png: not an image of a supported format"),
         (ask | {"image": "bomb.png"}, "Image size (10000000000 pixels) exceeds limit"),
         (ask | {"image": "volume.nii.gz"}, "is a volume; choose a slice, such as slice k:2: i (near sagittal) has 6"),
-        (ask | {"image": "volume.nii.gz", "slice": "k:9"}, "slice k:9 is not there"),
+        (ask | {"image": "volume.nii.gz", "slice": "k:9"}, "slice k:9 does not exist"),
         (ask | {"points": [[99, 2]]}, "prompts: point 0: (99, 2) is outside the image of 56x40"),
         (ask | {"mask": "mask.png"}, "mask mask.png: a mask of 9x9 pixels, the image has 56x40"),
         (ask | {"boxes": [[1, 2, 3, 4]] * 9}, "this model takes 12 in a turn"),
@@ -208,7 +208,7 @@ def test_a_folder_with_medical_files_is_saved_on_their_grids(mimo, tmp_path):
     assert done == BatchResult(5, 4, 2, False, 1)
     failed = read(tmp_path / "out" / "failed.jsonl")
     assert [f["file"] for f in failed] == ["000.png", "notes.txt"] and "has no geometry" in failed[0]["reason"]
-    assert "not an image that can be read" in failed[1]["reason"]
+    assert "not an image of a supported format" in failed[1]["reason"]
     lines = read(tmp_path / "out" / "answers.jsonl")
     assert [line["files"] for line in lines] == [[], *([f"0000{n}-{name}.nii.gz"] for n, name in ((2, "a"), (3, "b"), (4, "c")))]
 
@@ -256,7 +256,7 @@ def test_whole_scans_are_asked_slice_by_slice(mimo, tmp_path):
     answers = read(tmp_path / "some" / "answers.jsonl")
     assert [len(line.get("texts", "1")) for line in answers] == [20, 1, 1]
     reasons = [failure["reason"] for failure in read(tmp_path / "some" / "failed.jsonl")]
-    assert all("a volume takes one question without prompts" in reason for reason in reasons[:2]) and "series 2 is not there" in reasons[2]
+    assert all("a volume takes one question without prompts" in reason for reason in reasons[:2]) and "series 2 does not exist" in reasons[2]
 
 
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(tmp_path):
@@ -375,6 +375,6 @@ def test_a_killed_process_is_gone_on_with_to_the_same_bytes(run, mimo, tmp_path)
             file.write(b'{"id": "00')  # as a kill amid writing leaves it
     done = run_batch(lambda: mimo, path, out, save=(".npy",), resume=True)
     assert done == run_batch(lambda: mimo, path, tmp_path / "whole", save=(".npy",))
-    assert (done.answered, done.failed) == (55, 9)  # one of the seven pictures is not there
+    assert (done.answered, done.failed) == (55, 9)  # one of the seven images is missing
     for file in (tmp_path / "whole").iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes()

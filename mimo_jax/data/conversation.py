@@ -4,17 +4,17 @@
 
 Axis letters: T tokens, Q queries of X_q, R user turns.
 
-`<image>` stands for the Q positions of that turn's X_q. Three pieces are encoded apart from each other: what stands before
-the image, what stands between it and the answer, and the answer; so training and generation tokenise alike. With
-`data.image_tokens`, X_q stands between two tokens of the base vocabulary, and white space next to these is stripped, as it is by
-the slow Llama tokenizer of transformers 4.31, with which LISA was trained:
+`<image>` stands for the Q positions of that turn's X_q. Three pieces are encoded separately: the text before the image, the text between
+it and the answer, and the answer; so training and generation tokenise in the same way. With `data.image_tokens`, X_q is placed between two
+tokens of the base vocabulary, and white space next to these is stripped, as by the slow Llama tokenizer of transformers 4.31, with which
+LISA was trained:
 
     {system} USER:<im_start><image><im_end>{question} ASSISTANT: {answer}</s>
 
-Grounding tokens go in between the tokens of the clean answer, the space before a phrase inside the phrase:
-"The liver is" -> ▁The <p> ▁liver <SEG> </p> ▁is. (With the space outside, Llama makes it a token of its own. GLaMM's
-tokenizer, transformers 4.28 with its stripping of spaces around added tokens, gave the same ids.) `model.seg_position` says where
-<SEG> stands; with "bare" it stands alone: ▁The ▁liver <SEG> ▁is.
+Grounding tokens are inserted between the tokens of the clean answer, with the space before a phrase inside the phrase:
+"The liver is" -> ▁The <p> ▁liver <SEG> </p> ▁is. (Outside the phrase, Llama would encode the space as a separate token. GLaMM's
+tokenizer, transformers 4.28 with its stripping of spaces around added tokens, gave the same ids.) `model.seg_position` sets the position
+of <SEG>; with "bare" there is no phrase: ▁The ▁liver <SEG> ▁is.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ _NO_SPACE_BEFORE = tuple(".,;:!?)")
 
 
 class SampleError(UserError):
-    """A sample that this model cannot take; the message names the sample and the remedy. Nothing is truncated silently."""
+    """A sample that this model cannot encode; the message names the sample and the remedy. Nothing is truncated silently."""
 
 
 @dataclass
 class Rendered:
     """One sample as ids. Arrays have length T, unpadded."""
 
-    input_ids: np.ndarray  # int32; 0 where X_q goes
-    query_index: np.ndarray  # int32; turn * Q + q where X_q goes, else -1
-    loss_mask: np.ndarray  # float32; 1 on the assistant's tokens and what ends each answer
+    input_ids: np.ndarray  # int32; 0 at the positions of X_q
+    query_index: np.ndarray  # int32; turn * Q + q at the positions of X_q, else -1
+    loss_mask: np.ndarray  # float32; 1 on the assistant's tokens and the stop token of each answer
     instructions: list[list[int]]  # per user turn, at most `aligner.max_text` ids
-    prompted: list[list[str]]  # per user turn, ids of the masks that the user points at
+    prompted: list[list[str]]  # per user turn, ids of the prompted masks
     seg_positions: list[int]  # position of each <SEG>
-    seg_targets: list[list[str]]  # ids of the masks that it stands for
-    answer_masks: list[list[str] | None]  # per user turn, ids of all masks that the answer is about; None: unknown, or not trained on
+    seg_targets: list[list[str]]  # ids of the masks of each <SEG>
+    answer_masks: list[list[str] | None]  # per user turn, ids of all masks that the answer is about; None: unknown or unused
 
 
 def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
-    """Ids, loss mask and `<SEG>` positions of a sample, the latter read off the spliced sequence.
+    """Ids, loss mask and `<SEG>` positions of a sample.
 
     Targets that share a span share one `<SEG>`. Raises SampleError for turns that do not alternate, more than
     `model.max_turns` of them, more than `model.max_segs` spans, overlapping spans, or more tokens than the largest bucket.
@@ -65,7 +65,7 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
     name = f"sample {sample.sample_id}"
     roles = [turn.role for turn in sample.turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise SampleError(f"{name}: its turns are {', '.join(roles) or 'none'}; user and assistant must take turns, user first")
+        raise SampleError(f"{name}: its turns are {', '.join(roles) or 'none'}; user and assistant must alternate, user first")
     if len(roles) // 2 > model.max_turns:
         raise SampleError(f"{name}: has {len(roles) // 2} user turns; raise config.model.max_turns ({model.max_turns}) or split it")
     ids: list[int] = []
@@ -99,21 +99,21 @@ def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
 
 
 def _answer_masks(sample: Sample, turn: int) -> list[str] | None:
-    """Ids of the masks that an assistant turn is about, none of them where it says that what was asked for is not there."""
+    """Ids of the masks that an assistant turn is about, [] if it says that the entity is absent; None if the turn has no target."""
     targets = [target for target in sample.targets if target.turn == turn]
     return sorted({mask_id for target in targets for mask_id in target.mask_ids}) if targets else None
 
 
 def template_text(config: Config, turns: Sequence[str]) -> str:
-    """The words of a conversation in its template, for learning a tokenizer: users' and assistants' texts by turns."""
+    """The words of a conversation in its template, for training a tokenizer. turns: texts of user and assistant, alternating."""
     template = CHAT_TEMPLATES[config.data.chat_template]
     names = [re.sub(_any_of(template.tokens), "", name).strip() for name in (template.user, template.assistant)]
     return " ".join([config.system_prompt(), *(f"{names[i % 2]} {text}" for i, text in enumerate(turns))])
 
 
 def encode_user_turn(tokenizer: Tokenizer, config: Config, question: str, turn_index: int, first: bool) -> tuple[list[int], list[int]]:
-    """(ids, query_index) of one user turn up to where the answer begins. `first`: it opens the conversation, with <s> and the
-    system prompt. `turn_index` is the turn's row in X_q. TokenizerError for a control token that the tokenizer lacks."""
+    """(ids, query_index) of one user turn up to the answer. turn_index: the turn's row in X_q. first: whether it opens the conversation,
+    with <s> and the system prompt. Raises TokenizerError for a control token that the tokenizer lacks."""
     queries = config.model.query_tokens()
     template = CHAT_TEMPLATES[config.data.chat_template]
     system = config.system_prompt() if first else ""
@@ -130,8 +130,8 @@ def encode_user_turn(tokenizer: Tokenizer, config: Config, question: str, turn_i
 
 
 def _pieces(template: ChatTemplate, text: str, **fields: str) -> list[str]:
-    """A text of the template cut at its control tokens, which stand at odd places, and then filled in: what a user writes is never
-    taken for one of them."""
+    """A text of the template, split at its control tokens, which get odd indices, and then filled in, so that a user's text is never
+    mistaken for a control token."""
     pieces = re.split(f"({_any_of(template.tokens)})", text)
     for name, value in fields.items():
         pieces = [piece.replace(f"{{{name}}}", value) for piece in pieces]
@@ -139,7 +139,7 @@ def _pieces(template: ChatTemplate, text: str, **fields: str) -> list[str]:
 
 
 def _any_of(tokens: Sequence[str]) -> str:
-    """A regex of any of these tokens; one that matches nothing where there are none."""
+    """A regex that matches any of these tokens, or nothing if there are none."""
     return "|".join(map(re.escape, tokens)) or r"(?!)"
 
 
@@ -160,34 +160,34 @@ def stop_id(tokenizer: Tokenizer, config: Config) -> int:
 
 
 def instruction_ids(tokenizer: Tokenizer, config: Config, question: str) -> list[int]:
-    """What the aligner reads of a turn: its first `aligner.max_text` ids. (The language model always reads all of it.)"""
+    """The part of a turn that the aligner reads: its first `aligner.max_text` ids. (The language model reads all of it.)"""
     return tokenizer.encode(question)[: config.model.aligner.max_text]
 
 
 def encode_answer(tokenizer: Tokenizer, config: Config, text: str, spans: Iterable[Sequence[int]] = ()) -> list[int]:
-    """Ids of an answer in clean text, one `<SEG>` for each [start, end) of `spans`, and what ends it. Spans must not overlap."""
-    place, seg, p_close = config.model.seg_position, tokenizer.seg, tokenizer.p_close
-    closing = {"inside": [seg, p_close], "after": [p_close, seg], "bare": [seg]}[place]
+    """Ids of an answer in clean text with one `<SEG>` for each [start, end) of `spans`, and the stop token. Spans must not overlap."""
+    position, seg, p_close = config.model.seg_position, tokenizer.seg, tokenizer.p_close
+    closing = {"inside": [seg, p_close], "after": [p_close, seg], "bare": [seg]}[position]
     ids: list[int] = []
     at = 0
     started = not CHAT_TEMPLATES[config.data.chat_template].assistant.endswith(" ")
 
-    def say(part: str) -> None:
+    def emit(part: str) -> None:
         nonlocal started
         if part:
             ids.extend(tokenizer.encode(part, continued=started))
             started = True
 
     for start, end in sorted(spans):
-        if place != "bare":
+        if position != "bare":
             before = text[at:start].rstrip(" ")
-            say(before)
+            emit(before)
             ids.append(tokenizer.p_open)
             at += len(before)
-        say(text[at:end])
+        emit(text[at:end])
         ids.extend(closing)
         at = end
-    say(text[at:])
+    emit(text[at:])
     return [*ids, stop_id(tokenizer, config)]
 
 
@@ -198,7 +198,7 @@ def _spans(sample: Sample, turn: int) -> dict[tuple[int, int], list[str]]:
         if target.turn != turn or target.absent or sample.perspective == "vqa":
             continue
         if target.span is None:
-            raise SampleError(f"sample {sample.sample_id}: target {target.entity} has masks and no span; say where the answer names it")
+            raise SampleError(f"sample {sample.sample_id}: target {target.entity} has masks but no span; add the span where the answer names it")
         ids = spans.setdefault((target.span[0], target.span[1]), [])
         ids += [mask_id for mask_id in target.mask_ids if mask_id not in ids]
     ordered = sorted(spans)
@@ -209,7 +209,7 @@ def _spans(sample: Sample, turn: int) -> dict[tuple[int, int], list[str]]:
 
 
 def show(tokenizer: Tokenizer, ids: Sequence[int], query_index: Sequence[int]) -> str:
-    """A sequence as the model gets it, `<image>` for each X_q block, special tokens written out; for logs and goldens."""
+    """The text of a sequence as the model receives it, with `<image>` for each X_q block and special tokens; for logs and goldens."""
     names = {i: name for name, i in tokenizer.control.items() if i != tokenizer.pad or i == tokenizer.eos}
     shown, run, previous = [], [], -1
     for token, query in zip(ids, query_index, strict=True):
@@ -227,16 +227,16 @@ def show(tokenizer: Tokenizer, ids: Sequence[int], query_index: Sequence[int]) -
 
 
 def _verbatim(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Decoded without taking the leading space off."""
+    """The decoded text with its leading space."""
     return tokenizer.decode([tokenizer.seg, *ids])[len("<SEG>") :]
 
 
 def parse_answer(text: str) -> tuple[str, list[dict], list[tuple[str, int, int]]]:
-    """Text with tags -> (clean text, parts, phrases). Never raises, whatever the tags look like.
+    """Text with tags -> (clean text, parts, phrases). Never raises, even for malformed tags.
 
-    phrases[k] = (phrase, start, end) in the clean text belongs to the k-th `<SEG>`: the `<p>` … `</p>` around it, else the
-    one just closed before it, else an empty phrase where it stands. parts = [{"text", "seg": k or None}]: the clean text cut
-    at the phrases, in order, each k once.
+    phrases[k] = (phrase, start, end) in the clean text belongs to the k-th `<SEG>`: the `<p>` … `</p>` around it, else the one closed
+    directly before it, else an empty phrase at its position. parts = [{"text", "seg": k or None}]: the clean text split at the phrases,
+    in order, each k once.
     """
     pieces: list[str] = []
     at = 0
@@ -247,19 +247,19 @@ def parse_answer(text: str) -> tuple[str, list[dict], list[tuple[str, int, int]]
 
 
 def parse_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[dict], list[tuple[str, int, int]]]:
-    """`parse_answer` of generated ids: only real grounding tokens count, text that merely spells a tag is dropped, so that
-    phrases[k] always is the k-th `<SEG>` id."""
+    """`parse_answer` of generated ids: only real grounding tokens are tags; text that merely spells a tag is dropped, so that
+    phrases[k] always belongs to the k-th `<SEG>` id."""
     tags = dict(enumerate(tokenizer.grounding, tokenizer.vocab_size))
     return _assemble([_TAG.sub(" ", p) if isinstance(p, str) else tags[p] for p in tokenizer.pieces(ids)], set(tags.values()))
 
 
 def _assemble(pieces: list[str], tags: set[str]) -> tuple[str, list[dict], list[tuple[str, int, int]]]:
     clean = ""
-    gap = ""  # white space that waits for what follows it
+    gap = ""  # white space before the next piece
     spans: list[list[int]] = []  # [start, end] of each <SEG>
     opened: int | None = None  # start of the open <p>
-    inside: list[int] = []  # <SEG>s within it
-    closed: list[int] | None = None  # the phrase that </p> has just closed
+    inside: list[int] = []  # indices of the <SEG>s within it
+    closed: list[int] | None = None  # the phrase that </p> closed directly before
     for piece in pieces:
         if piece not in tags:
             added = _joiner(clean, gap, piece)
@@ -298,7 +298,7 @@ def _assemble(pieces: list[str], tags: set[str]) -> tuple[str, list[dict], list[
 
 
 def _joiner(clean: str, gap: str, text: str) -> str:
-    """What to append to `clean` for `text`, given the white space in between: one space where a tag stood between two, none
+    """What to append to `clean` for `text`, given the white space in between: one space if a tag was between two, none
     before punctuation, none at the start."""
     if not clean:
         return text.lstrip()
@@ -308,7 +308,7 @@ def _joiner(clean: str, gap: str, text: str) -> str:
         gap = gap.rstrip(" ")
     elif not gap.strip(" ") and text.startswith(_NO_SPACE_BEFORE):
         gap = ""
-    joint = gap + text
-    if _TAG.search(clean[1 - _TAG_LENGTH :] + joint[: _TAG_LENGTH - 1]):  # "<" + "p>" must not become a tag
-        joint = " " + joint
-    return joint
+    joiner = gap + text
+    if _TAG.search(clean[1 - _TAG_LENGTH :] + joiner[: _TAG_LENGTH - 1]):  # "<" + "p>" must not become a tag
+        joiner = " " + joiner
+    return joiner

@@ -1,4 +1,4 @@
-"""An answer as a picture: every entity's mask over the image, the prompts, a legend and the text."""
+"""Draws an answer: every entity's mask over the image, the prompts, a legend and the text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mimo_jax.data.prompts import Prompts
 _COLOURS = (
     (230, 85, 70), (60, 160, 240), (90, 200, 90), (245, 190, 50), (190, 110, 230), (50, 205, 200), (245, 130, 190), (170, 200, 60),
 )  # fmt: skip
-_LONG_SIDE = 512  # an image whose longest side is smaller is enlarged until it reaches this
-_TILE, _GAP = 256, 4  # longest side of a slice on a sheet, and what lies between two
+_LONG_SIDE = 512  # images are enlarged until their longest side has at least this size
+_TILE, _GAP = 256, 4  # longest side of a slice on a sheet, and the gap between two
 _MIN_WIDTH = 320  # of the canvas, for the legend and the caption
 _ALPHA = 0.35
 _BACKGROUND, _TEXT, _FAINT_TEXT = (18, 18, 20), (235, 235, 235), (150, 150, 155)
@@ -25,10 +25,10 @@ _POINT_IN, _POINT_OUT, _MARK = (60, 230, 110), (255, 70, 70), (255, 235, 90)
 def draw_overlay(
     image: np.ndarray, entities: Sequence[tuple[str, np.ndarray]], prompts: Prompts | None = None, caption: str = ""
 ) -> Image.Image:
-    """RGB picture of uint8 RGB [H, W, 3] with each entity (name, bool [H, W]) filled and outlined in its own colour.
+    """The image, uint8 RGB [H, W, 3], with each entity (name, bool [H, W]) filled and outlined in its own colour.
 
-    Small images are enlarged by a whole factor, so that every pixel shows. Prompts: points as + (inside) and - (outside),
-    boxes, scribbles. Below: a legend with every name (also of empty masks) and `caption`, wrapped.
+    Small images are enlarged by an integer factor, so that every pixel is visible. Prompts: points as + (inside) and - (outside),
+    boxes, scribbles. Below: a legend with every name (also of empty masks) and the wrapped `caption`.
     Raises ValueError for a mask of another size than the image.
     """
     height, width = image.shape[:2]
@@ -37,15 +37,15 @@ def draw_overlay(
             raise ValueError(f"mask of {name!r} is {list(mask.shape)}, the image {[height, width]} (rows, columns)")
     factor = max(1, -(-_LONG_SIDE // max(height, width)))
     colours = [colour(i) for i in range(len(entities))]
-    marked = Image.fromarray(_fill_masks(image, [mask for _, mask in entities], colours, factor))
+    drawing = Image.fromarray(_fill_masks(image, [mask for _, mask in entities], colours, factor))
     if prompts is not None:
-        _draw_prompts(marked, prompts, factor)
-    return _with_text(marked, [(name, paint, bool(mask.any())) for (name, mask), paint in zip(entities, colours, strict=True)], caption)
+        _draw_prompts(drawing, prompts, factor)
+    return _with_text(drawing, [(name, paint, bool(mask.any())) for (name, mask), paint in zip(entities, colours, strict=True)], caption)
 
 
 def draw_sheet(tiles: Sequence[tuple[str, np.ndarray, Sequence[np.ndarray]]], names: Sequence[str], caption: str = "") -> Image.Image:
-    """RGB picture of tiles (title, uint8 RGB [H, W, 3], bool [H, W] of each name), all of one size, in rows from left to right;
-    names and caption below as `draw_overlay` does it, a name that no tile paints as one that was not found."""
+    """A contact sheet of tiles (title, uint8 RGB [H, W, 3], bool [H, W] for each of `names`), all of one size, in rows from left to right,
+    with names and caption below as in `draw_overlay`; a name with an empty mask in every tile is shown as not found."""
     colours = [colour(i) for i in range(len(names))]
     columns = max(1, int(np.ceil(np.sqrt(len(tiles)))))
     font = ImageFont.load_default(size=14.0)
@@ -64,7 +64,7 @@ def draw_sheet(tiles: Sequence[tuple[str, np.ndarray, Sequence[np.ndarray]]], na
 
 
 def _fill_masks(image: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]], factor: int) -> np.ndarray:
-    """uint8 RGB, enlarged by a whole factor: each mask filled and outlined in its colour."""
+    """uint8 RGB, enlarged by an integer factor, with each mask filled and outlined in its colour."""
     picture = np.repeat(np.repeat(image, factor, 0), factor, 1)
     masks = [np.repeat(np.repeat(np.asarray(mask, bool), factor, 0), factor, 1) for mask in masks]
     for mask, paint in zip(masks, colours, strict=True):
@@ -76,7 +76,7 @@ def _fill_masks(image: np.ndarray, masks: Sequence[np.ndarray], colours: Sequenc
 
 
 def colour(index: int) -> tuple[int, int, int]:
-    """RGB of the index-th entity: a fixed table, then hues spread by the golden ratio."""
+    """RGB of the index-th entity: from a fixed table, then hues spread by the golden ratio."""
     if index < len(_COLOURS):
         return _COLOURS[index]
     red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.65, 0.95)
@@ -88,19 +88,19 @@ def _draw_prompts(picture: Image.Image, prompts: Prompts, factor: int) -> None:
     radius = max(4, round(max(picture.size) / 90))
     line = max(2, radius // 3)
 
-    def place(xy: np.ndarray) -> np.ndarray:  # pixel centres of the image -> Pillow's coordinates on the enlarged picture
+    def to_canvas(xy: np.ndarray) -> np.ndarray:  # pixel centres of the image -> Pillow's coordinates on the enlarged image
         return (np.asarray(xy, float) + 0.5) * factor - 0.5
 
     for x0, y0, x1, y1 in prompts.boxes:
-        (left, top), (right, bottom) = place([(x0 - 0.5, y0 - 0.5), (x1 - 0.5, y1 - 0.5)])
+        (left, top), (right, bottom) = to_canvas([(x0 - 0.5, y0 - 0.5), (x1 - 0.5, y1 - 0.5)])
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=_MARK, width=line)
     for scribble in prompts.scribbles:
-        path = [tuple(xy) for xy in place(scribble)]
+        path = [tuple(xy) for xy in to_canvas(scribble)]
         draw.line(path, fill=_MARK, width=line, joint="curve")
         for x, y in (path[0], path[-1]):
             draw.ellipse((x - line, y - line, x + line, y + line), fill=_MARK)
     for x, y, label in prompts.points:
-        x, y = place((x, y))
+        x, y = to_canvas((x, y))
         fill = _POINT_IN if label else _POINT_OUT
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=(0, 0, 0), width=max(1, line // 2))
         draw.line((x - radius / 2, y, x + radius / 2, y), fill=(0, 0, 0), width=line // 2 + 1)
@@ -109,7 +109,7 @@ def _draw_prompts(picture: Image.Image, prompts: Prompts, factor: int) -> None:
 
 
 def _with_text(picture: Image.Image, legend: list[tuple[str, tuple[int, int, int], bool]], caption: str) -> Image.Image:
-    """The picture with legend and caption below, on a canvas wide enough to read them."""
+    """The image with legend and caption below, on a canvas wide enough to read them."""
     if not legend and not caption:
         return picture
     width = max(picture.width, _MIN_WIDTH)
@@ -137,7 +137,7 @@ def _with_text(picture: Image.Image, legend: list[tuple[str, tuple[int, int, int
 
 
 def _legend_rows(legend, font: ImageFont.FreeTypeFont, width: int, row: int) -> list[list[tuple]]:
-    """Rows of (x, text, colour, present), broken where the next name would not fit."""
+    """Rows of (x, text, colour, present); a new row begins if the next name does not fit."""
     rows: list[list[tuple]] = []
     x = width
     for name, paint, present in legend:
@@ -152,7 +152,7 @@ def _legend_rows(legend, font: ImageFont.FreeTypeFont, width: int, row: int) -> 
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels: broken at spaces, in a word only where the word alone is wider."""
+    """Lines of at most `width` pixels, broken at spaces, within a word only if the word alone is wider."""
     lines = []
     for paragraph in text.splitlines():
         line = ""

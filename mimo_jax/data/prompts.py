@@ -2,8 +2,8 @@
 
 Axis letters: P prompt tokens (PromptConfig.max_tokens).
 
-Prompts live in pixels of the original image (geometry.py's convention). `draw_prompts` is the one function that
-simulates a user, for training, evaluation and viewing; records contain only masks.
+Prompts are in pixels of the original image (as in geometry.py). Only `draw_prompts` simulates a user, for training, evaluation and
+viewing; records contain only masks.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def test_a_damaged_vocabulary_is_named(ours, folder):
         vocab["<unused_x>"] = vocab.pop("Ā")
         values["model"]["merges"] = []
 
-    with pytest.raises(TokenizerError, match="changed.json: lacks the bytes Ā; a byte-level BPE with all 256 is needed"):
+    with pytest.raises(TokenizerError, match="changed.json: lacks the bytes Ā; give a byte-level BPE with all 256"):
         load_tokenizer(changed(folder, lacks_a_byte))
 
     def endless(values):

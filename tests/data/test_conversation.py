@@ -235,7 +235,7 @@ def test_samples_that_the_model_cannot_take(tokenizer):
     refused(dataclasses.replace(sample, turns=sample.turns[:1], targets=[]), tokenizer, "its turns are user; ")
     refused(dataclasses.replace(sample, turns=sample.turns[::-1], targets=[]), tokenizer, "assistant, user; ")
     refused(dataclasses.replace(sample, turns=[], targets=[]), tokenizer, "its turns are none")
-    refused(dataclasses.replace(sample, targets=[Target(1, "liver", None, ["l"])]), tokenizer, "has masks and no span")
+    refused(dataclasses.replace(sample, targets=[Target(1, "liver", None, ["l"])]), tokenizer, "has masks but no span")
     crossing = [Target(1, "a", [4, 9], ["l"]), Target(1, "b", [8, 12], ["s"])]
     refused(dataclasses.replace(sample, targets=crossing), tokenizer, "overlap at character 8")
     long = dataclasses.replace(sample, turns=[Turn("user", "liver " * 200), sample.turns[1]])

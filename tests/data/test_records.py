@@ -122,11 +122,11 @@ def broken():
 
 
 @pytest.mark.parametrize("made, error, said", [
-    (twice, DataError, r"record image000 comes twice \(train, train\)"),
+    (twice, DataError, r"record image000 occurs twice \(train, train\)"),
     (leaking, DataError, "group case000 is in both train and val"),
     (failing, OSError, "disk full"),
     (broken, RecordError, "mask l is 56x40, the image is 56x41"),
-    (lambda: iter(()), DataError, "there is no record to write"),
+    (lambda: iter(()), DataError, "no record to write"),
 ])  # fmt: skip
 def test_a_failed_write_leaves_nothing(tmp_path, made, error, said):
     with pytest.raises(error, match=said):
@@ -166,7 +166,7 @@ def test_another_process_that_writes_is_left_alone(tmp_path):
 
 
 def test_opening_what_is_no_record_folder(tmp_path, folder):
-    with pytest.raises(DataError, match="holds no dataset_info.json"):
+    with pytest.raises(DataError, match="has no dataset_info.json"):
         open_records(tmp_path, "train")
     with pytest.raises(DataError, match="has no split 'test'; it has train, val"):
         open_records(folder, "test")

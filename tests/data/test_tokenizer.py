@@ -228,7 +228,7 @@ def test_add_grounding_refuses_a_base_that_is_too_large(tmp_path):
 
 @pytest.mark.parametrize("content, said", [
     (None, "cannot be read"), ("{", "is not JSON"), ("[]", "model of type None"), ('{"model": {"type": "Unigram"}}', "type Unigram"),
-    ('{"model": {"type": "BPE", "vocab": {"a": 0}}}', "lacks <s>, </s>, ▁; a Llama-style BPE"),
+    ('{"model": {"type": "BPE", "vocab": {"a": 0}}}', "lacks <s>, </s>, ▁; give a Llama-style BPE"),
 ])  # fmt: skip
 def test_files_that_are_no_such_tokenizer(tmp_path, content, said):
     path = tmp_path / "t.json"

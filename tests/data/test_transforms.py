@@ -112,7 +112,7 @@ def test_float_tiff_with_what_is_not_finite():
 
 
 def test_a_window_on_eight_bits_is_refused():
-    with pytest.raises(ImageError, match="leave the window away"):
+    with pytest.raises(ImageError, match="omit the window"):
         decode_image(encoded(Image.fromarray(picture())), window=(0, 100))
 
 

@@ -200,7 +200,7 @@ def test_conversations_of_the_source(tmp_path, png):
     assert "sample 0: is not a conversation" in refused(png, *refs, samples=({"turns": "?"},))
     assert "perspective 'V'" in refused(png, *refs, samples=(conversation(perspective="V"),))
     outside = conversation(targets=[{"turn": 1, "entity": "x", "span": [0, 99], "mask": [0]}])
-    assert "lies outside the text" in refused(png, *refs, samples=(outside,))
+    assert "is outside the text" in refused(png, *refs, samples=(outside,))
 
 
 def test_dicom_and_its_segmentation(tmp_path):

@@ -35,5 +35,5 @@ def test_a_data_source_yields_the_records(tmp_path):
 
 
 def test_it_needs_a_record_folder(tmp_path):
-    with pytest.raises(DataError, match="holds no dataset_info.json"):
+    with pytest.raises(DataError, match="has no dataset_info.json"):
         MimoSeg(tmp_path, data_dir=tmp_path / "tfds")

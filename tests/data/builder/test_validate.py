@@ -80,5 +80,5 @@ def test_a_missing_file_and_no_folder(folder, tmp_path):
     (folder / "val.index.npz").unlink()
     found = faults(folder)
     assert f"{folder / 'val.index.npz'}: is missing" in found
-    with pytest.raises(DataError, match="holds no dataset_info.json"):
+    with pytest.raises(DataError, match="has no dataset_info.json"):
         find_faults(tmp_path)

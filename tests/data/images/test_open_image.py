@@ -394,7 +394,7 @@ def test_other_files_take_a_window_of_numbers_only(tmp_path):
     fails(tmp_path / "gone.dcm", "gone.dcm: No such file")
     fails(tmp_path, "Is a directory")
     (tmp_path / "empty.dcm").write_bytes(b"")
-    fails(tmp_path / "empty.dcm", "empty.dcm: not an image that can be read")
+    fails(tmp_path / "empty.dcm", "empty.dcm: not an image of a supported format")
     (tmp_path / "cut.gz").write_bytes(b"\x1f\x8b\x08")
     fails(tmp_path / "cut.gz", "cut.gz: a damaged or truncated gzip file")
     for wrong in ((3, 3), (5, 2), (float("nan"), 3), (1,)):

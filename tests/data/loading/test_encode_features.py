@@ -70,11 +70,11 @@ def config_for(data, **fields):
 
 def test_processes_share_the_pictures_and_what_is_there_stays(run, data):
     one, two = (encode_features.encode_checkpoint(run, data, batch=2, process_index=i, process_count=2) for i in (0, 1))
-    assert (one.written, two.written, one.before, one.stopped) == (6, 5, 0, False)
+    assert (one.written, two.written, one.existing, one.stopped) == (6, 5, 0, False)
     (folder,) = (data / "features").iterdir()
     files = {path.name: path.read_bytes() for path in folder.glob("*.*.npy")}
     again = encode_features.encode_checkpoint(run, data, batch=8)
-    assert (again.written, again.before) == (0, IMAGES)
+    assert (again.written, again.existing) == (0, IMAGES)
     assert {path.name: path.read_bytes() for path in folder.glob("*.*.npy")} == files
     source = open_records(data, "train")
     features = FeatureFolder(folder, mimo.feature_shapes(tiny_config()))
@@ -98,7 +98,7 @@ def test_a_stopped_job_keeps_what_it_has_and_goes_on_to_the_same_features(run, d
     stopped = encode_features.encode_checkpoint(run, data, batch=2)
     assert stopped.stopped and stopped.written == 4
     rest = encode_features.encode_checkpoint(run, data, batch=2, process_index=0, process_count=1)
-    assert not rest.stopped and (rest.written, rest.before) == (IMAGES - 4, 4)
+    assert not rest.stopped and (rest.written, rest.existing) == (IMAGES - 4, 4)
     source = open_records(data, "train")
     one, other = (FeatureFolder(next((path / "features").iterdir()), mimo.feature_shapes(tiny_config())) for path in (whole, data))
     for record in map(source.__getitem__, range(IMAGES)):
@@ -159,7 +159,7 @@ def test_training_takes_features_by_one_field_and_goes_on(run, data, tmp_path, c
     assert main.main(["data", "encode", "--checkpoint", str(run), "--data", str(data), "--process", "0/2"]) == 0
     assert main.main(["data", "encode", "--checkpoint", str(run), "--data", str(data)]) == 0
     out = capsys.readouterr().out
-    assert "features of 6 images written, 0 were there" in out and "features of 5 images written, 6 were there" in out
+    assert "features of 6 images written, 0 existed already" in out and "features of 5 images written, 6 existed already" in out
     config = config_for(data, features=True)
     config.init.path = str(run)
     config.train = dataclasses.replace(config.train, steps=2, checkpoint_every=1)

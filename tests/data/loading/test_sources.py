@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.config import SourceConfig
-from mimo_jax.data.loading.sources import SHARES, Manifest, open_source, open_sources
+from mimo_jax.data.loading.sources import SPLIT_FRACTIONS, Manifest, open_source, open_sources
 from mimo_jax.data.records import DataError, RecordFolder, write_records
 from tests.data import handmade
 from tests.tiny_config import tiny_config
@@ -38,7 +38,7 @@ def write_manifest(folder: Path, count: int = 20, **changes) -> Path:
 
 
 def everything(path, **options):
-    return {split: open_source(path, split, **options) for split in SHARES}
+    return {split: open_source(path, split, **options) for split in SPLIT_FRACTIONS}
 
 
 def test_records_of_a_manifest(tmp_path):
@@ -103,9 +103,9 @@ def test_absence_is_asked_only_where_the_manifest_vouches_for_it(tmp_path):
 
 
 @pytest.mark.parametrize("line, said", [
-    ("{", "line 1: is not JSON"), ("[]", "line 1: is no JSON object"), ('{"id": "a"}', "lacks image, masks, modality, group"),
+    ("{", "line 1: is not JSON"), ("[]", "line 1: is not a JSON object"), ('{"id": "a"}', "lacks image, masks, modality, group"),
     ('{"id": "a", "image": "a", "masks": [{}], "modality": "CT", "group": "g"}', "lacks file or entity of a mask"),
-    ('{"id": "a", "image": "a", "masks": [], "modality": "ct", "group": "g"}', "modality 'ct'; use one of CT, MR"), ("", "holds no record"),
+    ('{"id": "a", "image": "a", "masks": [], "modality": "ct", "group": "g"}', "modality 'ct'; use one of CT, MR"), ("", "has no record"),
 ])  # fmt: skip
 def test_lines_that_cannot_be_read(tmp_path, line, said):
     path = tmp_path / "manifest.jsonl"

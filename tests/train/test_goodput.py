@@ -73,11 +73,12 @@ def test_what_ends_a_run_is_told(tmp_path):
 
 
 def test_saving_is_no_part_of_a_step(tmp_path):
+    start = time.monotonic()
     with Goodput(tmp_path, time.time(), step=0, total=9) as goodput:
         goodput.record_step(1, 56, 0.0, 0.0)
         with goodput.during("save"):
             time.sleep(0.3)
-        assert goodput.interval().seconds < 0.15
+        assert goodput.interval().seconds <= time.monotonic() - start - 0.3
 
 
 @pytest.mark.parametrize(

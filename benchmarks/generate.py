@@ -49,7 +49,7 @@ def language_model(llm: LlamaConfig) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def here(model: transformers.LlamaForCausalLM, llm: LlamaConfig):
+def converted_model(model: transformers.LlamaForCausalLM, llm: LlamaConfig):
     """(config, parameters) of a MIMO around the same language model; its other parts are tiny and never asked."""
     config = tiny_config()
     config.model.llm = llm
@@ -86,11 +86,11 @@ def theirs(model: transformers.LlamaForCausalLM, prompts: list[np.ndarray], new:
     return out[:, longest:].numpy()
 
 
-def groups(prompts: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
+def batches(prompts: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
     return [prompts[at : at + size] for at in range(0, len(prompts), size)]
 
 
-def seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def median_seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Medians of each, taken in turn."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -134,7 +134,7 @@ def main() -> None:
 
 def compare(name: str, llm: LlamaConfig) -> None:
     model = language_model(llm)
-    config, params = here(model, llm)
+    config, params = converted_model(model, llm)
     engine = Engine(config, params, eos_id=-1)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, llm.vocab_size, rng.integers(8, LONGEST)) for _ in range(PROMPTS)]
@@ -143,25 +143,25 @@ def compare(name: str, llm: LlamaConfig) -> None:
 
     wanted = [theirs(model, [prompt], NEW)[0] for prompt in ordered]
     for batch in (1, 16):
-        found = [row for group in groups(ordered, batch) for row in ours(engine, config, group, NEW)]
+        found = [row for group in batches(ordered, batch) for row in ours(engine, config, group, NEW)]
         same = sum(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
         print(f"greedy, {NEW} tokens, batch {batch}: identical to transformers in {same} of {PROMPTS}", flush=True)
     for batch, count in ((1, SINGLE), (16, PROMPTS)):
         some = ordered[:: PROMPTS // count]
         calls = {
-            "ours": lambda some=some, batch=batch: [ours(engine, config, group, NEW) for group in groups(some, batch)],
-            "transformers": lambda some=some, batch=batch: [theirs(model, group, NEW) for group in groups(some, batch)],
+            "ours": lambda some=some, batch=batch: [ours(engine, config, group, NEW) for group in batches(some, batch)],
+            "transformers": lambda some=some, batch=batch: [theirs(model, group, NEW) for group in batches(some, batch)],
         }
         if batch > 1:
-            calls["transformers, unsorted"] = lambda batch=batch: [theirs(model, group, NEW) for group in groups(prompts, batch)]
-        taken = seconds(calls)
+            calls["transformers, unsorted"] = lambda batch=batch: [theirs(model, group, NEW) for group in batches(prompts, batch)]
+        taken = median_seconds(calls)
         best = min(taken[name] for name in taken if name != "ours")
         rates = ", ".join(f"{name} {count * NEW / value:.1f}" for name, value in taken.items())
         print(
             f"tokens/s, batch {batch}, {count} prompts of 8 to {LONGEST - 1} tokens: {rates}; ratio {best / taken['ours']:.2f}", flush=True
         )
     prompt = rng.integers(3, llm.vocab_size, CONTEXT)
-    taken = seconds(
+    taken = median_seconds(
         {
             "short": lambda: ours(engine, config, [prompt], 8),
             "long": lambda: ours(engine, config, [prompt], 40),

@@ -28,7 +28,7 @@ from mimo_jax.infer.predictor import Mimo  # noqa: E402
 from mimo_jax.parameters import ALWAYS_FP32  # noqa: E402
 
 
-class Recorded(Mimo):
+class RecordingMimo(Mimo):
     """Keeps the text of every answer, in the order of the questions."""
 
     texts: list[str]
@@ -39,7 +39,7 @@ class Recorded(Mimo):
         return results
 
 
-def held(loaded: loading.Loaded, dtype: str, weights: str) -> Recorded:
+def quantized_model(loaded: loading.Loaded, dtype: str, weights: str) -> RecordingMimo:
     """The model with activations and parameters in `dtype`, its language model's matrices as `weights` holds the checkpoint's own."""
     config = loaded.config.with_quantization(weights)
     config.model.dtype = config.model.frozen_dtype = dtype
@@ -48,7 +48,7 @@ def held(loaded: loading.Loaded, dtype: str, weights: str) -> Recorded:
         for name, part in quantize.quantize_param(path, leaf, weights).items():
             wide = not jnp.issubdtype(part.dtype, jnp.floating) or name.endswith("kernel_scale") or re.search(ALWAYS_FP32, name)
             params[name] = part if wide else part.astype(dtype)
-    mimo = Recorded(config, pathtree.unflatten(params), load_tokenizer(loaded.tokenizer, config.model))
+    mimo = RecordingMimo(config, pathtree.unflatten(params), load_tokenizer(loaded.tokenizer, config.model))
     mimo.texts = []
     return mimo
 
@@ -71,7 +71,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for dtype in ("float32", "bfloat16"):
         for weights in ("", *QUANTIZATIONS):
-            mimo, started = held(loaded, dtype, weights), time.monotonic()
+            mimo, started = quantized_model(loaded, dtype, weights), time.monotonic()
             report = evaluate(mimo, records, args.limit)
             flat = pathtree.flatten(mimo.engine.params)
             size = sum(leaf.nbytes for path, leaf in flat.items() if re.search(r"^llm/.*/kernel", path)) / 2**20

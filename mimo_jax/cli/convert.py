@@ -129,7 +129,7 @@ def _import(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from checkpoints_convert.export import export_checkpoint
 
-    for line in export_checkpoint(args.checkpoint, args.format, Path(args.out), base_at=args.base, merge=args.lora == "merged"):
+    for line in export_checkpoint(args.checkpoint, args.format, Path(args.out), base_path=args.base, merge=args.lora == "merged"):
         print(line)
     return EXIT_OK
 

@@ -147,7 +147,7 @@ def _compile(args: argparse.Namespace) -> int:
     from mimo_jax.analysis import topology
     from mimo_jax.config_flags import load_config
 
-    target = topology.read(args.topology, args.slices)
+    target = topology.parse_topology(args.topology, args.slices)
     config = load_config(["--config", args.config, *args.overrides])
     if args.out and not Path(args.out).resolve().parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {Path(args.out).parent}; create it first")

@@ -106,7 +106,7 @@ def make_sweep(
         return config_flags.load_config(["--config", common.base, *common.shared, *overrides], entries)
 
     plain = load(())
-    with config_flags.blamed_on(config_flags.find_config(ablations)):
+    with config_flags.as_config_error(config_flags.find_config(ablations)):
         groups = _load_ablations(ablations)["get_ablations"](plain)
     if unknown := [name for name in only if name not in groups]:
         raise SweepError(f"--only {unknown[0]}: is not a group of {ablations}; its groups are {', '.join(groups)}")
@@ -128,7 +128,7 @@ def make_sweep(
 def _load_ablations(ablations: str) -> dict:
     """Run the file and return its global names."""
     file = config_flags.find_config(ablations)
-    with config_flags.blamed_on(file):
+    with config_flags.as_config_error(file):
         defined = runpy.run_path(str(file))
     if not {"BASE", "get_ablations"} <= defined.keys():
         raise SweepError(f"{file}: does not define BASE and get_ablations(base); see configs/ablations.py")

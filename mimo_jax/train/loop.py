@@ -51,7 +51,7 @@ def train(config: Config, workdir: str | Path) -> int:
     Raises UserError subclasses (exit 2) before any work if the config, the data or a checkpoint cannot be used."""
     began = time.time()
     resumed = prepare(config, workdir)
-    run_summary.show(resumed.setup, resumed.sources, resumed.checkpoints.workdir, resumed.first)
+    run_summary.print_summary(resumed.setup, resumed.sources, resumed.checkpoints.workdir, resumed.first)
     workdir, first, total = resumed.checkpoints.workdir, resumed.first, config.train.steps
     with Goodput(workdir, began, first, total, resumed.restored) as goodput, MetricWriters(config, workdir, first) as writers:
         code = run_steps(resumed, goodput, writers)
@@ -87,7 +87,7 @@ def prepare(config: Config, workdir: str | Path) -> ResumedTraining:
         encode_features.check_frozen(path for path in setup.multipliers if setup.trains(path))
     sources = open_sources(config, config.data.split)
     tokenizer = _tokenizer(config, workdir, sources)
-    loader = make_loader(config, tokenizer, sources, global_batch.images_here(mesh, config.images()))
+    loader = make_loader(config, tokenizer, sources, global_batch.local_images(mesh, config.images()))
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
 
     since = time.perf_counter()
@@ -148,7 +148,7 @@ def steps(setup: TrainSetup, state: dict, frozen: dict, loader: Loader, stop: Pr
     config = setup.config
     step_fn = make_step(setup)
     images = config.images()
-    here = global_batch.images_here(setup.mesh, images)
+    here = global_batch.local_images(setup.mesh, images)
     done = _num_steps_done(loader)
     batches, compiled = iter(loader), set()
     while done < num_steps:
@@ -157,12 +157,12 @@ def steps(setup: TrainSetup, state: dict, frozen: dict, loader: Loader, stop: Pr
         batch = next(batches)
         position = loader.state()
         wait = time.perf_counter() - since
-        placed = global_batch.place(setup.mesh, images, here, batch)
+        placed = global_batch.make_global_batch(setup.mesh, images, here, batch)
         length = batch["input_ids"].shape[1]
         handed = time.perf_counter()
         if length not in compiled:
             program = step_fn.lower(state, frozen, placed).compile()
-            tqdm.write(run_summary.program(program, length, time.perf_counter() - handed))
+            tqdm.write(run_summary.compiled_step_line(program, length, time.perf_counter() - handed))
             distributed.gather(None)  # collectives time out after half a minute, but peers may compile for longer
             compiled.add(length)
         with jax.profiler.StepTraceAnnotation("train", step_num=done):

@@ -37,7 +37,7 @@ class Metrics:
     def __init__(self, config: Config, goodput: Goodput, writers: MetricWriters):
         self.config, self.goodput, self.writers = config, goodput, writers
         self.every, self.total = config.train.log_every, config.train.steps
-        self.devices, self.hardware = jax.device_count(), hardware.of_kind(jax.devices()[0].device_kind)
+        self.devices, self.hardware = jax.device_count(), hardware.find_hardware(jax.devices()[0].device_kind)
         self.pending: list[dict[str, jax.Array]] = []
         self.flops, self.flops_by_length = 0.0, {}  # total since the last row; FLOPs of one sample by its length
         self.bar = tqdm(total=self.total, initial=goodput.step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05, disable=None)

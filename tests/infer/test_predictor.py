@@ -196,10 +196,10 @@ def test_an_answer_without_seg_says_so_and_paints_nothing(mimo, tokenizer, monke
 
 def test_limits_cut_and_say_so(mimo):
     chat = mimo.open(picture())
-    made = [mimo.generate([Request(chat.image, "What is this?", max_new_tokens=n)])[0] for n in (2, None, 60)]
+    made = [mimo.generate([Request(chat.image, "What is this?", max_new_tokens=n)])[0] for n in (2, None, 30)]
     prompt = len(encode_user_turn(mimo.tokenizer, mimo.config, "What is this?", 0, True)[0])
     ids = [past.ids[prompt:-1] for _, past in made]
-    assert [len(row) for row in ids] == [2, 24, 60]  # 24: the config's own limit
+    assert [len(row) for row in ids] == [2, 24, 30]  # 24: the config's own limit
     assert ids[1][:2] == ids[0] and ids[2][:24] == ids[1]
     cut = made[0][0]
     assert cut.truncated and "cut off" in cut.describe()
@@ -302,7 +302,7 @@ def test_a_stream_takes_nothing_back(mimo, ids, piece):
         text = run.text(0)
         assert run.done or text.startswith(told)
         told = text if len(text) > len(told) else told
-    assert told == run._text(0)[0]
+    assert told == run._parse_row(0)[0]
 
 
 def test_stop_strings_end_the_answer_before_them(mimo, tokenizer):
@@ -368,7 +368,7 @@ def test_turns_of_different_number_share_a_batch(mimo):
         ("exceeds the image of 56x40", {"boxes": [[-9, 9, 9, 20]]}),
         ("scribble 0", {"scribbles": [[[3, 3], [3, 99]]]}),
         ("shape", {"points": [[3, 3]]}),
-        ("this model takes 12 in a turn", {"points": [[3, 3, 1]] * 13}),
+        ("this model accepts 12 per turn", {"points": [[3, 3, 1]] * 13}),
         ("max_new_tokens: is 0", {"max_new_tokens": 0}),
     ],
 )
@@ -392,7 +392,7 @@ def test_every_kind_of_aligner_answers_and_the_text_only_ones_refuse_prompts(tok
     if kind == "none":
         assert model.predict([pointed])[0].text
     else:
-        with pytest.raises(UserError, match="reads no points"):
+        with pytest.raises(UserError, match="takes no points"):
             model.predict([pointed])
 
 

@@ -87,7 +87,7 @@ def test_a_job_that_is_refused_is_told_with_the_launchers_reason(cluster, tmp_pa
     run = plan(ABLATIONS, base=ABLATIONS, workdir=tmp_path / "runs", data=(str(tmp_path / "data"),)).runs[0]
     job = ClusterWorker(run, SweepCluster("slurm", ("--accelerator", "h100:8")))
     assert not job.poll(stopping=False)
-    assert job.reason.startswith("not submitted: SLURM refuses this job: see sbatch --test-only")
+    assert job.reason.startswith("not submitted: SLURM rejects this job: see sbatch --test-only")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_row_holds_means_and_what_clock_and_machine_add(tmp_path):
 
 
 def test_utilisation_where_the_device_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "of_kind", lambda kind: hardware.TABLE[r"H100"])
+    monkeypatch.setattr(hardware, "find_hardware", lambda kind: hardware.TABLE[r"H100"])
     row = run(tmp_path, [step_info(1), step_info(2)])[0]
     assert row["mfu"] == pytest.approx(row["tflops_per_device"] / 989)
 

@@ -174,7 +174,7 @@ def test_what_cannot_be_asked_is_listed_with_the_reason_and_the_rest_is_done(mim
         (ask | {"image": "volume.nii.gz", "slice": "k:9"}, "slice k:9 does not exist"),
         (ask | {"points": [[99, 2]]}, "prompts: point 0: (99, 2) is outside the image of 56x40"),
         (ask | {"mask": "mask.png"}, "mask mask.png: a mask has 9x9 pixels, the image 56x40"),
-        (ask | {"boxes": [[1, 2, 3, 4]] * 9}, "this model takes 12 in a turn"),
+        (ask | {"boxes": [[1, 2, 3, 4]] * 9}, "this model accepts 12 per turn"),
         (ask | {"question": "liver " * 500}, "leaves no room to answer, shorten it"),
         (ask | {"question": ["Why?", "liver " * 500]}, "turn 2: question: takes"),
         (ask | {"id": "last"}, None),

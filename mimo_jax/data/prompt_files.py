@@ -171,7 +171,7 @@ def _decode_rle(rle: Any, height: int, width: int) -> np.ndarray:
     if isinstance(counts, str):
         counts = _decompress_counts(counts)
     if not isinstance(counts, list | tuple) or not all(_is_count(run) for run in counts):
-        raise PromptError("counts: give COCO's string, or a list of whole numbers of 0 or more")
+        raise PromptError("counts: give COCO's string, or a list of nonnegative integers")
     if sum(counts) != height * width:
         raise PromptError(f"counts: cover {_abbreviated(sum(counts))} pixels; the image has {width}x{height}")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T

@@ -199,8 +199,8 @@ def encode_prompts(prompts: Prompts, vision_frame: Frame, cfg: PromptConfig) -> 
     ]
     if len(kinds) > cfg.max_tokens:
         raise PromptError(
-            f"{len(points)} points, {len(boxes)} boxes and {len(scribbles)} scribbles take {len(kinds)} prompt tokens; this "
-            f"model takes {cfg.max_tokens} in a turn (a point 1, a box 2, a scribble {cfg.scribble_points}): give fewer"
+            f"{len(points)} points, {len(boxes)} boxes and {len(scribbles)} scribbles need {len(kinds)} prompt tokens; this "
+            f"model accepts {cfg.max_tokens} per turn (a point 1, a box 2, a scribble {cfg.scribble_points}): give fewer"
         )
     xy, kind = np.zeros((cfg.max_tokens, 2), np.float32), np.zeros(cfg.max_tokens, np.int32)
     xy[: len(kinds)] = vision_frame.to_frame(np.concatenate(parts))

@@ -109,7 +109,7 @@ def test_coco_annotations(tmp_path):
         ({"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH], "x": 1}, "'x' is unknown"),
         ({"size": [9, 8], "counts": [72]}, "a mask has 8x9 pixels, the image 44x30"),
         ({"size": [HEIGHT], "counts": [72]}, r"size: is \[30\]; give \[height, width\]"),
-        ({"size": [HEIGHT, WIDTH], "counts": [-1, 1321]}, "counts: give COCO's string, or a list of whole numbers"),
+        ({"size": [HEIGHT, WIDTH], "counts": [-1, 1321]}, "counts: give COCO's string, or a list of nonnegative"),
         ({"size": [HEIGHT, WIDTH], "counts": [1, 1]}, "counts: cover 2 pixels; the image has 44x30"),
         ({"size": [HEIGHT, WIDTH], "counts": "P"}, "counts: is not a compressed COCO string"),
         ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, "empty mask"),

@@ -191,7 +191,7 @@ def test_a_scribble_of_one_point_stays_there():
 
 def test_too_many_or_misplaced_prompts():
     frame = vision_frame(50, 100, 224, "pad")
-    with pytest.raises(PromptError, match="17 prompt tokens.*takes 16"):
+    with pytest.raises(PromptError, match="17 prompt tokens.*accepts 16"):
         encode_prompts(Prompts(points=np.ones((17, 3))), frame, PromptConfig())
     with pytest.raises(GeometryError, match="outside the image of 100x50"):
         encode_prompts(Prompts(points=np.array([[10, 60, 1]])), frame, PromptConfig())

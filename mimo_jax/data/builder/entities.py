@@ -144,7 +144,7 @@ def _index(written: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, dic
             table = contexts.setdefault(" ".join(_words(context)), {}) if context else everywhere
             key = " ".join(_words(text))
             if table.setdefault(key, name) != name:
-                raise ValueError(f"{TABLE}: {alias!r} stands for both {table[key]} and {name}")
+                raise ValueError(f"{TABLE}: {alias!r} is an alias of both {table[key]} and {name}")
     return everywhere, dict(sorted(contexts.items(), key=lambda item: (-len(item[0]), item[0])))
 
 

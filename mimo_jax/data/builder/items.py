@@ -32,7 +32,7 @@ class Item:
     group: str  # patient or case, unique across data sets: "dataset/case"
     masks: tuple[MaskRef, ...] = ()
     split: str = ""  # "train", "val" or "test" if the source says so; otherwise the builder decides
-    slice: str = ""  # "axial:30" of a volume, as `open_image` takes it
+    slice: str = ""  # "axial:30" of a volume, as for `open_image`
     frame: int | None = None  # index in a multi-frame DICOM file
     window: str | tuple[float, float] | None = None
     slice_axis: str = ""

@@ -164,7 +164,7 @@ def _mr(rng, height: int, width: int, counts: dict[str, int]) -> PhantomScene:
         at = (0.62 * np.cos(theta), 0.77 * np.sin(theta))
         scene.paint(scene.shape(at, (0.11, 0.06), angle=theta, wobble=0.2), 0.15, edge=2.0)
     sizes = _twins(rng)
-    push = rng.uniform(-0.15, 0.15)  # along the midline, both alike
+    push = rng.uniform(-0.15, 0.15)  # along the midline, the same for both
     for side, entity, size in ((1, "left lateral ventricle", sizes[0]), (-1, "right lateral ventricle", sizes[1])):
         if entity in counts:
             shape = scene.shape(
@@ -261,7 +261,7 @@ def _ultrasound(rng, height: int, width: int, counts: dict[str, int]) -> Phantom
 
 
 def _beam(scene: PhantomScene, shape: Shape, apex, gain: float, bx, by, depth, angle, outside=None) -> None:
-    """Brighten (enhancement) or darken (shadow) what lies behind a shape as the probe sees it, but for the pixels `outside`."""
+    """Brighten (enhancement) or darken (shadow) what lies behind a shape as seen from the probe, except the pixels `outside`."""
     cos, sin = np.cos(scene.turn), np.sin(scene.turn)
     dx, dy = (shape.x - scene.centre[0]) / scene.unit, (shape.y - scene.centre[1]) / scene.unit
     x, y = cos * dx + sin * dy, cos * dy - sin * dx - apex

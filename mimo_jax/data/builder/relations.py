@@ -59,11 +59,11 @@ class Layout:
 
     @cached_property
     def covered(self) -> np.ndarray:
-        """float [E, E]: the share of the first entity's area that lies in the second."""
+        """float [E, E]: the share of the first entity's area that is within the second."""
         return coco.iou(self.rles, self.rles, [1] * len(self.rles))
 
     def share_within(self, mask: Mask, entity: str) -> float:
-        """The share of one mask's area that lies in a single mask of `entity`."""
+        """The share of one mask's area that is within a single mask of `entity`."""
         others = [other.rle for other in self.masks[entity]]
         return float(coco.iou([mask.rle], others, [1] * len(others)).max())
 

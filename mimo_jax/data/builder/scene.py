@@ -76,7 +76,7 @@ class Scene:
         return [mask.mask_id for mask in self.masks[entity]]
 
     def spans(self, entities: Iterable[str]) -> list[tuple[str, list[str]]]:
-        """The spans that `grounded` takes: each entity with all of its masks."""
+        """The spans for `grounded`: each entity with all of its masks."""
         return [(entity, self.ids(entity)) for entity in entities]
 
     def ground_names(self, template: str, spans: list[tuple[str, list[str]]]) -> Answer:

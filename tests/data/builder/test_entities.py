@@ -149,7 +149,7 @@ def test_what_is_known_of_structures_is_of_structures_here():
 
 
 def test_an_alias_of_two_structures_is_refused():
-    with pytest.raises(ValueError, match="'Gut' stands for both colon and small bowel"):
+    with pytest.raises(ValueError, match="'Gut' is an alias of both colon and small bowel"):
         entities._index({"colon": ["colon", "gut"], "small bowel": ["small bowel", "Gut"]})
     assert entities._index({"a": ["a", "x@m"], "b": ["b", "x@n"]})[1] == {"m": {"x": "a"}, "n": {"x": "b"}}
 

@@ -1,5 +1,6 @@
 """What is the user's fault, and what is ours, in whole commands: exit codes and tracebacks."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mimo_jax.cli import main
+from mimo_jax.cli.arg_types import InputPath, OutputPath, named_paths
 from mimo_jax.data.builder.phantom_set import build_phantoms
 from mimo_jax.data.loading import encode_features, example_builder
 from mimo_jax.errors import UserError, user_path
@@ -92,6 +94,30 @@ def test_user_path_tells_what_was_named_from_what_is_ours(tmp_path):
         raise OSError(28, "No space left on device")
     with pytest.raises(TimeoutError), user_path(data, contents=True):
         raise TimeoutError("no answer")
+
+
+def test_the_type_of_an_argument_decides_whether_it_is_a_path(tmp_path, monkeypatch):
+    """A text that looks like a path is none, and a file missing within an output is an internal error."""
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(image=InputPath("gone.png"), data=[InputPath("a=gone")], question="what.txt", out=[OutputPath("out")])
+    for path, error in (
+        ("gone.png", UserError),
+        ("gone/info.json", UserError),
+        ("what.txt", FileNotFoundError),
+        ("out/x", FileNotFoundError),
+    ):
+        with pytest.raises(error), named_paths(args):
+            open(path)
+
+
+def test_every_path_argument_has_a_path_type():
+    def arguments(parser):
+        for command in parser.commands.values():
+            yield from arguments(command)
+        yield from parser._actions
+
+    paths = [a for a in arguments(main.parser()) if a.metavar in ("PATH", "FILE", "DIR", "[NAME=]DIR", "IMAGE")]
+    assert len(paths) > 40 and [a.dest for a in paths if a.type not in (InputPath, OutputPath)] == []
 
 
 def test_mimo_traceback_shows_where_a_mistake_was_found():

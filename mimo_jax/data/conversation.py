@@ -198,7 +198,7 @@ def _spans(sample: Sample, turn: int) -> dict[tuple[int, int], list[str]]:
         if target.turn != turn or target.absent or sample.perspective == "vqa":
             continue
         if target.span is None:
-            raise SampleError(f"sample {sample.sample_id}: target {target.entity} has masks but no span; add that of its name in the answer")
+            raise SampleError(f"sample {sample.sample_id}: target {target.entity} has masks but no span; add that of its name")
         ids = spans.setdefault((target.span[0], target.span[1]), [])
         ids += [mask_id for mask_id in target.mask_ids if mask_id not in ids]
     ordered = sorted(spans)

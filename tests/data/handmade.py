@@ -58,8 +58,8 @@ def answer(text: str, **targets: list[str]) -> tuple[str, list[Target]]:
     return text, [Target(1, name, [text.index(name), text.index(name) + len(name)], ids) for name, ids in targets.items()]
 
 
-def sample(name: str, perspective: str, question: str, said: tuple[str, list[Target]], prompted=()) -> Sample:
-    return Sample(name, perspective, [Turn("user", question, list(prompted)), Turn("assistant", said[0])], said[1])
+def sample(name: str, perspective: str, question: str, message: tuple[str, list[Target]], prompted=()) -> Sample:
+    return Sample(name, perspective, [Turn("user", question, list(prompted)), Turn("assistant", message[0])], message[1])
 
 
 def record(number: int = 0, split: str = "train") -> Record:

@@ -67,7 +67,7 @@ def changed(folder, change):
 
 @given(text=TEXT)
 def test_text_has_the_ids_of_transformers(ours, theirs, text):
-    if any(token in text for token in theirs.all_special_tokens):
+    if any(token in text for token in ours.control):  # a text never contains control tokens for ours, unlike for theirs
         return
     ids = ours.encode(text, continued=True)
     assert ids == theirs.encode(text, add_special_tokens=False)
@@ -132,5 +132,5 @@ def test_a_damaged_vocabulary_is_named(ours, folder):
         for name in ("<|endoftext|>", "<|im_end|>"):
             values["model"]["vocab"]["<unused_" + name] = values["model"]["vocab"].pop(name)
 
-    with pytest.raises(TokenizerError, match="names no end of a text; one of <|end_of_text|>"):
+    with pytest.raises(TokenizerError, match=r"has no end-of-text token; one of <\|end_of_text\|>"):
         load_tokenizer(changed(folder, endless))

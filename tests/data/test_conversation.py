@@ -95,9 +95,9 @@ def as_shown(tokenizer, variants) -> str:
     for title, config, sample in variants:
         rendered = render(sample, tokenizer, config)
         loss = "".join("#" if x else "." for x in rendered.loss_mask)
-        said = show(tokenizer, rendered.input_ids[rendered.loss_mask == 1], rendered.query_index[rendered.loss_mask == 1])
+        message = show(tokenizer, rendered.input_ids[rendered.loss_mask == 1], rendered.query_index[rendered.loss_mask == 1])
         assert len(loss) == len(rendered.input_ids)
-        shown.append(f"== {title}\n{show(tokenizer, rendered.input_ids, rendered.query_index)}\nlearnt:{said}\n{rendered.seg_targets}\n")
+        shown.append(f"== {title}\n{show(tokenizer, rendered.input_ids, rendered.query_index)}\nlearnt:{message}\n{rendered.seg_targets}\n")
     return "\n".join(shown)
 
 
@@ -156,11 +156,11 @@ def test_training_tokens_are_those_of_generation(tokenizer):
     config.data.buckets = "256"
     rendered = render(two_turns(), tokenizer, config)
     ids, queries = [], []
-    for turn, (question, said, spans) in enumerate([
+    for turn, (question, message, spans) in enumerate([
         ("Which organs are seen?", "Liver and spleen (kidneys not).", [(0, 5), (10, 16)]), ("And this?", "This is the spleen.", [(12, 18)]),
     ]):  # fmt: skip
         prompt, query_index = encode_user_turn(tokenizer, config, question, turn, turn == 0)
-        answer = encode_answer(tokenizer, config, said, spans)
+        answer = encode_answer(tokenizer, config, message, spans)
         ids += prompt + answer
         queries += query_index + [-1] * len(answer)
     assert rendered.input_ids.tolist() == ids
@@ -221,9 +221,9 @@ def test_instruction_is_cut_for_the_aligner_alone(tokenizer):
     assert show(tokenizer, rendered.input_ids, rendered.query_index).count("liver") == 40
 
 
-def refused(sample, tokenizer, said, **fields):
+def refused(sample, tokenizer, message, **fields):
     config = tiny_config(**fields)
-    with pytest.raises(SampleError, match=said) as error:
+    with pytest.raises(SampleError, match=message) as error:
         render(sample, tokenizer, config)
     assert f"sample {sample.sample_id}" in str(error.value)
 

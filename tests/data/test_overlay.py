@@ -41,7 +41,7 @@ def test_fill_and_outline_cover_the_mask_and_nothing_else():
         np.testing.assert_allclose(inner, 0.65 * GREY + 0.35 * np.array(colour(i)), atol=1)  # fill
 
 
-def test_small_images_are_enlarged_by_a_whole_factor():
+def test_small_images_are_enlarged_by_an_integer_factor():
     mask = box(20, 30, 5, 10, 5, 15)
     out = np.asarray(draw_overlay(image(20, 30), [("nodule", mask)]))
     factor = 18  # 30 -> 540, the first multiple of at least 512

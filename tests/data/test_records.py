@@ -30,7 +30,7 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def test_records_come_back_whole(folder):
+def test_records_are_read_back_unchanged(folder):
     for split, wanted in (("train", records()[:5]), ("val", records()[5:])):
         found = open_records(folder, split)
         assert len(found) == len(wanted)
@@ -121,15 +121,15 @@ def broken():
     yield dataclasses.replace(handmade.record(9), height=41)
 
 
-@pytest.mark.parametrize("made, error, said", [
+@pytest.mark.parametrize("made, error, message", [
     (twice, DataError, r"record image000 occurs twice \(train, train\)"),
     (leaking, DataError, "group case000 is in both train and val"),
     (failing, OSError, "disk full"),
     (broken, RecordError, "mask l is 56x40, the image is 56x41"),
     (lambda: iter(()), DataError, "no record to write"),
 ])  # fmt: skip
-def test_a_failed_write_leaves_nothing(tmp_path, made, error, said):
-    with pytest.raises(error, match=said):
+def test_a_failed_write_leaves_nothing(tmp_path, made, error, message):
+    with pytest.raises(error, match=message):
         write_records(tmp_path / "set", made(), INFO)
     assert list(tmp_path.iterdir()) == []
 
@@ -165,7 +165,7 @@ def test_another_process_that_writes_is_left_alone(tmp_path):
     assert damaged_files(tmp_path / "set") == []
 
 
-def test_opening_what_is_no_record_folder(tmp_path, folder):
+def test_opening_a_path_that_is_not_a_record_folder(tmp_path, folder):
     with pytest.raises(DataError, match="has no dataset_info.json"):
         open_records(tmp_path, "train")
     with pytest.raises(DataError, match="has no split 'test'; it has train, val"):

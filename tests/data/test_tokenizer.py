@@ -226,15 +226,15 @@ def test_add_grounding_refuses_a_base_that_is_too_large(tmp_path):
         add_grounding(tmp_path / "t.json", tmp_path / "o.json", size - 1)
 
 
-@pytest.mark.parametrize("content, said", [
+@pytest.mark.parametrize("content, message", [
     (None, "cannot be read"), ("{", "is not JSON"), ("[]", "model of type None"), ('{"model": {"type": "Unigram"}}', "type Unigram"),
     ('{"model": {"type": "BPE", "vocab": {"a": 0}}}', "lacks <s>, </s>, ▁; give a Llama-style BPE"),
 ])  # fmt: skip
-def test_files_that_are_no_such_tokenizer(tmp_path, content, said):
+def test_files_that_are_not_a_supported_tokenizer(tmp_path, content, message):
     path = tmp_path / "t.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(TokenizerError, match=said) as error:
+    with pytest.raises(TokenizerError, match=message) as error:
         load_tokenizer(path)
     assert str(path) in str(error.value)
 

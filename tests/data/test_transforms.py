@@ -164,7 +164,7 @@ def test_truncated_files_are_named(tmp_path, kind, share):
         assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_image_is_named(tmp_path):
+def test_files_that_are_not_images_are_named(tmp_path):
     (tmp_path / "notes.png").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
     data = bytearray(encoded(Image.fromarray(picture(64, 64))))
@@ -359,7 +359,7 @@ def scene(height=96, width=128):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_augment_moves_image_and_masks_alike_and_never_flips(seed):
+def test_augment_moves_image_and_masks_together_and_never_flips(seed):
     image, masks = scene()
     out, moved = augment(image, masks, np.random.default_rng(seed))
     assert out.shape == image.shape and out.dtype == np.uint8
@@ -399,7 +399,7 @@ def test_augment_loses_no_mask():
         assert 2 * moved.sum() >= corner.sum() and not nothing.any()
 
 
-def test_a_mask_is_moved_the_same_alone_and_whole():
+def test_a_mask_is_moved_the_same_in_its_box_and_in_full():
     """Only the box of a moved mask is computed; the whole picture would give the same."""
     _, masks = scene()
     rng = np.random.default_rng(0)

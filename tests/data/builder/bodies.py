@@ -20,7 +20,7 @@ HEIGHT, WIDTH = 120, 160
 
 
 def plain_record(entities, dataset="ward", modality="CT", name="r", **fields) -> Record:
-    """Squares beside each other, one mask for each of `entities`."""
+    """Squares next to each other, one mask for each of `entities`."""
     masks = []
     for number, entity in enumerate(entities):
         pixels = np.zeros((20, 8 * len(entities) + 20), bool)

@@ -1,4 +1,4 @@
-"""A chat endpoint on loopback that answers as it is told, and counts what it is asked."""
+"""A chat endpoint on loopback with given answers, which counts its requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A manifest of small images, no two alike, and builds of it in a process of their own."""
+"""A manifest of small images without near-duplicates, and builds of it in a separate process."""
 
 import json
 import os

@@ -128,7 +128,7 @@ def test_classes_that_name_nothing(raw, dataset, nameless):
     assert is_nameless(raw, dataset) == nameless
 
 
-def test_table_is_whole():
+def test_table_is_complete():
     """Every parent and site is there, no structure is its own ancestor, kinds and CUIs are well formed and CUIs stand once."""
     for name, entity in ENTITIES.items():
         assert entity.name == name and {entity.parent, entity.site} <= {"", *ENTITIES}

@@ -19,7 +19,7 @@ from mimo_jax.data.builder.scene import names_pattern
 from mimo_jax.data.builder.templates import FULL
 from tests.data.builder.bodies import SLICE, slice_record
 
-EXTRA = {  # beside SLICE, without overlap
+EXTRA = {  # in addition to SLICE, without overlap
     "left lung": (124, 0, 156, 22), "right lung": (4, 0, 24, 22), "heart": (60, 0, 100, 20), "vertebra T9": (70, 100, 84, 118),
     "left rib 9": (150, 70, 158, 90), "right rib 9": (0, 70, 10, 90), "gizzard": (90, 100, 110, 118), "lung": (124, 0, 156, 21),
     "left lung upper lobe": (124, 0, 156, 9), "kidney stone": (104, 76, 108, 80), "left adrenal gland": (100, 58, 112, 66),
@@ -56,8 +56,8 @@ def bodies(number: int, seed: int = 0):
 def asked():
     """(record, its samples) of complete labels."""
     records = bodies(200)
-    census = LabelStats.from_records(records)
-    return [(record, ask(record, record_rng(0, record.id), census, style=FULL)) for record in records]
+    label_stats = LabelStats.from_records(records)
+    return [(record, ask(record, record_rng(0, record.id), label_stats, style=FULL)) for record in records]
 
 
 def samples_of(asked, *perspectives):
@@ -68,7 +68,7 @@ def shown_by(record):
     return {mask.entity for mask in record.masks}
 
 
-def test_records_stay_whole_and_every_kind_comes(asked):
+def test_records_stay_unchanged_and_every_kind_occurs(asked):
     seen = defaultdict(Counter)
     for record, samples in asked:
         record.samples = samples
@@ -107,7 +107,7 @@ def test_questions_do_not_name_what_they_ask_for(asked):
             assert any(set(target.mask_ids) == set(sample.turns[0].prompted) for target in sample.targets)
 
 
-def test_absent_is_said_only_where_it_is_known(asked):
+def test_absence_is_claimed_only_if_known(asked):
     vouched, absent = defaultdict(set), Counter()
     for record, _ in asked:
         vouched[record.dataset, record.modality] |= shown_by(record)
@@ -128,11 +128,11 @@ def test_absent_is_said_only_where_it_is_known(asked):
 
 def test_nothing_is_absent_where_labels_are_not_complete():
     records = bodies(40)
-    tally = LabelCounts()
+    label_counts = LabelCounts()
     for record in records:
-        tally.add(record.dataset, record.modality, shown_by(record), complete=False)
-    census = LabelStats.from_counts(tally)
-    samples = [s for r in records for s in ask(r, record_rng(0, r.id), census, census.known_absent(r, (), complete=False), FULL)]
+        label_counts.add(record.dataset, record.modality, shown_by(record), complete=False)
+    label_stats = LabelStats.from_counts(label_counts)
+    samples = [s for r in records for s in ask(r, record_rng(0, r.id), label_stats, label_stats.known_absent(r, (), complete=False), FULL)]
     assert samples and not any(target.absent for sample in samples for target in sample.targets)
     assert not any(sample.kind in ("absent", "yes_no") for sample in samples)
 
@@ -193,11 +193,11 @@ def test_relations_are_true_and_choices_fair(asked):
 
 def test_sides_are_asked_as_often_one_way_as_the_other(asked):
     texts = [sample.turns[1].text for _, sample in samples_of(asked, "III", "IV") if sample.kind == "side"]
-    said = Counter(word for text in texts for word in ("left", "right") if f"patient's {word} of" in text)
-    assert abs(said["left"] / sum(said.values()) - 0.5) < 1.5 / np.sqrt(sum(said.values()))
+    message = Counter(word for text in texts for word in ("left", "right") if f"patient's {word} of" in text)
+    assert abs(message["left"] / sum(message.values()) - 0.5) < 1.5 / np.sqrt(sum(message.values()))
 
 
-def test_wholes_and_parts_are_no_rivals(asked):
+def test_wholes_and_parts_are_never_alternatives(asked):
     whole = 0
     for record, sample in samples_of(asked, "I", "II", "III", "IV"):
         entities = [target.entity for target in sample.targets]
@@ -213,7 +213,7 @@ def test_no_more_spans_than_a_model_has_slots_for(asked):
     assert max(len(sample.targets) for _, sample in samples_of(asked, *PERSPECTIVES)) == 2
 
 
-def test_facts_are_said_of_their_structures(asked):
+def test_facts_belong_to_their_structures(asked):
     told = {"location": lambda fact: [fact.lies], "findings": lambda fact: fact.findings, "function": lambda fact: [fact.does, fact.many]}
     for _, sample in samples_of(asked, "III", "IV"):
         if sample.kind in told:
@@ -223,17 +223,17 @@ def test_facts_are_said_of_their_structures(asked):
 
 def test_samples_are_the_same_in_any_process_and_order():
     records = bodies(30)
-    census = LabelStats.from_records(records)
-    forth = {r.id: ask(r, record_rng(3, r.id), census, style=FULL) for r in records}
+    label_stats = LabelStats.from_records(records)
+    forth = {r.id: ask(r, record_rng(3, r.id), label_stats, style=FULL) for r in records}
     code = (
-        "from tests.data.builder.test_full_questions import *\nrecords = bodies(30)\ncensus = LabelStats.from_records(records)\n"
-        "print({r.id: ask(r, record_rng(3, r.id), census, style=FULL) for r in records})"
+        "from tests.data.builder.test_full_questions import *\nrecords = bodies(30)\nlabel_stats = LabelStats.from_records(records)\n"
+        "print({r.id: ask(r, record_rng(3, r.id), label_stats, style=FULL) for r in records})"
     )
     there = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
     assert there.returncode == 0 and there.stdout == f"{forth}\n", there.stderr
-    back = {r.id: ask(r, record_rng(3, r.id), census, style=FULL) for r in records[::-1]}
+    back = {r.id: ask(r, record_rng(3, r.id), label_stats, style=FULL) for r in records[::-1]}
     assert forth == back
-    assert forth != {r.id: ask(r, record_rng(4, r.id), census, style=FULL) for r in records}
+    assert forth != {r.id: ask(r, record_rng(4, r.id), label_stats, style=FULL) for r in records}
 
 
 def test_wordings_hold_their_blanks_and_core_is_part_of_full():
@@ -255,12 +255,12 @@ def test_the_name_of_what_is_asked_for_does_not_tell_whether_it_is_there():
     for n in range(500):
         shown = {name: (SLICE | EXTRA)[name] for name, share in shares.items() if rng.random() < share}
         records.append(slice_record(shown or {"liver": SLICE["liver"]}, name=f"r{n}"))
-    census = LabelStats.from_records(records)
+    label_stats = LabelStats.from_records(records)
     spread = {}
     for style in (FULL, replace(FULL, even=False)):
         asked = defaultdict(Counter)
         for record in records:
-            for sample in ask(record, record_rng(0, record.id), census, style=style):
+            for sample in ask(record, record_rng(0, record.id), label_stats, style=style):
                 if sample.kind in ("one", "absent") and sample.perspective == "I":
                     asked[sample.targets[0].entity][sample.kind] += 1
         assert asked.keys() == shares.keys()
@@ -269,14 +269,14 @@ def test_the_name_of_what_is_asked_for_does_not_tell_whether_it_is_there():
     assert spread[True][0] > 0.2 and spread[True][1] < 0.7 and spread[False][0] < 0.15 and spread[False][1] > 0.8, spread
 
 
-def test_zero_is_no_better_a_guess_than_another_number():
+def test_zero_is_not_a_better_guess_than_another_number():
     rng = np.random.default_rng(0)
     lesions = ["liver cyst", "kidney stone", "brain tumor", "gallstone", "polyp", "lung nodule"]
     records = []
     for n in range(400):
         boxes = {name: (20 * i, 0, 20 * i + 9, 9) for i, name in enumerate(lesions) if rng.random() < 0.15}
         records.append(slice_record({"liver": SLICE["liver"]} | boxes, name=f"r{n}"))
-    census = LabelStats.from_records(records)
-    samples = [sample for record in records for sample in ask(record, record_rng(0, record.id), census, style=FULL)]
+    label_stats = LabelStats.from_records(records)
+    samples = [sample for record in records for sample in ask(record, record_rng(0, record.id), label_stats, style=FULL)]
     answers = Counter(sample.references[0] for sample in samples if sample.kind == "count")
     assert answers.keys() == {"Zero", "One"} and 0.2 < answers["Zero"] / sum(answers.values()) < 0.45

@@ -43,7 +43,7 @@ def test_sides_share_their_facts_and_name_each_other():
     assert KNOWLEDGE["left kidney stone"].homes == ("left kidney", "kidney")
 
 
-def test_no_structure_is_beside_its_own_part():
+def test_no_structure_is_a_neighbour_of_its_own_part():
     assert not [(a, b) for a, fact in KNOWLEDGE.items() for b in fact.beside if overlapping(a, b)]
 
 
@@ -55,7 +55,7 @@ def test_verbs_of_several():
         assert plural_verb(fact.does) != fact.does or fact.does.split(" ")[0] in ("may", "can"), fact.does
 
 
-@pytest.mark.parametrize("table, said", [
+@pytest.mark.parametrize("table, message", [
     (ENTRY.replace("organ", "orgn"), r"\[liver\]: kind 'orgn'; use one of organ"),
     (ENTRY.replace("CT", "ct"), "modality 'ct'; use one of CT"),
     (ENTRY + 'colour = "red"\n', "unknown field 'colour'"),
@@ -74,11 +74,11 @@ def test_verbs_of_several():
     (ENTRY.replace("[liver]", '["the liver"]'), "without article"),
     (ENTRY + ENTRY, "cannot be read"),
 ])  # fmt: skip
-def test_a_table_that_breaks_the_rules_is_refused(tmp_path, table, said):
+def test_a_table_that_breaks_the_rules_is_refused(tmp_path, table, message):
     path = tmp_path / "mine.toml"
     path.write_text(ENTRY)
     assert load_knowledge(path)["liver"].many == "make bile"
     path.write_text(table)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_knowledge(path)
     assert str(error.value).startswith("mine.toml")

@@ -14,11 +14,11 @@ def test_a_whole_and_its_part_overlap_and_a_lesion_does_not():
 
 
 def test_what_is_always_there_is_not_asked_about():
-    census = LabelStats.from_records([plain_record(["liver"], name="a"), plain_record(["liver"], name="b")])
-    assert census.asking_rates == {"liver": (0.0, 0.0, 0.0)}
+    label_stats = LabelStats.from_records([plain_record(["liver"], name="a"), plain_record(["liver"], name="b")])
+    assert label_stats.asking_rates == {"liver": (0.0, 0.0, 0.0)}
 
 
-def test_entities_of_other_kinds_only_where_it_is_said():
+def test_foreign_entities_need_elsewhere():
     records = [plain_record(["liver"], name="a"), plain_record(["keel"], modality="MR", name="b")]
     assert (
         LabelStats.from_records(records, elsewhere=True).foreign(records[0]) == ["keel"]
@@ -26,33 +26,34 @@ def test_entities_of_other_kinds_only_where_it_is_said():
     )
 
 
-def test_neither_wholes_nor_parts_of_what_is_shown_are_absent():
+def test_neither_wholes_nor_parts_of_shown_entities_are_absent():
     records = [plain_record(names, name=str(i)) for i, names in enumerate((["lung"], ["left lung"], ["liver"], ["left lung", "liver"]))]
-    census = LabelStats.from_records(records)
-    assert [set(census.known_absent(record)) for record in records] == [{"liver"}, {"liver"}, {"left lung", "lung"}, set()]
-    assert census.absence["ward", "CT"] == {"left lung": 0.25, "liver": 0.5, "lung": 0.25}
+    label_stats = LabelStats.from_records(records)
+    assert [set(label_stats.known_absent(record)) for record in records] == [{"liver"}, {"liver"}, {"left lung", "lung"}, set()]
+    assert label_stats.absence["ward", "CT"] == {"left lung": 0.25, "liver": 0.5, "lung": 0.25}
 
 
 def test_labels_that_are_not_complete_say_nothing():
-    tally = LabelCounts()
+    counts = LabelCounts()
     for number in range(10):
-        tally.add("ward", "CT", ["liver", "spleen"] if number % 2 else ["liver"], complete=False)
-    census = LabelStats.from_counts(tally)
+        counts.add("ward", "CT", ["liver", "spleen"] if number % 2 else ["liver"], complete=False)
+    label_stats = LabelStats.from_counts(counts)
     record = plain_record(["liver"])
-    assert census.known_absent(record, complete=False) == [] == census.known_absent(record)  # no complete image ever vouched for the spleen
-    assert census.known_absent(record, absent=["spleen", "liver"], complete=False) == ["spleen"]
-    assert all(rates == (0.0, 0.0, 0.0) for rates in census.asking_rates.values())
+    # No complete image has a spleen.
+    assert label_stats.known_absent(record, complete=False) == [] == label_stats.known_absent(record)
+    assert label_stats.known_absent(record, absent=["spleen", "liver"], complete=False) == ["spleen"]
+    assert all(rates == (0.0, 0.0, 0.0) for rates in label_stats.asking_rates.values())
 
 
 def test_one_image_of_incomplete_labels_vouches_for_nothing():
     """A structure that only such images show is not known to be absent in complete ones."""
-    tally = LabelCounts()
-    tally.add("ward", "CT", ["liver", "rumen"], complete=False)
-    tally.add("ward", "CT", ["liver", "spleen"])
-    tally.add("ward", "CT", ["liver"], times=2)
-    census = LabelStats.from_counts(tally)
-    assert census.known_absent(plain_record(["liver"])) == ["spleen"]
-    assert census.absence["ward", "CT"] == {"liver": 0.0, "rumen": 0.0, "spleen": 0.5}
+    counts = LabelCounts()
+    counts.add("ward", "CT", ["liver", "rumen"], complete=False)
+    counts.add("ward", "CT", ["liver", "spleen"])
+    counts.add("ward", "CT", ["liver"], times=2)
+    label_stats = LabelStats.from_counts(counts)
+    assert label_stats.known_absent(plain_record(["liver"])) == ["spleen"]
+    assert label_stats.absence["ward", "CT"] == {"liver": 0.0, "rumen": 0.0, "spleen": 0.5}
 
 
 def test_tallies_add_up():
@@ -71,19 +72,19 @@ def test_tallies_add_up():
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_rates_balance_yes_and_no(elsewhere):
-    tally = LabelCounts()
+    counts = LabelCounts()
     for number in range(24):
         shown = [name for name, every in (("liver", 2), ("spleen", 3), ("aorta", 4), ("left lung", 6), ("lung", 5)) if number % every == 0]
-        tally.add("ward", "CT", shown, absent=["polyp"] if number % 8 == 1 else [], complete=number % 3 != 2)
-        tally.add("yard", "MR", ["brain"] if number % 5 else [])
-    census = LabelStats.from_counts(tally, elsewhere)
+        counts.add("ward", "CT", shown, absent=["polyp"] if number % 8 == 1 else [], complete=number % 3 != 2)
+        counts.add("yard", "MR", ["brain"] if number % 5 else [])
+    label_stats = LabelStats.from_counts(counts, elsewhere)
     sums = Counter()
-    for entity, (yes, lacks, foreign) in census.asking_rates.items():
+    for entity, (yes, lacks, foreign) in label_stats.asking_rates.items():
         assert max(yes, lacks, foreign) <= 1 + 1e-9
-        for key, share in census.share.items():
-            sums[entity, "yes"] += share * yes * census.presence[key].get(entity, 0)
-            sums[entity, "no"] += share * lacks * census.absence[key].get(entity, 0)
-            sums[entity, "no"] += share * foreign * (entity not in census.presence[key])
-    for entity in census.entities:
+        for key, share in label_stats.share.items():
+            sums[entity, "yes"] += share * yes * label_stats.presence[key].get(entity, 0)
+            sums[entity, "no"] += share * lacks * label_stats.absence[key].get(entity, 0)
+            sums[entity, "no"] += share * foreign * (entity not in label_stats.presence[key])
+    for entity in label_stats.entities:
         assert sums[entity, "yes"] == pytest.approx(sums[entity, "no"]), entity
     assert sums["liver", "yes"] > 0

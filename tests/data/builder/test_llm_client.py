@@ -52,7 +52,7 @@ def test_a_second_time_is_free_even_without_the_endpoint(tmp_path):
     "bad",
     [500, 503, 429, 408, b"no json", b"{}", b'{"choices": []}', b'{"choices": [{"message": {"content": 3}}]}', b"[" * 100_000, b"\xff"],
 )
-def test_what_may_mend_is_tried_again(tmp_path, bad):
+def test_transient_failures_are_retried(tmp_path, bad):
     with chat_server(bad, bad, "hello") as chat:
         assert client_of(chat, tmp_path).ask("ab12", "x") == "hello"
         assert len(chat.asked) == 3
@@ -93,7 +93,7 @@ def test_an_answer_that_drips_has_a_deadline(tmp_path):
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 302])
-def test_what_will_not_mend_is_said_at_once(tmp_path, status):
+def test_permanent_failures_are_raised_at_once(tmp_path, status):
     with chat_server(status) as chat:
         with pytest.raises(EndpointError, match=f"HTTP {status}; check MIMO_LLM_URL, MIMO_LLM_KEY and MIMO_LLM_MODEL") as error:
             client_of(chat, tmp_path, key="secret-1").ask("ab12", "x")
@@ -110,13 +110,13 @@ def test_an_endpoint_that_never_answers_ends_the_run_and_keeps_the_rest(tmp_path
         assert client.ask("ab12", "x") == "hello"
 
 
-@pytest.mark.parametrize("limit, said", [({"max_requests": 3}, "limit of 3 requests"), ({"max_tokens": 250}, "limit of 250 tokens")])
-def test_limits_hold(tmp_path, limit, said):
+@pytest.mark.parametrize("limit, message", [({"max_requests": 3}, "limit of 3 requests"), ({"max_tokens": 250}, "limit of 250 tokens")])
+def test_limits_hold(tmp_path, limit, message):
     with chat_server("hello") as chat:
         client = client_of(chat, tmp_path, **limit)
         for number in range(3):
             client.ask(f"ab{number}", "x")
-        with pytest.raises(EndpointError, match=said):
+        with pytest.raises(EndpointError, match=message):
             client.ask("ab9", "x")
         assert client.ask("ab0", "x") == "hello" and len(chat.asked) == 3
 
@@ -141,7 +141,7 @@ def test_a_torn_cache_entry_is_asked_for_again(tmp_path):
         assert len(chat.asked) == 5
 
 
-def test_a_killed_run_goes_on_without_paying_twice(tmp_path):
+def test_a_killed_run_resumes_without_paying_twice(tmp_path):
     code = (
         "import sys\nfrom mimo_jax.data.builder.llm_client import ChatClient, cache_key\n"
         "client = ChatClient(sys.argv[1], 'parrot', sys.argv[2])\n"
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_without_paying_twice(tmp_path):
 @pytest.mark.parametrize(
     "url", ["", "file:///etc/passwd", "ftp://host/v1", "host/v1", "http://", "https://user:word@host/v1", "https://host/v1?a=b"]
 )
-def test_urls_that_are_none(tmp_path, url):
+def test_invalid_urls(tmp_path, url):
     with pytest.raises(EndpointError, match="MIMO_LLM_URL: give "):
         ChatClient(url, "parrot", tmp_path)
 

@@ -1,4 +1,4 @@
-"""Of what a language model writes, only what was told of the very image is kept; nothing private is told to it."""
+"""Only questions from the facts of the image are kept of what a language model writes; it receives nothing private."""
 
 import json
 from collections import Counter
@@ -92,7 +92,7 @@ def test_only_names_modality_and_relations_leave_the_machine(record, tmp_path):
     with chat_server(reply(GOOD[0])) as chat:
         llm_samples(secret, describe(secret), client_of(chat, tmp_path), seed=0)
         llm_samples(record, describe(record), client_of(chat, tmp_path), seed=0)
-    assert len(chat.asked) == 1  # what was told is the same
+    assert len(chat.asked) == 1  # the facts are the same
     text = json.dumps(chat.asked) + json.dumps(chat.headers) + "".join(path.read_text() for path in tmp_path.rglob("*.json"))
     for word in ("4711", "Smith", "smith", "2019", "visit7", "ward", "m0", "mine"):
         assert word not in text, word
@@ -103,19 +103,19 @@ def test_only_names_modality_and_relations_leave_the_machine(record, tmp_path):
     assert "the aorta lies to the patient's left of the liver" in told["relations"]
 
 
-def test_a_whole_is_not_told_beside_its_part():
+def test_facts_omit_a_whole_whose_part_is_shown():
     facts = describe(slice_record({"lung": (0, 0, 50, 50), "left lung": (0, 0, 50, 40), "heart": (60, 0, 80, 20)}))
     assert facts.entities == ("heart", "left lung")
 
 
 @pytest.mark.parametrize("good", GOOD, ids=lambda e: e["answer"])
-def test_what_was_told_is_kept(record, good):
+def test_questions_from_the_facts_are_kept(record, good):
     assert rejection_reason(good, describe(record)) == ""
 
 
-@pytest.mark.parametrize("bad, said", [case[1:] for case in BAD], ids=[case[0] for case in BAD])
-def test_what_was_not_told_is_refused(record, bad, said):
-    assert said in rejection_reason(bad, describe(record))
+@pytest.mark.parametrize("bad, message", [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_questions_beyond_the_facts_are_rejected(record, bad, message):
+    assert message in rejection_reason(bad, describe(record))
 
 
 def test_samples_are_grounded_and_say_where_they_come_from(record, tmp_path):
@@ -182,7 +182,7 @@ def test_an_image_of_which_nothing_is_known_asks_nothing(tmp_path):
 
 
 def test_a_mouthpiece_of_the_facts_passes_and_a_wild_one_does_not(tmp_path):
-    """Over many images: a model that repeats what it is told is kept whole, one that swaps facts or invents is refused whole."""
+    """Over many images: all questions of a model that repeats the facts are kept, all of one that swaps or invents facts are rejected."""
 
     def honest(prompt):
         told = json.loads(prompt[prompt.rindex('{\n "modality"') :])["entities"]

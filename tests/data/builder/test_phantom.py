@@ -97,7 +97,7 @@ def test_what_is_shown_is_what_was_planned():
 
 
 def test_lesion_counts_are_even(records):
-    """Layouts that do not fit are drawn anew with the same plan, so crowded images are not rarer."""
+    """Layouts that do not fit are drawn again with the same plan, so crowded images are not rarer."""
     for modality, anatomy in phantom_scenes.ANATOMY.items():
         numbers = [sum(m.entity == anatomy.lesion for m in r.masks) for r in records if r.modality == modality]
         share = np.bincount(numbers, minlength=anatomy.max_lesions + 1) / len(numbers)

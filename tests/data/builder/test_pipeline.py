@@ -126,7 +126,7 @@ def test_rejects_are_listed_and_too_many_stop_it(tmp_path):
     assert line["id"] == "n3" and "damaged or truncated" in line["reason"]
     assert len(records_of(tmp_path / "out")) == 11 and damaged_files(tmp_path / "out") == []
     assert run(source, tmp_path / "other").returncode == 2
-    (source / "images/3.png").write_bytes(good)  # mended: it is read again
+    (source / "images/3.png").write_bytes(good)  # fixed: it is read again
     assert run(source, tmp_path / "other").returncode == 0
 
 
@@ -138,7 +138,7 @@ def test_a_source_without_items_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_what_looks_wrong_is_in_the_warnings(tmp_path):
+def test_suspicious_items_are_in_the_warnings(tmp_path):
     source = write_source(tmp_path / "in")
     Image.fromarray(np.zeros((48, 64), np.uint8)).save(source / "images/5_liver.png")
     info = built(source, tmp_path / "out")
@@ -221,14 +221,14 @@ def test_perspectives(tmp_path):
     assert {sample.perspective for _, record in records_of(tmp_path / "out") for sample in record.samples} == {"I", "II"}
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     ({"perspectives": ("V",)}, "perspectives V: use some of vqa"),
     ({"duplicates": "keep"}, "duplicates keep: use one of"),
     ({"shares": {"train": 0.0, "val": 0.0, "test": 0.0}}, "ratios 0,0,0"),
     ({"max_rejects": 2.0}, "max-rejects 2"),
 ])  # fmt: skip
-def test_wrong_options_are_refused_before_the_work(tmp_path, options, said):
-    with pytest.raises(UserError, match=said):
+def test_wrong_options_are_refused_before_the_work(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
         built(write_source(tmp_path / "in", 2), tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

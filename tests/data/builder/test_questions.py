@@ -46,7 +46,7 @@ def test_every_perspective_comes_several_times_an_image(records):
     assert len({sample.sample_id for _, sample in samples_of(records, *PERSPECTIVES)}) == sum(numbers.values())
 
 
-def test_absent_is_never_said_of_what_is_there(records):
+def test_shown_entities_are_never_called_absent(records):
     for record, sample in samples_of(records, "I", "III"):
         shown = {mask.entity for mask in record.masks}
         for target in sample.targets:
@@ -139,7 +139,7 @@ def test_short_answers_say_what_they_are_about(records):
 
 
 def test_presence_is_balanced_for_each_entity(records):
-    """Over the phantoms of all modalities, asked of an entity, yes and no come alike: by the rates exactly, by count roughly."""
+    """Over the phantoms of all modalities, yes and no are equally frequent for each entity: exactly by the rates, roughly by count."""
     half = PRESENCE_PER_IMAGE / 19 / 2
     for key, presence in PHANTOM_LABEL_STATS.presence.items():
         for entity, share in presence.items():
@@ -148,14 +148,14 @@ def test_presence_is_balanced_for_each_entity(records):
             assert yes * here * share == pytest.approx(half)
             assert lacks * here * (1 - share) + foreign * (1 - here) == pytest.approx(half)
             assert max(yes, lacks, foreign) <= 1
-    tally = defaultdict(Counter)
+    answers = defaultdict(Counter)
     for record, sample in samples_of(records, "vqa"):
         if sample.kind == "yes_no":
             entity = max((e for e in KNOWLEDGE if f" {with_article(e)} " in sample.turns[0].text.replace("?", " ")), key=len)
-            tally[entity][sample.references[0]] += 1
+            answers[entity][sample.references[0]] += 1
             assert (sample.references[0] == "Yes") == any(mask.entity == entity for mask in record.masks)
-    assert len(tally) == 19
-    for entity, counts in tally.items():
+    assert len(answers) == 19
+    for entity, counts in answers.items():
         number = sum(counts.values())
         assert number > 20 and abs(counts["Yes"] / number - 0.5) < 2 / np.sqrt(number), entity
 
@@ -191,28 +191,28 @@ def test_the_vocabulary_is_small(records):
 def test_unknown_entities_get_what_needs_no_knowledge():
     record = plain_record(["gizzard", "left whatsit", "gizzard"])
     other = plain_record(["left whatsit"], name="s")
-    census = LabelStats.from_records([record, other, plain_record(["keel"], modality="MR", name="t")])
-    found = [sample for seed in range(40) for sample in ask(record, np.random.default_rng(seed), census)]
+    label_stats = LabelStats.from_records([record, other, plain_record(["keel"], modality="MR", name="t")])
+    found = [sample for seed in range(40) for sample in ask(record, np.random.default_rng(seed), label_stats)]
     assert {sample.perspective for sample in found} == {"I", "II", "vqa"}
     assert {sample.kind for sample in found} == {"one", "two", "name", "unmarked", "yes_no", "modality", "list"}
     assert not any(target.absent for sample in found for target in sample.targets)  # it lacks nothing that its kind is labelled with
-    lacking = [sample for seed in range(40) for sample in ask(other, np.random.default_rng(seed), census)]
+    lacking = [sample for seed in range(40) for sample in ask(other, np.random.default_rng(seed), label_stats)]
     assert {t.entity for s in lacking for t in s.targets if t.absent} == {"gizzard"}
     assert not any("keel" in s.turns[0].text for s in found + lacking)
 
 
 def test_where_labels_are_not_complete_only_known_absence_counts():
-    """A missing mask says nothing; yes and no are balanced over what is known, and nothing else is asked or said."""
+    """A missing mask says nothing; yes and no are balanced over what is known, and nothing else is asked or stated."""
     records = [plain_record(["liver", "spleen"] if i % 2 else ["spleen"], name=f"r{i}") for i in range(40)]
     absent = {record.id: ["liver"] if i % 4 == 0 else [] for i, record in enumerate(records)}
-    census = LabelStats.from_records(records, absent=absent)
-    assert census.asking_rates["spleen"] == (0.0, 0.0, 0.0)
-    yes, lacks, _ = census.asking_rates["liver"]
+    label_stats = LabelStats.from_records(records, absent=absent)
+    assert label_stats.asking_rates["spleen"] == (0.0, 0.0, 0.0)
+    yes, lacks, _ = label_stats.asking_rates["liver"]
     assert yes * 0.5 == pytest.approx(lacks * 0.25) and lacks > 0
     answers = Counter()
     for record in records:
         for seed in range(15):
-            for sample in ask(record, np.random.default_rng(seed), census, absent[record.id]):
+            for sample in ask(record, np.random.default_rng(seed), label_stats, absent[record.id]):
                 if sample.kind == "yes_no":
                     answers[sample.references[0]] += 1
                 for target in sample.targets:

@@ -1,4 +1,4 @@
-"""One item to one record: what is kept, what is repaired, what is refused, and what is told."""
+"""One item to one record: what is kept, repaired, rejected, and warned of."""
 
 import io
 from dataclasses import replace
@@ -147,7 +147,7 @@ def test_masks_palette_label_lossy_inverted_rle_polygon(tmp_path, png):
     assert [mask.mask_id for mask in record.masks[:3]] == ["liver_0", "spleen_0", "left_kidney_0"]
 
 
-def test_what_looks_wrong_is_told(tmp_path, png):
+def test_suspicious_masks_cause_warnings(tmp_path, png):
     liver, empty, all_but = (saved_mask(tmp_path / f"{i}.png", mask) for i, mask in enumerate((LIVER, NOTHING, ~NOTHING)))
     result = made(
         png, MaskRef("liver", liver), MaskRef("spleen", empty), MaskRef("liver", liver), MaskRef("union_liver", liver),
@@ -265,7 +265,7 @@ def test_it_is_pure(png):
     assert one == two
 
 
-def test_a_turn_told_behind_the_pixels_is_seen(tmp_path):
+def test_an_orientation_after_the_pixels_is_read(tmp_path):
     """The eXIf chunk may stand after IDAT."""
     whole = io.BytesIO()
     Image.fromarray(RGB).save(whole, "PNG", exif=exif(6))

@@ -22,7 +22,7 @@ def test_left_and_right_are_the_patients(turn):
     assert layout.side("liver", "spleen") == "right" and layout.side("spleen", "liver") == "left"
     assert layout.side("aorta", "liver") == "left"
     assert layout.side("left kidney", "spleen") in ("right", "")
-    assert layout.side("liver", "right kidney") == "" == layout.side("liver", "liver cyst")  # neither beside the other
+    assert layout.side("liver", "right kidney") == "" == layout.side("liver", "liver cyst")  # neither is next to the other
 
 
 def test_sides_are_not_guessed():

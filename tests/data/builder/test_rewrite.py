@@ -1,4 +1,4 @@
-"""Datasets to another dataset: merged, or split anew."""
+"""Datasets merged, or split again."""
 
 import dataclasses
 import os
@@ -52,7 +52,7 @@ def test_merge_finds_what_both_hold(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_split_anew_in_place(tmp_path):
+def test_split_again_in_place(tmp_path):
     path = folder(tmp_path / "set", range(20))
     before = records_of(path)
     options = Options(shares={"train": 0.5, "val": 0.25, "test": 0.25}, seed=3)

@@ -33,13 +33,13 @@ def test_names_are_whole_words_and_the_longest():
     assert found == ["left lung", "lung", "rib 1"]
 
 
-def test_a_mark_means_no_whole_whose_part_is_shown_and_no_doubled_place():
+def test_pointable_excludes_wholes_with_shown_parts_and_equal_places():
     assert scene_of(plain_record(["lung", "left lung", "liver"])).pointable == ["left lung", "liver"]
     twice = slice_record({"liver": SLICE["liver"], "tumor": SLICE["liver"], "spleen": SLICE["spleen"], "liver cyst": SLICE["liver cyst"]})
     assert scene_of(twice).pointable == ["spleen", "liver cyst"]
 
 
-def test_an_organ_and_its_lesion_stand_side_by_side_and_a_whole_and_its_part_do_not():
+def test_separate_allows_an_organ_and_its_lesion_but_not_a_whole_and_its_part():
     scene = scene_of(slice_record(SLICE | {"lung": (0, 0, 5, 5), "left lung": (0, 0, 4, 4), "gizzard": (14, 32, 20, 40)}))
     assert scene.separate("liver", "liver cyst") and scene.separate("spleen", "stomach")
     assert not scene.separate("lung", "left lung") and not scene.separate("gizzard", "liver")

@@ -22,7 +22,7 @@ def faults(folder):
     return find_faults(folder, progress=False)
 
 
-def test_a_whole_folder_has_none(folder):
+def test_an_intact_folder_has_no_faults(folder):
     assert faults(folder) == []
     assert find_faults(folder, workers=2, progress=False) == []
 
@@ -60,7 +60,7 @@ def with_mask(record, **changes):
     return dataclasses.replace(record, masks=[dataclasses.replace(record.masks[0], **changes), *record.masks[1:]])
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, message", [
     (lambda r: dataclasses.replace(r, image=handmade.record(9).image[:-30]), "its image: damaged or truncated"),
     (lambda r: dataclasses.replace(r, image=handmade.png(np.zeros((40, 50), np.uint8))), "its image is 50x40, not 56x40"),
     (lambda r: dataclasses.replace(r, id="0123456789abcdef"), "its id is not the hash of its pixels"),
@@ -71,9 +71,9 @@ def with_mask(record, **changes):
     (lambda r: dataclasses.replace(r, samples=r.samples[1:]), "its samples differ from those in train.samples"),
     (lambda r: dataclasses.replace(r, group="other"), "differs from train.index.npz"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_named(folder, change, said):
+def test_inconsistencies_are_named(folder, change, message):
     found = rewritten(folder, change)
-    assert any(part in fault for fault in found for part in said.split("|")), found
+    assert any(part in fault for fault in found for part in message.split("|")), found
 
 
 def test_a_missing_file_and_no_folder(folder, tmp_path):

@@ -78,7 +78,7 @@ def test_every_slice_of_a_nifti_is_the_picture_of_that_slice(tmp_path, seed, obl
 
 
 @pytest.mark.parametrize("kind, slope", [(np.int16, 1), (np.int16, -2), (np.float32, 1), (np.float32, 3)])
-def test_one_window_of_the_whole_volume_is_every_slices(tmp_path, kind, slope):
+def test_all_slices_share_the_window_of_the_volume(tmp_path, kind, slope):
     values = np.random.default_rng(0).normal(100, 40, (12, 10, 8)).astype(kind)
     if kind is np.float32:
         values[:, :, 0] = np.nan  # a slice outside the field of view
@@ -174,7 +174,7 @@ def test_each_file_of_a_series_has_its_own_window(tmp_path):
         assert shown.pixels[0, 0, 0] == 255 and shown.pixels[-1, -1, 0] == 0  # small values are bright
 
 
-def test_what_is_no_picture_is_passed_over(tmp_path):
+def test_files_without_an_image_are_skipped(tmp_path):
     folder = tmp_path / "s"
     series(folder, stored(3))
     (folder / "notes.txt").write_text("SECRET")
@@ -194,7 +194,7 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["header", "pixels", "stream"])
-def test_a_damaged_file_among_good_ones_is_passed_over_and_said(tmp_path, damage):
+def test_a_damaged_file_among_good_ones_is_skipped_with_a_warning(tmp_path, damage):
     paths = series(tmp_path / "s", stored(4, (16, 16)))
     broken = paths[3]
     data = broken.read_bytes()
@@ -239,7 +239,7 @@ def test_of_several_series_one_is_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("shape, directions", [((4, 6), (1, 0, 0, 0, 0, -1)), ((8, 6), (1, 0, 0, 0, 1, 0))])
-def test_a_localizer_in_the_same_series_is_told_apart(tmp_path, shape, directions):
+def test_a_localizer_in_the_same_series_is_separated(tmp_path, shape, directions):
     uid = pydicom.uid.generate_uid()
     series(tmp_path / "s", stored(3), SeriesInstanceUID=uid)
     (extra,) = series(tmp_path / "t", stored(1, shape), SeriesInstanceUID=uid, directions=directions)
@@ -250,16 +250,16 @@ def test_a_localizer_in_the_same_series_is_told_apart(tmp_path, shape, direction
 
 
 @pytest.mark.parametrize(
-    "at, said",
+    "at, message",
     [
         ([0, 1, 1, 2, 3], r"slices with the same position as another one: 1 \(several phases or echoes\?\); mm³ are unknown"),
         ([0, 1, 2, 4, 5], r"distances other than the usual 2 mm: 1 of 4 \(slices missing\?\); mm³ are unknown, and .nii cannot"),
         ([0, 0, 1, 1, 3], "with the same position as another one: 2 .*; distances other than the usual"),
     ],
 )
-def test_gaps_and_doubled_places_are_warned_of(tmp_path, at, said):
+def test_gaps_and_equal_positions_cause_a_warning(tmp_path, at, message):
     paths = series(tmp_path / "s", stored(), at=at)
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match=message):
         volume = open_volume(tmp_path / "s")
     assert len(volume) == 5 and volume.voxel_mm3 is None and volume.spacing_mm is None
     same(volume[4], open_image(paths[4]))
@@ -380,7 +380,7 @@ def test_what_does_not_fit_a_path_is_one_line(tmp_path):
     assert isinstance(open_scan(volume, slice="K:all"), Volume) and isinstance(open_scan(volume, slice="k:1"), MedicalImage)
 
 
-def test_a_missing_library_is_no_damage(tmp_path, monkeypatch):
+def test_a_missing_library_is_not_reported_as_damage(tmp_path, monkeypatch):
     series(tmp_path / "s", stored(2))
     monkeypatch.setitem(sys.modules, "pydicom", None)
     fails("pydicom is not installed", tmp_path / "s")

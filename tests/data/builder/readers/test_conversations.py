@@ -41,15 +41,15 @@ def test_llava_med(tmp_path):
     assert [i.id for i in listed("llava-med", lined, modality="MR")[0]] == ["a.jpg", "b.jpg", "c.jpg"]
 
 
-@pytest.mark.parametrize("entry, said", [
+@pytest.mark.parametrize("entry, message", [
     ({"image": "a"}, "has no conversations"), ({"image": "a", "conversations": [{"from": "human"}]}, "has no conversations"),
     ({"image": "a", **talk("one")}, "does not alternate between human and gpt"),
     ({"image": "a", "conversations": []}, "does not alternate between human and gpt"),
     ({"image": ["a"], **talk("q", "a")}, "image is missing or not a text"),
 ])  # fmt: skip
-def test_damaged_conversations(tmp_path, entry, said):
+def test_damaged_conversations(tmp_path, entry, message):
     path = write_json(tmp_path / "train.json", [{"image": "b", **talk("q", "a")}, entry])
-    with pytest.raises(DataError, match=f"train.json, entry 2: .*{said}"):
+    with pytest.raises(DataError, match=f"train.json, entry 2: .*{message}"):
         listed("llava-med", path, modality="CT")
 
 

@@ -85,7 +85,7 @@ def test_frames_of_one_file(tmp_path):
             assert (read_mask(mask, open_image(item.image, frame=item.frame)) == wanted).all()
 
 
-def test_what_is_passed_over(tmp_path):
+def test_skipped_files(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 900, (3, H, W)).astype(np.uint16)
     paths = series(tmp_path / "ct", pixels)
     sources = [pydicom.dcmread(path) for path in paths]

@@ -35,13 +35,13 @@ def test_masks_without_a_name(tmp_path):
         listed("folders", tmp_path, modality="CT", labels=str(table), entity="polyp")
 
 
-@pytest.mark.parametrize("table, said", [
+@pytest.mark.parametrize("table, message", [
     ([], "is not a table of labels"), ({"0": "background"}, "names no label except the background"),
     ({"one": "liver"}, "is not a label with its name"),
     ({"1": 2}, "is not a label with its name"), ({"-1": "liver"}, "is not a label with its name"),
 ])  # fmt: skip
-def test_tables_that_are_none(tmp_path, table, said):
+def test_invalid_tables(tmp_path, table, message):
     for name in ("images/a.png", "masks/a.png"):
         image(tmp_path / name)
-    with pytest.raises(DataError, match=f"labels.json: .*{said}"):
+    with pytest.raises(DataError, match=f"labels.json: .*{message}"):
         listed("folders", tmp_path, modality="CT", labels=str(write_json(tmp_path / "labels.json", table)))

@@ -27,7 +27,7 @@ def test_items(tmp_path):
     assert [(m.class_raw, m.instance, m.annotation) for m in b.masks] == [("rib", 0, "manual"), ("rib", 1, "")] and b.absent == ("spleen",)
 
 
-@pytest.mark.parametrize("line, said", [
+@pytest.mark.parametrize("line, message", [
     ([], "is not a JSON object"), ({"id": "a"}, "lacks image, masks, modality, group"),
     (LINE | {"masks": [{}]}, "lacks file or entity of a mask"),
     (LINE | {"masks": "none"}, "lacks file or entity of a mask"), (LINE | {"id": 3}, "must be texts"),
@@ -39,9 +39,9 @@ def test_items(tmp_path):
     (LINE | {"pixel_spacing_mm": [0.5, 0]}, "pixel_spacing_mm is not"),
     (LINE, "id a is also in line 1"),
 ])  # fmt: skip
-def test_lines_that_are_wrong(tmp_path, line, said):
+def test_lines_that_are_wrong(tmp_path, line, message):
     path = write_lines(tmp_path / "manifest.jsonl", [LINE, line])
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(DataError, match=message) as error:
         listed("manifest", path)
     assert str(error.value).startswith(f"{path}, line 2: ")
 

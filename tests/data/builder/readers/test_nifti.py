@@ -97,13 +97,13 @@ def test_total_segmentator(tmp_path):
     assert len(listed("nifti", tmp_path / "s0001", min_area=16)[0]) == 2
 
 
-@pytest.mark.parametrize("said", [
+@pytest.mark.parametrize("message", [
     {"labels": {"0": "background", "1": "liver", "2": "cancer"}, "modality": {"0": "CT"}},
     {"labels": {"background": 0, "whole": [1, 2], "liver": 1, "cancer": 2}, "channel_names": {"0": "CT"}},
 ])  # fmt: skip
-def test_decathlon_and_nnunet(tmp_path, said):
-    channel = "_0000" if "channel_names" in said else ""
-    write_json(tmp_path / "dataset.json", said)
+def test_decathlon_and_nnunet(tmp_path, message):
+    channel = "_0000" if "channel_names" in message else ""
+    write_json(tmp_path / "dataset.json", message)
     for part, case in (("Tr", "liver_1"), ("Tr", "liver_2"), ("Ts", "liver_3")):
         save(tmp_path / f"images{part}" / f"{case}{channel}.nii.gz", np.zeros(SHAPE, np.int16))
         save(tmp_path / f"labels{part}" / f"{case}.nii.gz", labels())
@@ -114,7 +114,7 @@ def test_decathlon_and_nnunet(tmp_path, said):
     assert skipped == [("labelsTr/lost.nii.gz", "has no image of the same name")]
 
 
-def test_volumes_that_cannot_be_used_are_passed_over(tmp_path):
+def test_unusable_volumes_are_skipped(tmp_path):
     for case, image, label in (
         ("moved", np.zeros(SHAPE, np.int16), labels()), ("four", np.zeros((*SHAPE, 2), np.int16), labels()),
         ("size", np.zeros(SHAPE, np.int16), labels()[:-1]), ("good", np.zeros(SHAPE, np.int16), labels()),

@@ -19,15 +19,15 @@ def test_kinds():
 
 
 @pytest.mark.parametrize(
-    "kind, said", [("sa_med2d", "did you mean sa-med2d"), ("vqarad", "did you mean vqa-rad"), ("zzz", "use one of sa-med2d, ")]
+    "kind, message", [("sa_med2d", "did you mean sa-med2d"), ("vqarad", "did you mean vqa-rad"), ("zzz", "use one of sa-med2d, ")]
 )
-def test_unknown_kinds(tmp_path, kind, said):
-    with pytest.raises(DataError, match=f"source {kind}: is unknown; {said}"):
+def test_unknown_kinds(tmp_path, kind, message):
+    with pytest.raises(DataError, match=f"source {kind}: is unknown; {message}"):
         open_reader(kind, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_such_source(tmp_path, kind):
+def test_paths_with_another_layout(tmp_path, kind):
     with pytest.raises(DataError, match="none: no such file or folder"):
         open_reader(kind, tmp_path / "none")
     with pytest.raises(DataError, match=f"is not a {kind} source; expected ") as error:
@@ -38,23 +38,23 @@ def test_what_is_no_such_source(tmp_path, kind):
         list(open_reader(kind, tmp_path / "picture.png").items())
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     ({"labls": "x"}, "source folders has no option labls; its options are dataset, entity, labels, licence, modality"),
     ({"modality": "ct"}, "modality 'ct': use one of CT, MR"),
 ])  # fmt: skip
-def test_options(tmp_path, options, said):
-    with pytest.raises(DataError, match=said):
+def test_options(tmp_path, options, message):
+    with pytest.raises(DataError, match=message):
         open_reader("folders", tmp_path, **options)
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     ({"every": "two"}, "option every=two: is not a number"), ({"every": "0"}, "must be 1 or more"),
     ({"min_area": "-3"}, "must be 1 or more"),
     ({"window": "blue"}, "option window=blue: window blue: is unknown"), ({"window": "5,x"}, "is not a number"),
     ({"window": "5,1"}, "LOW < HIGH"), ({"axis": "top"}, "axis top: give i, j, k, axial"),
 ])  # fmt: skip
-def test_options_as_texts(tmp_path, options, said):
-    with pytest.raises(DataError, match=said):
+def test_options_as_texts(tmp_path, options, message):
+    with pytest.raises(DataError, match=message):
         open_reader("nifti", tmp_path, **options)
 
 
@@ -89,7 +89,7 @@ def test_pairs_are_what_json_reads(tmp_path_factory, content, chunk, indent):
         index_files._CHUNK = before
 
 
-def test_an_index_is_not_held_as_a_whole(tmp_path, monkeypatch):
+def test_an_index_is_read_in_chunks(tmp_path, monkeypatch):
     path = write_json(tmp_path / "index.json", {f"image{i}": ["mask"] * 3 for i in range(2000)})
     monkeypatch.setattr(index_files, "_CHUNK", 1000)
     held = []
@@ -97,10 +97,10 @@ def test_an_index_is_not_held_as_a_whole(tmp_path, monkeypatch):
     assert len(list(index_files.pairs(path))) == 2000 and len(held) > 50 and max(held) < 3000
 
 
-def test_entries_that_are_none(tmp_path):
-    for text, said in (("{}", "is not a JSON list"), ("[1]", "entry 1: is not a JSON object"), ('[{"a": 1} {"a": 2}]', "damaged")):
+def test_invalid_entries(tmp_path):
+    for text, message in (("{}", "is not a JSON list"), ("[1]", "entry 1: is not a JSON object"), ('[{"a": 1} {"a": 2}]', "damaged")):
         (tmp_path / "list.json").write_text(text)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             list(index_files.entries(tmp_path / "list.json"))
     (tmp_path / "lines.jsonl").write_text('{"a": 1}\n\n{"a": \n')
     with pytest.raises(DataError, match="line 3: is not JSON"):

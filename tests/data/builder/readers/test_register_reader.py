@@ -12,7 +12,7 @@ from mimo_jax.data.loading.sources import open_source
 
 
 class Toy(DatasetReader):
-    """CASE.png beside CASE.liver.png."""
+    """CASE.png next to CASE.liver.png."""
 
     name = "toy"
     expected_layout = "CASE.png beside CASE.liver.png"

@@ -37,7 +37,7 @@ def tree(root, index=INDEX, classes=CLASSES):
     return root
 
 
-def test_whole_data_set(tmp_path):
+def test_full_data_set(tmp_path):
     root = tree(tmp_path / "SAMed2Dv1")
     items, skipped = listed("sa-med2d", root, licence="CC BY-NC")
     assert listed("sa-med2d", tmp_path)[0] == [replace(item, licence="") for item in items]
@@ -73,22 +73,22 @@ def test_every_token_of_the_data_set_has_a_modality():
         assert name == Name(modality, "D", "c", "z", 3) if modality else name == (f"D, modality {token}", "is not a modality of records")
 
 
-def test_what_is_passed_over_is_counted(tmp_path):
+def test_skipped_entries_are_counted(tmp_path):
     items, skipped = listed("sa-med2d", tree(tmp_path, {f"mr_t1--Brain_PTM--c{i}--x_0001": ["0000_000"] for i in range(500)}))
     assert items == [] and skipped == [("Brain_PTM", "the images of this data set are masks (500 times)")]
 
 
-@pytest.mark.parametrize("text, said", [
+@pytest.mark.parametrize("text, message", [
     ("", "is not a JSON object"), ("[]", "is not a JSON object"), ('{"a": ["b"]', "damaged or cut off"),
     ('{"a": ["b"', "damaged or cut off"),
     ('{"a" ["b"]}', "damaged or cut off near character 5"), ('{"a": ["b"]} x', "damaged"),
     ('{"images/ct_00--A--c--z_1.png": 3}', "no list of masks"),
     ('{"images/ct_00--A--c--z_1.png": [3]}', "no list of masks"), ("\x00", "is not a JSON object"),
 ])  # fmt: skip
-def test_damaged_indices(tmp_path, text, said):
+def test_damaged_indices(tmp_path, text, message):
     tree(tmp_path)
     (tmp_path / "SAMed2D_v1.json").write_text(text)
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(DataError, match=message) as error:
         listed("sa-med2d", tmp_path)
     assert str(tmp_path / "SAMed2D_v1.json") in str(error.value) and "\n" not in str(error.value)
 

@@ -1,9 +1,9 @@
-"""What a score is worth: fitted on val, measured on test, each part of the evidence on its own; and what is painted where nothing is.
+"""Calibration of scores: fitted on val and measured on test, for subsets of the features; and false positives for absent structures.
 
     python benchmarks/calibration.py --checkpoint runs/demo/run --data runs/demo/phantom
     python benchmarks/calibration.py --checkpoint runs/demo/run --data runs/demo/phantom --images normal/*.png
 
---images: files that show no lesion, which are asked for one.
+--images: files without a lesion, for questions that ask for one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mimo_jax.eval.standard_metrics import GROUNDED, score_quality
 from mimo_jax.infer.answers.calibration import Calibration
 from mimo_jax.infer.predictor import Mimo, Request
 
-# What the fit may use; the rest stands at one value.
+# Name -> the features that the fit may use; the others are set to a constant.
 PARTS = {
     "predicted IoU, <SEG>": ("iou", "seg_prob"),
     "and words": ("iou", "seg_prob", "word_prob"),
@@ -56,10 +56,8 @@ def main() -> None:
     nothing = collect_results(mimo, test, {n: indices for n, indices in absent.items() if indices})
     scores = calibration.scores([evidence for evidence, _ in nothing.segmented])
     marked = sum(not a.abstained for a in nothing.abstentions)
-    print(
-        f"\nphantoms without what is asked for: {marked} of {len(nothing.abstentions)} answers paint something, {len(scores)} masks in all"
-    )
-    print(f"of these below the bound ({calibration.uncertain_below:.2f}): {int((scores < calibration.uncertain_below).sum())}")
+    print(f"\nphantoms without the requested structures: {marked} of {len(nothing.abstentions)} answers have masks, {len(scores)} in total")
+    print(f"of these below the threshold ({calibration.uncertain_below:.2f}): {int((scores < calibration.uncertain_below).sum())}")
 
     mimo.calibration = calibration
     images = mimo.encode([open_image(path) for path in args.images]) if args.images else []
@@ -67,7 +65,7 @@ def main() -> None:
         answers = mimo.predict([Request(image, question) for image in images])
         shown = [f"{e.phrase} {e.score:.2f}{' uncertain' if e.uncertain else ''}" for answer in answers for e in answer.entities]
         painted = sum(bool(answer.entities) for answer in answers)
-        print(f"{question} {painted} of {len(answers)} images painted: {'; '.join(shown) or 'nothing'}")
+        print(f"{question} {painted} of {len(answers)} images with masks: {'; '.join(shown) or 'none'}")
 
 
 def _row(name: str, score: dict) -> None:

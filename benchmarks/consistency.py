@@ -1,9 +1,9 @@
-"""The same answers whichever way they are computed: in a batch or alone, with a kept cache or without.
+"""Consistency of answers: in a batch against alone, and with a cache against without.
 
     python benchmarks/consistency.py runs/a data/phantom
 
-Asks questions of the test split with a trained checkpoint: 16 mixed ones at a time against each alone; conversations of three turns
-with a cache against the same three turns in one piece. Masks count where both ways paint one.
+Asks a trained checkpoint questions of the test split: 16 mixed questions at a time against each alone, and conversations of three turns
+with a cache against the same three turns without. Masks are compared if both ways have one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCHES, CHATS, TURNS = 12, 24, 3
 
 
 def requests_of(mimo: Mimo, data: str, count: int) -> list[list[Request]]:
-    """Per image, its questions with their prompts."""
+    """For each image, its questions with their prompts."""
     source, made = open_source(data, "test"), []
     for number in range(count):
         record = source[number]
@@ -43,7 +43,7 @@ def requests_of(mimo: Mimo, data: str, count: int) -> list[list[Request]]:
     return made
 
 
-class Tally:
+class Agreement:
     def __init__(self):
         self.pairs, self.same_text, self.ious = 0, 0, []
 
@@ -53,7 +53,7 @@ class Tally:
         self.ious += [iou(x.mask, y.mask) for x, y in zip(a.entities, b.entities, strict=False)]
 
     def __str__(self) -> str:
-        return f"{self.same_text} of {self.pairs} texts the same, {len(self.ious)} masks, least IoU {min(self.ious):.5f}"
+        return f"{self.same_text} of {self.pairs} texts equal, {len(self.ious)} masks, minimum IoU {min(self.ious):.5f}"
 
 
 def main() -> None:
@@ -65,13 +65,13 @@ def main() -> None:
 
     mixed = [request for asked in images for request in asked]
     mixed = [mixed[i] for i in rng.permutation(len(mixed))[: 16 * BATCHES]]
-    tally = Tally()
+    tally = Agreement()
     for at in range(0, len(mixed), 16):
         for request, together in zip(mixed[at : at + 16], mimo.predict(mixed[at : at + 16]), strict=True):
             tally.add(together, mimo.predict([request])[0])
     print(f"16 mixed requests in a batch against each alone: {tally}", flush=True)
 
-    tally, extra, encoded = Tally(), 0, 0
+    tally, extra, encoded = Agreement(), 0, 0
     for asked in images[:CHATS]:
         chat, past = mimo.open(asked[0].image), []
         images_before = mimo.engine.counts["images"]

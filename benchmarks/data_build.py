@@ -1,10 +1,10 @@
-"""`mimo data build` on a synthetic tree in the layout of SA-Med2D: images per second, peak memory of all its processes together, and
-whether the bytes are the same for any number of workers and after a kill in the middle.
+"""`mimo data build` on a synthetic tree in the layout of SA-Med2D: images per second, total peak memory of its processes, and
+whether the bytes are the same for any number of workers and after a kill.
 
     python benchmarks/data_build.py [--images 20000] [--workers 1,2,4] [--folder DIR]
 
-An image has 512x512 pixels and four masks; ten are a case. The tree, about 3 GB for 20,000 images, and three datasets as large lie in a
-temporary folder (of DIR), which is removed.
+An image has 512x512 pixels and four masks; a case has ten images. The tree (about 3 GB for 20,000 images) and three datasets of the same
+size are written to a temporary folder (in DIR), which is removed at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PAGE = resource.getpagesize()
 
 
 def draw(root: Path, number: int) -> tuple[str, list[str]]:
-    """Write one image and its masks: a random smooth body with noise, four ellipses in it. Returns their names in the tree."""
+    """Write one image and its masks: a random smooth body with noise and four ellipses. Returns their names in the tree."""
     rng = np.random.default_rng(number)
     smooth = Image.fromarray(rng.integers(40, 160, (12, 12)).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
@@ -64,7 +64,7 @@ def make_tree(root: Path, images: int) -> None:
 
 
 def build(root: Path, out: Path, workers: int, stop: Callable[[], bool] = lambda: False) -> tuple[float, float, float]:
-    """(seconds, seconds of CPU, peak of the resident memory of all processes in MiB). Killed, all at once, as soon as `stop()`."""
+    """(seconds, CPU seconds, peak resident memory of all processes in MiB). The build is killed as soon as `stop()` is true."""
     command = [sys.executable, "-m", "mimo_jax.cli", "data", "build", "--source", "sa-med2d", "--in", str(root), "--out", str(out)]
     start, used, peak = time.perf_counter(), cpu(), 0
     with open(out.with_suffix(".log"), "w") as log:
@@ -82,7 +82,7 @@ def build(root: Path, out: Path, workers: int, stop: Callable[[], bool] = lambda
 
 
 def cpu() -> float:
-    """Seconds of all processes that have ended."""
+    """CPU seconds of all child processes that have ended."""
     times = resource.getrusage(resource.RUSAGE_CHILDREN)
     return times.ru_utime + times.ru_stime
 
@@ -124,7 +124,7 @@ def main() -> None:
         make_tree(root, args.images)
         size = sum(entry.stat().st_size for name in ("images", "masks") for entry in os.scandir(root / name))
         print(f"{args.images} images, {4 * args.images} masks, {size / 2**20:.0f} MiB; load average {os.getloadavg()[0]:.1f}\n")
-        print("| workers | images/s | CPU ms an image | peak memory, MiB | bytes |\n|---|---|---|---|---|")
+        print("| workers | images/s | CPU ms per image | peak memory, MiB | bytes |\n|---|---|---|---|---|")
         for workers in counts:
             out = Path(scratch) / f"with_{workers}"
             seconds, used, peak = build(root, out, workers)

@@ -1,10 +1,10 @@
-"""What the feature cache saves: the same training steps with pictures and with features that `mimo data encode` wrote.
+"""Savings of the feature cache: the same training steps with images and with features that `mimo data encode` wrote.
 
     python benchmarks/features.py --checkpoint runs/a --data data/phantom [--steps 20] [--images 256]
 
-The config is tiny_lora without augmentation, from the checkpoint: CLIP and SAM's encoder are frozen. Of the data, the first images are
-copied, so that nothing is written beside the original. Reported are the loss of each way, the median time of a step with the batch in
-hand, and the loader's samples per second without a cache of views.
+The config is tiny_lora without augmentation, starting from the checkpoint: CLIP and SAM's encoder are frozen. The first images of the data
+are copied, so that nothing is written next to the original. The report has the loss of each run, the median step time without loading,
+and the loader's samples per second without a cache.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def config_for(run: str, data: Path, features: bool) -> Config:
     return config
 
 
-class Way:
-    """Training with pictures or with features, batches in hand. `loading`: samples per second of the loader."""
+class TrainingRun:
+    """Training with images or with features on preloaded batches. loading: samples per second of the loader."""
 
     def __init__(self, config: Config, steps: int):
         self.plan = TrainSetup(config, sharding.make_mesh(config.mesh))
@@ -65,7 +65,7 @@ class Way:
         self.fixed, self.trained, self.seconds, self.busy = [], [], [], []
 
     def run(self, number: int, train: bool) -> None:
-        """A step on one batch, from the parameters that training starts from, which stay, or on from the last."""
+        """A step on one batch: from the current state if `train`, else from the initial parameters without updating them."""
         batch = jax.device_put(self.batches[number], sharding.batch_sharding(self.plan.mesh))
         state = self.state if train else jax.tree.map(jnp.copy, self.state)
         start, used = time.perf_counter(), time.process_time()
@@ -91,21 +91,21 @@ def main() -> None:
         start = time.perf_counter()
         encoded = encode_checkpoint(args.checkpoint, data)
         print(f"encoded {encoded.written} images in {time.perf_counter() - start:.1f} s, compiling included\n")
-        plain, cached = (Way(config_for(args.checkpoint, data, features), args.steps) for features in (False, True))
+        plain, cached = (TrainingRun(config_for(args.checkpoint, data, features), args.steps) for features in (False, True))
     for train, number in itertools.product((False, True), range(args.steps)):
-        for way in (plain, cached):  # by turns, so that other jobs on the machine slow both
+        for way in (plain, cached):  # alternating, so that other jobs on the machine slow both
             way.run(number, train)
-    print("| | pictures | features |\n|---|---|---|")
+    print("| | images | features |\n|---|---|---|")
     losses = [f"{way.trained[0]:.5f}, {way.trained[-1]:.5f}" for way in (plain, cached)]
     print(f"| loss, first and last step | {' | '.join(losses)} |")
     for name in ("seconds", "busy"):
         times = [1000 * statistics.median(getattr(way, name)) for way in (plain, cached)]
         what = "" if name == "seconds" else ", on all cores together"
-        print(f"| a step, ms{what}, median | {times[0]:.0f} | {times[1]:.0f} |")
+        print(f"| step, ms{what}, median | {times[0]:.0f} | {times[1]:.0f} |")
     print(f"| loader, samples/s | {plain.loading:.0f} | {cached.loading:.0f} |")
     fixed, trained = (np.abs(np.array(getattr(cached, n)) / np.array(getattr(plain, n)) - 1) for n in ("fixed", "trained"))
-    print(f"\nloss apart, relative: of {args.steps} batches with the same parameters {fixed.mean():.1e}, at most {fixed.max():.1e};")
-    print(f"trained for {args.steps} steps, each way its own, at most {trained.max():.1e}")
+    print(f"\nrelative loss difference: {args.steps} batches, same parameters: mean {fixed.mean():.1e}, maximum {fixed.max():.1e};")
+    print(f"{args.steps} steps of separate training: maximum {trained.max():.1e}")
 
 
 if __name__ == "__main__":

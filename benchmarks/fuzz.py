@@ -1,9 +1,9 @@
-"""10,000 requests of every kind, sound and unsound, to one model in one process: answers, refusals, faults, memory.
+"""10,000 valid and invalid requests of every kind to one model in one process: answers, refusals, faults, memory.
 
     python benchmarks/fuzz.py [--requests 10000] [--checkpoint runs/a]
 
-Without a checkpoint a tiny model with random weights answers. A fault is whatever is neither an answer nor one clear line, or takes
-longer than 30 s. Ends with 1 if there was any.
+Without a checkpoint, a tiny model with random weights answers. A fault is a result that is neither an answer nor a one-line error, or that
+needs more than 30 s. The exit code is 1 if there was a fault.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.tiny_config import random_params, tiny_config  # noqa: E402
 
 
 def resident() -> float:
-    """MiB of this process in memory."""
+    """Resident memory of this process, MiB."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmRSS"].split()[0]) / 1024
 

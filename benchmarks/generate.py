@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py [tiny] [larger]
 
-A Llama with random weights (float32), made by transformers, converted by the name table. Same tokens? How many tokens a second, at
-batch 1 and 16, and against decoding without a cache? Prompts of mixed lengths; torch runs on as many threads as there are cores.
+transformers makes a Llama with random weights (float32), which is converted by the name table. The report says whether the tokens are the
+same, and has tokens per second at batch 1 and 16 and without a cache. Prompts have mixed lengths; torch uses one thread per core.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SIZES = {
     "tiny": dataclasses.replace(tiny.get_config().model.llm, max_length=1024),
     "larger": LlamaConfig(vocab_size=8000, width=768, layers=12, heads=12, kv_heads=4, mlp_width=2048, max_length=1024),
 }
-PROMPTS, SINGLE, LONGEST, NEW, REPEATS = 64, 16, 256, 32, 3  # of the prompts, SINGLE are timed one by one
-CONTEXT = 512  # of the comparison with no cache
+PROMPTS, SINGLE, LONGEST, NEW, REPEATS = 64, 16, 256, 32, 3  # SINGLE of the prompts are timed one by one
+CONTEXT = 512  # prompt length of the comparison without a cache
 
 
 def language_model(llm: LlamaConfig) -> transformers.LlamaForCausalLM:
@@ -50,7 +50,7 @@ def language_model(llm: LlamaConfig) -> transformers.LlamaForCausalLM:
 
 
 def converted_model(model: transformers.LlamaForCausalLM, llm: LlamaConfig):
-    """(config, parameters) of a MIMO around the same language model; its other parts are tiny and never asked."""
+    """(config, parameters) of a MIMO model with the same language model; its other parts are tiny and not used."""
     config = tiny_config()
     config.model.llm = llm
     params = pathtree.flatten(random_params(config))
@@ -61,7 +61,7 @@ def converted_model(model: transformers.LlamaForCausalLM, llm: LlamaConfig):
 
 
 def ours(engine: Engine, config, prompts: list[np.ndarray], new: int) -> np.ndarray:
-    """ids [B, new], in the shapes that `infer/run.py` would choose."""
+    """ids [B, new], in the shapes that `infer/engine/decode_batch.py` would choose."""
     b, longest = len(prompts), max(map(len, prompts))
     length = bucket(longest)
     ids, lengths = np.zeros((b, length), np.int32), np.array([*map(len, prompts)], np.int32)
@@ -91,7 +91,7 @@ def batches(prompts: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
 
 
 def median_seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Medians of each, taken in turn."""
+    """Median seconds of each call; the calls alternate."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         jax.block_until_ready(call())  # compiles, or warms up
@@ -170,7 +170,7 @@ def compare(name: str, llm: LlamaConfig) -> None:
     )
     cached, uncached = (taken["long"] - taken["short"]) / 32, taken["uncached"] / 8
     print(
-        f"a token at {CONTEXT} of context: {1000 * cached:.1f} ms with the cache, {1000 * uncached:.1f} ms without, "
+        f"one token at a context of {CONTEXT}: {1000 * cached:.1f} ms with the cache, {1000 * uncached:.1f} ms without, "
         f"{uncached / cached:.1f} x"
     )
 

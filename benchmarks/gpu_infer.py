@@ -1,10 +1,10 @@
-"""Inference of a whole model with random weights on the device at hand, beside `transformers` in the same run.
+"""Inference of a whole model with random weights on the available device, compared with `transformers` in the same run.
 
     python benchmarks/gpu_infer.py                                    # mimo_7b on a GPU
     python benchmarks/gpu_infer.py --config configs/tiny.py --batches 1,8 --context 64 --new 16    # on a CPU, in a minute
 
-Tokens/s by batch in bf16 and int8, against the bandwidth limit (weights and cache read once a token) and against transformers'
-`generate` with a model of the same sizes; images/s of the SAM encoder; seconds from pixels to the first mask. Medians.
+Median tokens/s by batch in bf16 and int8, against the bandwidth limit (weights and cache read once per token) and against transformers'
+`generate` with a model of the same sizes; images/s of the image encoders; seconds from pixels to the first mask.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REPEATS = 5
 
 
 def random_engine(config: Config, weights: str) -> Engine:
-    """Every parameter drawn on the device, small enough that nothing overflows; the language model's matrices then held as `weights`."""
+    """Parameters drawn on the device, small enough that nothing overflows; the language model's matrices are stored as `weights`."""
     leaves = {}
     for number, (path, leaf) in enumerate(pathtree.flatten(typed(config, mimo.abstract(config)[1])).items()):
         draw = jax.jit(lambda key, leaf=leaf: (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype))
@@ -42,7 +42,7 @@ def random_engine(config: Config, weights: str) -> Engine:
     return Engine(config.with_quantization(weights), pathtree.unflatten(leaves), eos_id=-1)
 
 
-def seconds(call: Callable[[], object]) -> float:
+def median_seconds(call: Callable[[], object]) -> float:
     jax.block_until_ready(call())
     taken = []
     for _ in range(REPEATS):
@@ -53,11 +53,11 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes/s that a large array is read at."""
+    """Bytes/s at which a large array is read."""
     size = 2**30 if jax.default_backend() != "cpu" else 2**27
     x = jnp.ones(size // 4, jnp.float32)
     total = jax.jit(jnp.sum)
-    return size / seconds(lambda: total(x))
+    return size / median_seconds(lambda: total(x))
 
 
 class Answers:
@@ -80,11 +80,11 @@ class Answers:
         return self.engine.decode(state, new)
 
     def rates(self) -> tuple[float, float]:
-        """(tokens/s of whole answers, prefill included; seconds of a decoding step)."""
-        whole, half = seconds(self), seconds(lambda: self(self.new // 2))
+        """(tokens/s of whole answers, including prefill; seconds per decoding step)."""
+        whole, half = median_seconds(self), median_seconds(lambda: self(self.new // 2))
         return self.batch * self.new / whole, (whole - half) / (self.new - self.new // 2)
 
-    def bytes_a_step(self) -> int:
+    def bytes_per_step(self) -> int:
         """Weights of the language model and head, and the keys and values of the context, each read once."""
         flat = pathtree.flatten(self.engine.params)
         weights = sum(leaf.nbytes for path, leaf in flat.items() if path.startswith(("llm/", "lm_head/")))
@@ -92,8 +92,8 @@ class Answers:
         return weights + 2 * llm.layers * self.batch * int(self.lengths[0]) * llm.kv_heads * llm.width // llm.heads * width
 
 
-def theirs(config: Config, batch: int, context: int, new: int) -> Callable[[], object]:
-    """transformers' greedy `generate` with its cache, a Llama of the same sizes and dtype."""
+def transformers_generate(config: Config, batch: int, context: int, new: int) -> Callable[[], object]:
+    """Greedy `generate` of transformers with its cache, for a Llama of the same sizes and dtype."""
     import torch
     import transformers
 
@@ -116,8 +116,8 @@ def theirs(config: Config, batch: int, context: int, new: int) -> Callable[[], o
     return call
 
 
-def images(engine: Engine, config: Config, count: int) -> Callable[[], tuple[jax.Array, jax.Array]]:
-    """Both encoders over `count` images."""
+def encode_images(engine: Engine, config: Config, count: int) -> Callable[[], tuple[jax.Array, jax.Array]]:
+    """Both image encoders on `count` images."""
     sides = (config.model.vision.image_size, config.model.sam.image_size)
     (vision, vision_size), (sam, sam_size) = (
         (np.zeros((count, side, side, 3), np.uint8), np.full((count, 2), side, np.int32)) for side in sides
@@ -126,8 +126,8 @@ def images(engine: Engine, config: Config, count: int) -> Callable[[], tuple[jax
 
 
 def first_mask(engine: Engine, config: Config, context: int, new: int) -> Callable[[], object]:
-    """Both encoders, aligner, prefill, one token, and its mask."""
-    m, answers, encode = config.model, Answers(engine, config, 1, context, new), images(engine, config, 1)
+    """Both image encoders, aligner, prefill, one token, and its mask."""
+    m, answers, encode = config.model, Answers(engine, config, 1, context, new), encode_images(engine, config, 1)
     ids, mask = np.zeros((1, 1, m.aligner.max_text), np.int32), np.ones((1, 1, m.aligner.max_text), bool)
     xy, kind = np.zeros((1, 1, m.prompt.max_tokens, 2), np.float32), np.zeros((1, 1, m.prompt.max_tokens), np.int32)
 
@@ -156,20 +156,20 @@ def main() -> None:
         for batch in map(int, args.batches.split(",")):
             answers = Answers(engine, config, batch, args.context, args.new)
             rate, step = answers.rates()
-            limit = answers.bytes_a_step() / speed
+            limit = answers.bytes_per_step() / speed
             print(
-                f"{weights or config.model.frozen_dtype}, batch {batch}: {rate:.0f} tokens/s; a step {1000 * step:.2f} ms, "
+                f"{weights or config.model.frozen_dtype}, batch {batch}: {rate:.0f} tokens/s; step {1000 * step:.2f} ms, "
                 f"bandwidth limit {1000 * limit:.2f} ms ({limit / step:.0%})",
                 flush=True,
             )
         if not weights:
-            taken = seconds(images(engine, config, args.images))
+            taken = median_seconds(encode_images(engine, config, args.images))
             print(f"both image encoders, batch {args.images}: {args.images / taken:.1f} images/s")
-            taken = seconds(first_mask(engine, config, args.context, args.new))
+            taken = median_seconds(first_mask(engine, config, args.context, args.new))
             print(f"from pixels to the first mask: {1000 * taken:.0f} ms", flush=True)
         del engine
     for batch in map(int, args.batches.split(",")):
-        taken = seconds(theirs(config, batch, args.context, args.new))
+        taken = median_seconds(transformers_generate(config, batch, args.context, args.new))
         print(f"transformers, batch {batch}: {batch * args.new / taken:.0f} tokens/s", flush=True)
 
 

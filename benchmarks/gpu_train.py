@@ -1,12 +1,12 @@
-"""Training steps of a whole model with random weights on the device at hand, beside PyTorch in the same run: samples/s and MFU.
+"""Training steps of a whole model with random weights on the available device, compared with PyTorch in the same run: samples/s and MFU.
 
     python benchmarks/gpu_train.py                                                                 # mimo_7b, on a GPU
     python benchmarks/gpu_train.py --config configs/tiny_lora.py --batches 8 --length 64           # on a CPU, in minutes
 
-With pictures, and with features of the frozen encoders in their place (`config.data.features`). PyTorch is LISA's way of training:
-transformers' Llama with peft's LoRA and gradient checkpointing, CLIP, segment-anything, bf16 by autocast, fused Adam. One GPU; each row in
-a process of its own, so that all of the memory is there. MFU counts what the model needs (`mimo_jax/analysis/flops.py`), nothing
-computed again.
+Batches have images, or features of the frozen encoders (`config.data.features`). The PyTorch side trains like LISA:
+transformers' Llama with peft's LoRA and gradient checkpointing, CLIP, segment-anything, bf16 by autocast, fused Adam. One GPU is used, and
+each row is measured in a new process, so that all memory is free. MFU counts what the model needs (`mimo_jax/analysis/flops.py`), without
+recomputation.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from mimo_jax.train.state import TrainSetup  # noqa: E402
 from mimo_jax.train.step import make_step  # noqa: E402
 from tests.tiny_config import random_batch  # noqa: E402
 
-WARM = 2  # steps before those that are timed
+WARM = 2  # warm-up steps that are not timed
 
 
 class Row(NamedTuple):
-    """seconds: of a step, the median; memory: the most that was held, GiB, None where the device does not say."""
+    """seconds: median step time; memory: peak memory in GiB, None if the device does not report it."""
 
     device: str
     seconds: float
@@ -108,7 +108,7 @@ def theirs(config: Config, repeats: int) -> Row:
 
 
 def count(config: Config) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters of both sides, trained and frozen; no array is made."""
+    """Numbers of trained and frozen parameters of both sides, without making arrays."""
     shapes = mimo.abstract(config)[1]
     trains, counts = parameters.multipliers(config, shapes), {"trained": 0, "frozen": 0}
     for path, leaf in pathtree.flatten(shapes).items():
@@ -118,7 +118,7 @@ def count(config: Config) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def measured(side: Callable, config: Config, repeats: int) -> Row | None:
-    """None where the memory does not suffice."""
+    """The row of one side; None if it runs out of memory."""
     try:
         return side(config, repeats)
     except (jax.errors.JaxRuntimeError, torch.OutOfMemoryError) as error:
@@ -127,8 +127,8 @@ def measured(side: Callable, config: Config, repeats: int) -> Row | None:
         return None
 
 
-def alone(function: Callable, *args):
-    """What `function` gives in a process of its own."""
+def in_new_process(function: Callable, *args):
+    """The result of `function` in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -136,30 +136,29 @@ def alone(function: Callable, *args):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="configs/mimo_7b.py")
-    parser.add_argument("--batches", default="4,8", help="samples in a step")
-    parser.add_argument("--length", type=int, default=0, help="tokens of a sample; the config's longest bucket unless given")
+    parser.add_argument("--batches", default="4,8", help="samples per step")
+    parser.add_argument("--length", type=int, default=0, help="tokens per sample; default: the config's longest bucket")
     parser.add_argument("--repeats", type=int, default=10)
     args, args.overrides = parser.parse_known_args()  # --config.… flags
     batches = [int(batch) for batch in args.batches.split(",")]
     config = settings(args, batches[0], features=False)
-    here, there = alone(count, config)
-    print(
-        f"{config.name}, {config.buckets()[0]} tokens, {config.model.dtype}, remat {config.model.remat}; parameters {here}, torch {there}"
-    )
+    our_counts, torch_counts = in_new_process(count, config)
+    print(f"{config.name}, {config.buckets()[0]} tokens, {config.model.dtype}, remat {config.model.remat}")
+    print(f"parameters: {our_counts}, torch: {torch_counts}")
     print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
-    if here != there:
-        sys.exit("the two models are not of one size")
-    print("\n| | image encoders | batch | samples/s | ms a step | TFLOP/s | MFU | GiB | on |\n|---|---|---|---|---|---|---|---|---|")
+    if our_counts != torch_counts:
+        sys.exit("the two models have different numbers of parameters")
+    print("\n| | image encoders | batch | samples/s | ms per step | TFLOP/s | MFU | GiB | on |\n|---|---|---|---|---|---|---|---|---|")
     for features in (False, True):
         for batch in batches:
             config = settings(args, batch, features)
             for name, side in (("jax", ours), ("torch", theirs)):
-                row = alone(measured, side, config, args.repeats)
+                row = in_new_process(measured, side, config, args.repeats)
                 start = f"| {name} | {'cached' if features else 'run'} | {batch} |"
                 if row is None:
                     print(f"{start} out of memory |||||", flush=True)
                     continue
-                rate, chip = batch / row.seconds, hardware.of_kind(row.device)
+                rate, chip = batch / row.seconds, hardware.find_hardware(row.device)
                 speed = rate * sum(flops.step(config, config.buckets()[0]).values())
                 share = f"{speed / chip.flops:.1%}" if chip else "unknown"
                 memory = "unknown" if row.memory is None else f"{row.memory:.1f}"

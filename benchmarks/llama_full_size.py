@@ -3,8 +3,8 @@
     mimo convert roundtrip --config configs/mimo_7b.py --workdir /scratch/roundtrip
     python benchmarks/llama_full_size.py /scratch/roundtrip
 
-Reads the Llama of the round trip, 13.5 GB of random bf16 weights: the reference and torch compute it layer by layer with
-transformers' own LlamaDecoderLayer, we compute it from the converted checkpoint as it stands. Each in a process of its own.
+Reads the Llama of the round trip, 13.5 GB of random bf16 weights. The reference and torch are computed layer by layer with
+transformers' LlamaDecoderLayer; ours is computed from the converted checkpoint. Each runs in a separate process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def ids(vocabulary: int) -> np.ndarray:
 
 
 def torch_logits(folder: Path, dtype: str) -> np.ndarray:
-    """Logits float32 [T, V] of the original, every layer loaded, run and let go."""
+    """Logits float32 [T, V] of the original, with one layer in memory at a time."""
     import torch
     import transformers
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -89,7 +89,7 @@ def our_logits(folder: Path) -> np.ndarray:
 
 
 def measured(folder: Path, which: str, scratch: Path) -> tuple[np.ndarray, dict]:
-    """(logits, {seconds, peak RSS in GiB}) of one of the three, in a process of its own."""
+    """(logits, {seconds, peak RSS in GiB}) of one of the three, measured in a separate process."""
     subprocess.run([sys.executable, __file__, str(folder), which, str(scratch)], check=True)
     return np.load(scratch / f"{which}.npy"), json.loads((scratch / f"{which}.json").read_text())
 

@@ -1,9 +1,9 @@
-"""Peak memory while a model is loaded for inference, as it is and into int8 and int4.
+"""Peak memory while a model is loaded for inference, in bf16, int8 and int4.
 
     python benchmarks/load_memory.py [--layers 24] [--width 1536]
 
-Writes a run of random bf16 weights to a temporary folder, whose language model is most of it, and loads it in a process of its own
-for each kind of weights. On a CPU, where the model's memory is the process's.
+Writes a run of random bf16 weights, most of them in the language model, to a temporary folder, and loads it in a separate process
+for each format. Run it on a CPU, where the model's memory is that of the process.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def write(run: Path, layers: int, width: int) -> None:
 
 
 def load(run: Path, weights: str) -> dict[str, float]:
-    """In this process: MB before, MB of the parameters, peak MB."""
+    """MB of this process before loading, MB of the parameters, peak MB of this process."""
     import jax
 
     jax.devices()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     params = loading.load_for_inference(run, quantization=weights).params
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return {"before": before / MB, "parameters": held / MB, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return {"before": before / MB, "parameters": parameter_bytes / MB, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 def main() -> None:
@@ -67,12 +67,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), args.layers, args.width)
         largest = max(leaf.size for leaf in loading.LazyParams(folder).shapes.values()) * 2 / MB
-        print(f"the largest parameter takes {largest:.0f} MB on disk\n")
+        print(f"the largest parameter has {largest:.0f} MB on disk\n")
         print("| weights | parameters, MB | peak above the empty process, MB |\n|---|---|---|")
         for weights in ("", *QUANTIZATIONS):
             done = subprocess.run([sys.executable, __file__, "--load", folder, weights], check=True, capture_output=True, text=True)
-            seen = json.loads(done.stdout)
-            print(f"| {weights or 'bf16'} | {seen['parameters']:.0f} | {seen['peak'] - seen['before']:.0f} |", flush=True)
+            measured = json.loads(done.stdout)
+            print(f"| {weights or 'bf16'} | {measured['parameters']:.0f} | {measured['peak'] - measured['before']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

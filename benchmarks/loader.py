@@ -1,10 +1,10 @@
-"""The loader alone: samples per second at the sizes of the full model, no image seen twice and nothing found in a cache.
+"""The loader alone: samples per second at the sizes of the full model, without repeated images or cache hits.
 
     python benchmarks/loader.py [--sides 512,1024] [--formats png,jpeg] [--share 1,4] [--workers 2] [--seconds 10]
 
-A record is a grey PNG or colour JPEG of a body with noise and four ellipses as masks; a sample paints one to four of them, and half of
-the questions point at one with drawn prompts. Views are 1024² for SAM and 224² for CLIP, masks 256². The figure is the median of
-five runs; beside it stands the time on a core that all processes together take for a sample, which other jobs on the machine change less.
+A record is a grey PNG or colour JPEG of a body with noise and four ellipses as masks. A sample segments one to four of them, and half of
+the questions point at one with sampled prompts. Views are 1024² for SAM and 224² for CLIP, masks 256². The result is the median of five
+runs, together with the CPU time of all processes per sample, which depends less on other jobs on the machine.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ PLACES = ((0.35, 0.45), (0.66, 0.45), (0.37, 0.66), (0.64, 0.64))
 QUESTION = "Which of the organs that can be seen in this picture filter blood or make bile?"
 
 
-def picture(number: int, side: int, kind: str) -> tuple[bytes, list[np.ndarray]]:
-    """(file, masks)."""
+def make_image(number: int, side: int, kind: str) -> tuple[bytes, list[np.ndarray]]:
+    """(bytes of the image file, masks)."""
     rng = np.random.default_rng(number)
     smooth = Image.fromarray(rng.integers(40, 160, (12, 12)).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     y, x = np.mgrid[:side, :side].astype(np.float32) / side
@@ -69,7 +69,7 @@ def sample(name: str, perspective: str, number: int) -> Sample:
 
 def records(count: int, side: int, kind: str, share: int) -> Iterator[Record]:
     for number in range(count):
-        image, masks = picture(number, side, kind)
+        image, masks = make_image(number, side, kind)
         asked = [(p, i) for p in ("vqa", "I", "II", "III", "IV") for i in range(share)]
         yield Record(
             id=f"r{number}", image=image, format=kind, height=side, width=side, modality="CT", dataset="made", split="train",
@@ -89,7 +89,7 @@ def config_for(folder: Path, share: int, workers: int) -> Config:
 
 
 def busy() -> float:
-    """Seconds that this process and its workers have been on a core."""
+    """CPU seconds of this process and its workers."""
     ticks = 0
     for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
         ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
@@ -97,7 +97,7 @@ def busy() -> float:
 
 
 def rates(config: Config, tokenizer: Tokenizer, seconds: float, runs: int = 5) -> tuple[list[float], float]:
-    """(samples per second of each run, once the workers have started; milliseconds on a core for a sample)."""
+    """(samples per second of each run after the workers have started; CPU milliseconds per sample)."""
     loader = make_loader(config, tokenizer, open_sources(config, "train"))
     for _ in range(2 * max(1, config.data.workers)):
         next(loader)
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=10)
     args = parser.parse_args()
-    print("| source | samples an image | samples/s, median of 5 | least | ms on a core | load average |\n|---|---|---|---|---|---|")
+    print("| source | samples per image | samples/s, median of 5 | minimum | CPU ms per sample | load average |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         texts = [turn.text for p in ("vqa", "III") for i in range(4) for turn in sample("", p, i).turns]
         tokenizer = train_tokenizer(texts * 3, 512, Path(scratch) / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""The towers at their full width, two layers each, in float32 against the original libraries, with random weights.
+"""Parity of the towers at full width, two layers each, with the original libraries, in float32 with random weights.
 
     python benchmarks/parity_full_width.py
 
@@ -68,12 +68,12 @@ def sam_encoder(oracle: torch.nn.Module) -> float:
     wanted = oracle.image_encoder(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     make = lambda r: SamEncoder(SAM, rngs=r)  # noqa: E731
     table = below("sam_encoder/")
-    here = oracles.brought_here(oracle.image_encoder, make, "sam_encoder", table, ModelConfig(sam=SAM), prefix="image_encoder.")
-    return oracles.relative_l2(run(*here, x), wanted)
+    converted = oracles.brought_here(oracle.image_encoder, make, "sam_encoder", table, ModelConfig(sam=SAM), prefix="image_encoder.")
+    return oracles.relative_l2(run(*converted, x), wanted)
 
 
 def sam_prompts(oracle: torch.nn.Module) -> tuple[float, float]:
-    """Of the sparse embeddings of points and a box, and of the masks decoded from them."""
+    """Relative L2 of the sparse embeddings of points and a box, and of the masks decoded from them."""
     xy, labels, boxes = (
         RNG.uniform(0, 1023, (1, 3, 2)).astype(np.float32),
         np.array([[1, 0, 1]]),

@@ -1,9 +1,9 @@
-"""What integers for the language model's weights cost in quality: the same questions to one checkpoint, held in several ways.
+"""Loss of quality by quantization: the same questions to one checkpoint, whose language model's weights are stored in several formats.
 
     python benchmarks/quantized.py --checkpoint runs/a --data data/phantom --limit 500
 
-mIoU over all structures asked for in I to IV; share of answers whose text equals that of the unquantised model with the same
-activations. "bfloat16": activations and all parameters in bf16, but for SAM's position code.
+The report has mIoU over all structures of perspectives I to IV, and the fraction of answers whose text equals that of the unquantized model
+with the same activations. "bfloat16": activations and all parameters in bf16, except SAM's positional encoding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mimo_jax.parameters import ALWAYS_FP32  # noqa: E402
 
 
 class RecordingMimo(Mimo):
-    """Keeps the text of every answer, in the order of the questions."""
+    """Records the text of every answer, in the order of the questions."""
 
     texts: list[str]
 
@@ -40,7 +40,7 @@ class RecordingMimo(Mimo):
 
 
 def quantized_model(loaded: loading.Loaded, dtype: str, weights: str) -> RecordingMimo:
-    """The model with activations and parameters in `dtype`, its language model's matrices as `weights` holds the checkpoint's own."""
+    """The model with activations and parameters in `dtype`, and with the matrices of its language model quantized to `weights`."""
     config = loaded.config.with_quantization(weights)
     config.model.dtype = config.model.frozen_dtype = dtype
     params = {}

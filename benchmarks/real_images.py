@@ -1,8 +1,8 @@
-"""Real images from a demo's checkpoint: fine-tune on a manifest with several seeds, report each entity's held-out mIoU.
+"""Fine-tunes a demo's checkpoint on a manifest of real images with several seeds, and reports the held-out mIoU of each entity.
 
     python benchmarks/real_images.py --manifest ../real/manifest.jsonl --init runs/demo/run --workdir runs/real --seeds 3
 
-The split is by patient or case and the same for all seeds. Each seed is one `mimo train` and one `mimo eval`, timed.
+The split is by patient or case and the same for all seeds. Each seed is one timed `mimo train` and one `mimo eval`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 
 def mimo(*arguments) -> float:
-    """Run one command; seconds that it took."""
+    """Run one command and return its seconds."""
     words = [str(argument) for argument in arguments]
     print("$ mimo", *words, flush=True)
     since = time.monotonic()

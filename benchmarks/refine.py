@@ -1,4 +1,4 @@
-"""Does SAM's decoder paint better when it sees its own mask again (refine), or the user's points and boxes (sam_prompts)?
+"""Effect on mIoU of giving SAM's decoder its first mask (refine) and the user's points and boxes (sam_prompts).
 
 python benchmarks/refine.py --checkpoint runs/demo/run --data runs/demo/phantom --limit 800
 """

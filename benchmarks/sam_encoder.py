@@ -1,4 +1,4 @@
-"""What SAM's image encoder takes of a TPU's memory, compiled for one that is not at hand (needs libtpu, the extra `tpu`).
+"""Memory of SAM's image encoder on a TPU, compiled ahead of time without one (needs libtpu, the extra `tpu`).
 
 python benchmarks/sam_encoder.py [--config configs/mimo_7b.py --topology v5e:4x4 --images 4]
 """
@@ -15,9 +15,9 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--config", default="configs/mimo_7b.py")
     flags.add_argument("--topology", default="v5e:4x4")
-    flags.add_argument("--images", type=int, default=4, help="for each chip")
+    flags.add_argument("--images", type=int, default=4, help="images per chip")
     args = flags.parse_args()
-    machine = topology.read(args.topology)
+    machine = topology.parse_topology(args.topology)
     with machine.environment():
         measure(args.config, machine, args.images)
 
@@ -37,7 +37,7 @@ def measure(path: str, machine: topology.Topology, images: int) -> None:
     mesh = sharding.make_mesh(config.mesh, machine.devices())
     graphdef, shapes = mimo.abstract(config)
     shapes = parameters.typed(config, shapes)
-    placed = sharding.model_shardings(config.mesh, mesh, hardware.memory_of(mesh.devices.flat[0]), {}, shapes)
+    placed = sharding.model_shardings(config.mesh, mesh, hardware.device_memory(mesh.devices.flat[0]), {}, shapes)
     params = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed.frozen)
     side, split = config.model.sam.image_size, sharding.batch_sharding(mesh)
     pixels = jax.ShapeDtypeStruct((images * mesh.size, side, side, 3), jnp.uint8, sharding=split)
@@ -51,7 +51,7 @@ def measure(path: str, machine: topology.Topology, images: int) -> None:
     since = time.perf_counter()
     compiled = jax.jit(encode, out_shardings=split, compiler_options=options).lower(params, pixels, size).compile()
     memory = compiled.memory_analysis()
-    print(f"{config.name} on {machine}, {images} images of {side} pixels a chip; {placed.reason}")
+    print(f"{config.name} on {machine}, {images} images of {side} pixels per chip; {placed.reason}")
     print(f"temporaries {memory.temp_size_in_bytes / hardware.GIB:.2f} GiB, compiled in {time.perf_counter() - since:.0f} s")
 
 

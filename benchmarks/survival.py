@@ -1,11 +1,11 @@
-"""Does a run survive? Real processes are killed, preempted, and their files damaged; what comes after is held against a run that
-was left alone.
+"""Fault tolerance of runs: real processes are killed, preempted, and their files damaged; the results are compared with an uninterrupted
+run.
 
     python benchmarks/survival.py [--parts kill,preempt,flip] [--config FILE] [--kills 20] [--seed 0]
 
-kill: SIGKILL at random moments, every other one in the middle of a save; the final parameters must be bit-identical.
-preempt: SIGTERM to one of two processes; then one process with one device, and one with four virtual devices, go on.
-flip: one random bit of a step's checkpoint (50 trials) or of the frozen base (10) is turned over.
+kill: SIGKILL at random times, every other one during a save; the final parameters must be bit-identical.
+preempt: SIGTERM to one of two processes; then one process with one device, and one with four virtual devices, resume.
+flip: one random bit of a step's checkpoint (50 trials) or of the frozen base (10) is flipped.
 
 Without --config, the model is that of tests/tiny_config.py, so that a process starts in seconds.
 """
@@ -51,14 +51,14 @@ from tests.tiny_config import tiny_config
 def get_config():
     config = tiny_config()
     config.data.batch_size = 8
-    config.train.final_learning_rate = config.train.learning_rate  # the same at a step, whatever the number of them
+    config.train.final_learning_rate = config.train.learning_rate  # the learning rate of a step does not depend on the number of steps
     return config
 """
 EVERY_STEP = {"train.log_every": 1, "train.eval_samples": 0, "train.calibrate_samples": 0}
 
 
 class Runs:
-    """`mimo train` of one config on one dataset."""
+    """Runs of `mimo train` with one config on one dataset."""
 
     def __init__(self, config: str | None, folder: Path):
         self.folder, self.data = folder, folder / "phantom"
@@ -72,10 +72,10 @@ class Runs:
         flags = {name.replace("__", "."): value for name, value in settings.items()} | EVERY_STEP
         command = [sys.executable, "-m", "mimo_jax.cli", "train", "--config", self.config, "--data", str(self.data)]
         command += ["--workdir", str(workdir), *(f"--config.{name}={value}" for name, value in flags.items())]
-        told = dict(zip(("MIMO_COORDINATOR", "MIMO_PROCESS", "MIMO_PROCESSES"), map(str, place), strict=True)) if place else {}
+        environment = dict(zip(("MIMO_COORDINATOR", "MIMO_PROCESS", "MIMO_PROCESSES"), map(str, place), strict=True)) if place else {}
         wanted = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         log = open(f"{workdir}.log", "a")
-        return subprocess.Popen(command, env=os.environ | told | {"XLA_FLAGS": wanted}, stdout=log, stderr=log)
+        return subprocess.Popen(command, env=os.environ | environment | {"XLA_FLAGS": wanted}, stdout=log, stderr=log)
 
     def finish(self, workdir: Path, **settings) -> None:
         code = self.start(workdir, **settings).wait()
@@ -84,7 +84,7 @@ class Runs:
 
 
 def rows(workdir: Path) -> dict[int, dict]:
-    """Metrics by step, of what is written by now."""
+    """Metrics by step, as far as they are written."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {row["step"]: row for row in map(json.loads, (line for line in lines if line.endswith("}")))}
@@ -128,7 +128,7 @@ def kill(runs: Runs, kills: int, rng: random.Random) -> Iterator[str]:
     last = settings["train__steps"]
     a, b = (pathtree.flatten(loading.load_params(run / "steps" / str(last))) for run in (alone, killed))
     same = a.keys() == b.keys() and all(np.array_equal(np.asarray(a[path]), np.asarray(b[path])) for path in a)
-    yield f"kill: {kills} times SIGKILL, {in_save} of them in a save, at steps {at} of {last}; final parameters bit-identical: {same}"
+    yield f"kill: {kills} times SIGKILL, {in_save} of them during a save, at steps {at} of {last}; final parameters bit-identical: {same}"
 
 
 def rows_written(workdir: Path) -> list[str]:
@@ -141,13 +141,13 @@ def preempt(runs: Runs, rng: random.Random) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
-    many = {"train__steps": 100000, "train__checkpoint_every": 100000}
-    pair = [runs.start(two, 1, (at, number, 2), **many) for number in range(2)]
+    long_run = {"train__steps": 100000, "train__checkpoint_every": 100000}
+    pair = [runs.start(two, 1, (at, number, 2), **long_run) for number in range(2)]
     wait_until(lambda: len(rows_written(two)) > rng.randrange(3, 12), pair[0], 600, 0.05)
     pair[1].send_signal(signal.SIGTERM)
     codes = [process.wait() for process in pair]
     stopped = Checkpoints(two).latest()
-    yield f"preempt: SIGTERM to process 1 of 2; exit codes {codes}, both saved step {stopped} (a save is whole only if both wrote the same)"
+    yield f"preempt: SIGTERM to process 1 of 2; exit codes {codes}, both saved step {stopped} (complete only if both wrote it)"
 
     settings = {"train__steps": stopped + 20, "train__checkpoint_every": 100000}
     runs.finish(alone, **settings)
@@ -158,26 +158,26 @@ def preempt(runs: Runs, rng: random.Random) -> Iterator[str]:
         runs.finish(again, devices=devices, **settings)
         found = rows(again)
         worst = max(abs(found[s]["loss"] / wanted[s]["loss"] - 1) for s in range(stopped + 1, stopped + 21))
-        yield f"preempt: resumed on one process, {devices} device(s): loss of 20 steps within {worst:.1e} relative of a run left alone"
+        yield f"preempt: resumed on one process, {devices} device(s): loss of 20 steps within {worst:.1e} relative of an uninterrupted run"
     yield f"preempt: sample ids of 100 batches identical: {same_samples(two, stopped)}"
 
 
 def same_samples(run: Path, step: int) -> bool:
-    """Whether loaders that go on from a step, alone or two that share, give what one gives that was never stopped."""
+    """Whether loaders that resume at a step, one alone or two that share the images, return the same batches as an uninterrupted one."""
     config = checkpoint.read_config(run)
     tokenizer, sources = load_tokenizer(run / "tokenizer.json", config.model), open_sources(config, config.data.split)
     position = json.loads((run / "steps" / str(step) / "extra.json").read_text())
     half = config.images() // 2
-    whole = make_loader(config, tokenizer, sources)
+    uninterrupted = make_loader(config, tokenizer, sources)
     for _ in range(step):
-        next(whole)
+        next(uninterrupted)
     others = [make_loader(config, tokenizer, sources, mine) for mine in (None, range(half), range(half, 2 * half))]
     for loader in others:
         loader.restore(position)
     for number in range(step, step + 100):
-        if any(loader.records(number) != whole.records(number) for loader in others):
+        if any(loader.records(number) != uninterrupted.records(number) for loader in others):
             return False
-        batch, alone, first, second = next(whole), *(next(loader) for loader in others)
+        batch, alone, first, second = next(uninterrupted), *(next(loader) for loader in others)
         for name, value in batch.items():
             if not (np.array_equal(value, alone[name]) and np.array_equal(value, np.concatenate([first[name], second[name]]))):
                 return False
@@ -191,18 +191,18 @@ def flip(runs: Runs, rng: random.Random) -> Iterator[str]:
     shutil.copytree(run, copy)
     fell_back = 0
     for _ in range(50):
-        undo = turn_bit(copy / "steps" / "4", rng)
-        with warnings.catch_warnings(record=True) as told:
+        undo = flip_bit(copy / "steps" / "4", rng)
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             _, position = Checkpoints(copy).restore(4, plan.state, plan.state_shardings)
-        fell_back += position == {"batch": 2} and any(issubclass(w.category, CheckpointWarning) for w in told)
+        fell_back += position == {"batch": 2} and any(issubclass(w.category, CheckpointWarning) for w in caught)
         undo()
-    yield f"flip: one bit anywhere in a step's checkpoint: found, and the step before taken, {fell_back} of 50 times"
+    yield f"flip: one bit anywhere in a step's checkpoint: found, and the previous step restored, {fell_back} of 50 times"
     named = 0
-    relative = json.loads((copy / "base.json").read_text())  # the copy's base is to be read, not the one it was copied from
+    relative = json.loads((copy / "base.json").read_text())  # the copy's base must be read, not the original one
     shutil.rmtree(run)
     for _ in range(10):
-        undo = turn_bit(copy / "base", rng)
+        undo = flip_bit(copy / "base", rng)
         try:
             frozen_params.load(copy, plan.frozen, plan.frozen_shardings)
         except CheckpointError as error:
@@ -212,8 +212,8 @@ def flip(runs: Runs, rng: random.Random) -> Iterator[str]:
     yield f"flip: one bit anywhere in the frozen base {relative['fingerprint'][:12]}: found, and the file named, {named} of 10 times"
 
 
-def turn_bit(folder: Path, rng: random.Random):
-    """Turn over one bit, all of the folder's bits being as likely; returns what turns it back, with the `name` of the file."""
+def flip_bit(folder: Path, rng: random.Random):
+    """Flip one bit of a folder's files, each with equal probability; returns a function that restores it, with the `name` of the file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     (file,) = rng.choices(files, [path.stat().st_size for path in files])
     data = file.read_bytes()

@@ -1,4 +1,4 @@
-"""MIMO in PyTorch as one would train it there, for the benchmarks: transformers' CLIP and Llama with their SDPA attention, peft's LoRA,
+"""MIMO in PyTorch for the benchmarks, trained as is usual there: transformers' CLIP and Llama with their SDPA attention, peft's LoRA,
 segment-anything's encoder and decoder, and the aligner of the tests' oracle for whole batches.
 
 Axis letters as in `models/mimo.py`: N images, B samples (B = N * K), R turns, T tokens, Q queries, L instruction tokens, P prompt tokens,
@@ -29,8 +29,8 @@ from mimo_jax.train.losses import EPS  # noqa: E402
 from tests.checkpoints_convert import torch_models  # noqa: E402
 from tests.checkpoints_convert.torch_models import sinusoid  # noqa: E402
 
-LANGUAGE = (*rows.LLAMA, *rows.ALIGNER, *rows.PROMPT, *rows.SEG_PROJECTION)  # of `TorchMimo.llama`
-FEATURES = ("x_img", "sam_features")  # of the frozen encoders, in place of pictures
+LANGUAGE = (*rows.LLAMA, *rows.ALIGNER, *rows.PROMPT, *rows.SEG_PROJECTION)  # tables of the tensors in `TorchMimo.llama`
+FEATURES = ("x_img", "sam_features")  # outputs of the frozen encoders, which can replace images
 
 
 def normalise(pixels: Tensor, size: Tensor, mean: tuple, std: tuple) -> Tensor:
@@ -42,7 +42,7 @@ def normalise(pixels: Tensor, size: Tensor, mean: tuple, std: tuple) -> Tensor:
 
 
 class Aligner(torch_models.Aligner):
-    """The oracle's parameters, for the turns of a batch at once."""
+    """The oracle's parameters with a forward pass for all turns of a batch at once."""
 
     def forward(self, image: Tensor, image_code: Tensor, text: Tensor, text_mask: Tensor, visual: Tensor, visual_mask: Tensor):
         """image [N, I, Dc], image_code [I, Wp], text [B, L, D] and visual [B, P, Wp] with masks -> X_q [B, Q, D], attention_maps [B, I]."""
@@ -69,7 +69,7 @@ class Aligner(torch_models.Aligner):
 
     @staticmethod
     def cross(attention: nn.Module, x: Tensor, keys_image: Tensor, keys_turn: Tensor, mask: Tensor) -> Tensor:
-        """x [B, Q, W] over the keys of its image [N, I, W], projected once an image, and its own [B, J, W]."""
+        """Attention of x [B, Q, W] over the keys of its image [N, I, W], projected once per image, and its own [B, J, W]."""
         copies = len(x) // len(keys_image)
         q = attention.split(attention.q(x))
         k, v = (
@@ -80,21 +80,21 @@ class Aligner(torch_models.Aligner):
 
     @staticmethod
     def scores(attention: nn.Module, x: Tensor, keys_image: Tensor) -> Tensor:
-        """[B, I]: what the softmax takes of each key of the image, summed over heads, the mean over x's tokens."""
+        """[B, I]: the attention logits of each image key, summed over heads and averaged over the tokens of x."""
         n, _, w = keys_image.shape
         q = attention.q(x.mean(1)).reshape(n, -1, w)
         return (q @ attention.k(keys_image).mT).flatten(0, 1) * (w // attention.heads) ** -0.5
 
 
 class TorchMimo(nn.Module):
-    """`forward` is the training loss of a batch, as `train/losses.py` adds it up. What trains is float32, what does not `frozen_dtype`."""
+    """`forward` returns the training loss of a batch, as `train/losses.py` does. Trained parameters are float32, others `frozen_dtype`."""
 
     def __init__(self, config: Config, params: dict | None = None):
-        """params: our parameters, a nested dict, to start from the same; without them, what the libraries draw."""
+        """params: our parameters (a nested dict) to start from; without them, the libraries initialise the parameters."""
         super().__init__()
         m = self.config = config.model
         if m.aligner.kind != "cross_attention" or config.train.loss.mask_side:
-            raise SystemExit("the torch model has config.model.aligner.kind cross_attention and config.train.loss.mask_side 0 alone")
+            raise SystemExit("the torch model needs config.model.aligner.kind=cross_attention and config.train.loss.mask_side=0")
         self.loss, vocabulary = config.train.loss, m.llm.vocab_size + len(m.grounding_tokens())
         self.vision = torch_models.clip_model(m.vision)
         self.sam = torch_models.sam_model(m.sam)
@@ -109,7 +109,7 @@ class TorchMimo(nn.Module):
         tables = [(self.vision, rows.CLIP), (self.sam, rows.SAM), (self.llama, LANGUAGE)]
         for module, table in tables if params else ():
             module.load_state_dict(self.exported(params, table))
-        self.choose(config, tables)
+        self.set_requires_grad(config, tables)
         if m.lora.rank:
             self.add_lora(config, params)
         if m.remat != "none":
@@ -124,8 +124,8 @@ class TorchMimo(nn.Module):
         state = name_map.export_state(ours, table, name_map.layer_indices(self.config))
         return {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
 
-    def choose(self, config: Config, tables: list) -> None:
-        """Let train what `config.trainables` lets train; rows of the vocabulary only all together (see `add_lora`)."""
+    def set_requires_grad(self, config: Config, tables: list) -> None:
+        """Set requires_grad according to `config.trainables`; for the vocabulary only if all rows train (see `add_lora`)."""
         trains = multipliers(config, mimo.abstract(config)[1])
         for module, table in tables:
             values = dict(module.named_parameters())
@@ -153,8 +153,8 @@ class TorchMimo(nn.Module):
                 values[key].data.copy_(tensor)
 
     def counts(self) -> dict[str, int]:
-        """Number of parameters, trained and frozen, as ours are counted: SAM's position code is one, and the rows of the base that peft's
-        trained ones stand in for are none."""
+        """Number of trained and frozen parameters, counted as in our model: SAM's positional encoding is a parameter, and the base rows
+        that peft's trained rows replace are not counted."""
         trained = sum(value.numel() for value in self.parameters() if value.requires_grad)
         hidden = sum(value.numel() for key, value in self.named_parameters() if "trainable_tokens_delta" in key)
         code = self.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.numel()
@@ -168,10 +168,10 @@ class TorchMimo(nn.Module):
         code, visual = inner.visual_prompt.image_code(), inner.visual_prompt(xy, kind)
         x_q, attention_map = inner.aligner(image, code, inner.embed_tokens(ids), mask, visual, kind > 0)
         index = batch["query_index"]
-        spliced = taken(x_q.reshape(b, -1, m.llm.width), index.clamp(min=0))
+        spliced = gather(x_q.reshape(b, -1, m.llm.width), index.clamp(min=0))
         x = torch.where((index >= 0)[..., None], spliced, inner.embed_tokens(batch["input_ids"]))
         hidden = inner(inputs_embeds=x, use_cache=False).last_hidden_state
-        states = taken(hidden, batch["seg_index"] - int(m.seg_state == "predict"))
+        states = gather(hidden, batch["seg_index"] - int(m.seg_state == "predict"))
         masks, iou = self.segment(features, inner.text_hidden_fcs[0](states))
         return self.total(batch, self.llama.lm_head(hidden), masks, iou, attention_map)
 
@@ -225,7 +225,7 @@ class TorchMimo(nn.Module):
 
 @contextlib.contextmanager
 def frozen_or_not(module: nn.Module):
-    """Without a graph, and in the dtype of its weights, where `module` does not train."""
+    """If `module` does not train, run it without a graph and in the dtype of its weights."""
     weight = next(module.parameters())
     device = weight.device.type
     with torch.set_grad_enabled(weight.requires_grad):
@@ -233,7 +233,7 @@ def frozen_or_not(module: nn.Module):
             yield
 
 
-def taken(x: Tensor, index: Tensor) -> Tensor:
+def gather(x: Tensor, index: Tensor) -> Tensor:
     """x [B, T, D] at index [B, S] -> [B, S, D]."""
     return x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -245,13 +245,13 @@ def bce_and_dice(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def on_device(batch: dict[str, np.ndarray], device: str) -> dict[str, Tensor]:
-    """The loader's arrays as torch takes them: indices as int64."""
+    """The loader's arrays as torch tensors, with indices as int64."""
     tensors = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
     return {key: value.long() if value.dtype == torch.int32 else value for key, value in tensors.items()}
 
 
 class Training:
-    """The step of the same recipe: gradients, clipping by the global norm, Adam."""
+    """The training step of the same recipe: gradients, clipping by the global norm, Adam."""
 
     def __init__(self, model: TorchMimo, config: Config, compiled: bool = False):
         t, self.device = config.train, next(model.parameters()).device.type
@@ -261,7 +261,7 @@ class Training:
         self.loss_of = torch.compile(model.train()) if compiled else model.train()
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[float, float]:
-        """(loss, norm of the gradient) before the update."""
+        """(loss, gradient norm) before the update."""
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.loss_of(batch)
         loss.backward()

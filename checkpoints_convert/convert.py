@@ -1,7 +1,7 @@
-"""`mimo convert import`: PyTorch checkpoints to a mimo_jax checkpoint, larger than memory if need be, or nothing at all.
+"""`mimo convert import`: PyTorch checkpoints to a mimo_jax checkpoint, which may be larger than memory.
 
-Everything that can be wrong is looked for before a byte is written: names, shapes, settings, vocabulary, space on the disk, then
-every value. What is written lies beside the target until it is whole.
+Everything is checked before a byte is written: names, shapes, settings, vocabulary, disk space, then every value. The checkpoint is
+written to a folder next to the target, which replaces it only when it is complete.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from mimo_jax.config import Config, ConfigError
 from mimo_jax.data.tokenizer import add_grounding
 from mimo_jax.models import mimo
 
-_SPARE_BYTES = 64 * 2**20  # room for what is not arrays
-# Drawn from a seed and yet harmless: LoRA's B is zero, so that it changes nothing until it is trained.
+_SPARE_BYTES = 64 * 2**20  # disk space for files other than arrays
+# Initialised from the seed without effect: LoRA's B is zero, so that LoRA changes nothing until it is trained.
 _NEUTRAL = r"/lora_[ab]$"
 
 
 @dataclass
 class ImportRequest:
-    """What to import. given: {source: path}, of `sources.SOURCES`; key_map: JSON rows beside the tables; the regexes and
-    `allow_nonfinite` excuse what otherwise stops the import, and are recorded."""
+    """What to import. given: {source: path} of `sources.SOURCES`; key_map: JSON file with rows in addition to the tables; allow_missing,
+    ignore_extra (regexes) and allow_nonfinite waive checks that otherwise stop the import, and are recorded; log: prints a line."""
 
     config: Config
     given: Mapping[str, Path]
@@ -54,17 +54,17 @@ class ImportRequest:
     allow_missing: Sequence[str] = ()
     ignore_extra: Sequence[str] = ()
     allow_nonfinite: bool = False
-    say: Callable[[str], None] = field(default=print)
+    log: Callable[[str], None] = field(default=print)
 
 
-class _Plan:
-    """An import that has been checked against the headers: every parameter's home, shape and dtype."""
+class _ImportPlan:
+    """An import that has been checked against the files' headers: the source, shape and dtype of every parameter."""
 
     def __init__(self, request: ImportRequest):
         config = self.config = request.config
         for name, path in request.given.items():
             if not Path(path).exists():
-                raise SourceError(f"--{name} {path}: there is no such file or folder")
+                raise SourceError(f"--{name} {path}: no such file or folder; give the path of a checkpoint")
         rows = sources.read_key_map(request.key_map) if request.key_map else ()
         self.sources = sources.open_sources(request.given, rows, config)
         self.remarks = self._check_settings()
@@ -76,11 +76,11 @@ class _Plan:
         self.indices = name_map.layer_indices(config.model)
         self.vocabulary: Vocabulary = sources.vocabulary_of(self.assigned, self.sources, config)
         self.tokenizer = self._tokenizer()
-        problems, self.excused = sources.listed_misfits(
+        problems, self.waived = sources.list_mismatches(
             self.assigned, self.sources, self.leaves, self.indices, request.allow_missing, request.ignore_extra
         )
         name_map.raise_listed(problems)
-        incomplete = set(self.excused["allowed_missing"])
+        incomplete = set(self.waived["allowed_missing"])
         self.drawn = {
             *(path for path, home in self.assigned.items() if home == SEED),
             *(path for path in self.leaves if incomplete and incomplete & set(self.keys(path))),
@@ -88,7 +88,7 @@ class _Plan:
         self.untrained = sorted(path for path in self.drawn if not re.search(_NEUTRAL, path))
 
     def _check_settings(self) -> list[str]:
-        """Remarks on sources without settings of their own; SettingsError with all that differ."""
+        """Remarks on sources without a config.json. Raises one SettingsError that lists all settings that differ."""
         remarks, wrong = [], []
         for name, source in self.sources.items():
             try:
@@ -104,27 +104,27 @@ class _Plan:
         if lora is None:
             return
         if self.config.model.lora.rank == 0:
-            raise ConfigError(f"--{lora.name} {lora.path}: holds LoRA, and the configuration has none; set --config.model.lora.rank")
+            raise ConfigError(f"--{lora.name} {lora.path}: has LoRA, but the configuration has none; set --config.model.lora.rank")
         found = hf_config_check.lora_alpha(lora.path)
         if request.lora_alpha is not None and found is not None and request.lora_alpha != found:
-            raise SourceError(f"--lora-alpha {request.lora_alpha:g}: {lora.path} says {found:g} in its adapter_config.json")
+            raise SourceError(f"--lora-alpha {request.lora_alpha:g}: adapter_config.json of {lora.path} has {found:g}; use one value")
         alpha = found if request.lora_alpha is None else request.lora_alpha
         if alpha is None:
-            raise SourceError(f"{lora.path}: the weights of LoRA do not show its alpha; give it with --lora-alpha, as it was trained")
+            raise SourceError(f"{lora.path}: LoRA weights do not contain alpha; give the value of its training with --lora-alpha")
         self.config.model.lora.alpha = float(alpha)
         language = request.given.get("llm") or request.given.get("joint")
         if lora.name == "lora" and language:
             hf_config_check.check_adapter_base(lora.path, Path(language), request.lora_base)
 
     def _tokenizer(self) -> str:
-        """Content of tokenizer.json, read once as a model reads it."""
+        """Content of tokenizer.json, checked by loading it."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tokenizer.json"
             add_grounding(self.vocabulary.tokenizer, path, self.config.model.llm.vocab_size, self.config.model.grounding_tokens())
             return path.read_text(encoding="utf-8")
 
     def keys(self, path: str) -> list[str]:
-        """The tensors that fill a parameter."""
+        """Torch keys of the tensors that fill a parameter."""
         source = self.sources.get(self.assigned[path])
         rows = source.rows if source else ()
         return [key for row in rows if path in name_map.paths_of(row) for key in name_map.keys_of(row, self.indices).ravel()]
@@ -139,7 +139,7 @@ class _Plan:
         return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in (*leaves, *kept))
 
     def stream(self, only: Collection[str], drawn: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, array) of the parameters in `only`, source by source, one held at a time."""
+        """(path, array) of the parameters in `only`, source by source, with one in memory at a time. drawn: arrays from the seed."""
         for name, source in self.sources.items():
             own = {path: leaf for path, leaf in self.leaves.items() if self.assigned[path] == name}
             yield from name_map.import_leaves(source, source.rows, self.indices, own, only, drawn)
@@ -149,25 +149,26 @@ class _Plan:
 
 
 def import_checkpoint(request: ImportRequest) -> dict[str, Any]:
-    """Convert, and return what provenance.json records. UserError subclasses for everything that is the user's to mend; then
+    """Convert, and return the content of provenance.json. Raises subclasses of UserError for problems with the input; then
     nothing is written."""
     out = files.absolute(request.out)
     check_target(out)
-    plan = _Plan(request)
+    plan = _ImportPlan(request)
     check_target(out, plan.bytes() + _SPARE_BYTES)
-    _report(plan, request.say)
+    _report(plan, request.log)
     started = time.monotonic()
     hashes, nonfinite = _verify(plan)
     if nonfinite and not request.allow_nonfinite:
-        raise KeyMapError("\n".join([f"{len(nonfinite)} tensors hold NaN or Inf (--allow-nonfinite takes them as they are)", *nonfinite]))
-    request.say(f"read and hashed {len(hashes)} files: {time.monotonic() - started:.0f} s")
+        first = f"{len(nonfinite)} tensors contain NaN or Inf (--allow-nonfinite imports them unchanged)"
+        raise KeyMapError("\n".join([first, *nonfinite]))
+    request.log(f"read and hashed {len(hashes)} files: {time.monotonic() - started:.0f} s")
     with files.disk_errors(out, CheckpointError), files.atomic_folder(out) as stage:
         record = _write(plan, request, stage, out, hashes, nonfinite)
-    request.say(f"written to {out}: {time.monotonic() - started:.0f} s; base {record['base'][:12]}")
+    request.log(f"written to {out}: {time.monotonic() - started:.0f} s; base {record['base'][:12]}")
     return record
 
 
-def _write(plan: _Plan, request: ImportRequest, stage: Path, out: Path, hashes: dict, nonfinite: list[str]) -> dict[str, Any]:
+def _write(plan: _ImportPlan, request: ImportRequest, stage: Path, out: Path, hashes: dict, nonfinite: list[str]) -> dict[str, Any]:
     config = plan.config
     config.init.path = ""
     drawn = _draw(plan, request.seed)
@@ -178,7 +179,7 @@ def _write(plan: _Plan, request: ImportRequest, stage: Path, out: Path, hashes: 
         "seed": request.seed,
         "untrained": plan.untrained,
         "neutral": sorted(plan.drawn - set(plan.untrained)),
-        **plan.excused,
+        **plan.waived,
         "allow_missing": list(request.allow_missing),
         "ignore_extra": list(request.ignore_extra),
         "nonfinite": nonfinite,
@@ -196,27 +197,27 @@ def _write(plan: _Plan, request: ImportRequest, stage: Path, out: Path, hashes: 
     return record
 
 
-def _report(plan: _Plan, say: Callable[[str], None]) -> None:
+def _report(plan: _ImportPlan, log: Callable[[str], None]) -> None:
     for name, source in plan.sources.items():
         parts = ", ".join(found.component.title for found in source.found) or "rows of the key map"
-        say(f"{name}: {source.path} ({parts}; {len(source.kinds)} tensors)")
+        log(f"{name}: {source.path} ({parts}; {len(source.kinds)} tensors)")
     for remark in plan.remarks:
-        say(remark)
+        log(remark)
     raw = provenance.untrained({"untrained": plan.untrained})
     if raw:
-        say(f"drawn from the seed, to be trained: {raw}")
+        log(f"initialised from the seed, to be trained: {raw}")
     if plan.drawn - set(plan.untrained):
-        say("drawn from the seed, without effect until trained: LoRA")
+        log("initialised from the seed, without effect until trained: LoRA")
     kept = sum(len(source.kept) for source in plan.sources.values())
     if kept:
-        say(f"not used, kept for export: {kept} tensors of a region encoder")
-    for kind, keys in plan.excused.items():
+        log(f"not used, kept for export: {kept} tensors of a region encoder")
+    for kind, keys in plan.waived.items():
         if keys:
-            say(f"{kind.replace('_', ' ')}: {len(keys)} tensors, listed in {provenance.FILE}")
+            log(f"{kind.replace('_', ' ')}: {len(keys)} tensors, listed in {provenance.FILE}")
 
 
-def _verify(plan: _Plan) -> tuple[dict[Path, str], list[str]]:
-    """(SHA-256 of every file, names of tensors with NaN or Inf), the one taken while the other is looked for."""
+def _verify(plan: _ImportPlan) -> tuple[dict[Path, str], list[str]]:
+    """(SHA-256 of every file, names of tensors with NaN or Inf); files are hashed in a second thread."""
 
     def nonfinite(source: Source) -> list[str]:
         return [f"  --{source.name}: {key}" for key in sorted(plan.wanted_keys(source)) if not is_finite(source[key])]
@@ -228,8 +229,8 @@ def _verify(plan: _Plan) -> tuple[dict[Path, str], list[str]]:
         return hashing.result(), bad
 
 
-def _draw(plan: _Plan, seed: int) -> dict[str, np.ndarray]:
-    """The parameters that come from the seed, as the model draws them; the rest is never made."""
+def _draw(plan: _ImportPlan, seed: int) -> dict[str, np.ndarray]:
+    """The parameters that are initialised from the seed, as the model initialises them; the others are never computed."""
     if not plan.drawn:
         return {}
     wanted = tuple(sorted((path, str(plan.leaves[path].dtype)) for path in plan.drawn))

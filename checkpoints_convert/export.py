@@ -1,10 +1,10 @@
 """`mimo convert export`: a mimo_jax checkpoint in the layouts of transformers, peft, segment-anything and LISA, or as one directory.
 
-    hf      OUT/vision and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or left out with `apart`
+    hf      OUT/vision and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or omitted with `apart`
     peft    OUT, an adapter of llm/
     sam     OUT/sam_vit_h.pth, which segment-anything loads
-    joint   OUT, one model in LISA's layout: what `mimo convert import --joint` reads
-    mimo    OUT, the checkpoint with its base inside
+    joint   OUT, one model in LISA's layout, which `mimo convert import --joint` reads
+    mimo    OUT, the checkpoint with its frozen base
 
 Parameters are read one by one, so that a checkpoint may be larger than memory.
 """
@@ -38,40 +38,40 @@ from mimo_jax.models.lora import merge_lora
 
 _SHARD_BYTES = 2 * 10**9
 _SAM_NAMES = {768: "b", 1024: "l", 1280: "h"}
-# What stands before the keys of a component in LISA's layout; the others' rows hold the whole key.
+# Prefixes of the keys of components in LISA's layout; the rows of other components have the whole key.
 _JOINT_PREFIXES = {"clip": "model.vision_tower.vision_tower.vision_model.", "sam": "model.visual_model."}
 
 
 def export_checkpoint(
-    path: str | os.PathLike, form: str, out: Path, base_at: str | os.PathLike | None = None, merge: bool = True
+    path: str | os.PathLike, format: str, out: Path, base_path: str | os.PathLike | None = None, merge: bool = True
 ) -> list[str]:
-    """Write a checkpoint in another format; returns a line for each thing written. UserError where the checkpoint or the target
-    cannot serve; then nothing is written. merge: fold LoRA into the language model (hf, joint)."""
+    """Write a checkpoint in another format; returns lines that list the files. Raises UserError if the checkpoint or the target
+    cannot be used; then nothing is written. merge: fold LoRA into the language model (hf, joint)."""
     out = files.absolute(out)
     check_target(out)
-    leaves = LazyParams(path, base_at)
-    if form == "peft" and not leaves.config.model.lora.rank:
+    leaves = LazyParams(path, base_path)
+    if format == "peft" and not leaves.config.model.lora.rank:
         raise SourceError(f"{path}: has no LoRA to export (config.model.lora.rank is 0)")
-    _check_form(leaves, form)
-    if form not in ("peft", "sam"):
+    _check_format(leaves, format)
+    if format not in ("peft", "sam"):
         check_target(out, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.shapes.values()))
     with files.disk_errors(out, CheckpointError), files.atomic_folder(out) as stage:
-        _WRITERS[form](leaves, stage, merge)
+        _WRITERS[format](leaves, stage, merge)
         written = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
         size = sum((stage / file).stat().st_size for file in written)
     shown = [str(out / file) for file in written if file.suffix in (".safetensors", ".pth", ".json") and "steps" not in file.parts]
-    return [*shown[:12], f"{form}: {size / 1e6:,.1f} MB in {len(written)} files under {out}, from step {leaves.step} of {leaves.run}"]
+    return [*shown[:12], f"{format}: {size / 1e6:,.1f} MB in {len(written)} files under {out}, from step {leaves.step} of {leaves.run}"]
 
 
-def _check_form(leaves: LazyParams, form: str) -> None:
-    """SourceError for a format that has no place for the model's kinds."""
-    published = {"hf": (("vision", "clip"), ("llm", "llama")), "peft": (("llm", "llama"),), "joint": (), "sam": (), "mimo": ()}[form]
-    needed = {"sam": ("sam",), "joint": ("vision", "aligner", "llm", "sam")}.get(form, ())
+def _check_format(leaves: LazyParams, format: str) -> None:
+    """Raise SourceError for a format that has no layout for one of the model's kinds."""
+    published = {"hf": (("vision", "clip"), ("llm", "llama")), "peft": (("llm", "llama"),), "joint": (), "sam": (), "mimo": ()}[format]
+    needed = {"sam": ("sam",), "joint": ("vision", "aligner", "llm", "sam")}.get(format, ())
     names = {section: registry.part(leaves.config.model, section).component for section in registry.TABLES}
     wrong = [section for section, name in published if names[section] != name] + [section for section in needed if not names[section]]
     for section in wrong:
         kind = getattr(leaves.config.model, section).kind
-        raise SourceError(f"--format {form}: has no layout for config.model.{section}.kind {kind}; export with --format mimo")
+        raise SourceError(f"--format {format}: has no layout for config.model.{section}.kind {kind}; export with --format mimo")
 
 
 def _table(leaves: LazyParams, section: str) -> tuple[str, tuple[Row, ...]]:
@@ -106,7 +106,7 @@ def _write_llm(leaves: LazyParams, out: Path, tensors: Iterable[tuple[str, np.nd
     m = leaves.config.model.llm
     save_shards(tensors, out)
     _write_tokenizer(leaves, out)
-    if _table(leaves, "llm")[0] != "llama":  # another's settings are in mimo_config.json
+    if _table(leaves, "llm")[0] != "llama":  # the settings of other kinds are in mimo_config.json
         return
     transformers.LlamaConfig(
         vocab_size=m.vocab_size + len(leaves.config.model.grounding_tokens()), hidden_size=m.width, num_hidden_layers=m.layers,
@@ -145,11 +145,11 @@ def _write_sam(leaves: LazyParams, out: Path, merge: bool) -> None:
 
 
 def _write_joint(leaves: LazyParams, out: Path, merge: bool) -> None:
-    apart = bool(leaves.config.model.lora.rank) and not merge
+    separate_lora = bool(leaves.config.model.lora.rank) and not merge
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         yield from _llm_tensors(leaves, merge)
-        if apart:
+        if separate_lora:
             for key, value in _tensors(leaves, rows.LORA, "llm/", r"lora"):
                 yield key.replace("lora_A.weight", "lora_A.default.weight").replace("lora_B.weight", "lora_B.default.weight"), value
         aligner = _table(leaves, "aligner")[1]
@@ -163,7 +163,7 @@ def _write_joint(leaves: LazyParams, out: Path, merge: bool) -> None:
 
     _write_llm(leaves, out, tensors())
     files.write_json(out / "mimo_config.json", leaves.config.to_dict())
-    if apart:
+    if separate_lora:
         _write_adapter_config(leaves.config, out)
 
 
@@ -185,13 +185,13 @@ _WRITERS = {"hf": _write_hf, "peft": _write_peft, "sam": _write_sam, "joint": _w
 
 
 def _tensors(leaves: Mapping[str, np.ndarray], table, root: str, containing: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Torch tensors of the parameters below `root` whose path contains a word."""
+    """Torch tensors of the parameters whose path begins with `root` and contains `containing`."""
     shapes = {path: shape for path, shape in leaves.shapes.items() if path.startswith(root) and containing in path}
     yield from name_map.export_tensors(leaves, table, name_map.layer_indices(leaves.config.model), shapes)
 
 
 def _llm_tensors(leaves: LazyParams, merge: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """The language model with its whole vocabulary, in the order of rows that the original had."""
+    """The tensors of the language model with its whole vocabulary, whose rows are in the original's order."""
     own = _Language(leaves, merge)
     order = _order(leaves)
     for key, value in name_map.export_tensors(own, _table(leaves, "llm")[1], name_map.layer_indices(leaves.config.model), own.shapes):
@@ -216,7 +216,7 @@ class _Language(Mapping[str, np.ndarray]):
             return value
         lora = {name: self._leaves[part] for name, part in parts.items()}
         merged = np.empty_like(value)
-        for layer in range(len(value)):  # one by one: the sum is taken in float32
+        for layer in range(len(value)):  # layer by layer, because the sum is in float32
             flat = {"w/kernel": jnp.asarray(value[layer]), **{f"w/{name}": jnp.asarray(part[layer]) for name, part in lora.items()}}
             merged[layer] = merge_lora(flat, self._leaves.config.model.lora.alpha)["w/kernel"]
         return merged
@@ -229,21 +229,21 @@ class _Language(Mapping[str, np.ndarray]):
 
 
 def _grounding(leaves: LazyParams) -> list[list[Any]]:
-    """[name, row] of the grounding tokens in the vocabulary that is written: where an import found them, else behind the base."""
+    """[name, row] of the grounding tokens in the exported vocabulary: where the import found them, else after the base."""
     found = provenance.read(leaves.run).get("grounding")
     tokens, size = leaves.config.model.grounding_tokens(), leaves.config.model.llm.vocab_size
     return found or [[token, size + i] for i, token in enumerate(tokens)]
 
 
 def _order(leaves: LazyParams) -> np.ndarray:
-    """The row that is written for each id here."""
+    """The row in the exported vocabulary of each id of this project."""
     last = [row for _, row in _grounding(leaves)]
     count = leaves.config.model.llm.vocab_size + len(last)
     return np.array([row for row in range(count) if row not in last] + last)
 
 
 def _write_tokenizer(leaves: LazyParams, out: Path) -> None:
-    """tokenizer.json with ids as they are written, and what transformers wants beside it."""
+    """Write tokenizer.json with the exported ids, and the tokenizer_config.json that transformers needs."""
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 
@@ -268,24 +268,24 @@ def _write_tokenizer(leaves: LazyParams, out: Path) -> None:
 
 
 def save_shards(tensors: Iterable[tuple[str, np.ndarray]], out: Path) -> None:
-    """model.safetensors, or shards of it with an index; one shard is held in memory at a time."""
+    """Write model.safetensors, or shards of it with an index; one shard is in memory at a time."""
     out.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
+    buffered: dict[str, np.ndarray] = {}
     total = 0
 
     def flush() -> None:
-        save_file(held, out / f"{len(shards)}.part", {"format": "pt"})
-        shards.append(list(held))
-        held.clear()
+        save_file(buffered, out / f"{len(shards)}.part", {"format": "pt"})
+        shards.append(list(buffered))
+        buffered.clear()
 
     for key, value in tensors:
-        whole = np.empty(value.shape, value.dtype)
-        ops.copy(whole, value)
-        total += whole.nbytes
-        if held and sum(array.nbytes for array in held.values()) + whole.nbytes > _SHARD_BYTES:
+        copied = np.empty(value.shape, value.dtype)
+        ops.copy(copied, value)
+        total += copied.nbytes
+        if buffered and sum(array.nbytes for array in buffered.values()) + copied.nbytes > _SHARD_BYTES:
             flush()
-        held[key] = whole
+        buffered[key] = copied
     flush()
     if len(shards) == 1:
         os.rename(out / "0.part", out / "model.safetensors")

@@ -1,5 +1,5 @@
-"""What a checkpoint's own config.json says, held against the configuration: numbers that shapes do not show, such as heads, eps
-and activation, turn a conversion into nonsense without a word.
+"""Compares a checkpoint's config.json with the configuration: wrong values that shapes do not reveal, such as heads, eps and
+activation, would silently make a conversion useless.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from mimo_jax.errors import UserError
 
 
 class SettingsError(UserError):
-    """A source whose own settings differ from the configuration; the message lists the flags that would make them agree."""
+    """A source whose settings differ from the configuration; the message lists the flags that make them agree."""
 
     listing = True
 
 
 class Setting(NamedTuple):
-    """key in config.json, field of `config.model`, and what an absent key means (None: cannot be told)."""
+    """key in config.json, field of `config.model`, and the value that a missing key means (None: unknown)."""
 
     key: str
     field: str
@@ -56,7 +56,7 @@ _SAM_HF = (
     Setting("window_size", "sam.window", 14),
 )
 _LORA = (Setting("r", "lora.rank"),)
-# Of Llamas that compute something else: key -> the values that are served.
+# Keys of variants of Llama with another computation -> supported values.
 _LLAMA_ONLY = {
     "rope_scaling": (None,), "attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu"),
     "quantization_config": (None,),
@@ -64,71 +64,72 @@ _LLAMA_ONLY = {
 _LORA_ONLY = {
     "use_dora": (None, False), "use_rslora": (None, False), "bias": (None, "none"), "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}), "fan_in_fan_out": (None, False), "layers_to_transform": (None,), "peft_type": (None, "LORA"),
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # the others change the base too
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # other values also change the base
 }  # fmt: skip
 _SECTIONS = {"vision": "vision tower", "aligner": "aligner", "llm": "language model", "sam": "mask encoder"}
 _PROJECTIONS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 def check_settings(name: str, path: Path, parts: set[str], config: Config) -> str | None:
-    """SettingsError where the config.json of a source, or beside its file, differs from the configuration. Returns a remark
-    where there is none to compare with."""
+    """Raise SettingsError if the config.json in the folder of a source differs from the configuration. Returns a remark
+    if there is no config.json."""
     folder = path if path.is_dir() else path.parent
-    told = read_settings(folder / "config.json")
+    settings = read_settings(folder / "config.json")
     problems: list[str] = []
     if "lora" in parts and (folder / "adapter_config.json").is_file():
         adapter = read_settings(folder / "adapter_config.json")
-        problems += _differing(_LORA, adapter, config) + _unserved(_LORA_ONLY, adapter)
+        problems += _differing(_LORA, adapter, config) + _unsupported(_LORA_ONLY, adapter)
         targets = adapter.get("target_modules")
         wanted = sorted(config.lora_targets())
         if isinstance(targets, list) and sorted(_PROJECTIONS.get(t.rsplit(".", 1)[-1], t) for t in set(targets)) != wanted:
             named = ",".join(_PROJECTIONS.get(t.rsplit(".", 1)[-1], t) for t in targets)
             problems.append(f"target_modules is {targets}: set --config.model.lora.targets={named}")
-    misfits = {c.section: c.kinds[0] for c in (COMPONENTS[part] for part in sorted(parts)) if not c.fits(config.model)}
-    for section, kind in misfits.items():
+    mismatches = {c.section: c.kinds[0] for c in (COMPONENTS[part] for part in sorted(parts)) if not c.fits(config.model)}
+    for section, kind in mismatches.items():
         now = getattr(config.model, section).kind
         problems.append(f"its {_SECTIONS[section]} is not of kind {now}: set --config.model.{section}.kind={kind}")
-    if misfits.keys() - {"aligner"}:  # settings of another kind have other fields
+    if mismatches.keys() - {"aligner"}:  # the settings of another kind have other fields
         raise SettingsError(_listed(folder, problems))
-    if "llama" in parts and told:
-        told = _llama(told)
-        problems += _differing(_LLAMA, told, config) + _unserved(_LLAMA_ONLY, told)
-    kind = str(told.get("model_type", ""))  # of whatever lies beside a lone file
-    if parts & {"clip", "clip_open"} and "llama" not in parts and told and (not kind or kind.startswith("clip")):
-        vision = told.get("vision_config", told)
+    if "llama" in parts and settings:
+        settings = _llama(settings)
+        problems += _differing(_LLAMA, settings, config) + _unsupported(_LLAMA_ONLY, settings)
+    kind = str(settings.get("model_type", ""))  # next to a single file there may be an unrelated config.json
+    if parts & {"clip", "clip_open"} and "llama" not in parts and settings and (not kind or kind.startswith("clip")):
+        vision = settings.get("vision_config", settings)
         problems += _differing(_CLIP, vision, config)
-    if parts == {"sam"} and kind == "sam" and told.get("vision_config"):
-        problems += _differing(_SAM_HF, told["vision_config"], config)
+    if parts == {"sam"} and kind == "sam" and settings.get("vision_config"):
+        problems += _differing(_SAM_HF, settings["vision_config"], config)
         blocks = config.model.sam.layers // config.model.sam.global_every
-        whole = [(i + 1) * config.model.sam.global_every - 1 for i in range(blocks)]
-        if told["vision_config"].get("global_attn_indexes", whole) != whole:
-            problems.append(f"global_attn_indexes is {told['vision_config']['global_attn_indexes']}, not {whole}: set config.model.sam")
+        global_layers = [(i + 1) * config.model.sam.global_every - 1 for i in range(blocks)]
+        found = settings["vision_config"].get("global_attn_indexes", global_layers)
+        if found != global_layers:
+            problems.append(f"global_attn_indexes is {found}, not {global_layers}: set config.model.sam")
     if problems:
         raise SettingsError(_listed(folder, problems))
-    if not told and parts & {"clip", "clip_open", "llama"}:
+    if not settings and parts & {"clip", "clip_open", "llama"}:
         return f"{name}: no config.json in {folder}; heads, eps and activation are taken from the configuration"
     return None
 
 
 def _listed(folder: Path, problems: list[str]) -> str:
-    return "\n".join([f"{folder}: its own settings are not those of the configuration", *(f"  {problem}" for problem in problems)])
+    return "\n".join([f"{folder}: its settings differ from the configuration", *(f"  {problem}" for problem in problems)])
 
 
 def lora_alpha(path: Path) -> float | None:
-    """alpha of the adapter_config.json beside LoRA weights; weights do not show it."""
+    """alpha from the adapter_config.json next to LoRA weights, which do not contain it; None if it is not there."""
     return read_settings((path if path.is_dir() else path.parent) / "adapter_config.json").get("lora_alpha")
 
 
-def check_adapter_base(adapter: Path, llm: Path, said: str | None) -> None:
-    """SettingsError for an adapter that names another base than `llm`, unless the user `said` that it is the same one."""
+def check_adapter_base(adapter: Path, llm: Path, declared_base: str | None) -> None:
+    """Raise SettingsError for an adapter of another base than `llm`, unless `declared_base` is the base that the adapter names."""
     named = read_settings((adapter if adapter.is_dir() else adapter.parent) / "adapter_config.json").get("base_model_name_or_path")
-    if not named or said == named:
+    if not named or declared_base == named:
         return
     folder = llm if llm.is_dir() else llm.parent
     known = {str(folder), folder.name, str(read_settings(folder / "config.json").get("_name_or_path", ""))}
     if _last(named) not in {_last(name) for name in known if name}:
         raise SettingsError(
-            f"{adapter}: is an adapter of {named}, and {llm} does not bear that name; give its base, or say that it is the same "
+            f"{adapter}: is an adapter of {named}, but {llm} has another name; give the adapter's base, or confirm that it is the same "
             f"with --lora-base {named}"
         )
 
@@ -137,22 +138,22 @@ def _last(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].casefold()
 
 
-def _llama(told: dict) -> dict:
-    """A Llama's config.json in one form: transformers 5 keeps the rotary settings together, old files lack key-value heads."""
-    rope = told.get("rope_parameters") or {}
+def _llama(settings: dict) -> dict:
+    """The config.json of a Llama in one form: transformers 5 groups the rotary settings, and old files lack key-value heads."""
+    rope = settings.get("rope_parameters") or {}
     scaled = rope if rope.get("rope_type", "default") != "default" else None
-    return told | {
-        "num_key_value_heads": told.get("num_key_value_heads") or told.get("num_attention_heads"),
-        "rope_theta": told.get("rope_theta") or rope.get("rope_theta"),
-        "rope_scaling": told.get("rope_scaling") or scaled,
+    return settings | {
+        "num_key_value_heads": settings.get("num_key_value_heads") or settings.get("num_attention_heads"),
+        "rope_theta": settings.get("rope_theta") or rope.get("rope_theta"),
+        "rope_scaling": settings.get("rope_scaling") or scaled,
     }
 
 
-def _differing(settings: tuple[Setting, ...], told: dict, config: Config) -> list[str]:
+def _differing(settings: tuple[Setting, ...], found: dict, config: Config) -> list[str]:
     lines = []
     for setting in settings:
         section, field = setting.field.split(".")
-        here, there = getattr(getattr(config.model, section), field), told.get(setting.key)
+        here, there = getattr(getattr(config.model, section), field), found.get(setting.key)
         there = setting.default if there is None else there
         if there is None or there == here:
             continue
@@ -162,12 +163,14 @@ def _differing(settings: tuple[Setting, ...], told: dict, config: Config) -> lis
     return lines
 
 
-def _unserved(served: dict[str, tuple], told: dict) -> list[str]:
-    return [f"{key} is {told[key]}: such models cannot be converted" for key, values in served.items() if told.get(key) not in values]
+def _unsupported(supported: dict[str, tuple], settings: dict) -> list[str]:
+    return [
+        f"{key} is {settings[key]}: such models cannot be converted" for key, values in supported.items() if settings.get(key) not in values
+    ]
 
 
 def read_settings(path: Path) -> dict:
-    """The object that a JSON file holds; nothing if there is no such file. SettingsError if it is damaged."""
+    """The object in a JSON file; empty if there is no such file. Raises SettingsError if the file is damaged."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""`mimo convert inspect`: what a file or folder of weights is, and how it fits a config."""
+"""`mimo convert inspect`: identifies a file or folder of weights, and compares it with a config."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mimo_jax.checkpoints import checkpoint, frozen_params, loading, provenance
 from mimo_jax.config import Config
 from mimo_jax.models import mimo
 
-_SHOWN = 20  # names of a list that are printed; --json has them all
+_MAX_LISTED = 20  # entries of a list that are printed; --json prints all
 
 
 def inspect(path: Path, config: Config | None = None, key_map: Path | None = None) -> dict[str, Any]:
-    """What is at `path`: parts, tensors, bytes, dtypes and files of PyTorch weights and, with a config, what misfits it; or step,
-    parameters and provenance of a mimo_jax checkpoint. UserError for what is neither."""
+    """Describes `path`: parts, tensors, bytes, dtypes and files of PyTorch weights and, with a config, the mismatches; or step,
+    parameters and provenance of a mimo_jax checkpoint. Raises UserError for anything else."""
     if path.is_dir() and ((path / "base.json").is_file() or (path.parent.parent / "base.json").is_file()):
         return _inspect_checkpoint(path)
     config_for_sizes = config or Config()
@@ -43,7 +43,7 @@ def inspect(path: Path, config: Config | None = None, key_map: Path | None = Non
 
 
 def _fit(source: Source, config: Config) -> dict[str, Any]:
-    """How a source fits a config: misfits of the parameters that its parts fill, and settings that differ."""
+    """Compares a source with a config: mismatches of the parameters that its parts fill, and settings that differ."""
     leaves = pathtree.flatten(mimo.abstract(config)[1])
     embedding = next((source.kinds[p.prefix + rows.EMBEDDING_KEY][1][0] for p in source.found if p.component.has_words()), 0)
     if embedding == config.model.llm.vocab_size + len(config.model.grounding_tokens()):
@@ -58,7 +58,7 @@ def _fit(source: Source, config: Config) -> dict[str, Any]:
     }
     if source.parts == {"lora"}:
         wanted = {path: leaf for path, leaf in wanted.items() if "lora_" in path}
-    found: dict[str, Any] = dict(name_map.misfits(source.shapes(), source.rows, source.indices, wanted, source.ignored))
+    found: dict[str, Any] = dict(name_map.mismatches(source.shapes(), source.rows, source.indices, wanted, source.ignored))
     try:
         hf_config_check.check_settings(source.name, source.path, source.parts, config)
     except SettingsError as error:
@@ -88,19 +88,20 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """`inspect`'s findings as text."""
+    """The result of `inspect` as text."""
     lines = []
     for name, value in found.items():
         if name == "bytes":
             lines.append(f"size: {value / 1e9:.3f} GB")
         elif name == "parts":
-            lines += [f"part: {part['title']}" + (f", behind {part['prefix']}" if part["prefix"] else "") for part in value]
+            lines += [f"part: {part['title']}" + (f", with prefix {part['prefix']}" if part["prefix"] else "") for part in value]
         elif isinstance(value, dict):
             shown = (f"{key} {entry:,}" if isinstance(entry, int) else f"{key}: {entry}" for key, entry in value.items())
             lines.append(f"{name}: " + "; ".join(shown))
         elif isinstance(value, list):
             lines.append(f"{name}: {len(value) or 'none'}")
-            lines += [f"  {entry}" for entry in value[:_SHOWN]] + [f"  and {len(value) - _SHOWN} more"] * (len(value) > _SHOWN)
+            lines += [f"  {entry}" for entry in value[:_MAX_LISTED]]
+            lines += [f"  and {len(value) - _MAX_LISTED} more"] if len(value) > _MAX_LISTED else []
         else:
             lines.append(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Which model a file's tensors are, told by their names alone, and those names in one spelling.
+"""Detection of the models in a file from the names of its tensors, and normalisation of those names.
 
-A `Component` is a table of rows with a key that gives it away; what stands before that key in a file is its prefix there. So a CLIP
+A `Component` is a table of rows with a key that identifies it; the text before that key in a file is the component's prefix. So a CLIP
 tower is found alone, in a whole CLIP file, and inside a LISA checkpoint.
 """
 
@@ -18,8 +18,8 @@ from mimo_jax.errors import UserError
 from mimo_jax.model_config import ModelConfig
 from mimo_jax.models.sam_decoder import MASK_TOKENS
 
-# Regex of a key -> what it is spelt here. PEFT wraps layers since 0.6, names its adapter, and wraps the model; DeepSpeed and
-# DataParallel wrap it again; GLaMM calls SAM otherwise.
+# Regex of a key -> its normalised spelling. PEFT wraps layers since 0.6, names its adapter, and wraps the model; DeepSpeed and
+# DataParallel wrap it again; GLaMM has another name for SAM.
 _SPELLINGS = (
     (r"^module\.", ""),
     (r"^base_model\.model\.", ""),
@@ -28,7 +28,7 @@ _SPELLINGS = (
     (r"(^|\.)grounding_encoder\.", r"\1visual_model."),
 )
 
-# transformers' SamModel -> facebook's names, where a file has the first of them.
+# Names of transformers' SamModel -> those of segment-anything, if a file has the first of them.
 _SAM_HF = r"^vision_encoder\.patch_embed\.projection\.weight$"
 _SAM_HF_SPELLINGS = (
     (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
@@ -60,9 +60,10 @@ _SAM_HF_SPELLINGS = (
 
 
 class Component(NamedTuple):
-    """title: for people; probe: regex of the end of a key that only this component has; ignored: what else such files hold that nothing
-    here needs. section, kinds: the section of `config.model`, and those of its kinds, that the rows fill; empty for what every model
-    has. indices(model settings): what the placeholders of the rows run over, each an array with the shape of the stack's leading axes."""
+    """title: shown in messages; probe: regex of the end of a key that only this component has; ignored: regexes of other keys in such
+    files, which are not needed. section, kinds: the section of `config.model` and the kinds that the rows fill; empty for parts that
+    every model has. indices(model settings): the values of the rows' placeholders, each an array of the shape of the stack's leading
+    axes."""
 
     title: str
     rows: tuple[Row, ...]
@@ -77,12 +78,12 @@ class Component(NamedTuple):
         return not self.section or getattr(model, self.section).kind in self.kinds
 
     def has_words(self) -> bool:
-        """Whether this is a language model, with the tables of its words."""
+        """Whether this is a language model, with an embedding and a head."""
         return any(row.key == rows.EMBEDDING_KEY for row in self.rows)
 
 
 def sam_decoder_indices(model: ModelConfig) -> dict[str, np.ndarray]:
-    """Of `rows.SAM_DECODER`."""
+    """The values of the placeholders of `rows.SAM_DECODER`."""
     layers = np.arange(1, model.sam.decoder_layers)
     return {"sam_point": np.arange(4), "sam_decoder_layer": layers, "sam_mask": np.arange(MASK_TOKENS)}
 
@@ -108,9 +109,9 @@ COMPONENTS: dict[str, Component] = {}
 
 
 def register_component(name: str, component: Component) -> None:
-    """Add a table of tensors, which the row of a part in `mimo_jax.models.registry` may then name. ValueError for a name that is taken."""
+    """Add a table of tensors, which the row of a part in `mimo_jax.models.registry` can name. Raises ValueError if the name is in use."""
     if name in COMPONENTS:
-        raise ValueError(f"component {name}: is registered already; choose another name")
+        raise ValueError(f"component {name}: is already registered; choose another name")
     COMPONENTS[name] = component
 
 
@@ -143,12 +144,12 @@ _STANDARD = {
 }
 for _name, _component in _STANDARD.items():
     register_component(_name, _component)
-# GLaMM's encoder of regions: not part of the model here, kept for export.
+# GLaMM's region encoder is not part of this model, but its tensors are kept for export.
 KEPT = r"(^|\.)region_encoder\."
 
 
 class DetectedComponent(NamedTuple):
-    """A component in a file, and what stands before its keys there."""
+    """A component in a file, and the prefix of its keys there."""
 
     name: str
     prefix: str
@@ -159,7 +160,7 @@ class DetectedComponent(NamedTuple):
 
 
 def normalize_keys(keys: Iterable[str]) -> dict[str, list[str]]:
-    """{key as the tables spell it: keys of the file that are spelt so}."""
+    """{normalised key, as in the tables: the keys of the file that normalise to it}."""
     keys = list(keys)
     spellings = _SPELLINGS + (_SAM_HF_SPELLINGS if any(re.search(_SAM_HF, key) for key in keys) else ())
     made: dict[str, list[str]] = {}
@@ -172,7 +173,7 @@ def normalize_keys(keys: Iterable[str]) -> dict[str, list[str]]:
 
 
 def detect(keys: Iterable[str]) -> list[DetectedComponent]:
-    """The components among keys as `normalize_keys` returns them; UserError for one that is there twice."""
+    """The components among normalised keys; raises UserError for one that occurs twice."""
     keys = list(keys)
     found = []
     for name, component in COMPONENTS.items():
@@ -180,14 +181,16 @@ def detect(keys: Iterable[str]) -> list[DetectedComponent]:
         prefixes = sorted({key[: match.start()] for key, match in matches if match})
         if len(prefixes) > 1:
             named = ", ".join(prefix or "(none)" for prefix in prefixes)
-            raise UserError(f"the file holds {component.title} {len(prefixes)} times, behind {named}; give the checkpoint of one model")
+            raise UserError(
+                f"the file has {component.title} {len(prefixes)} times, with prefixes {named}; give the checkpoint of one model"
+            )
         found += [DetectedComponent(name, prefix) for prefix in prefixes]
     return [one for one in found if not any(_contains(other, one) for other in found)]
 
 
 def _contains(other: DetectedComponent, one: DetectedComponent) -> bool:
-    """Whether another component explains the key that gave this one away, and has one that this one does not explain: then the file holds
-    the other alone, such as a language model with Llama's tables of words."""
+    """Whether another component also has the key that identifies this one, and an identifying key that this one lacks: then the file
+    contains only the other one, such as a language model with Llama's embedding and head."""
 
     def explains(table: tuple[Row, ...], probe: str) -> bool:
         return any(re.search(probe, row.key) for row in table)

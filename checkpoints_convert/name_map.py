@@ -1,11 +1,11 @@
-"""The tables read, in both directions.
+"""Applies the tables of `rows` in both directions.
 
     leaves = pathtree.flatten(abstract), {"vision/...": ShapeDtypeStruct}
     import:  import_state(tensors, CLIP, layer_indices(config.model), leaves, CLIP_IGNORED)
     export:  export_state(parameters, CLIP, layer_indices(config.model))
 
-Tables of several parts in one file are simply added up. For checkpoints larger than memory, `check` takes the shapes in
-a file's header, and `import_leaves` and `export_tensors` go leaf by leaf.
+The tables of several parts in one file are concatenated. For checkpoints larger than memory, `check` uses the shapes in
+a file's header, and `import_leaves` and `export_tensors` process one leaf at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mimo_jax.model_config import ModelConfig
 
 
 class KeyMapError(UserError):
-    """A checkpoint that does not fit the table; the message lists every key that is missing, left over or misshapen."""
+    """A checkpoint that does not fit the table; the message lists every key that is missing, left over or of another shape."""
 
     listing = True
 
@@ -33,12 +33,12 @@ Indices = Mapping[str, np.ndarray]
 
 
 def layer_indices(cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """What each placeholder of the tables of this model runs over; its shape is that of the stack's leading axes (SAM: [stage, block])."""
+    """The values of each placeholder in this model's tables, as an array of the shape of the stack's leading axes (SAM: [stage, block])."""
     return {name: numbers for part in COMPONENTS.values() if part.fits(cfg) for name, numbers in part.indices(cfg).items()}
 
 
 def paths_of(row: Row) -> list[str]:
-    """The row's paths: several where it holds a choice such as {q,k,v}."""
+    """The row's paths: several if it contains a choice such as {q,k,v}."""
     choice = re.search(r"\{([^{}]*)\}", row.path)
     if choice is None:
         return [row.path]
@@ -46,7 +46,7 @@ def paths_of(row: Row) -> list[str]:
 
 
 def keys_of(row: Row, indices: Indices) -> np.ndarray:
-    """Torch keys of the row, an array of str with the stack's leading axes (no axes without a placeholder)."""
+    """Torch keys of the row, an array of str with the stack's leading axes (without axes if there is no placeholder)."""
     placeholder = re.search(r"\{(\w+)\}", row.key)
     if placeholder is None:
         return np.array(row.key, dtype=object)
@@ -77,14 +77,14 @@ def _filled(leaves: Mapping[str, Any], rows: Sequence[Row], indices: Indices) ->
         for path in paths:
             shape = leaves[path].shape
             if shape[: keys.ndim] != keys.shape:
-                raise KeyMapError(f"parameter {path} {list(shape)} should be stacked {list(keys.shape)}; the configuration is another")
-            parts.append(op.to_torch(np.broadcast_to(np.uint8(0), shape[keys.ndim :])).shape)  # of a view without memory
+                raise KeyMapError(f"parameter {path} {list(shape)} should be stacked {list(keys.shape)}; use the matching config")
+            parts.append(op.to_torch(np.broadcast_to(np.uint8(0), shape[keys.ndim :])).shape)  # a view that needs no memory
         yield keys, paths, parts, op
 
 
 def torch_shapes(leaves: Mapping[str, Any], rows: Sequence[Row], indices: Indices) -> dict[str, tuple[int, ...]]:
-    """{torch key: shape} of parameters {path: anything with a shape}. Rows of other parameters do not count;
-    KeyMapError for a parameter that no row names."""
+    """{torch key: shape} of parameters {path: anything with a shape}. Rows of other parameters are ignored.
+    Raises KeyMapError for a parameter that no row names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for keys, _, parts, _ in _filled(leaves, rows, indices):
         whole = parts[0] if len(parts) == 1 else (sum(part[0] for part in parts), *parts[0][1:])
@@ -92,11 +92,11 @@ def torch_shapes(leaves: Mapping[str, Any], rows: Sequence[Row], indices: Indice
     return shapes
 
 
-def misfits(
+def mismatches(
     found: Mapping[str, Sequence[int]], rows: Sequence[Row], indices: Indices, leaves: Mapping[str, Any], ignored: Sequence[str] = ()
 ) -> dict[str, list[str]]:
-    """{"missing", "left over", "of another shape": tensors}: what `leaves` {path: anything with a shape} needs and {key: shape}
-    `found` lacks or has in another shape, and what was found that no row wants and no regex of `ignored` excuses."""
+    """{"missing", "left over", "of another shape": tensors}: tensors that `leaves` {path: anything with a shape} needs and `found`
+    {key: shape} lacks or has in another shape, and tensors that are not needed and that no regex of `ignored` matches."""
     wanted = torch_shapes(leaves, rows, indices)
     both = sorted(wanted.keys() & found.keys())
     return {
@@ -109,12 +109,12 @@ def misfits(
 def check(
     found: Mapping[str, Sequence[int]], rows: Sequence[Row], indices: Indices, leaves: Mapping[str, Any], ignored: Sequence[str] = ()
 ) -> None:
-    """Raise one KeyMapError that lists all `misfits`."""
-    raise_listed({"the checkpoint": misfits(found, rows, indices, leaves, ignored)})
+    """Raise one KeyMapError that lists all `mismatches`."""
+    raise_listed({"the checkpoint": mismatches(found, rows, indices, leaves, ignored)})
 
 
 def raise_listed(problems: Mapping[str, Mapping[str, list[str]]]) -> None:
-    """KeyMapError with every tensor of {source: misfits}, if there is any."""
+    """Raise a KeyMapError that lists every tensor of {source: mismatches}, if there is any."""
     lines = []
     for source, kinds in problems.items():
         for kind, listed in kinds.items():
@@ -132,8 +132,8 @@ def import_leaves(
     start: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(path, array) of every parameter in `leaves`, or of those that are also in `only`, in the table's order and in the dtypes
-    of `leaves`; each torch tensor is read once, one parameter is held at a time. Call `check` first. start: what the parameters
-    hold where a tensor is missing."""
+    of `leaves`. Each torch tensor is read once, and one parameter is in memory at a time. Call `check` first. start: values for the parts
+    of parameters whose tensor is missing."""
     start = start or {}
     for keys, paths, shapes, op in _filled(leaves, rows, indices):
         ends = np.cumsum([shape[0] for shape in shapes])[:-1] if len(paths) > 1 else []
@@ -154,8 +154,8 @@ def import_leaves(
 def import_state(
     tensors: Mapping[str, np.ndarray], rows: Sequence[Row], indices: Indices, leaves: Mapping[str, Any], ignored: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Torch tensors {key: array} -> parameters {path: array}, those of `leaves` {path: shape and dtype}; KeyMapError as `check`
-    raises it."""
+    """Torch tensors {key: array} -> the parameters of `leaves` {path: shape and dtype} as {path: array}. Raises KeyMapError as `check`
+    does."""
     check({key: np.shape(value) for key, value in tensors.items()}, rows, indices, leaves, ignored)
     return dict(import_leaves(tensors, rows, indices, leaves))
 
@@ -163,8 +163,8 @@ def import_state(
 def export_tensors(
     leaves: Mapping[str, np.ndarray], rows: Sequence[Row], indices: Indices, shapes: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(torch key, array) of every row whose parameters are in `leaves`, each of which is read once: views, contiguous only where
-    the op keeps them so. shapes: {path: anything with a shape}, where reading a leaf is dear."""
+    """(torch key, array) of every row whose parameters are in `leaves`, each of which is read once. The arrays are views, contiguous only
+    if the op keeps them so. shapes: {path: anything with a shape}, to avoid reading leaves for their shapes."""
     for keys, paths, _, op in _filled(leaves if shapes is None else shapes, rows, indices):
         values = [np.asarray(leaves[path]) for path in paths]
         for at in np.ndindex(keys.shape):

@@ -1,6 +1,6 @@
-"""How one tensor of torch becomes one parameter here, and back: named, invertible, views wherever possible.
+"""Named invertible operations between a torch tensor and a parameter, as views where possible.
 
-An op never changes a value or a dtype, so that import followed by export gives the same bits.
+An op never changes a value or a dtype, so that import followed by export returns the same bits.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ OPS: dict[str, Op] = {
 }
 
 
-_STRIP = 16  # rows; a strip of them is read and written within the cache
+_STRIP = 16  # rows of a strip, which is read and written within the CPU cache
 
 
 def copy(to: np.ndarray, source: np.ndarray) -> None:
-    """to[...] = source, with a cast; a large transposed matrix in strips, four times as fast as numpy does it."""
+    """to[...] = source, with a cast; a large transposed matrix is copied in strips, which is four times as fast as in numpy."""
     if source.ndim == 2 and source.flags.f_contiguous and not source.flags.c_contiguous:
         for at in range(0, source.shape[1], _STRIP):
             to[:, at : at + _STRIP] = source[:, at : at + _STRIP]

@@ -1,5 +1,5 @@
-"""`mimo convert roundtrip`: random weights of a config's full size in the original layouts, converted, checked tensor by tensor, and
-timed against copying and hashing the same files."""
+"""`mimo convert roundtrip`: converts random weights of a config's full size from the original layouts, compares every tensor, and
+compares the time with that of copying and hashing the same files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from mimo_jax.config import Config, ConfigError
 from mimo_jax.data.tokenizer import train_tokenizer
 from mimo_jax.models import mimo
 
-# The originals: their tables, and the parameters that they fill.
+# Original checkpoints -> (their table, path prefixes of the parameters that they fill).
 _TABLES = {
     "vision": (with_prefix(rows.CLIP, "vision_model."), ("vision/",)),
     "llm": (rows.without_grounding(rows.LLAMA), ("llm/", "embedding/base", "lm_head/base")),
     "sam": (rows.SAM, ("sam_",)),
 }
-_NOISE = 2**24  # values drawn once and dealt out again
+_NOISE = 2**24  # random values that are drawn once and reused
 
 
 class MemoryWatch:
@@ -55,18 +55,18 @@ class MemoryWatch:
 
 
 def roundtrip(config: Config, workdir: Path) -> int:
-    """Run it in `workdir`, print a table and write report.json there; 0 if every tensor came through bit by bit, else 1."""
+    """Run the round trip in `workdir`, print the result and write report.json there. Returns 0 if every tensor is bit-identical, else 1."""
     for section, kind in (("vision", "clip"), ("llm", "llama"), ("sam", "vit")):
         if (there := getattr(config.model, section).kind) != kind:
-            raise ConfigError(f"config.model.{section}.kind: is {there}; random weights can be made of {kind} alone")
+            raise ConfigError(f"config.model.{section}.kind: is {there}; random weights can only be made for {kind}")
     tensors = {name: _wanted(config, table, roots) for name, (table, roots) in _TABLES.items()}
     size = 2 * sum(int(np.prod(shape)) for wanted in tensors.values() for shape in wanted.values())
-    needed = int(3.1 * size)  # the originals, the checkpoint, and the copy that is timed
+    needed = int(3.1 * size)  # the originals, the checkpoint, and the timed copy
     workdir.mkdir(parents=True, exist_ok=True)
     sources, out = workdir / "sources", workdir / "import"
     for folder in (sources, out):
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{size / 1e9:.1f} GB of random bf16 weights; {needed / 1e9:.1f} GB of disk are needed in {workdir}", flush=True)
+    print(f"{size / 1e9:.1f} GB of random bf16 weights; needs {needed / 1e9:.1f} GB of disk space in {workdir}", flush=True)
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise SourceError(f"--workdir {workdir}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; choose another")
@@ -104,7 +104,7 @@ def _wanted(config: Config, table: tuple[Row, ...], roots: tuple[str, ...]) -> d
 
 
 def _random(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
-    """bf16 values, normal, around 1 for the scales of norms; each tensor begins at another place of the same noise."""
+    """Normally distributed bf16 values, around 1 for the scales of norms; each tensor begins at another position of the same noise."""
     rng = np.random.default_rng(0)
     noise = (0.02 * rng.standard_normal(_NOISE, np.float32)).astype(ml_dtypes.bfloat16)
     for key, shape in shapes.items():
@@ -152,14 +152,14 @@ def _make(config: Config, tensors: dict[str, dict], given: dict[str, Path]) -> N
 
 
 def _without_grounding(path: Path, tokens: tuple[str, ...]) -> None:
-    """As a Vicuna folder has it."""
+    """Remove the grounding tokens, as in the tokenizer of Vicuna."""
     values = json.loads(path.read_text())
     values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in tokens]
     files.write_json(path, values)
 
 
 def _copy_and_hash(sources: Path, copy: Path) -> float:
-    """Seconds that `cp -r` and `sha256sum` take for the same files."""
+    """Seconds of `cp -r` and `sha256sum` for the same files."""
     shutil.rmtree(copy, ignore_errors=True)
     started = time.monotonic()
     subprocess.run(["cp", "-r", str(sources), str(copy)], check=True)
@@ -171,20 +171,20 @@ def _copy_and_hash(sources: Path, copy: Path) -> float:
 
 
 def _differing(config: Config, given: dict[str, Path], out: Path) -> tuple[list[str], int]:
-    """(tensors of the originals that exporting the checkpoint does not give back bit by bit, how many were compared). A parameter
-    that trains is kept in float32; bf16 values are exact in it."""
+    """(tensors of the originals that are not bit-identical after exporting the checkpoint, number of compared tensors). Trained
+    parameters are stored in float32, in which bf16 values are exact."""
     leaves = LazyParams(out)
     sources = open_sources(given, (), config)
     wrong, counted = [], 0
     for name, source in sources.items():
         shapes = {path: leaf for path, leaf in leaves.shapes.items() if path in source.paths()}
-        seen = set()
+        compared = set()
         for key, value in name_map.export_tensors(leaves, source.rows, source.indices, shapes):
-            seen.add(key)
+            compared.add(key)
             back = np.empty(value.shape, source.kinds[key][0])
             ops.copy(back, value)
             if back.tobytes() != source[key].tobytes():
                 wrong.append(f"{name}: {key}")
-        counted += len(seen)
-        wrong += [f"{name}: {key} is not in the checkpoint" for key in sorted(source.kinds.keys() - seen)]
+        counted += len(compared)
+        wrong += [f"{name}: {key} is not in the checkpoint" for key in sorted(source.kinds.keys() - compared)]
     return wrong, counted

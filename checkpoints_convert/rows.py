@@ -1,8 +1,8 @@
-"""The tables: which torch tensor is which parameter here.
+"""Tables from torch tensors to parameters.
 
-A row is (torch key, path here, op). A key may hold one placeholder, such as `{vision_layer}`: then the parameter is a
-stack over the numbers that the key takes (`name_map.layer_indices`). A path may hold one choice, such as `{q,k,v}`: then the
-torch tensor packs those parameters along its first axis. Keys are written as `layouts` spells them.
+A row is (torch key, parameter path, op). A key may contain one placeholder, such as `{vision_layer}`: then the parameter is
+stacked over its values (`name_map.layer_indices`). A path may contain one choice, such as `{q,k,v}`: then the
+torch tensor packs those parameters along its first axis. Keys are written as `layouts.normalize_keys` returns them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def norm(key: str, path: str) -> tuple[Row, Row]:
 
 _CLIP_LAYER = "encoder.layers.{vision_layer}"
 
-# transformers' CLIPVisionModel as 5.x saves it; older files carry the prefix "vision_model.".
+# transformers' CLIPVisionModel as 5.x saves it; older files have the prefix "vision_model.".
 CLIP: tuple[Row, ...] = (
     Row("embeddings.class_embedding", "vision/class_embedding"),
     Row("embeddings.patch_embedding.weight", "vision/patch/kernel", "conv"),
@@ -51,7 +51,7 @@ CLIP: tuple[Row, ...] = (
     *norm("post_layernorm", "vision/post_norm"),
 )
 
-# What else a CLIP file may hold: the text tower, both projections, the temperature, and a buffer of old versions.
+# Other keys of a CLIP file: the text tower, both projections, the temperature, and a buffer of old versions.
 CLIP_IGNORED = (
     r"^text_model\.",
     r"^(visual|text)_projection\.weight$",
@@ -94,7 +94,7 @@ def _sam_two_way(layer: str, path: str) -> tuple[Row, ...]:
     )
 
 
-# The image encoder of facebook's segment-anything (sam_vit_{b,l,h}.pth, MedSAM).
+# The image encoder of segment-anything (sam_vit_{b,l,h}.pth, MedSAM).
 SAM_ENCODER: tuple[Row, ...] = (
     Row("image_encoder.pos_embed", "sam_encoder/position_embedding", "squeeze"),
     *conv("image_encoder.patch_embed.proj", "sam_encoder/patch"),
@@ -105,7 +105,7 @@ SAM_ENCODER: tuple[Row, ...] = (
     Row("image_encoder.neck.2.weight", "sam_encoder/neck_out/kernel", "conv"),
     *norm("image_encoder.neck.3", "sam_encoder/neck_out_norm"),
 )
-# Its prompt encoder and mask decoder, the same for every image encoder.
+# SAM's prompt encoder and mask decoder, which are the same for every image encoder.
 SAM_DECODER: tuple[Row, ...] = (
     Row("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", "sam_prompt/gaussian"),
     Row("prompt_encoder.point_embeddings.{sam_point}.weight", "sam_prompt/point_embedding", "squeeze"),
@@ -133,7 +133,7 @@ SAM_DECODER: tuple[Row, ...] = (
     *(row for i in range(3) for row in linear(f"mask_decoder.iou_prediction_head.layers.{i}", f"sam_decoder/iou_head/layer{i + 1}")),
 )
 
-# Inside LISA and GLaMM behind a prefix.
+# Inside LISA and GLaMM, these keys have a prefix.
 SAM: tuple[Row, ...] = (*SAM_ENCODER, *SAM_DECODER)
 
 _LLAMA_LAYER = "model.layers.{llm_layer}"
@@ -142,7 +142,7 @@ _LLAMA_PROJECTIONS = (
     *((f"mlp.{name}_proj", name) for name in ("gate", "up", "down")),
 )
 
-# transformers' LlamaForCausalLM. Its vocabulary is the base's alone, or ends with the rows of the grounding tokens.
+# transformers' LlamaForCausalLM. Its vocabulary is the base vocabulary, or ends with the rows of the grounding tokens.
 _LLAMA_LAYERS: tuple[Row, ...] = (
     Row(f"{_LLAMA_LAYER}.input_layernorm.weight", "llm/layers/block/attention_norm/scale"),
     *(Row(f"{_LLAMA_LAYER}.{theirs}.weight", f"llm/layers/block/{ours}/kernel", "linear") for theirs, ours in _LLAMA_PROJECTIONS),
@@ -153,7 +153,7 @@ EMBEDDING_KEY, HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def vocabulary(rows: str) -> tuple[Row, ...]:
-    """The tables of words: of the "base", or of "{base,grounding}" one above the other."""
+    """The rows of embedding and head: `rows` is "base", or "{base,grounding}" if both are packed into one tensor."""
     return Row(EMBEDDING_KEY, f"embedding/{rows}"), Row(HEAD_KEY, f"lm_head/{rows}", "linear")
 
 
@@ -161,14 +161,14 @@ LLAMA: tuple[Row, ...] = (*vocabulary("{base,grounding}"), *_LLAMA_LAYERS)
 
 
 def without_grounding(table: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The rows of a language model whose tables of words are those of the base alone."""
+    """The rows of a language model whose embedding and head have the base vocabulary only."""
     return tuple(row._replace(path=row.path.replace("{base,grounding}", "base")) for row in table)
 
 
 # A buffer of old versions.
 LLAMA_IGNORED = (r"rotary_emb\.inv_freq$",)
 
-# PEFT's adapter of the language model, of any of its projections.
+# PEFT's adapter of the language model, for any of its projections.
 LORA: tuple[Row, ...] = tuple(
     Row(f"{_LLAMA_LAYER}.{theirs}.lora_{half}.weight", f"llm/layers/block/{ours}/lora_{half.lower()}", "linear")
     for theirs, ours in _LLAMA_PROJECTIONS
@@ -191,7 +191,7 @@ CLIP_OPEN: tuple[Row, ...] = (
     *linear(f"{_OPEN_LAYER}.mlp.c_proj", "vision/layers/block/down"),
     *norm("ln_post", "vision/post_norm"),
 )
-# The text tower and both projections beside it.
+# Other keys of an open_clip file: the text tower and both projections.
 CLIP_OPEN_IGNORED = (
     r"^(token_embedding\.weight|positional_embedding|text_projection|attn_mask)$",
     r"^(transformer|ln_final|text)\.",
@@ -199,7 +199,7 @@ CLIP_OPEN_IGNORED = (
     r"^logit_(scale|bias)$",
 )
 
-# What a whole model adds: LISA's and GLaMM's projector of the image, and the projection of <SEG>.
+# Parts of LISA and GLaMM: the image projector, and the projection of <SEG>.
 PROJECTOR_LINEAR: tuple[Row, ...] = linear("model.mm_projector", "aligner/project")
 PROJECTOR_MLP: tuple[Row, ...] = (
     *linear("model.mm_projector.0", "aligner/project"),
@@ -217,7 +217,7 @@ def _attention(key: str, path: str) -> tuple[Row, ...]:
 
 _BLOCK, _BLOCK_PATH = "model.aligner.blocks.{aligner_block}", "aligner/blocks/block"
 
-# MIMO's own parts. The names of the original are unknown: these are ours, a key map gives others.
+# MIMO's own parts. The original names are not public, so these are our choice; a key map can give others.
 ALIGNER: tuple[Row, ...] = (
     Row("model.aligner.modality_embedding", "aligner/modality_embedding"),
     *(Row(f"model.aligner.{name}", f"aligner/{name}") for name in ("null_prompt", "queries")),

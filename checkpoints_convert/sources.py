@@ -1,7 +1,7 @@
-"""What the user gives, opened: tensors under the tables' names, the parts found among them, and which parameter comes from where.
+"""The given checkpoints: their tensors under normalised names, the parts found among them, and the source of each parameter.
 
 vision, llm, sam     one model each        lora      an adapter of the language model
-joint              a whole model (LISA, GLaMM, MIMO)   overlay   some tensors of a whole model, in place of the others'
+joint              a whole model (LISA, GLaMM, MIMO)   overlay   tensors of a whole model that replace those of other sources
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SEED = "seed"
 
 
 class SourceError(UserError):
-    """A source that is none, or a parameter that none of the given ones can fill; the message says what to give."""
+    """A source that cannot be used, or a parameter that no given source can fill; the message names the remedy."""
 
 
 @dataclass
 class Source:
-    """One given checkpoint. kinds: {key: (dtype, shape)} under the tables' names; found: its parts; rows: the tables that apply to
-    it; ignored: regexes of what else it may hold; kept: keys that nothing here uses, handed on to export."""
+    """One given checkpoint. kinds: {normalised key: (dtype, shape)}; found: its components; rows: the rows that apply to it; ignored:
+    regexes of other keys that it may have; kept: keys that are not used, but kept for export."""
 
     name: str
     path: Path
@@ -51,15 +51,17 @@ class Source:
         for first, *others in spelt.values():
             for other in others:
                 if not np.array_equal(self.tensors[first], self.tensors[other]):
-                    raise SourceError(f"{self.path}: {first} and {other} are one parameter with different values; give one checkpoint")
+                    raise SourceError(f"{self.path}: {first} and {other} are the same parameter with different values; give one checkpoint")
         self._names = {key: names[0] for key, names in spelt.items()}
         self.found = layouts.detect(self._names)
-        if not self.found and not self._holding(self.key_map):
+        if not self.found and not self._matching_rows(self.key_map):
             shown = ", ".join(list(self._names)[:3])
-            raise SourceError(f"--{self.name} {self.path}: no known model is among its {len(self._names)} tensors ({shown}, …)")
+            raise SourceError(
+                f"--{self.name} {self.path}: has no known model among its {len(self._names)} tensors ({shown}, …); give --key-map"
+            )
         self.kept = sorted(key for key in self._names if re.search(layouts.KEPT, key))
         kinds = {key: self.tensors.kinds[name] for key, name in self._names.items()}
-        # A tied head is the embedding itself, and not in the file.
+        # A tied head is the embedding itself and is not stored in the file.
         self._tied = {}
         for part in self.found:
             embedding, head = part.prefix + rows.EMBEDDING_KEY, part.prefix + rows.HEAD_KEY
@@ -74,7 +76,7 @@ class Source:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """The tables of its parts with their prefixes, and the user's rows, which stand in for any that fill the same parameters."""
+        """The tables of its components with their prefixes, and the rows of the key map, which replace rows for the same parameters."""
         given = {path for row in self.key_map for path in name_map.paths_of(row)}
         tables = []
         for part in self.found:
@@ -92,22 +94,22 @@ class Source:
         return {key: shape for key, (_, shape) in self.kinds.items()}
 
     def paths(self) -> set[str]:
-        """Parameters of which any tensor is here."""
-        return {path for row in self._holding(self.rows) for path in name_map.paths_of(row)}
+        """Parameters of which this source has at least one tensor."""
+        return {path for row in self._matching_rows(self.rows) for path in name_map.paths_of(row)}
 
-    def _holding(self, table: Sequence[Row]) -> list[Row]:
-        """Those rows of a table of which any tensor is here."""
+    def _matching_rows(self, table: Sequence[Row]) -> list[Row]:
+        """The rows of a table of which this source has at least one tensor."""
         return [row for row in table if any(key in self._names for key in name_map.keys_of(row, self.indices).ravel())]
 
     def read_vocabulary(self, folders: Sequence[Path], tokens: Sequence[str]) -> None:
-        """Find the order of the vocabulary's rows, if this source has a language model."""
+        """Determine the order of the vocabulary's rows, if this source has a language model."""
         words = [part for part in self.found if part.component.has_words()]
         if words:
             count = self.kinds[words[0].prefix + rows.EMBEDDING_KEY][1][0]
             self.vocabulary = read_vocabulary(find_tokenizer(folders), count, tokens)
 
     def __getitem__(self, key: str) -> np.ndarray:
-        """A tensor under the tables' name; the vocabulary's rows in the order that they have here."""
+        """A tensor by its normalised key; the rows of the vocabulary are reordered as in this project."""
         tensor = self.tensors[self._names[self._tied.get(key, key)]]
         if self.vocabulary and self.vocabulary.grounding and key.endswith((rows.EMBEDDING_KEY, rows.HEAD_KEY)):
             return tensor[self.vocabulary.order]
@@ -122,11 +124,11 @@ def _is_tied(path: Path) -> bool:
 
 
 def read_key_map(path: Path) -> tuple[Row, ...]:
-    """Rows of a user's key map, a JSON list of [torch key, path here] or [torch key, path here, op]."""
+    """Rows of a user's key map, a JSON list of [torch key, parameter path] or [torch key, parameter path, op]."""
     try:
         made = tuple(Row(*(str(part) for part in row)) for row in json.loads(path.read_text()))
     except FileNotFoundError:
-        raise SourceError(f"--key-map {path}: there is no such file") from None
+        raise SourceError(f"--key-map {path}: no such file; give a JSON file") from None
     except (ValueError, TypeError) as error:
         raise SourceError(f"--key-map {path}: is not a JSON list of [torch key, path, op] rows ({error})") from None
     unknown = sorted({row.op for row in made} - OPS.keys())
@@ -136,7 +138,7 @@ def read_key_map(path: Path) -> tuple[Row, ...]:
 
 
 def open_sources(given: Mapping[str, Path], key_map: Sequence[Row], config: Config) -> dict[str, Source]:
-    """Every given source, and the vocabulary of those with a language model."""
+    """Open every given source, with the vocabulary of those that have a language model."""
     indices = name_map.layer_indices(config.model)
     whole = ("joint", "overlay")
     sources = {name: Source(name, Path(given[name]), indices, key_map if name in whole else ()) for name in SOURCES if name in given}
@@ -151,9 +153,9 @@ def open_sources(given: Mapping[str, Path], key_map: Sequence[Row], config: Conf
 
 
 def assign(leaves: Sequence[str], sources: Mapping[str, Source], config: Config) -> dict[str, str]:
-    """{path: the source that fills it, or "seed"}: by `config.init.sources`, the first of a row's sources that holds any parameter
-    of its group; what an overlay holds, comes from there. SourceError for what no given source can fill."""
-    there = {name: source.paths() for name, source in sources.items()}
+    """{path: the source that fills it, or "seed"}, by `config.init.sources`: the first of a row's sources that has any parameter
+    of its group; parameters of an overlay come from the overlay. Raises SourceError for parameters that no given source can fill."""
+    available = {name: source.paths() for name, source in sources.items()}
     groups: dict[str, list[str]] = {}
     for path in leaves:
         pattern = next((pattern for pattern in config.init.sources if re.search(pattern, path)), None)
@@ -168,42 +170,43 @@ def assign(leaves: Sequence[str], sources: Mapping[str, Source], config: Config)
         if unknown:
             raise ConfigError(f"config.init.sources[{pattern!r}]: {', '.join(sorted(unknown))} unknown; use {', '.join((*SOURCES, SEED))}")
         given = [name for name in allowed if name in sources]
-        chosen = next((name for name in given if there[name] & set(paths)), None)
+        chosen = next((name for name in given if available[name] & set(paths)), None)
         if chosen is None and SEED in allowed:
             chosen = SEED
         chosen = chosen or next(iter(given), None)
-        over = there.get("overlay", set())
+        over = available.get("overlay", set())
         if chosen is None and not set(paths) <= over:
             flags = " or ".join(f"--{name}" for name in allowed)
             unfilled.append(f"{', '.join(sorted({path.split('/')[0] for path in paths}))} ({flags})")
         made |= {path: "overlay" if path in over else chosen for path in paths if chosen or path in over}
     if unfilled:
-        raise SourceError(f"no given checkpoint fills {'; '.join(unfilled)}")
+        raise SourceError(f"no given checkpoint fills {'; '.join(unfilled)}; give one")
     return made
 
 
 def vocabulary_of(assigned: Mapping[str, str], sources: Mapping[str, Source], config: Config) -> Vocabulary:
-    """The vocabulary of the source that fills the base's embedding; VocabularyError where its size is not the configuration's."""
+    """The vocabulary of the source that fills the base embedding; raises VocabularyError if its size is not that of the configuration."""
     vocabulary = sources[assigned["embedding/base"]].vocabulary
     if vocabulary is None:
-        raise VocabularyError(f"--{assigned['embedding/base']}: holds no embedding of a language model")
-    size, there = config.model.llm.vocab_size, vocabulary.base_size
-    if size != there:
-        rest = f", {', '.join(name for name, _ in vocabulary.grounding)} beside them" if vocabulary.grounding else ""
+        raise VocabularyError(f"--{assigned['embedding/base']}: has no embedding of a language model; give a language model")
+    size, base_size = config.model.llm.vocab_size, vocabulary.base_size
+    if size != base_size:
+        rest = f", {', '.join(name for name, _ in vocabulary.grounding)} in addition" if vocabulary.grounding else ""
         raise VocabularyError(
-            f"the checkpoint's vocabulary has {there} rows{rest}, the configuration {size}; set --config.model.llm.vocab_size={there}"
+            f"the checkpoint's vocabulary has {base_size} rows{rest}, the configuration has {size}; "
+            f"set --config.model.llm.vocab_size={base_size}"
         )
     added = {token["content"] for token in vocabulary.tokenizer["added_tokens"]}
     absent = [name for name in config.image_tokens() if name not in added]
     if absent:
         raise VocabularyError(
-            f"the checkpoint's tokenizer has no {' and no '.join(absent)}; name those that stand around its images with "
+            f"the checkpoint's tokenizer has no {' and no '.join(absent)}; name the tokens around its images with "
             "--config.data.image_tokens=A,B, or none with --config.data.image_tokens="
         )
     return vocabulary
 
 
-def listed_misfits(
+def list_mismatches(
     assigned: Mapping[str, str],
     sources: Mapping[str, Source],
     leaves: Mapping[str, np.ndarray],
@@ -211,28 +214,28 @@ def listed_misfits(
     allow_missing: Sequence[str] = (),
     ignore_extra: Sequence[str] = (),
 ) -> tuple[dict[str, dict[str, list[str]]], dict[str, list[str]]]:
-    """({source: misfits} that stop an import, {"allowed_missing", "ignored_extra": keys} that the user's regexes excuse)."""
+    """({source: mismatches} that stop an import, {"allowed_missing", "ignored_extra": keys} that the user's regexes waive)."""
     problems: dict[str, dict[str, list[str]]] = {}
-    excused: dict[str, list[str]] = {"allowed_missing": [], "ignored_extra": []}
+    waived: dict[str, list[str]] = {"allowed_missing": [], "ignored_extra": []}
     for name, source in sources.items():
         covered = {path for row in source.rows for path in name_map.paths_of(row)}
         own = {path for path, home in assigned.items() if home == name}
-        wrong = name_map.misfits(source.shapes(), source.rows, indices, {path: leaves[path] for path in own & covered}, source.ignored)
-        wrong["parameters without a row for them (see --key-map)"] = sorted(own - covered)
-        if name != "overlay":  # what an overlay replaces may be there, and need not be
+        wrong = name_map.mismatches(source.shapes(), source.rows, indices, {path: leaves[path] for path in own & covered}, source.ignored)
+        wrong["parameters without a row (see --key-map)"] = sorted(own - covered)
+        if name != "overlay":  # tensors that an overlay replaces are optional
             replaced = {path: leaves[path] for path, home in assigned.items() if home == "overlay" and path in covered}
             spare = name_map.torch_shapes(replaced, source.rows, indices)
             wrong["left over"] = [key for key in wrong["left over"] if key not in spare]
         for kind, patterns, record in (("missing", allow_missing, "allowed_missing"), ("left over", ignore_extra, "ignored_extra")):
-            let = [key for key in wrong[kind] if any(re.search(pattern, key) for pattern in patterns)]
-            excused[record] += let
-            wrong[kind] = [key for key in wrong[kind] if key not in set(let)]
+            waived_keys = [key for key in wrong[kind] if any(re.search(pattern, key) for pattern in patterns)]
+            waived[record] += waived_keys
+            wrong[kind] = [key for key in wrong[kind] if key not in set(waived_keys)]
         problems[f"--{name} {source.path}"] = wrong
-    return problems, excused
+    return problems, waived
 
 
 def origins(sources: Mapping[str, Source], hashes: Mapping[Path, str]) -> dict[str, dict]:
-    """What provenance.json says of each source. hashes: SHA-256 of every file that was read."""
+    """The entries of provenance.json for the sources. hashes: SHA-256 of every file that was read."""
     made = {}
     for name, source in sources.items():
         files = {file.name: hashes[file] for file in source.tensors.files}

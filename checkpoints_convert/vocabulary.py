@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint as `tokenizer.json`, and the order of its vocabulary's rows.
 
-Here the base vocabulary comes first, then the grounding tokens in a fixed order. Originals have theirs where their training
-code added them: LISA's [SEG] at 32000, before <im_start>. So rows move on import, and back on export.
+In this project the base vocabulary comes first, then the grounding tokens in a fixed order. In the originals they are where their
+training code added them: LISA's [SEG] is 32000, before <im_start>. So rows are reordered on import, and back on export.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from mimo_jax.errors import UserError
 
-# What grounding tokens are called elsewhere.
+# Names of the grounding tokens in other projects.
 ALIASES = {"<p>": ("<p>",), "</p>": ("</p>",), "<SEG>": ("<SEG>", "[SEG]")}
 FILES = ("tokenizer.model", "tokenizer.json")
 
@@ -25,8 +25,8 @@ class VocabularyError(UserError):
 
 
 class Vocabulary(NamedTuple):
-    """tokenizer: content of a tokenizer.json without grounding tokens, ids as they are here; order: rows of the original's
-    tables, base first; grounding: [name there, row there] of the grounding tokens, or nothing where it has none."""
+    """tokenizer: content of a tokenizer.json without grounding tokens, with the ids of this project; order: rows of the original's
+    tables, base first; grounding: [original name, original row] of the grounding tokens, empty if the original has none."""
 
     tokenizer: dict
     order: np.ndarray
@@ -38,47 +38,47 @@ class Vocabulary(NamedTuple):
 
 
 def find_tokenizer(folders: Sequence[Path]) -> Path:
-    """The first folder that holds a tokenizer, or is one's tokenizer.json; VocabularyError if none does."""
+    """The first of the paths that is a folder with a tokenizer, or a tokenizer.json; raises VocabularyError if there is none."""
     for folder in folders:
         if folder.is_file() or any((folder / name).is_file() for name in FILES):
             return folder
     places = ", ".join(map(str, folders)) or "no folder was given"
     raise VocabularyError(
-        f"no tokenizer is found ({places}): put the checkpoint's tokenizer.model or tokenizer.json there, or name a tokenizer.json "
+        f"no tokenizer was found ({places}): put the checkpoint's tokenizer.model or tokenizer.json there, or name a tokenizer.json "
         "with --config.tokenizer=FILE"
     )
 
 
 def read_vocabulary(source: Path, rows: int, tokens: Sequence[str]) -> Vocabulary:
-    """Of a folder with a tokenizer, or a tokenizer.json, for a model with so many rows in its tables. `tokens`: the grounding
-    tokens of the configuration (`ModelConfig.grounding_tokens`)."""
+    """The vocabulary of a folder with a tokenizer, or of a tokenizer.json. rows: number of rows of the model's embedding; tokens: the
+    grounding tokens of the configuration (`ModelConfig.grounding_tokens`)."""
     values = _tokenizer_of(source)
     ids = {**values["model"]["vocab"], **{token["content"]: token["id"] for token in values["added_tokens"]}}
     grounding = [next(([name, ids[name]] for name in ALIASES[token] if name in ids), None) for token in tokens]
     names = {name for aliases in ALIASES.values() for name in aliases}
-    there = [entry for entry in grounding if entry]
-    others = sorted(names & ids.keys() - {entry[0] for entry in there})
-    if there and (None in grounding or others):
+    found = [entry for entry in grounding if entry]
+    others = sorted(names & ids.keys() - {entry[0] for entry in found})
+    if found and (None in grounding or others):
         has = sorted(names & ids.keys())
         place = "bare" if len(has) == 1 else "inside or after"
         raise VocabularyError(
-            f"{source}: has the grounding tokens {', '.join(has)}, the configuration {', '.join(tokens)}; "
+            f"{source}: has the grounding tokens {', '.join(has)}, the configuration has {', '.join(tokens)}; "
             f"set --config.model.seg_position={place}"
         )
     beyond = sorted((i, token) for token, i in ids.items() if i >= rows)
     if beyond:
         shown = ", ".join(f"{token} {i}" for i, token in beyond[:3])
-        raise VocabularyError(f"{source}: {shown} lie beyond the {rows} rows of the embedding; give the tokenizer of this checkpoint")
-    last = [entry[1] for entry in there]
+        raise VocabularyError(f"{source}: {shown} exceed the {rows} rows of the embedding; give the tokenizer of this checkpoint")
+    last = [entry[1] for entry in found]
     order = np.array([row for row in range(rows) if row not in last] + last)
-    here = {row: i for i, row in enumerate(order[: rows - len(last)].tolist())}
-    values["model"]["vocab"] = {token: here[i] for token, i in values["model"]["vocab"].items() if i in here}
-    values["added_tokens"] = [token | {"id": here[token["id"]]} for token in values["added_tokens"] if token["id"] in here]
-    return Vocabulary(values, order, there)
+    new_ids = {row: i for i, row in enumerate(order[: rows - len(last)].tolist())}
+    values["model"]["vocab"] = {token: new_ids[i] for token, i in values["model"]["vocab"].items() if i in new_ids}
+    values["added_tokens"] = [token | {"id": new_ids[token["id"]]} for token in values["added_tokens"] if token["id"] in new_ids]
+    return Vocabulary(values, order, found)
 
 
 def _tokenizer_of(source: Path) -> dict:
-    """Content of a tokenizer.json: from the sentencepiece model where there is one, with the tokens that were added to it."""
+    """Content of a tokenizer.json: made from the sentencepiece model if there is one, with the tokens that were added to it."""
     if source.is_file():
         return _read_json(source)
     if not (source / "tokenizer.model").is_file():
@@ -100,7 +100,7 @@ def _read_json(path: Path) -> dict:
         dict.keys(values["model"]["vocab"])
         return values | {"added_tokens": values.get("added_tokens", []), "post_processor": None}
     except (ValueError, KeyError, TypeError):
-        raise VocabularyError(f"{path}: is no tokenizer.json with a BPE model; give the checkpoint's own") from None
+        raise VocabularyError(f"{path}: is not a tokenizer.json with a BPE model; give the checkpoint's own") from None
 
 
 def _added(folder: Path) -> dict[str, int]:
@@ -119,21 +119,22 @@ def _added(folder: Path) -> dict[str, int]:
     return added
 
 
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of pieces
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of sentencepiece pieces
 
 
 def _from_sentencepiece(path: Path, added: Collection[str]) -> dict:
-    """Llama's tokenizer.model as tokenizer.json: the same ids for every text. `added`: tokens that no text may become.
+    """Llama's tokenizer.model as content of a tokenizer.json that encodes every text to the same ids. added: tokens that text must not
+    become.
 
-    Spaces become "▁", one more is put before the text, nothing else is normalised; of two neighbours that make a piece, those are
-    merged first whose piece has the highest score."""
+    Spaces become "▁", one is added before the text, and nothing else is normalised. Neighbours are merged in the order of the scores of
+    the pieces that they form, highest first."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
     try:
         proto = SentencePieceExtractor(str(path)).proto
     except Exception as error:  # protobuf's own
-        raise VocabularyError(f"{path}: is no sentencepiece model ({type(error).__name__}); fetch it again") from None
+        raise VocabularyError(f"{path}: is not a sentencepiece model ({type(error).__name__}); fetch it again") from None
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL and piece.piece not in added}
     pairs = [(whole[:i], whole[i:]) for whole in normal for i in range(1, len(whole)) if whole[:i] in normal and whole[i:] in normal]
@@ -152,9 +153,9 @@ def _from_sentencepiece(path: Path, added: Collection[str]) -> dict:
     )
     if not like_llama:
         raise VocabularyError(
-            f"{path}: is not Llama's kind of sentencepiece model: BPE with byte fallback and a score of its own for every piece, "
-            "normalisation identity, a space put before the text, spaces kept as they are; name a tokenizer.json of the same "
-            "vocabulary with --config.tokenizer=FILE"
+            f"{path}: is not a sentencepiece model like Llama's (BPE with byte fallback, a distinct score for every piece, identity "
+            "normalisation, a space before the text, spaces kept unchanged); name a tokenizer.json of the same vocabulary with "
+            "--config.tokenizer=FILE"
         )
     pairs.sort(key=lambda pair: (-normal["".join(pair)], len(pair[0])))
     backend = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))

@@ -2,14 +2,14 @@
 
     mimo train --config configs/lisa_7b.py --init IMPORT --data DIR --workdir runs/lisa_7b
 
-The image's 256 patches are X_q themselves; points, boxes and scribbles are not read. How many base rows there are, all but that
+The projected 256 patches of the image are X_q; points, boxes and scribbles are ignored. The number of base rows, all except that
 of <SEG>, depends on the checkpoint: LLaVA and LISA add some to Llama's 32,000. Set --config.model.llm.vocab_size to that number.
 """
 
 from mimo_jax.config import Config
 from mimo_jax.model_config import AlignerConfig, ClipConfig, LlamaConfig, LoraConfig, ModelConfig
 
-# LISA trains LoRA, every word's row, the projection of <SEG> and SAM's mask decoder; the projector stays as LLaVA left it.
+# LISA trains LoRA, all rows of embedding and head, the projection of <SEG> and SAM's mask decoder; LLaVA's projector is frozen.
 TRAINABLES = {
     r"^vision/": None,
     r"^aligner/": None,
@@ -30,12 +30,12 @@ def get_config() -> Config:
             width=1024, layers=24, heads=16, mlp_width=4096, activation="quick_gelu", feature_layer=-2, image_fit="crop", resample="bicubic"
         ),
         aligner=AlignerConfig(kind="linear", queries=256),
-        llm=LlamaConfig(eps=1e-6),  # its base is Vicuna v1.1 on the first Llama
+        llm=LlamaConfig(eps=1e-6),  # its base is Vicuna v1.1, which is based on Llama 1
         lora=LoraConfig(rank=8, alpha=16.0),
         seg_state="predict",
         seg_position="bare",
     )
-    config.model.sam.pe_dtype = "bfloat16"  # its fork of SAM computes the position code in the dtype of the weights
+    config.model.sam.pe_dtype = "bfloat16"  # its fork of SAM computes the positional encoding in the dtype of the weights
     config.data.chat_template = "llava"
     config.data.image_tokens = "<im_start>,<im_end>"
     config.data.buckets = "384,512,768"

@@ -1,4 +1,4 @@
-"""A MIMO for one accelerator: CLIP ViT-B/16, TinyLlama-1.1B with LoRA, SAM ViT-B (MedSAM's weights fit too).
+"""MIMO for one accelerator: CLIP ViT-B/16, TinyLlama-1.1B with LoRA, SAM ViT-B (MedSAM's weights also fit).
 
 mimo train --config configs/small.py --init IMPORT --data DIR --workdir runs/small
 """

@@ -1,4 +1,4 @@
-"""Every part of MIMO at a size that a laptop trains from scratch in minutes.
+"""All parts of MIMO at a size that a laptop can train from scratch in minutes.
 
 mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
 """
@@ -46,7 +46,7 @@ def get_config() -> Config:
     config.train.warmup_steps = 50
     config.train.b2 = 0.98
     config.train.loss.dice = 1.0
-    config.train.loss.attention_map = 2.0  # stands in for what a pretrained CLIP brings along
+    config.train.loss.attention_map = 2.0  # replaces what a pretrained CLIP would know
     config.train.log_every = 20
     config.generate.max_new_tokens = 48
     config.generate.batch_size = 32

@@ -1,4 +1,4 @@
-"""Fine-tune a trained tiny model on data of your own: its weights are frozen, LoRA and MIMO's own parts adapt.
+"""Fine-tune a trained tiny model on your own data with LoRA: the base is frozen, LoRA and MIMO's own parts train.
 
 mimo train --config configs/tiny_lora.py --init runs/a --data my_data --workdir runs/b
 """

@@ -1,8 +1,9 @@
 """Every setting of a run, as mutable dataclasses with one `validate()`.
 
-Values live in `configs/*.py:get_config()`; `mimo train --config configs/tiny.py --config.train.steps=500`
-overrides any field by its path. What a user overrides is a dataclass field or a dict with named
-entries, never a list. Sizes are in pixels or tokens as each comment says.
+Values are set in `configs/*.py:get_config()`; `mimo train --config configs/tiny.py --config.train.steps=500`
+overrides any field by its path. The flag library (ml_collections) can override dataclass fields and dicts with named
+entries, but not lists, so a list is a comma-separated string ("256,512,768"), which a method of `Config` parses. Sizes are in
+pixels or tokens as each comment says.
 """
 
 import dataclasses
@@ -15,12 +16,12 @@ from mimo_jax.errors import UserError
 from mimo_jax.model_config import KINDS, ModelConfig
 
 PERSPECTIVES = ("vqa", "I", "II", "III", "IV")
-PROMPTED = ("II", "IV")  # those in which the user points at something
+PROMPTED = ("II", "IV")  # perspectives with visual prompts
 MODALITIES = ("CT", "MR", "X-ray", "ultrasound", "fundus", "dermoscopy", "endoscopy", "pathology")
 REMAT_POLICIES = ("none", "full", "dots")
 PROMPT_KINDS = ("point", "box", "scribble")
-BASE_PLACES = ("auto", "replicated", "sharded")
-QUANTIZATIONS = ("int8", "int4")  # how the language model's matrices may be held for inference; see `quantize`
+FROZEN_SHARDINGS = ("auto", "replicated", "sharded")
+QUANTIZATIONS = ("int8", "int4")  # storage formats of the language model's matrices for inference; see `quantize`
 
 
 class ConfigError(UserError):
@@ -31,29 +32,29 @@ class ConfigError(UserError):
 class SourceConfig:
     path: str = ""
     weight: float = 1.0
-    perspectives: str = "vqa,I,II,III,IV"
+    perspectives: str = "vqa,I,II,III,IV"  # comma-separated: those that are taken from this source
 
 
 @dataclass
 class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    # The paper's mixture. A perspective that no source holds must have weight 0.
+    # The paper's mixture. A perspective that no source has must have weight 0.
     weights: dict[str, float] = field(default_factory=lambda: {"vqa": 1.0, "I": 1.0, "II": 2.0, "III": 2.0, "IV": 1.0})
     split: str = "train"
-    fraction: float = 1.0  # of the patients or cases of every source; a larger share holds all of a smaller one
-    prompt_kinds: str = "point,box,scribble"  # that training draws, each as likely; evaluation draws all
+    fraction: float = 1.0  # fraction of the patients or cases of every source; a larger fraction contains all of a smaller one
+    prompt_kinds: str = "point,box,scribble"  # comma-separated: sampled in training with equal probability; evaluation samples all
     batch_size: int = 8  # samples in the global batch
     samples_per_image: int = 1  # consecutive samples of one perspective that share one image (and its encoding)
-    buckets: str = "256,512,768"  # sequence lengths, tokens
-    chat_template: str = "vicuna"  # what stands around the turns: a row of chat_templates.py
-    system_prompt: str = "template"  # words before the first turn; "template": those of the chat template; empty: none
+    buckets: str = "256,512,768"  # comma-separated sequence lengths, tokens
+    chat_template: str = "vicuna"  # text around the turns: a row of chat_templates.py
+    system_prompt: str = "template"  # text before the first turn; "template": that of the chat template; empty: none
     image_tokens: str = ""  # two added tokens of the base vocabulary around X_q, e.g. "<im_start>,<im_end>" (LLaVA, LISA, GLaMM)
-    augment: bool = False  # random shift, scale and intensity; never a flip
-    features: bool = False  # take what the frozen image encoders give from where `mimo data encode` wrote it, beside the records
+    augment: bool = False  # random rotation, scale, shift and intensity; never a flip
+    features: bool = False  # read the outputs of the frozen image encoders that `mimo data encode` wrote, instead of images
     seed: int = 0
     workers: int = 0  # Grain worker processes
-    length_grouping: int = 8  # batches among which samples are sorted into buckets, so that few batches need a long one; 1: none
-    cache_mb: int = 512  # resized images and masks kept in memory by each process, MB; a set that fits is decoded once
+    length_grouping: int = 8  # number of batches among which samples are sorted by length, so that few need a long bucket; 1: none
+    cache_mb: int = 512  # memory for resized images and masks per process, MB; a dataset that fits is decoded once
 
 
 @dataclass
@@ -62,8 +63,8 @@ class LossConfig:
     bce: float = 2.0
     dice: float = 0.5
     iou: float = 0.1
-    mask_side: int = 0  # pixels; masks are compared at this side, the decoder's resized to it; 0: at the decoder's own
-    attention_map: float = 0.0  # where the aligner's queries attend, against the masks of the answer; not in the paper
+    mask_side: int = 0  # pixels; side at which masks are compared, decoder masks are resized to it; 0: the decoder's own side
+    attention_map: float = 0.0  # BCE + Dice of the aligner's attention map against the masks of the answer; not in the paper
 
 
 @dataclass
@@ -77,33 +78,33 @@ class TrainConfig:
     b2: float = 0.95
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    grad_accum_steps: int = 1  # micro-batches in one step
-    loss_chunk: int = 256  # tokens of a sample whose logits exist at a time
+    grad_accum_steps: int = 1  # micro-batches per step
+    loss_chunk: int = 256  # tokens per sample whose logits exist at the same time
     loss: LossConfig = field(default_factory=LossConfig)
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
     keep_last: int = 2  # newest checkpoints that are kept
-    keep_every: int = 0  # beside them, that of every step that this divides; 0: none
-    max_skipped: int = 3  # steps in a row whose loss or gradient is not finite that are skipped; one more stops the run
-    spike_threshold: float = 6.0  # a loss so many standard deviations above its running mean is entered in spikes.jsonl; 0: none is
-    heartbeat_timeout: int = 100  # seconds of silence after which another process counts as dead
-    step_timeout: float = 3600.0  # seconds after which a step that does not come back ends a run of several processes; 0: never
+    keep_every: int = 0  # also keep the checkpoints of steps that are multiples of this; 0: none
+    max_skipped: int = 3  # consecutive steps with a non-finite loss or gradient that are skipped; one more stops the run
+    spike_threshold: float = 6.0  # standard deviations above its running mean from which on a loss is logged in spikes.jsonl; 0: never
+    heartbeat_timeout: int = 100  # seconds without a heartbeat after which another process counts as dead
+    step_timeout: float = 3600.0  # seconds after which a step that does not finish ends a run of several processes; 0: never
     eval_every: int = 0  # 0: only at the end
     eval_samples: int = 64
     num_overlays: int = 8
-    calibrate_samples: int = 512  # validation samples that scores are fitted on at the end; 0: scores stay as they are
-    max_bad_samples: float = 0.01  # share of unusable samples that stops the run
-    wandb: str = ""  # project of W&B that the run reports to as well; empty: none
+    calibrate_samples: int = 512  # validation samples on which scores are calibrated at the end; 0: no calibration
+    max_bad_samples: float = 0.01  # largest fraction of unusable samples; more stop the run
+    wandb: str = ""  # W&B project that metrics are also sent to; empty: none
 
 
 @dataclass
 class MeshConfig:
-    """How devices are arranged. Samples are split over slices, data and fsdp; -1: what is left of the devices (one axis at most)."""
+    """How devices are arranged. Samples are split over slices, data and fsdp; -1: the remaining devices (for one axis at most)."""
 
-    slices: int = 0  # TPU slices, between which only gradients travel; 0: as many as the devices say
+    slices: int = 0  # TPU slices, between which only gradients are sent; 0: the number that the devices report
     data: int = 1
-    fsdp: int = -1  # over this axis parameters are split, too
+    fsdp: int = -1  # parameters are also split over this axis
     tensor: int = 1  # heads and MLP columns
     frozen_sharding: str = (
         "auto"  # the frozen base: "sharded" over fsdp, "replicated", or "auto": replicated if it takes half of the memory at most
@@ -115,17 +116,17 @@ class GenerateConfig:
     max_new_tokens: int = 128
     batch_size: int = 16
     cache_mb: int = 4096  # features of open images and KV caches of chats that are kept on the device, MB
-    refine: bool = False  # paint twice: SAM's decoder sees its own mask as the dense prompt
-    sam_prompts: bool = False  # points, boxes and scribbles of a turn go to SAM's prompt encoder too, for every mask of its answer
+    refine: bool = False  # decode masks twice: SAM's decoder gets its first mask as the dense prompt
+    sam_prompts: bool = False  # also give a turn's points, boxes and scribbles to SAM's prompt encoder, for every mask of the answer
 
 
 @dataclass
 class InitConfig:
-    path: str = ""  # a run, a step, or an import; empty: from the seed
-    # Where parameters of `path` are missing or of another shape, these groups (path regexes) start from the seed.
+    path: str = ""  # a run, a step, or an import; empty: initialise from the seed
+    # Path regexes, joined by "|": parameters that are initialised from the seed if `path` lacks them or has them in another shape.
     reinit: str = ""
-    # What `mimo convert import` fills each group from: ordered path regex -> sources, the first given one that holds any of it
-    # counts; "seed": drawn anew.
+    # Where `mimo convert import` reads each group from: ordered path regex -> comma-separated sources, of which the first given one
+    # that has any of the group is used; "seed": initialised from the seed.
     sources: dict[str, str] = field(
         default_factory=lambda: {
             r"^vision/": "vision,joint",
@@ -149,14 +150,14 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    # What trains: ordered path regex -> learning-rate multiplier; None freezes. The first match decides,
+    # What trains: ordered path regex -> learning-rate multiplier; None freezes. The first match decides;
     # a parameter that no row matches is an error.
     trainables: dict[str, float | None] = field(default_factory=dict)
-    freeze: str = ""  # a path regex: what it matches does not train, whatever `trainables` says
-    tokenizer: str = ""  # path of a tokenizer.json; "train": learn one of `llm.vocab_size` from the corpus
+    freeze: str = ""  # a path regex: parameters that it matches do not train, regardless of `trainables`
+    tokenizer: str = ""  # path of a tokenizer.json; "train": train one with `llm.vocab_size` ids on the corpus
 
     def validate(self) -> None:
-        """Raise ConfigError, naming the field, for every combination that cannot run."""
+        """Raise ConfigError, which names the field, for every combination that cannot run."""
         m, d = self.model, self.data
 
         def need(ok: bool, name: str, remedy: str) -> None:
@@ -166,7 +167,7 @@ class Config:
         for section in KINDS:
             part = getattr(m, section)
             known = settings_class(section, part.kind)
-            wrong = f"is {part.kind!r}, whose settings are a {known.__name__}, not a {type(part).__name__}"
+            wrong = f"is {part.kind!r}, which needs settings of class {known.__name__}, not {type(part).__name__}"
             need(type(part) is known, f"model.{section}.kind", wrong)
             for name, remedy in part.problems():
                 need(False, f"model.{section}.{name}", remedy)
@@ -178,21 +179,21 @@ class Config:
         unknown = ", ".join(sorted(set(self.lora_targets()) - set(names)))
         choice = f"use {', '.join(names)}" if names else f"a language model of kind {m.llm.kind} has no LoRA, so set model.lora.rank to 0"
         need(not unknown or not (names or m.lora.rank), "model.lora.targets", f"{unknown} unknown; {choice}")
-        need(bool(self.trainables), "trainables", "is empty; say which parameters train")
+        need(bool(self.trainables), "trainables", "is empty; list the parameters that train")
         need(set(d.weights) <= set(PERSPECTIVES), "data.weights", f"name only {', '.join(PERSPECTIVES)}")
         need(d.samples_per_image >= 1 and d.batch_size % d.samples_per_image == 0, "data.samples_per_image", "must divide data.batch_size")
         need(d.batch_size % self.train.grad_accum_steps == 0, "train.grad_accum_steps", "must divide data.batch_size")
         need(all(b <= m.llm.max_length for b in self.buckets()), "data.buckets", "must not exceed model.llm.max_length")
-        need(not (d.features and d.augment), "data.features", "are of pictures as they are; set data.augment=False, or data.features=False")
-        need(0 < d.fraction <= 1, "data.fraction", f"is {d.fraction:g}; must be above 0, and 1 at most")
-        strange = set(self.prompt_kinds()) - set(PROMPT_KINDS)
-        some = bool(self.prompt_kinds()) and not strange
+        need(not (d.features and d.augment), "data.features", "are of unchanged images; set data.augment=False, or data.features=False")
+        need(0 < d.fraction <= 1, "data.fraction", f"is {d.fraction:g}; must be above 0 and at most 1")
+        unknown_kinds = set(self.prompt_kinds()) - set(PROMPT_KINDS)
+        some = bool(self.prompt_kinds()) and not unknown_kinds
         need(some, "data.prompt_kinds", f"is {d.prompt_kinds!r}; name some of {', '.join(PROMPT_KINDS)}")
         need(d.length_grouping >= 1, "data.length_grouping", "must be at least 1")
         need(d.chat_template in CHAT_TEMPLATES, "data.chat_template", unknown_template(d.chat_template))
-        around = self.image_tokens()
+        image_tokens = self.image_tokens()
         need(
-            not around or (len(around) == 2 and all(around)),
+            not image_tokens or (len(image_tokens) == 2 and all(image_tokens)),
             "data.image_tokens",
             f"is {d.image_tokens!r}; name two tokens, such as <im_start>,<im_end>, or none",
         )
@@ -203,7 +204,7 @@ class Config:
             "needs an aligner with an attention map, such as cross_attention, and vision.image_fit pad or stretch",
         )
         need(self.train.loss.mask_side >= 0, "train.loss.mask_side", "must be 0 or more")
-        need(_is_regex(self.freeze), "freeze", f"is {self.freeze!r}; this is no regular expression")
+        need(_is_regex(self.freeze), "freeze", f"is {self.freeze!r}; this is not a regular expression")
         need(self.train.optimizer in ("adam", "muon"), "train.optimizer", f"is {self.train.optimizer!r}; use adam or muon")
         need(self.train.steps >= 1, "train.steps", "must be at least 1")
         need(self.train.keep_last >= 1, "train.keep_last", "must be at least 1")
@@ -211,30 +212,30 @@ class Config:
         need(self.train.max_skipped >= 0, "train.max_skipped", "must be 0 or more")
         need(self.train.heartbeat_timeout >= 1, "train.heartbeat_timeout", "must be at least 1")
         need(
-            self.mesh.frozen_sharding in BASE_PLACES,
+            self.mesh.frozen_sharding in FROZEN_SHARDINGS,
             "mesh.frozen_sharding",
-            f"is {self.mesh.frozen_sharding!r}; use one of {', '.join(BASE_PLACES)}",
+            f"is {self.mesh.frozen_sharding!r}; use one of {', '.join(FROZEN_SHARDINGS)}",
         )
         need(self.train.loss_chunk >= 1, "train.loss_chunk", "must be at least 1")
 
     def with_quantization(self, quantization: str) -> "Config":
-        """The same config with the language model's matrices held as `quantization`: "" as the checkpoint has them, "int8" or "int4".
-        ConfigError for another name, or for a matrix that cannot be held so."""
+        """The same config with the language model's matrices stored as `quantization`: "" as in the checkpoint, "int8" or "int4".
+        Raises ConfigError for another name, or for a matrix that cannot be stored in that way."""
         if quantization not in ("", *QUANTIZATIONS):
             raise ConfigError(
-                f"quantization: is {quantization!r}; use one of {', '.join(QUANTIZATIONS)}, or none for those of the checkpoint"
+                f"quantization: is {quantization!r}; use one of {', '.join(QUANTIZATIONS)}, or omit it for the checkpoint's own weights"
             )
         llm = self.model.llm
         inputs = llm.quantized_inputs()
         if quantization and not inputs:
-            raise ConfigError(f"quantization: a language model of kind {llm.kind} has no matrices to store as integers; leave it out")
+            raise ConfigError(f"quantization: a language model of kind {llm.kind} has no matrices to store as integers; omit it")
         if quantization == "int4" and any(width % 2 for width in inputs):
             widths = " and ".join(map(str, inputs))
-            raise ConfigError(f"quantization: int4 needs an even width and mlp_width, and they are {widths}; use int8")
+            raise ConfigError(f"quantization: int4 needs an even width and mlp_width, but they are {widths}; use int8")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, llm=dataclasses.replace(llm, quantization=quantization)))
 
     def images(self) -> int:
-        """N, images in the global batch."""
+        """N, the number of images in the global batch."""
         return self.data.batch_size // self.data.samples_per_image
 
     def buckets(self) -> tuple[int, ...]:
@@ -245,26 +246,26 @@ class Config:
             raise ConfigError(f"config.data.buckets: {self.data.buckets!r} is not a list of lengths such as 256,512") from None
 
     def system_prompt(self) -> str:
-        """The words before the first turn; empty where there are none."""
-        told = self.data.system_prompt
-        return CHAT_TEMPLATES[self.data.chat_template].system if told == "template" else told
+        """The text before the first turn; empty if there is none."""
+        setting = self.data.system_prompt
+        return CHAT_TEMPLATES[self.data.chat_template].system if setting == "template" else setting
 
     def image_tokens(self) -> tuple[str, ...]:
-        """Names of the tokens before and after X_q; empty where there are none."""
+        """Names of the tokens before and after X_q; empty if there are none."""
         return tuple(t.strip() for t in self.data.image_tokens.split(",")) if self.data.image_tokens else ()
 
     def prompt_kinds(self) -> tuple[str, ...]:
         return tuple(kind.strip() for kind in self.data.prompt_kinds.split(",") if kind.strip())
 
     def target_side(self) -> int:
-        """Side in pixels of the masks that training compares with."""
+        """Side in pixels of the target masks in training."""
         return self.train.loss.mask_side or self.model.mask_side()
 
     def lora_targets(self) -> tuple[str, ...]:
         return tuple(t.strip() for t in self.model.lora.targets.split(",") if t.strip())
 
     def model_json(self) -> str:
-        """All that a model's graph and shapes depend on, as a key to remember them by."""
+        """Everything that a model's graph and shapes depend on, as a cache key."""
         return json.dumps(dataclasses.asdict(self.model))
 
     def to_dict(self) -> dict:
@@ -272,7 +273,7 @@ class Config:
 
     @staticmethod
     def from_dict(values: dict) -> "Config":
-        """Inverse of `to_dict`; raises ConfigError on a field that this version does not know."""
+        """Inverse of `to_dict`; raises ConfigError for an unknown field."""
         return _build(Config, values, "config")
 
 

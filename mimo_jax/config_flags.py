@@ -1,8 +1,8 @@
 """From a command line to a Config: `--config configs/tiny.py --config.train.steps=500`.
 
-Overrides are parsed by ml_collections on a private absl FlagValues, after this module has checked every name, so that a
-wrong one is answered with the nearest right one, and has made the entries of `data.sources` that the line newly names,
-which ml_collections cannot.
+Overrides are parsed by ml_collections on a private absl FlagValues. Before that, this module checks every name, so that the
+error for a wrong name can suggest the nearest right one, and adds the entries of `data.sources` that the command line
+introduces, which ml_collections cannot do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 def load_config(argv: Sequence[str], sources: dict[str, SourceConfig] | None = None) -> Config:
     """The validated config of `--config FILE` and the `--config.path=value` that follow it.
 
-    sources: entries put into `data.sources` before the overrides. ConfigError, in one line, for a file that is not there
+    sources: entries added to `data.sources` before the overrides. Raises ConfigError, in one line, for a file that is missing
     or fails, an unknown name, a value of the wrong type, or a combination that cannot run."""
     path, overrides = _split(argv)
     config = read_config_file(find_config(path))
@@ -45,14 +45,14 @@ def load_config(argv: Sequence[str], sources: dict[str, SourceConfig] | None = N
     except flags.Error as error:
         raise ConfigError(str(error).removeprefix("flag ").replace("\n", " ")) from error
     if rest:
-        raise ConfigError(f"{rest[0]!r} is not understood; write overrides as --config.train.steps=500")
+        raise ConfigError(f"{rest[0]!r} is not an override; write overrides as --config.train.steps=500")
     config = values.config
     config.validate()
     return config
 
 
 def find_config(path: str) -> Path:
-    """The file that `--config` means: a path, or else the packaged config of that name."""
+    """The file that `--config` refers to: the path if it exists, else the packaged config of that name."""
     name = Path(path).name
     for candidate in (Path(path), PACKAGED / name, PACKAGED / f"{name}.py"):
         if candidate.is_file():
@@ -63,8 +63,8 @@ def find_config(path: str) -> Path:
 
 
 def read_config_file(path: Path) -> Config:
-    """What a config file's `get_config()` returns."""
-    with blamed_on(path):
+    """The Config that the `get_config()` of a config file returns."""
+    with as_config_error(path):
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if get_config else None
     if not isinstance(config, Config):
@@ -73,8 +73,8 @@ def read_config_file(path: Path) -> Config:
 
 
 @contextlib.contextmanager
-def blamed_on(path: Path) -> Iterator[None]:
-    """ConfigError naming a file for whatever its code raises: the file is the user's, and so is that."""
+def as_config_error(path: Path) -> Iterator[None]:
+    """Convert every exception of a config file's code to a ConfigError that names the file: it is the user's code."""
     try:
         yield
     except ConfigError:
@@ -110,7 +110,8 @@ def _names(overrides: Sequence[str]) -> list[str]:
 
 
 def _choose_kinds(config: Config, overrides: Sequence[str]) -> None:
-    """Give each part whose `kind` the line changes to one with other settings the defaults of those, for the overrides to change."""
+    """If an override changes the `kind` of a part to one with another settings class, replace the settings with that class's defaults,
+    which further overrides can change."""
     for argument in overrides:
         if found := re.fullmatch(r"--config\.model\.(\w+)\.kind=(.*)", argument):
             section, kind = found.groups()
@@ -119,11 +120,11 @@ def _choose_kinds(config: Config, overrides: Sequence[str]) -> None:
 
 
 def _check_name(config: Config, name: str) -> None:
-    """ConfigError, with the nearest right name, if `name` leads to nothing that can be set; makes entries of `data.sources`."""
+    """Raise ConfigError, with the nearest right name, if `name` is not a field that can be set. Adds entries to `data.sources`."""
     try:
         parts = config_path.split(name)
     except ValueError:
-        raise ConfigError(f"config.{name}: cannot be read; a name with a dash or a dot is written data.sources['my-data'].path") from None
+        raise ConfigError(f"config.{name}: is invalid; write a name with a dash or a dot as data.sources['my-data'].path") from None
     holder: Any = config
     where = "config"
     for part in parts:
@@ -136,23 +137,23 @@ def _check_name(config: Config, name: str) -> None:
             raise ConfigError(f"{where}.{part}: is unknown; {_nearest(config, where, str(part), list(known))}")
         holder, where = known[part], f"{where}.{part}"
     if _entries(holder):
-        raise ConfigError(f"{where}: holds several settings; name one of them, such as {where}.{next(iter(_entries(holder)))}")
+        raise ConfigError(f"{where}: is a group of settings; name one of them, such as {where}.{next(iter(_entries(holder)))}")
     if holder is None or isinstance(holder, dict):
         raise ConfigError(f"{where}: cannot be set from the command line; change it in the config file")
 
 
 def _entries(holder: Any) -> dict[Any, Any]:
-    """Fields of a dataclass, entries of a dict; nothing for a value."""
+    """The fields of a dataclass or the entries of a dict; empty for a value."""
     if dataclasses.is_dataclass(holder):
         return {f.name: getattr(holder, f.name) for f in dataclasses.fields(holder)}
     return holder if isinstance(holder, dict) else {}
 
 
 def _nearest(config: Config, where: str, part: str, known: list[str]) -> str:
-    """The right name beside a wrong one, or the same name elsewhere, or else all that are known there."""
-    beside = difflib.get_close_matches(part, map(str, known), 1)
-    if beside:
-        return f"did you mean {where}.{beside[0]}?"
+    """A suggestion for a wrong name: a similar name at `where`, the same name elsewhere, or else all names at `where`."""
+    near = difflib.get_close_matches(part, map(str, known), 1)
+    if near:
+        return f"did you mean {where}.{near[0]}?"
     everywhere = [f"config.{path.replace('/', '.')}" for path in pathtree.flatten(config.to_dict()) if not path.startswith("trainables/")]
     elsewhere = [path for path in everywhere if path.endswith(f".{part}")]
     if elsewhere:

@@ -1,4 +1,4 @@
-"""All that is used of jax beyond its public interface; tests/test_jax_internals.py holds it on every supported version."""
+"""The only uses of jax beyond its public interface; tests/test_jax_internals.py checks them on every supported version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jax._src import clusters, distributed
 
 
 class Cluster(NamedTuple):
-    """What jax recognises of the cluster that this process belongs to: its kind, and which of how many processes this is."""
+    """The cluster that this process belongs to, as jax detects it: its kind, the index of this process, and the number of processes."""
 
     kind: str
     process: int
@@ -16,7 +16,7 @@ class Cluster(NamedTuple):
 
 
 def find_cluster() -> Cluster | None:
-    """The cluster that jax recognises by itself, None where there is none. Raises whatever the cluster's own code raises."""
+    """The cluster that jax detects, None if there is none. Raises what jax's code for that cluster raises."""
     kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method)
     kind = next((kind for kind in kinds if kind.is_env_present()), None)
     if kind is None:
@@ -26,5 +26,5 @@ def find_cluster() -> Cluster | None:
 
 
 def coordination_client() -> Any:
-    """The client of jax's coordination service, None in a process that has joined no others."""
+    """The client of jax's coordination service, None in a process that has not joined others."""
     return distributed.global_state.client

@@ -1,4 +1,4 @@
-"""The settings of a model's parts: mutable dataclasses; sizes are in pixels or tokens as each comment says."""
+"""The settings of the model's parts, as mutable dataclasses; sizes are in pixels or tokens as each comment says."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ Problem = tuple[str, str]  # (field of the part's own settings, what is wrong wi
 
 @dataclass
 class VisionConfig:
-    """What the settings of every vision tower hold; `kind` names a row of `models.registry.VISION_TOWERS`."""
+    """Settings that every vision tower has; `kind` names a row of `models.registry.VISION_TOWERS`."""
 
     kind: str
     image_size: int  # pixels on a side
@@ -32,7 +32,7 @@ class VisionConfig:
         return self.grid() ** 2 + self.extra_tokens()
 
     def problems(self) -> Iterator[Problem]:
-        """What cannot run, of these settings alone."""
+        """Settings that cannot run, judged without those of other parts."""
         yield from _unless(self.image_fit in ("pad", "stretch", "crop"), "image_fit", f"is {self.image_fit!r}; use pad, stretch or crop")
         yield from _unless(self.resample in ("bilinear", "bicubic"), "resample", f"is {self.resample!r}; use bilinear or bicubic")
 
@@ -50,8 +50,8 @@ class ClipConfig(VisionConfig):
     mlp_width: int = 5120
     activation: str = "gelu"  # "gelu" (laion's ViT-H, exact) or "quick_gelu" (openai's)
     eps: float = 1e-5
-    feature_layer: int = -2  # which hidden state is X_img, as an index into [embeddings, layer 1 .. layer n]
-    class_token: bool = False  # keep the class token as X_img's first key
+    feature_layer: int = -2  # the hidden state that is X_img, as an index into [embeddings, layer 1 .. layer n]
+    class_token: bool = False  # keep the class token as the first token of X_img
 
     def grid(self) -> int:
         return self.image_size // self.patch_size
@@ -75,27 +75,27 @@ class PromptConfig:
     """The visual prompt encoder: points, boxes and scribbles to X_vis [P, width]."""
 
     width: int = 256
-    max_tokens: int = 16  # P: a point takes one, a box two, a scribble `scribble_points`
+    max_tokens: int = 16  # P: a point needs one, a box two, a scribble `scribble_points`
     scribble_points: int = 8
 
 
 @dataclass
 class AlignerConfig:
-    """The Multi-modal Input Aligner (its sizes are ours: the paper gives none); `kind` names a row of `models.registry.ALIGNERS`."""
+    """The Multi-modal Input Aligner; `kind` names a row of `models.registry.ALIGNERS`. The paper gives no sizes: these are our choice."""
 
-    kind: str = "cross_attention"  # "none", "linear" and "mlp" take none of the sizes below but max_text
+    kind: str = "cross_attention"  # "none", "linear" and "mlp" use only max_text of the sizes below
     queries: int = 64  # Q, the length of X_q
     blocks: int = 4
     width: int = 1024
     heads: int = 16
-    max_text: int = 64  # L, instruction tokens that the aligner reads
+    max_text: int = 64  # L, the maximum number of instruction tokens that the aligner reads
 
     def image_only(self) -> bool:
         """Whether this kind reads the image alone, neither the instruction nor prompts."""
         return self.kind in ("linear", "mlp")
 
     def has_attention_map(self) -> bool:
-        """Whether this kind says where in the image its queries attend."""
+        """Whether this kind has a map of where in the image its queries attend."""
         return self.kind == "cross_attention"
 
     def query_tokens(self, image: int, prompts: int) -> int:
@@ -103,27 +103,27 @@ class AlignerConfig:
         return {"cross_attention": self.queries, "none": image + self.max_text + prompts}.get(self.kind, image)
 
     def problems(self) -> Iterator[Problem]:
-        """What cannot run, of these settings alone."""
+        """Settings that cannot run, judged without those of other parts."""
         yield from _unless(self.width % self.heads == 0, "heads", "must divide model.aligner.width")
 
 
 @dataclass
 class LlmConfig:
-    """What the settings of every language model hold; `kind` names a row of `models.registry.LANGUAGE_MODELS`. `vocab_size` counts the
-    base rows only; grounding tokens follow them."""
+    """Settings that every language model has; `kind` names a row of `models.registry.LANGUAGE_MODELS`. `vocab_size` is the size of the
+    base vocabulary only; the grounding tokens follow it."""
 
     kind: str
     vocab_size: int
     width: int
     max_length: int = 2048  # tokens, X_q included
-    quantization: str = ""  # of the loaded model, never of a checkpoint: "int8" or "int4", chosen where it is loaded for inference
+    quantization: str = ""  # of a loaded model, never of a checkpoint: "int8" or "int4", chosen when it is loaded for inference
 
     def tensor_parallel_heads(self) -> tuple[int, int]:
-        """(heads of the queries, heads of the KV cache), over which devices may split the model; (1, 1) where they may not."""
+        """(query heads, KV cache heads), over which devices may split the model; (1, 1) if they may not."""
         return 1, 1
 
     def lora_names(self) -> tuple[str, ...]:
-        """Names of the matrices that LoRA may be put on."""
+        """Names of the matrices that LoRA can be applied to."""
         return ()
 
     def quantized_inputs(self) -> tuple[int, ...]:
@@ -131,14 +131,14 @@ class LlmConfig:
         return ()
 
     def problems(self) -> Iterator[Problem]:
-        """What cannot run, of these settings alone."""
-        remedy = 'is for inference alone; leave it empty here, and give --quantize int8 (in Python: Mimo.load(…, quantization="int8"))'
+        """Settings that cannot run, judged without those of other parts."""
+        remedy = 'is for inference only; leave it empty here and use --quantize int8 (in Python: Mimo.load(…, quantization="int8"))'
         yield from _unless(self.quantization == "", "quantization", remedy)
 
 
 @dataclass
 class LlamaConfig(LlmConfig):
-    """Llama, and what has its architecture: Vicuna, TinyLlama, SmolLM."""
+    """Llama and models with its architecture: Vicuna, TinyLlama, SmolLM."""
 
     kind: str = "llama"
     vocab_size: int = 32000
@@ -174,13 +174,13 @@ class LoraConfig:
 
 @dataclass
 class SamConfig:
-    """What the settings of every SAM hold: its frame, prompt encoder and mask decoder; `kind` names a row of
+    """Settings that every SAM has: those of its frame, prompt encoder and mask decoder; `kind` names a row of
     `models.registry.MASK_ENCODERS`, the image encoder."""
 
     kind: str
     image_size: int  # pixels, longest side
     image_fit: str = "pad"  # as SAM was trained, or "stretch" to the square
-    pe_dtype: str = "float32"  # of the position code; "bfloat16" as LISA and GLaMM compute it, and trained with it
+    pe_dtype: str = "float32"  # of the positional encoding; LISA and GLaMM compute it in "bfloat16" and were trained with that
     decoder_width: int = 256
     decoder_layers: int = 2
     decoder_heads: int = 8
@@ -192,7 +192,7 @@ class SamConfig:
         raise NotImplementedError
 
     def problems(self) -> Iterator[Problem]:
-        """What cannot run, of these settings alone."""
+        """Settings that cannot run, judged without those of other parts."""
         yield from _unless(self.image_fit in ("pad", "stretch"), "image_fit", f"is {self.image_fit!r}; use pad or stretch")
         yield from _unless(self.pe_dtype in ("float32", "bfloat16"), "pe_dtype", f"is {self.pe_dtype!r}; use float32 or bfloat16")
         fits = self.decoder_width % (2 * self.decoder_heads) == 0
@@ -251,11 +251,11 @@ class ModelConfig:
     max_segs: int = 4  # S_max, <SEG> slots in one training sample
     dtype: str = "bfloat16"  # of activations
     frozen_dtype: str = "bfloat16"  # of parameters that do not train; trained ones are float32
-    remat: str = "full"  # "none", "full" or "dots", of the scanned layers
-    unroll: bool = False  # write scanned layers out in the compiled program; for small models on a CPU
+    remat: str = "full"  # rematerialisation of the scanned layers: "none", "full" or "dots"
+    unroll: bool = False  # unroll the loop over scanned layers in the compiled program; for small models on a CPU
 
     def query_tokens(self) -> int:
-        """Q, the fixed number of positions that one turn's X_q takes in the sequence, whatever the aligner's kind."""
+        """Q, the fixed number of positions of one turn's X_q in the sequence, for every kind of aligner."""
         return self.aligner.query_tokens(self.vision.tokens(), self.prompt.max_tokens)
 
     def grounding_tokens(self) -> tuple[str, ...]:
@@ -263,5 +263,5 @@ class ModelConfig:
         return ("<SEG>",) if self.seg_position == "bare" else GROUNDING_TOKENS
 
     def mask_side(self) -> int:
-        """M, the side of the decoder's masks in pixels: four per place of SAM's features."""
+        """M, the side of the decoder's masks in pixels: four times that of SAM's features."""
         return 4 * self.sam.grid()

@@ -1,4 +1,4 @@
-"""What trains, and in which dtype every parameter is kept: decided here for training, restore, import and export alike."""
+"""Which parameters train, and the dtype of every parameter: for training, restoring, import and export alike."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from mimo_jax import pathtree
 from mimo_jax.config import Config, ConfigError
 
-# Frozen, and yet never rounded: a bf16 position code is off by up to 0.13.
+# Frozen, but never rounded: a bf16 positional encoding is off by up to 0.13.
 ALWAYS_FP32 = r"^sam_prompt/gaussian$"
 
 
 def multipliers(config: Config, params: dict) -> dict[str, float | None]:
-    """{parameter path: learning-rate multiplier, None where frozen}, by the first row of `config.trainables` that matches, and by
+    """{parameter path: learning-rate multiplier, None if frozen}, from the first row of `config.trainables` that matches, and from
     `config.freeze`.
 
-    ConfigError if a parameter is matched by no row, or if nothing trains."""
+    Raises ConfigError if no row matches a parameter, or if nothing trains."""
     table = config.trainables
     try:
         made = {path: pathtree.first_match(path, table, "config.trainables") for path in pathtree.flatten(params)}
@@ -33,7 +33,7 @@ def multipliers(config: Config, params: dict) -> dict[str, float | None]:
 
 
 def typed(config: Config, shapes: dict) -> dict:
-    """Nested dict of shapes -> of ShapeDtypeStructs: float32 what trains, `config.model.frozen_dtype` what does not."""
+    """Nested dict of shapes -> nested dict of ShapeDtypeStructs: float32 for trained parameters, `config.model.frozen_dtype` for others."""
     table, frozen = multipliers(config, shapes), jnp.dtype(config.model.frozen_dtype)
 
     def dtype(path: str):

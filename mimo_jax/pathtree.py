@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> {"a/b/c": leaf}, in sorted order, so that two equal trees flatten alike."""
+    """Nested dict -> {"a/b/c": leaf}, in sorted order, so that two equal trees are flattened in the same order."""
     flat: dict[str, Any] = {}
     for key in sorted(tree, key=str):
         path = f"{prefix}{key}"
@@ -31,7 +31,7 @@ def unflatten(flat: dict[str, Any]) -> dict:
 
 
 def first_match(path: str, table: dict[str, Any], what: str) -> Any:
-    """Value of the first row whose regex matches (re.search) `path`; KeyError names `what` and the path if none does."""
+    """Value of the first row whose regex matches `path` (re.search); raises KeyError with `what` and the path if none does."""
     for pattern, value in table.items():
         if re.search(pattern, path):
             return value
@@ -39,7 +39,7 @@ def first_match(path: str, table: dict[str, Any], what: str) -> Any:
 
 
 def partition(tree: dict, keep) -> tuple[dict, dict]:
-    """Split a nested dict in two by `keep(path)`; `merge` puts them together again."""
+    """Split a nested dict into (leaves with `keep(path)`, the others); `merge` is the inverse."""
     flat = flatten(tree)
     return (
         unflatten({p: v for p, v in flat.items() if keep(p)}),
@@ -52,5 +52,5 @@ def merge(a: dict, b: dict) -> dict:
     flat_a, flat_b = flatten(a), flatten(b)
     both = sorted(flat_a.keys() & flat_b.keys())
     if both:
-        raise KeyError(f"both trees hold {', '.join(both[:5])}")
+        raise KeyError(f"both trees have {', '.join(both[:5])}")
     return unflatten({**flat_a, **flat_b})

@@ -1,10 +1,10 @@
 """Weights of the language model as integers of 8 or 4 bits, for inference: half or a quarter of the memory of bf16.
 
-Axis letters: ... any leading axes (stacked layers), I inputs, O outputs, G groups of I/G inputs.
+Axis letters: ... any leading axes (stacked layers), B rows of x, I inputs, O outputs, G groups of I/G inputs, J inputs of one half.
 
-W[i, o] ≈ scale[g, o] · q[i, o], symmetric, q rounded to nearest, scale = max|W| / (largest q). int8: one group, the whole column
-of an output, q in ±127. int4: groups of at most 64 inputs, q in ±7; rows 2i and 2i+1 share a byte, the even one in its lower
-half, so that memory is halved on every backend (XLA's own int4 takes a byte outside of compiled programs).
+W[i, o] ≈ scale[g, o] · q[i, o], symmetric, with q rounded to nearest and scale = max|W| / (largest q). int8: one group for the whole
+column of an output, q in ±127. int4: groups of at most 64 inputs, q in ±7; rows 2i and 2i+1 share a byte, the even one in its lower
+half, so that memory is halved on every backend (XLA's own int4 needs a byte per element outside compiled programs).
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 
-# The matrices that are held as integers: those of the language model's layers, nine tenths of its memory.
+# The matrices that are stored as integers: those of the language model's layers, nine tenths of its memory.
 QUANTIZED = r"^llm/.*/(q|k|v|o|gate|up|down)/kernel$"
 _GROUP = 64  # inputs that share a scale in int4
 
 
 def quantize(kernel: jax.Array, quantization: str) -> dict[str, jax.Array]:
-    """[..., I, O] as what is held in its place. quantization "": {"kernel"} as it is; "int8": {"kernel_int8" int8 [..., I, O],
-    "kernel_scale" fp32 [..., 1, O]}; "int4": {"kernel_int4" uint8 [..., I/2, O], "kernel_scale" fp32 [..., G, O]}."""
+    """A matrix [..., I, O] as the arrays that are stored instead. quantization "": {"kernel"} unchanged; "int8": {"kernel_int8" int8
+    [..., I, O], "kernel_scale" fp32 [..., 1, O]}; "int4": {"kernel_int4" uint8 [..., I/2, O], "kernel_scale" fp32 [..., G, O]}."""
     if not quantization:
         return {"kernel": kernel}
     layers = kernel.reshape(-1, *kernel.shape[-2:])
-    # One after the other, so that one layer is held in fp32 at a time.
-    held = jax.lax.map(partial(_quantize_layer, quantization=quantization), layers)
-    return {name: leaf.reshape(*kernel.shape[:-2], *leaf.shape[1:]) for name, leaf in held.items()}
+    # One layer after the other, so that only one is in fp32 at a time.
+    stored = jax.lax.map(partial(_quantize_layer, quantization=quantization), layers)
+    return {name: leaf.reshape(*kernel.shape[:-2], *leaf.shape[1:]) for name, leaf in stored.items()}
 
 
 def _quantize_layer(kernel: jax.Array, quantization: str) -> dict[str, jax.Array]:
     inputs, outputs = kernel.shape
-    groups, most = (1, 127) if quantization == "int8" else (inputs // group_size(inputs), 7)
+    groups, q_max = (1, 127) if quantization == "int8" else (inputs // group_size(inputs), 7)
     w = kernel.astype(jnp.float32).reshape(groups, inputs // groups, outputs)
-    scale = jnp.max(jnp.abs(w), axis=1) / most  # [G, O]
+    scale = jnp.max(jnp.abs(w), axis=1) / q_max  # [G, O]
     q = jnp.round(w / jnp.where(scale > 0, scale, 1.0)[:, None]).astype(jnp.int8).reshape(inputs, outputs)
     return {"kernel_int8": q, "kernel_scale": scale} if quantization == "int8" else {"kernel_int4": pack(q), "kernel_scale": scale}
 
@@ -57,15 +57,15 @@ def unpack(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (signed << 4) >> 4, signed >> 4
 
 
-def quantized_matmul(x: jax.Array, held: dict[str, jax.Array], dtype) -> jax.Array:
-    """x [B, I] in `dtype` times one layer's matrix, as `quantize` holds it -> [B, O] in `dtype`. It is widened here, where it is used."""
-    if "kernel" in held:
-        return x @ held["kernel"].astype(dtype)
-    product, scale = partial(jnp.matmul, preferred_element_type=jnp.float32), held["kernel_scale"]
-    if "kernel_int8" in held:  # one scale for each output, so it can wait until after the product; integers up to 127 are exact in bf16
-        return (product(x, held["kernel_int8"].astype(dtype)) * scale).astype(dtype)
-    halves = x.reshape(len(x), -1, 2)  # even and odd inputs apart, so that no matrix is interleaved
-    even, odd = (_scaled(q, scale).astype(dtype) for q in unpack(held["kernel_int4"]))
+def quantized_matmul(x: jax.Array, stored: dict[str, jax.Array], dtype) -> jax.Array:
+    """x [B, I] in `dtype` times one layer's matrix, stored as `quantize` returns it -> [B, O] in `dtype`. It is dequantized here."""
+    if "kernel" in stored:
+        return x @ stored["kernel"].astype(dtype)
+    product, scale = partial(jnp.matmul, preferred_element_type=jnp.float32), stored["kernel_scale"]
+    if "kernel_int8" in stored:  # one scale per output can be applied after the product; integers up to 127 are exact in bf16
+        return (product(x, stored["kernel_int8"].astype(dtype)) * scale).astype(dtype)
+    halves = x.reshape(len(x), -1, 2)  # even and odd inputs separately, so that no matrix has to be interleaved
+    even, odd = (_scaled(q, scale).astype(dtype) for q in unpack(stored["kernel_int4"]))
     return (product(halves[..., 0], even) + product(halves[..., 1], odd)).astype(dtype)
 
 
@@ -77,7 +77,7 @@ def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
 def quantize_param(
     path: str, leaf: jax.Array | jax.ShapeDtypeStruct, quantization: str
 ) -> dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]:
-    """One parameter of a model, or its shape, as {path: array} of the same model that holds the language model's matrices as
+    """One parameter of a model, or its shape, as {path: array} of the same model with the language model's matrices stored as
     `quantization`."""
     if not quantization or not re.search(QUANTIZED, path):
         return {path: leaf}

@@ -1,7 +1,7 @@
-"""Where every array lives: one table from logical axes to mesh axes, and an ordered one from parameter path to logical axes.
+"""Sharding of every array: a table from logical axes to mesh axes, and an ordered table from parameter paths to logical axes.
 
 Specs are written for the trailing axes of a parameter; leading axes (stacked layers, SAM's stages) are
-never sharded. Mesh axes: `slice` (samples, over slow links), `data` (samples), `fsdp` (samples, and parameters where they are
+never sharded. Mesh axes: `slice` (samples, over slow links), `data` (samples), `fsdp` (samples, and parameters if they are
 sharded), `tensor` (heads and MLP columns).
 """
 
@@ -22,8 +22,8 @@ from mimo_jax.config import ConfigError, MeshConfig
 from mimo_jax.model_config import LlmConfig
 
 AXES = ("slice", "data", "fsdp", "tensor")
-# Logical axis -> the mesh axes that it is split over. All who place an array name logical axes: parameters (RULES), kernels, the mesh
-# context, batches and caches.
+# Logical axis -> the mesh axes that it is split over. All code that places arrays uses logical axes: parameters (RULES), kernels, the
+# mesh context, batches and caches.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp"),
     "sequence": (),
@@ -33,7 +33,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-_BASE_SHARE = 0.5  # of a device's memory that a replicated base may take
+_MAX_BASE_FRACTION = 0.5  # largest fraction of a device's memory that a replicated base may use
 
 # path regex -> logical axes of the trailing dimensions; the first match decides. Kinds of parts add rows: see `add_rules`.
 RULES: dict[str, tuple[str | None, ...]] = {
@@ -44,7 +44,7 @@ RULES: dict[str, tuple[str | None, ...]] = {
     r"^llm/.*/(gate|up)/kernel(_int8|_int4)?$": ("embed", "mlp"),
     r"^llm/.*/o/kernel(_int8|_int4)?$": ("heads", "embed"),
     r"^llm/.*/down/kernel(_int8|_int4)?$": ("mlp", "embed"),
-    r"^llm/.*/(q|k|v)/kernel_scale$": (None, "heads"),  # groups of inputs are few, and need not divide
+    r"^llm/.*/(q|k|v)/kernel_scale$": (None, "heads"),  # groups of inputs are few and often not divisible
     r"^llm/.*/(gate|up)/kernel_scale$": (None, "mlp"),
     r"^llm/.*/(o|down)/kernel_scale$": (None, "embed"),
     r"/lora_[ab]$": (),
@@ -59,11 +59,11 @@ RULES: dict[str, tuple[str | None, ...]] = {
 
 
 def add_rules(rows: Mapping[str, tuple[str | None, ...]]) -> None:
-    """Put rows before those of RULES. ValueError for an unknown logical axis, and for a regex that has a row with other axes."""
+    """Add rows before those of RULES. Raises ValueError for an unknown logical axis, and for a regex that has a row with other axes."""
     for pattern, axes in rows.items():
         unknown = [axis for axis in axes if axis is not None and axis not in LOGICAL_AXES]
         if unknown or RULES.get(pattern, axes) != axes:
-            why = f"unknown axis {unknown[0]!r}; use one of {', '.join(LOGICAL_AXES)}" if unknown else "has a row already"
+            why = f"unknown axis {unknown[0]!r}; use one of {', '.join(LOGICAL_AXES)}" if unknown else "already has a row"
             raise ValueError(f"sharding rule {pattern!r}: {why}")
     rest = {pattern: axes for pattern, axes in RULES.items() if pattern not in rows}
     RULES.clear()
@@ -77,13 +77,15 @@ def mesh_axes(*logical: str | None) -> P:
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over these devices, all there are unless given; ConfigError if the axes do not multiply to their number. Where the
-    devices are not in several slices, `mesh.slices` only arranges them as if they were, to rehearse."""
+    """A mesh over these devices (default: all); raises ConfigError if the product of the axes is not their number. If the
+    devices do not form several slices, `mesh.slices` arranges them as if they did, for tests of multi-slice runs."""
     devices = jax.devices() if devices is None else list(devices)
-    there = len({getattr(device, "slice_index", 0) for device in devices})
-    slices = cfg.slices or there
-    if there not in (1, slices):
-        raise ConfigError(f"config.mesh.slices: is {slices}, and the devices are in {there} slices; set it to {there}, or to 0")
+    device_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = cfg.slices or device_slices
+    if device_slices not in (1, slices):
+        raise ConfigError(
+            f"config.mesh.slices: is {slices}, but the devices form {device_slices} slices; set it to {device_slices}, or to 0"
+        )
     sizes = [slices, cfg.data, cfg.fsdp, cfg.tensor]
     asked = " x ".join(map(str, sizes))
     if -1 in sizes:
@@ -93,15 +95,15 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
         sizes[sizes.index(-1)] = len(devices) // rest
     if int(np.prod(sizes)) != len(devices):
         raise ConfigError(f"config.mesh: {asked} does not make {len(devices)} devices")
-    if there == 1:
+    if device_slices == 1:
         return _mesh(tuple(sizes), devices)
     arranged = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (slices, 1, 1, 1), devices)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def inference_mesh(llm: LlmConfig) -> Mesh | None:
-    """A mesh over the devices of this process for a model that answers; None where there is one device alone. They split the heads
-    of the language model, and with them its KV cache, where they divide them; else only its parameters (`fsdp`)."""
+    """A mesh over the devices of this process for inference; None if there is only one device. If their number divides the heads
+    of the language model, the devices split the heads and the KV cache (`tensor`); else only the parameters (`fsdp`)."""
     devices = jax.local_devices()
     count = len(devices)
     if count == 1:
@@ -115,19 +117,19 @@ def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
 
 
 def spec(path: str, shape: tuple[int, ...]) -> P:
-    """PartitionSpec of one parameter; KeyError if no row of RULES covers it."""
+    """PartitionSpec of one parameter; raises KeyError if no row of RULES matches it."""
     axes = pathtree.first_match(path, RULES, "sharding.RULES")
     return mesh_axes(*[None] * (len(shape) - len(axes)), *axes) if axes else P()
 
 
 def param_shardings(tree: dict, mesh: Mesh, unsharded: dict[str, str] | None = None, axes: Sequence[str] = AXES) -> dict:
-    """NamedSharding for every leaf of a nested dict of arrays (or shapes), over those mesh `axes` alone. A dimension that an axis does
-    not divide is not split; `unsharded` then says why, by the parameter's path."""
+    """NamedSharding for every leaf of a nested dict of arrays (or shapes), over the mesh `axes` only. A dimension that an axis does
+    not divide is not split, and the reason is added to `unsharded` {parameter path: reason}."""
     made = {}
     for path, leaf in pathtree.flatten(tree).items():
         partition = []
@@ -137,15 +139,15 @@ def param_shardings(tree: dict, mesh: Mesh, unsharded: dict[str, str] | None = N
             if size % shards:
                 names = ()
                 if unsharded is not None:
-                    unsharded[path] = f"{shards} does not divide axis of {size} of parameter {path}"
+                    unsharded[path] = f"{shards} does not divide an axis of size {size} of parameter {path}"
             partition.append(names if len(names) > 1 else names[0] if names else None)
         made[path] = NamedSharding(mesh, P(*partition))
     return pathtree.unflatten(made)
 
 
 class ModelShardings(NamedTuple):
-    """Of a model: shardings of its trained and its frozen parameters (nested dicts); reason: where the frozen base lives and why, in one
-    line; unsharded: {path: why} of parameters that an axis does not divide, which are not split over it."""
+    """train, frozen: shardings of the trained and the frozen parameters of a model (nested dicts); reason: how the frozen base is placed
+    and why, in one line; unsharded: {path: reason} of parameters that are not split over an axis, because it does not divide them."""
 
     train: dict
     frozen: dict
@@ -154,7 +156,7 @@ class ModelShardings(NamedTuple):
 
 
 def model_shardings(cfg: MeshConfig, mesh: Mesh, memory: int | None, train: dict, frozen: dict) -> ModelShardings:
-    """train, frozen: nested dicts of shapes. memory: bytes of a device, None if it is not known."""
+    """Shardings of a model's parameters. train, frozen: nested dicts of shapes; memory: bytes per device, None if it is not known."""
     unsharded: dict[str, str] = {}
     axes, reason = _base_axes(cfg, mesh, memory, frozen)
     return ModelShardings(param_shardings(train, mesh, unsharded), param_shardings(frozen, mesh, unsharded, axes), reason, unsharded)
@@ -169,23 +171,23 @@ def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) ->
         return (
             AXES if cfg.frozen_sharding == "sharded" else replicated
         ), f"base {cfg.frozen_sharding}: config.mesh.frozen_sharding says so"
-    held = bytes_per_device(frozen, param_shardings(frozen, mesh, axes=replicated))
+    stored = bytes_per_device(frozen, param_shardings(frozen, mesh, axes=replicated))
     if memory is None:
-        return AXES, f"base sharded over {fsdp}: how much memory a device has is not known"
-    room = f"{held / 2**30:.1f} GiB a device, of {memory / 2**30:.1f}"
-    if held <= _BASE_SHARE * memory:
-        return replicated, f"base replicated: it takes {room}"
-    return AXES, f"base sharded over {fsdp}: replicated it would take {room}, more than {_BASE_SHARE:.0%}"
+        return AXES, f"base sharded over {fsdp}: the memory of the devices is not known"
+    room = f"{stored / 2**30:.1f} of {memory / 2**30:.1f} GiB per device"
+    if stored <= _MAX_BASE_FRACTION * memory:
+        return replicated, f"base replicated: it needs {room}"
+    return AXES, f"base sharded over {fsdp}: replicated it would need {room}, more than {_MAX_BASE_FRACTION:.0%}"
 
 
-def bytes_per_device(tree: Any, places: Any) -> int:
-    """What a tree of shapes takes on one device of these shardings, a tree alike."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Bytes per device of a tree of shapes with these shardings, a tree of the same structure."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 
 
 def cache_sharding(mesh: Mesh, llm: LlmConfig, axes: Sequence[str | None]) -> NamedSharding:
-    """Of every array of a cache of the language model, with these logical axes; not split where the heads of the cache are not divided."""
+    """The sharding of every array of a language model's cache with these logical axes; replicated if the mesh does not divide its heads."""
     heads = math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["kv_heads"])
     return NamedSharding(mesh, mesh_axes(*axes) if llm.tensor_parallel_heads()[1] % heads == 0 else P())
 
@@ -195,10 +197,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis of every array of a batch, over the samples' axes of the mesh."""
+    """The sharding of every array of a batch: its leading axis is split over the batch axes of the mesh."""
     return NamedSharding(mesh, mesh_axes("batch"))
 
 
 def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The second axis of every array, behind that of the micro-batches."""
+    """The sharding of arrays [micro-batch, sample, ...]: the second axis is split over the batch axes of the mesh."""
     return NamedSharding(mesh, mesh_axes(None, "batch"))

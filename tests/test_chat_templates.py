@@ -62,7 +62,7 @@ def test_a_byte_level_tokenizer_in_vicunas_template(byte_level):
 
 
 def test_a_tokenizer_without_the_templates_tokens(tmp_path):
-    with pytest.raises(TokenizerError, match=r"^config.data.chat_template: <\|im_start\|> is no control token"):
+    with pytest.raises(TokenizerError, match=r"^config.data.chat_template: <\|im_start\|> is not a control token"):
         encode_user_turn(handmade.tokenizer(tmp_path), config_of("chatml"), "Segment the liver.", 0, True)
 
 
@@ -76,7 +76,7 @@ def test_a_template_from_outside(byte_level):
             "Q: <image> Segment <|im_end|> the liver.\nA: The<p> liver<SEG></p> is outlined.<|endoftext|>\n"
             "Q: <image> And this?\nA: This is the<p> spleen<SEG></p>.<|endoftext|>"
         )
-        with pytest.raises(ValueError, match="^chat template plain: is registered already"):
+        with pytest.raises(ValueError, match="^chat template plain: is already registered"):
             register_chat_template("plain", CHAT_TEMPLATES["vicuna"])
     finally:
         del CHAT_TEMPLATES["plain"]

@@ -79,7 +79,7 @@ class Described:
 
 
 def test_slices_are_told_by_the_devices():
-    with pytest.raises(ConfigError, match="config.mesh.slices: is 3, and the devices are in 2 slices; set it to 2, or to 0"):
+    with pytest.raises(ConfigError, match="config.mesh.slices: is 3, but the devices form 2 slices; set it to 2, or to 0"):
         sharding.make_mesh(MeshConfig(slices=3), [Described(number, number // 4) for number in range(8)])
 
 
@@ -92,7 +92,7 @@ def test_an_axis_that_does_not_divide_stays_whole_and_says_why():
     placed = {path: place.spec for path, place in pathtree.flatten(sharding.param_shardings(tree, mesh, unsharded)).items()}
     assert placed["embedding/base"] == P(None, "fsdp") and placed["lm_head/base"] == P("fsdp", None)
     assert placed["llm/layers/block/q/kernel"] == P(None, "fsdp", "tensor")
-    assert unsharded["embedding/base"] == "4 does not divide axis of 32003 of parameter embedding/base"
+    assert unsharded["embedding/base"] == "4 does not divide an axis of size 32003 of parameter embedding/base"
     assert set(unsharded) == {"embedding/base", "lm_head/base"}
 
 
@@ -131,7 +131,7 @@ def test_the_full_model_lies_where_the_golden_file_says(machine):
     rates = parameters.multipliers(config, shapes)
     train, frozen = pathtree.partition(parameters.typed(config, shapes), lambda path: rates[path] is not None)
     mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
-    placed = sharding.model_shardings(config.mesh, mesh, hardware.of_kind(kind).memory, train, frozen)
+    placed = sharding.model_shardings(config.mesh, mesh, hardware.find_hardware(kind).memory, train, frozen)
     lines = [f"mimo_7b on {machine}: {dict(mesh.shape)}", placed.reason, *placed.unsharded.values()]
     for what, tree, places in (("trained", train, placed.train), ("frozen", frozen, placed.frozen)):
         lines.append(f"{what}: {sharding.bytes_per_device(tree, places) / 2**20:,.1f} MiB a device")
@@ -150,9 +150,9 @@ def test_the_full_model_lies_where_the_golden_file_says(machine):
 @pytest.mark.parametrize(
     ("base", "fsdp", "memory", "reason"),
     [
-        ("auto", 4, None, "base sharded over 4: how much memory a device has is not known"),
-        ("auto", 4, 2**30, "base replicated: it takes 0.2 GiB a device, of 1.0"),
-        ("auto", 4, 2**28, "base sharded over 4: replicated it would take 0.2 GiB a device, of 0.2, more than 50%"),
+        ("auto", 4, None, "base sharded over 4: the memory of the devices is not known"),
+        ("auto", 4, 2**30, "base replicated: it needs 0.2 of 1.0 GiB per device"),
+        ("auto", 4, 2**28, "base sharded over 4: replicated it would need 0.2 of 0.2 GiB per device, more than 50%"),
         ("auto", 1, 2**28, "base replicated: the mesh has no fsdp axis to split it over"),
         ("replicated", 4, 2**28, "base replicated: config.mesh.frozen_sharding says so"),
         ("sharded", 4, 2**30, "base sharded: config.mesh.frozen_sharding says so"),

@@ -1,12 +1,12 @@
-"""How many floating-point operations a sample takes, by part of the model: 2 for each multiply-add of a matrix product, nothing else.
+"""Floating-point operations per sample, by part of the model: 2 for each multiply-add of a matrix product, nothing else.
 
 Axis letters: R turns, I image tokens, L instruction tokens, P prompt tokens, Q tokens of one turn's X_q, T tokens of the sequence,
 S <SEG> slots, g side of SAM's grid, p = g*g, w window side in tokens.
 
-A matrix takes twice its size for every token that passes it; one table says how many tokens of one sample pass. Products of two
-activations (attention) stand apart. Counted is what the model needs, not what a program does: causal attention is half a square; layers
-that are computed again (remat), and the wider keys of folded relative positions, are not counted. A program's own count (XLA's
-cost_analysis) takes loops once and kernels not at all, so it cannot serve.
+A matrix needs twice its size for every token that it is applied to; one table says how many tokens of one sample that is. Products of
+two activations (attention) are counted separately. The count is what the model needs, not what a program does: causal attention is half
+a square; recomputation (remat) and the wider keys of folded relative positions are not counted. XLA's cost_analysis counts the body of a
+loop once and kernels not at all, so it cannot be used.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mimo_jax.config import Config
 from mimo_jax.models import mimo, registry
 from mimo_jax.models.counts import attention_flops
 
-# part -> the parts that feed it, and itself: where a parameter of one of them trains, gradients go through its activations.
+# part -> itself and the parts that feed it: if a parameter of one of them trains, gradients flow through the part's activations.
 _FED_BY = {"vision": {"vision"}, "sam_encoder": {"sam_encoder"}, "aligner": {"vision", "prompt", "embedding", "aligner"}}
 _FED_BY["llm"] = _FED_BY["aligner"] | {"llm"}
 _FED_BY["lm_head"] = _FED_BY["llm"] | {"lm_head"}
 _FED_BY["seg_projection"] = _FED_BY["llm"] | {"seg_projection"}
 _FED_BY["sam_decoder"] = _FED_BY["seg_projection"] | {"sam_encoder", "sam_decoder"}
 
-# Matrices that read less than what feeds their part. Pixels take no gradient.
+# Matrices whose inputs depend on fewer parts than those that feed their part. Pixels need no gradient.
 _READS = {
     r"^(vision|sam_encoder)/patch/": set(),
     r"^aligner/image/": {"vision"},
@@ -34,18 +34,18 @@ _READS = {
 }
 
 _ENCODERS = ("vision", "sam_encoder")
-_DECODER_TOKENS = 6  # of one mask in SAM's decoder: IoU, four masks, <SEG>
+_DECODER_TOKENS = 6  # tokens per mask in SAM's decoder: IoU, four masks, <SEG>
 
 
 def forward(config: Config, length: int) -> dict[str, float]:
-    """FLOPs of one sample's forward pass by part, its sequence padded to `length` tokens. What samples of one image share is divided
-    among them; with `config.data.features` the image encoders take nothing."""
+    """FLOPs of one sample's forward pass by part, with its sequence padded to `length` tokens. What the samples of one image share is
+    divided among them; with `config.data.features` the image encoders count as 0."""
     return _by_part(config, length, lambda part, path: 1)
 
 
 def step(config: Config, length: int) -> dict[str, float]:
-    """FLOPs of one sample's training step by part: forward, and backward as far as something trains. A frozen matrix has no gradient
-    of its weights; a part that nothing trained feeds, none at all."""
+    """FLOPs of one sample's training step by part: the forward pass, and the backward pass as far as something trains. A frozen matrix
+    has no weight gradient; a part that no trained parameter feeds has no gradient at all."""
     rates = parameters.multipliers(config, mimo.abstract(config)[1])
     moving = {path.split("/")[0] for path, rate in rates.items() if rate is not None}
 
@@ -59,7 +59,7 @@ def step(config: Config, length: int) -> dict[str, float]:
 
 
 def _by_part(config: Config, length: int, passes: Callable[[str, str | None], int]) -> dict[str, float]:
-    """Sums over the matrices (part, path) and other products (part, None) of each part, each times `passes` of it."""
+    """FLOPs of each part: the sum over its matrices (part, path) and other products (part, None), each multiplied by `passes` of it."""
     sums: dict[str, float] = defaultdict(float)
     tokens, by_part = _counts(config, length)
     for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items():
@@ -73,10 +73,10 @@ def _by_part(config: Config, length: int, passes: Callable[[str, str | None], in
 
 
 def _counts(config: Config, length: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(ordered path regex -> tokens of one sample that pass the matrix, 0 for what is no matrix or is looked up; part -> FLOPs of one
-    sample's products of activations: of queries with keys, and of weights with values)."""
+    """(ordered path regex -> tokens of one sample that the matrix is applied to, 0 for what is not a matrix or is only looked up;
+    part -> FLOPs of one sample's products of two activations: of queries with keys, and of weights with values)."""
     m, s = config.model, config.model.sam
-    share = 1 / config.data.samples_per_image  # of what is computed once per image
+    share = 1 / config.data.samples_per_image  # a sample's part of what is computed once per image
     tower, llm, encoder = (registry.part(m, section).matmul_counts for section in ("vision", "llm", "sam"))
     vision, language, sam = tower(m.vision), llm(m.llm, length), encoder(m.sam)
     aligner = registry.part(m, "aligner").matmul_counts(m, share)

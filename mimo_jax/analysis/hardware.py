@@ -1,7 +1,7 @@
-"""What accelerators can do, by the name that jax gives them: one table for memory plans, estimates and utilisation.
+"""Specifications of accelerators by jax's `device_kind`: one table for memory estimates, roofline estimates and utilisation.
 
-Peak bf16 FLOP/s, memory and bandwidths of one chip, from the makers' data sheets. `link` is what a chip sends to the others of its slice
-(TPU) or of its host (GPU), one way; `network` is one way to other slices or hosts, per chip, as usually provisioned.
+Peak bf16 FLOP/s, memory and bandwidths per chip are from the manufacturers' data sheets. `link` is the one-way bandwidth to the other
+chips of a slice (TPU) or host (GPU); `network` is the one-way bandwidth per chip to other slices or hosts, as usually provisioned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 class Hardware(NamedTuple):
-    """name; memory in bytes that a program may use; flops: peak bf16 FLOP/s; bandwidth of the memory, link and network in bytes/s."""
+    """name; memory: bytes that a program may use; flops: peak bf16 FLOP/s; bandwidth (of the memory), link and network: bytes/s."""
 
     name: str
     memory: int
@@ -25,7 +25,7 @@ class Hardware(NamedTuple):
     network: float
 
 
-# regex on `device.device_kind` -> what it is; the first match counts.
+# regex on `device.device_kind` -> its row; the first match counts.
 TABLE: dict[str, Hardware] = {
     r"^TPU v4$": Hardware("TPU v4", 31 * GIB, 275e12, 1.228e12, 150e9, 3.1e9),
     r"^TPU (v5 lite|v5e)$": Hardware("TPU v5e", int(15.75 * GIB), 197e12, 0.819e12, 100e9, 3.1e9),
@@ -44,17 +44,17 @@ TABLE: dict[str, Hardware] = {
 }
 
 
-def of_kind(kind: str) -> Hardware | None:
-    """The row of a `device.device_kind`; None for one that the table does not know, such as a CPU."""
+def find_hardware(kind: str) -> Hardware | None:
+    """The row of a `device.device_kind`; None for one that is not in the table, such as a CPU."""
     return next((row for pattern, row in TABLE.items() if re.search(pattern, kind)), None)
 
 
-def memory_of(device: jax.Device) -> int | None:
-    """Bytes that a program may use on a device, which may be of a machine that is not at hand; None where nobody says."""
-    row = of_kind(device.device_kind)
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that a program may use on a device, which may belong to a machine that is not available; None if this is not known."""
+    row = find_hardware(device.device_kind)
     if row is not None:
         return row.memory
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:  # of a device that is only described
+    except jax.errors.JaxRuntimeError:  # the device is only described by a topology
         return None

@@ -1,4 +1,4 @@
-"""The text of an optimised XLA program, as `Compiled.as_text()` gives it, for TPU, CPU or GPU: computations of instructions."""
+"""Parser for the text of an optimised XLA program, as `Compiled.as_text()` returns it, for TPU, CPU or GPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # of kinds that do not say their bits themselves
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # types whose names do not contain their number of bits
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _ARRAY = re.compile(r"(\w+)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.-]+)")
 
 
 class Array(NamedTuple):
-    """bytes: without padding; on_chip: not in the device's main memory."""
+    """An array of the program. bytes: without padding; on_chip: whether it is outside the device's main memory."""
 
     dims: tuple[int, ...]
     bytes: float
@@ -29,7 +29,7 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line: result %name = opcode(operands), rest. `arrays` are those of its result, in order, if that is a tuple."""
+    """One line: result %name = opcode(operands), rest. `arrays` are those of its result, several in order if that is a tuple."""
 
     name: str
     arrays: tuple[Array, ...]
@@ -43,7 +43,7 @@ class Instruction(NamedTuple):
         return found[1] if found else None
 
     def branches(self) -> list[str]:
-        """Of a conditional."""
+        """Names of the computations that a conditional chooses from."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
         return _NAME.findall(listed[1]) if listed else [self.called("true_computation"), self.called("false_computation")]
 
@@ -70,7 +70,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """({name: Computation}, name of the entry)."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    # What a kernel says of itself may hold line breaks; an instruction's own line is indented.
+    # The description of a kernel may contain line breaks; the line of an instruction is indented.
     for line in re.split(r"\n(?=  %|  ROOT |}\n|}$|ENTRY |%|\n)", text):
         if current is None:
             header = _HEADER.match(line.lstrip("\n"))
@@ -98,7 +98,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found[0] == "(" else -1
@@ -114,14 +114,14 @@ def _array(kind: str, dims: str, layout: str) -> Array:
 
 
 def through(within: Computation, name: str, opcodes: Sequence[str] = ("bitcast",)) -> Instruction:
-    """What stands behind operations that change nothing."""
+    """The instruction that produces `name`, skipping operations that change nothing."""
     while within[name].opcode in opcodes:
         name = within[name].operands[0]
     return within[name]
 
 
 def results(i: Instruction) -> tuple[Array, ...]:
-    """What an operation gives, without what its start hands on beside that: operands and flags."""
+    """The results of an operation, without the operands and flags that an asynchronous start also returns."""
     if not i.opcode.endswith("-start"):
         return i.arrays
     first = 0 if i.opcode in ("copy-start", "all-reduce-start") else len(i.operands)
@@ -137,7 +137,7 @@ def device_groups(rest: str, devices: int) -> np.ndarray:
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         moving = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", mesh[3])
-        dims: list[int] = []  # of the axes, cut up where only a part of one moves
+        dims: list[int] = []  # sizes of the axes; an axis of which only a part moves is split
         moves: list[bool] = []
         for name, size in sizes.items():
             done = 1
@@ -156,7 +156,7 @@ def device_groups(rest: str, devices: int) -> np.ndarray:
 
 
 def _device_ids(text: str | None, devices: int) -> np.ndarray:
-    """In order: "[4,2]T(1,0)" is an array of that shape, transposed; "0,2,1,3" are themselves."""
+    """Device ids in order: "[4,2]T(1,0)" is an array of that shape, transposed; "0,2,1,3" lists them."""
     if not text:
         return np.arange(devices)
     if not text.startswith("["):
@@ -171,7 +171,7 @@ def numbers(rest: str, key: str) -> list[int]:
 
 
 def convolution_flops(i: Instruction, image: tuple[int, ...], kernel: tuple[int, ...]) -> float:
-    """Products with padding and with the holes of a dilated image are not counted: XLA for TPU writes batched matrix products so."""
+    """FLOPs without products with padding or with the holes of a dilated image: XLA for TPU writes batched matrix products in that way."""
     lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
     made = i.arrays[0].dims
     flops = 2.0 * made[out.index("b")] * made[out.index("f")] * kernel[rhs.index("i")]

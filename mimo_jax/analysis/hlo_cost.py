@@ -1,14 +1,14 @@
-"""What an optimised XLA program does in one run, read from its text: collectives, traffic with memory, matrix products.
+"""Cost of one run of an optimised XLA program, read from its text: collectives, memory traffic, matrix products.
 
-XLA's own cost analysis counts the body of a loop once, and a scanned model is all loops. Here computations are walked from the entry
+XLA's own cost analysis counts the body of a loop once, and a scanned model consists of loops. Here computations are walked from the entry
 through the bodies of loops (times their trip counts), fusions, calls and conditionals (the costliest branch).
 
     cost = program_cost(compiled.as_text(), dict(mesh.shape))
 
-What a device sends in a collective over n devices, of the s bytes that it puts in: all-gather s (n-1), reduce-scatter and all-to-all
-s (n-1)/n, all-reduce 2 s (n-1)/n, collective-permute s. Traffic with memory is what top-level operations read and write of arrays
-that are not in on-chip memory: of a slice the slice, of an update in place the update. Kernels count as what they are given and give
-back, and no matrix products.
+With s input bytes per device, a device sends in a collective over n devices: all-gather s (n-1), reduce-scatter and all-to-all
+s (n-1)/n, all-reduce 2 s (n-1)/n, collective-permute s. Memory traffic is what top-level operations read and write of arrays
+that are not in on-chip memory: only the slice for a slice, only the update for an update in place. Kernels count with their operands and
+results, and without matrix products.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from mimo_jax.analysis.hlo import Computation, Instruction, convolution_flops, device_groups, numbers, parse, results, through
 
-COLLECTIVES: dict[str, Callable[[int], float]] = {  # kind -> bytes that a device sends, of one that it puts in, among n
+COLLECTIVES: dict[str, Callable[[int], float]] = {  # kind -> bytes that a device sends per input byte, among n devices
     "all-gather": lambda n: n - 1,
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -34,14 +34,14 @@ COLLECTIVES: dict[str, Callable[[int], float]] = {  # kind -> bytes that a devic
 }
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "recv"}
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")
-# Of a collective that other operations are fused with: it began in another fusion.
+# A later piece of a collective that is fused with other operations: it was started in another fusion.
 _LATER_PIECE = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(?!-1")')
 
 
 @dataclass
 class Cost:
     """collectives: (kind, mesh axes) -> [count, bytes that a device sends]; memory: bytes; flops: of matrix products and convolutions;
-    unknown: loops whose trip count is not told, counted once."""
+    unknown: loops with an unknown trip count, which are counted once."""
 
     collectives: dict[tuple[str, tuple[str, ...]], list[float]] = field(default_factory=dict)
     memory: float = 0.0
@@ -50,16 +50,16 @@ class Cost:
 
     def add(self, other: Cost, times: float = 1) -> None:
         for key, (count, sent) in other.collectives.items():
-            mine = self.collectives.setdefault(key, [0, 0.0])
-            mine[0] += count * times
-            mine[1] += sent * times
+            own = self.collectives.setdefault(key, [0, 0.0])
+            own[0] += count * times
+            own[1] += sent * times
         self.memory += other.memory * times
         self.flops += other.flops * times
         self.unknown |= other.unknown
 
 
 def program_cost(text: str, mesh: dict[str, int]) -> Cost:
-    """Of one device. text: an optimised program; mesh: axis name -> size, in the order in which devices are numbered."""
+    """The cost per device. text: an optimised program; mesh: axis name -> size, in the order in which devices are numbered."""
     program = _Program(text, mesh)
     return program.cost(program.entry)
 
@@ -71,15 +71,15 @@ class _Program:
         self.costs: dict[str, Cost] = {}
 
     def cost(self, name: str) -> Cost:
-        """Of one run of a computation."""
+        """The cost of one run of a computation."""
         if name not in self.costs:
             self.costs[name] = total = Cost()
             computation = self.computations[name]
             for instruction in computation.values():
-                total.add(self.one(instruction, computation))
+                total.add(self.instruction_cost(instruction, computation))
         return self.costs[name]
 
-    def one(self, i: Instruction, within: Computation) -> Cost:
+    def instruction_cost(self, i: Instruction, within: Computation) -> Cost:
         made = Cost()
         kind = i.opcode.removesuffix("-start")
         if i.opcode == "while":
@@ -110,10 +110,10 @@ class _Program:
         return made
 
     def trips(self, loop: Instruction, within: Computation) -> int | None:
-        """How often a loop runs that counts a number of its state up to another, as scans do."""
-        told = re.search(r'known_trip_count\\?"?:\{\\?"?n\\?"?:\\?"?(\d+)', loop.rest)
-        if told:
-            return int(told[1])
+        """Trip count of a loop that counts up to a limit in its state, as scans do; None if it is not known."""
+        known = re.search(r'known_trip_count\\?"?:\{\\?"?n\\?"?:\\?"?(\d+)', loop.rest)
+        if known:
+            return int(known[1])
         condition, body, start = (
             self.computations[loop.called("condition")],
             self.computations[loop.called("body")],
@@ -145,8 +145,8 @@ class _Program:
         return None if more is None else max(0, -(-(last + more - first) // after[None]))
 
     def linear(self, within: Computation, name: str, state: Callable[[int], dict | None]) -> dict | None:
-        """A whole number as a sum: {place in the loop's state: 1, None: constant}; None for one that is none. state: what stands at a place
-        of the state, or of a fusion's arguments."""
+        """An integer as a sum {index in the loop's state: 1, None: constant}; None if it is not such a sum. state: the value at an index of
+        the state, or of the arguments of a fusion."""
         i = through(within, name, ("bitcast", "copy"))
         if i.opcode == "constant":
             return {None: int(i.inside)} if re.fullmatch(r"-?\d+", i.inside) else None
@@ -173,11 +173,11 @@ class _Program:
 
     def collective(self, i: Instruction, kind: str, within: Computation, made: Cost) -> None:
         size = sum(array.bytes for name in i.operands for array in within[name].arrays)
-        if i.opcode == "send":  # between slices; what stays within one, XLA has split off
-            told = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
-            if not told:
+        if i.opcode == "send":  # between slices; XLA has split off what stays within a slice
+            transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
+            if not transfer:
                 return
-            kind = {"ONE_TO_ONE": "collective-permute"}.get(told[1], told[1].lower().replace("_", "-"))
+            kind = {"ONE_TO_ONE": "collective-permute"}.get(transfer[1], transfer[1].lower().replace("_", "-"))
             axes, among = ("slice",), self.mesh.get("slice", 1)
         elif "source_target_pairs" in i.rest:
             pairs = re.search(r"source_target_pairs=\{((?:\{[^}]*\},?)*)\}", i.rest)[1]
@@ -233,7 +233,7 @@ class _Program:
         return min(total, size)
 
     def written(self, within: Computation, name: str) -> float:
-        """Bytes that are written to make a result: of an update in place, the update; nothing of what is only handed on."""
+        """Bytes that are written to make a result: only the update for an update in place, nothing for what is passed through."""
         made = through(within, name)
         if made.opcode == "parameter" or _free_call(made):
             return 0.0

@@ -1,4 +1,4 @@
-"""What a run is, in tables, before its first step; and what that step takes once it is compiled."""
+"""The summary that a run prints before its first step, and the memory of that step once it is compiled."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import Config
 
 _ROOT = Path(__file__).resolve().parents[2]
-_CHANGES = 8  # of the config that are named
+_CHANGES = 8  # maximum number of changed config fields that are listed
 
 
 class SummarizedRun(Protocol):
-    """What a summary reads of a run (`mimo_jax.train.state.TrainSetup` has it): its config, its mesh, and nested dicts of the shapes and
-    shardings of its parameters and optimizer."""
+    """The attributes of a run that a summary needs, such as those of `mimo_jax.train.state.TrainSetup`: its config, its mesh, and nested
+    dicts of the shapes and shardings of its parameters and optimizer."""
 
     config: Config
     mesh: Mesh
@@ -43,9 +43,9 @@ class SummarizedRun(Protocol):
     def trains(self, path: str) -> bool: ...
 
 
-def show(plan: SummarizedRun, sources: Mapping[str, Sized], workdir: Path, first: int) -> None:
-    """Print it. sources: the data by name; first: the step at which the run goes on."""
-    print("\n".join([versions(), *about(plan, sources, workdir), *parameter_table(plan), memory(plan), cost(plan)]))
+def print_summary(plan: SummarizedRun, sources: Mapping[str, Sized], workdir: Path, first: int) -> None:
+    """Print the summary. sources: the data by name; first: the step at which the run resumes, 0 for a new run."""
+    print("\n".join([versions(), *run_lines(plan, sources, workdir), *parameter_table(plan), memory_line(plan), flops_line(plan)]))
     if first:
         print(f"resuming at step {first} of {plan.config.train.steps}")
 
@@ -60,7 +60,7 @@ def versions() -> str:
 
 
 def _commit() -> str:
-    """The git commit of a checkout, and whether it was changed since; empty for an installed package."""
+    """The git commit of a checkout, and whether files were changed since; empty for an installed package."""
     if not (_ROOT / ".git").exists():
         return ""
 
@@ -69,22 +69,22 @@ def _commit() -> str:
 
     try:
         return f" (git {git('rev-parse', '--short=10', 'HEAD')}{', changed' if git('status', '--porcelain', '-uno') else ''})"
-    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of someone else's
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or the checkout belongs to another user
         return ""
 
 
-def about(plan: SummarizedRun, sources: Mapping[str, Sized], workdir: Path) -> list[str]:
-    """Devices, data, provenance, config: a line each."""
+def run_lines(plan: SummarizedRun, sources: Mapping[str, Sized], workdir: Path) -> list[str]:
+    """One line each for devices, base, data, weights and config."""
     config, data = plan.config, plan.config.data
     axes = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     images = ", ".join(f"{name} ({len(source):,} images)" for name, source in sources.items())
-    shared = f", {data.samples_per_image} of an image" if data.samples_per_image > 1 else ""
+    shared = f", {data.samples_per_image} per image" if data.samples_per_image > 1 else ""
     lengths = " or ".join(map(str, config.buckets()))
     lines = {
         "devices": f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}{processes}; mesh {axes}",
         "base": plan.base_reason.removeprefix("base "),
-        "data": f"{images}; {data.batch_size} samples a step{shared}, of {lengths} tokens",
+        "data": f"{images}; {data.batch_size} samples per step{shared}, {lengths} tokens each",
         "weights": checkpoint.origin(workdir).replace("weights: ", ""),
         "config": f"{workdir / 'config.json'}{_changes(plan, workdir)}",
     }
@@ -92,7 +92,7 @@ def about(plan: SummarizedRun, sources: Mapping[str, Sized], workdir: Path) -> l
 
 
 def _changes(plan: SummarizedRun, workdir: Path) -> str:
-    """In what the config is another than that which the run began with."""
+    """The fields in which the config differs from the one that the run started with."""
     then, now = (pathtree.flatten(config.to_dict()) for config in (checkpoint.read_config(workdir), plan.config))
     changed = [f"{name.replace('/', '.')} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
     more = f" and {len(changed) - _CHANGES} more" if len(changed) > _CHANGES else ""
@@ -100,19 +100,19 @@ def _changes(plan: SummarizedRun, workdir: Path) -> str:
 
 
 def parameter_table(plan: SummarizedRun) -> list[str]:
-    """Parameters by part of the model, trained and frozen ones apart: number, bytes, bytes on one device."""
+    """Parameters by part of the model, trained and frozen ones in separate rows: number, bytes, bytes per device."""
     counts: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(3, np.int64))
     places = pathtree.flatten(plan.param_shardings)
     for path, leaf in pathtree.flatten(plan.params).items():
         kind, size = ("trained" if plan.trains(path) else "frozen"), leaf.dtype.itemsize
-        here = int(np.prod(places[path].shard_shape(leaf.shape)))
+        per_device = int(np.prod(places[path].shard_shape(leaf.shape)))
         for row in ((path.split("/")[0], kind), ("all", kind)):
-            counts[row] += np.array([leaf.size, leaf.size * size, here * size])
+            counts[row] += np.array([leaf.size, leaf.size * size, per_device * size])
     rows = [
         (part, kind, f"{number:,}", size_of(whole), size_of(here))
         for (part, kind), (number, whole, here) in sorted(counts.items(), key=_order)
     ]
-    rows = [("parameters", "", "number", "size", "a device"), *rows]
+    rows = [("parameters", "", "number", "size", "per device"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
 
@@ -122,36 +122,36 @@ def _order(item: tuple) -> tuple:
     return part == "all", part, kind
 
 
-def memory(plan: SummarizedRun) -> str:
-    """What lies on one device all through the run; activations come on top."""
-    held = {
+def memory_line(plan: SummarizedRun) -> str:
+    """The memory per device that is in use during the whole run; activations need more."""
+    sizes = {
         "frozen": sharding.bytes_per_device(plan.frozen, plan.frozen_shardings),
         "trained": sharding.bytes_per_device(plan.train, plan.train_shardings),
         "optimizer": sharding.bytes_per_device(plan.state["opt"], plan.state_shardings["opt"]),
     }
-    held["gradients"] = held["trained"]
-    room = hardware.memory_of(plan.mesh.devices.flat[0])
-    parts = " + ".join(f"{name} {size_of(value)}" for name, value in held.items())
-    return _line("memory", f"{parts} = {size_of(sum(held.values()))} a device{f' of {size_of(room)}' if room else ''}, activations beside")
+    sizes["gradients"] = sizes["trained"]
+    room = hardware.device_memory(plan.mesh.devices.flat[0])
+    parts = " + ".join(f"{name} {size_of(value)}" for name, value in sizes.items())
+    return _line("memory", f"{parts} = {size_of(sum(sizes.values()))} per device{f' of {size_of(room)}' if room else ''}, plus activations")
 
 
-def cost(plan: SummarizedRun) -> str:
-    """FLOPs of a sample and of a step, at the longest sequence."""
+def flops_line(plan: SummarizedRun) -> str:
+    """FLOPs per sample and per step, at the longest sequence length."""
     length, samples = plan.config.buckets()[-1], plan.config.data.batch_size
     parts = sorted(flops.step(plan.config, length).items(), key=lambda item: -item[1])
     total = sum(value for _, value in parts)
     named = ", ".join(f"{part} {value / total:.0%}" for part, value in parts if value >= 0.005 * total)
-    return _line("FLOPs", f"{flops_of(total)} a sample of {length} tokens ({named}), {flops_of(total * samples)} a step")
+    return _line("FLOPs", f"{flops_of(total)} per sample of {length} tokens ({named}), {flops_of(total * samples)} per step")
 
 
-def program(compiled: jax.stages.Compiled, length: int, seconds: float) -> str:
-    """What the compiled step of sequences of `length` tokens takes of a device, as far as its compiler says; a CPU's knows no peak."""
+def compiled_step_line(compiled: jax.stages.Compiled, length: int, seconds: float) -> str:
+    """The memory per device of the compiled step for sequences of `length` tokens, as the compiler reports it; a CPU has no peak."""
     found = compiled.memory_analysis()
     sizes = {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes} if found else {}
     if found and jax.default_backend() != "cpu":
         sizes["at its peak"] = found.peak_memory_in_bytes
     taken = ", ".join(f"{size_of(size)} {name}" for name, size in sizes.items())
-    return _line("step", f"compiled for {length} tokens in {seconds:.1f} s{f': {taken}, on a device' if taken else ''}")
+    return _line("step", f"compiled for {length} tokens in {seconds:.1f} s{f': {taken}, per device' if taken else ''}")
 
 
 def _line(name: str, text: str) -> str:

@@ -1,6 +1,6 @@
-"""Machines that are not at hand: the devices of a TPU topology, or virtual ones of this CPU.
+"""Machines that are not available: the devices of a TPU topology, or virtual devices of this CPU.
 
-A topology is named as libtpu names it, v5e:16x16; cpu:8 is this CPU as 8 devices.
+A topology has the name that libtpu uses, such as v5e:16x16; cpu:8 is this CPU as 8 devices.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mimo_jax.errors import UserError
 if TYPE_CHECKING:
     import jax
 
-# Kind -> (dimensions of its torus, a name of 16 of it by which libtpu knows a machine, how many devices are a chip).
+# Kind -> (dimensions of its torus, accelerator type of 16 chips for libtpu).
 _TPUS = {"v4": (3, "v4-32"), "v5e": (2, "v5litepod-16"), "v5p": (3, "v5p-32"), "v6e": (2, "v6e-16")}
 _KNOWN = "v4:2x2x4, v5e:4x4, v5e:16x16, v5p:2x2x4, v6e:16x16 or cpu:8"
 
 
 class Topology(NamedTuple):
-    """kind: v4, v5e, v5p, v6e or cpu; dims: of the torus, or (devices,); slices: how many of them."""
+    """kind: v4, v5e, v5p, v6e or cpu; dims: of the torus, or (devices,); slices: number of slices."""
 
     kind: str
     dims: tuple[int, ...]
@@ -40,11 +40,11 @@ class Topology(NamedTuple):
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
-        """What must be in the environment while jax is imported and libtpu is loaded: that it looks for no TPU of this machine."""
+        """Sets the environment for importing jax and loading libtpu, so that they do not look for a TPU on this machine."""
         wanted = {"JAX_PLATFORMS": "cpu"}
         if self.kind != "cpu":
             wanted |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": _TPUS[self.kind][1], "TPU_WORKER_HOSTNAMES": "localhost"}
-            # Nothing is run on a device, so that it need not be ours alone. jax can write such a program to its cache, not read it.
+            # Nothing runs on a device, so several processes may load libtpu. jax can write such a program to its cache, but not read it.
             wanted |= {"TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "JAX_ENABLE_COMPILATION_CACHE": "false"}
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)
@@ -55,16 +55,16 @@ class Topology(NamedTuple):
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
     def devices(self) -> list[jax.Device]:
-        """UserError where libtpu knows no such topology, or this process has started jax with fewer devices."""
+        """The devices. Raises UserError if libtpu has no such topology, or if jax was started with fewer devices in this process."""
         import jax
 
         if self.kind == "cpu":
             with contextlib.suppress(RuntimeError):  # jax has started
                 jax.config.update("jax_num_cpu_devices", self.chips)
-            there = jax.devices("cpu")
-            if len(there) < self.chips:
-                raise UserError(f"{self}: jax has started with {len(there)} CPU devices in this process; compile in one of its own")
-            return there[: self.chips]
+            available = jax.devices("cpu")
+            if len(available) < self.chips:
+                raise UserError(f"{self}: jax has started with {len(available)} CPU devices in this process; compile in a new process")
+            return available[: self.chips]
         from jax.experimental import topologies
 
         options: dict[str, Any] = {}
@@ -77,16 +77,16 @@ class Topology(NamedTuple):
         try:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=str(self), **options).devices)
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"--topology {self}: is none that libtpu knows ({str(error).splitlines()[0]}); such are {_KNOWN}") from error
+            raise UserError(f"--topology {self}: is unknown to libtpu ({str(error).splitlines()[0]}); use one such as {_KNOWN}") from error
 
 
-def read(name: str, slices: int = 1) -> Topology:
-    """Of its name; UserError for what is none, and for a TPU without libtpu."""
+def parse_topology(name: str, slices: int = 1) -> Topology:
+    """The topology of a name. Raises UserError for an invalid name, and for a TPU if libtpu is not installed."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     kind, dims = (found[1], tuple(int(size) for size in found[2].split("x"))) if found else ("", ())
     wanted = 1 if kind == "cpu" else _TPUS[kind][0] if kind in _TPUS else 0
     if not dims or len(dims) != wanted or not all(dims):
-        raise UserError(f"--topology {name}: is not understood; write one such as {_KNOWN}")
+        raise UserError(f"--topology {name}: is invalid; use one such as {_KNOWN}")
     if kind != "cpu" and "libtpu" not in sys.modules and importlib.util.find_spec("libtpu") is None:
         raise UserError(f'--topology {name}: needs libtpu, which is not installed; pip install "mimo_jax[tpu]"')
     return Topology(kind, dims, slices)

@@ -1,4 +1,4 @@
-"""`mimo convert`: its flags, and what they call when they run."""
+"""`mimo convert`: its flags, and the functions that they call."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ EXAMPLES = {
   mimo convert import --config configs/lisa_7b.py --joint LISA-7B-v1 --vision clip-vit-large-patch14 --out lisa
   mimo convert import --config configs/mimo_7b.py --joint MODEL --key-map rows.json --out import
 
-A row of a key map is [torch key, path here] or [torch key, path here, op], with {llm_layer}, {vision_layer}, {aligner_block}, … for
-the number of a layer; ops are identity, linear, conv, conv_transpose, squeeze.""",
+A row of a key map is [torch key, parameter path] or [torch key, parameter path, op], with {llm_layer}, {vision_layer},
+{aligner_block}, … for the number of a layer; ops are identity, linear, conv, conv_transpose, squeeze.""",
     "export": """examples:
   mimo convert export --checkpoint runs/b --format hf --out exported        # vision/ and llm/; LoRA merged into llm/
   mimo convert export --checkpoint runs/b --format peft --out adapter       # LoRA alone, for llm/ of --format hf --lora apart
   mimo convert export --checkpoint runs/b --format sam --out sam            # sam_vit_h.pth
   mimo convert export --checkpoint runs/b --format joint --lora apart --out whole
-  mimo convert export --checkpoint runs/b --format mimo --out model         # one directory that needs no other""",
+  mimo convert export --checkpoint runs/b --format mimo --out model         # one self-contained directory""",
     "inspect": """examples:
   mimo convert inspect sam_vit_h_4b8939.pth
   mimo convert inspect vicuna-7b-v1.5 --config configs/mimo_7b.py
@@ -35,7 +35,7 @@ the number of a layer; ops are identity, linear, conv, conv_transpose, squeeze."
 
 
 def add_verbs(convert: argparse.ArgumentParser) -> None:
-    """The verbs of `mimo convert` on its parser."""
+    """Add the verbs of `mimo convert` to its parser."""
     verbs = convert.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name: str, help: str, description: str) -> argparse.ArgumentParser:
@@ -43,58 +43,58 @@ def add_verbs(convert: argparse.ArgumentParser) -> None:
 
     add = verb(
         "import",
-        "PyTorch checkpoints to a mimo_jax checkpoint",
-        "Turn PyTorch checkpoints into a mimo_jax checkpoint that computes the same. What is missing, left over or of another shape "
-        "is listed, and then nothing is written. Settings of the config are set as in `mimo train`: --config.model.llm.vocab_size=32002.",
+        "convert PyTorch checkpoints to a mimo_jax checkpoint",
+        "Convert PyTorch checkpoints to a mimo_jax checkpoint that computes the same. Tensors that are missing, left over or of another "
+        "shape are listed, and then nothing is written. Config fields are set as in `mimo train`: --config.model.llm.vocab_size=32002.",
     )
     add.add_argument(
-        "--config", type=InputPath, required=True, metavar="FILE", help="a config file; packaged ones go by name, as configs/mimo_7b.py"
+        "--config", type=InputPath, required=True, metavar="FILE", help="a config file, or a packaged one, such as configs/mimo_7b.py"
     )
-    add.add_argument("--vision", type=InputPath, metavar="PATH", help="CLIP vision tower, of transformers or open_clip")
+    add.add_argument("--vision", type=InputPath, metavar="PATH", help="CLIP vision tower in the layout of transformers or open_clip")
     add.add_argument("--llm", type=InputPath, metavar="PATH", help="Llama or Vicuna, with its tokenizer")
-    add.add_argument("--sam", type=InputPath, metavar="PATH", help="SAM or MedSAM, facebook's or transformers'")
+    add.add_argument("--sam", type=InputPath, metavar="PATH", help="SAM or MedSAM in the layout of segment-anything or transformers")
     add.add_argument("--lora", type=InputPath, metavar="PATH", help="a PEFT adapter of --llm")
-    add.add_argument("--lora-alpha", type=float, metavar="A", help="alpha of the LoRA weights, where no adapter_config.json says it")
-    add.add_argument("--lora-base", metavar="NAME", help="the adapter's base_model_name_or_path, where --llm is that under another name")
+    add.add_argument("--lora-alpha", type=float, metavar="A", help="alpha of the LoRA weights, if there is no adapter_config.json")
+    add.add_argument("--lora-base", metavar="NAME", help="the adapter's base_model_name_or_path, if --llm has another name")
     add.add_argument("--joint", type=InputPath, metavar="PATH", help="a whole model: LISA, GLaMM, MIMO")
-    add.add_argument("--overlay", type=InputPath, metavar="PATH", help="tensors that stand in for those of the other sources")
-    add.add_argument("--key-map", type=InputPath, metavar="FILE", help="JSON rows beside the tables, for --joint and --overlay")
-    add.add_argument("--seed", type=int, default=0, metavar="N", help="of what no source holds; default: 0")
+    add.add_argument("--overlay", type=InputPath, metavar="PATH", help="tensors that replace those of the other sources")
+    add.add_argument("--key-map", type=InputPath, metavar="FILE", help="JSON rows in addition to the tables, for --joint and --overlay")
+    add.add_argument("--seed", type=int, default=0, metavar="N", help="seed of parameters that no source has; default: 0")
     add.add_argument("--allow-missing", action="append", default=[], metavar="REGEX", help="tensors that may be missing; repeatable")
     add.add_argument("--ignore-extra", action="append", default=[], metavar="REGEX", help="tensors that may be left over; repeatable")
-    add.add_argument("--allow-nonfinite", action="store_true", help="take tensors with NaN or Inf as they are")
-    add.add_argument("--out", type=OutputPath, required=True, metavar="DIR", help="where the checkpoint goes; must not be there")
+    add.add_argument("--allow-nonfinite", action="store_true", help="import tensors with NaN or Inf unchanged")
+    add.add_argument("--out", type=OutputPath, required=True, metavar="DIR", help="folder of the checkpoint; must be new or empty")
     add.set_defaults(run=_import, overrides=())
 
-    out = verb("export", "back to PyTorch, or one self-contained directory", "Write a checkpoint in the formats of other libraries.")
+    out = verb("export", "convert to PyTorch, or to one self-contained directory", "Write a checkpoint in the formats of other libraries.")
     out.add_argument(
         "--checkpoint",
         type=InputPath,
         required=True,
         metavar="PATH",
-        help="a run directory (its newest whole step), one step, or an import",
+        help="a run directory (its newest complete step), one step, or an import",
     )
-    out.add_argument("--base", type=InputPath, metavar="DIR", help="where the frozen base lies, if it was moved")
+    out.add_argument("--base", type=InputPath, metavar="DIR", help="folder of the frozen base, if it was moved")
     out.add_argument("--format", required=True, choices=("hf", "peft", "sam", "joint", "mimo"), help="see the examples")
-    out.add_argument("--lora", default="merged", choices=("merged", "apart"), help="hf, joint: what becomes of LoRA; default: merged")
-    out.add_argument("--out", type=OutputPath, required=True, metavar="DIR", help="where it goes; must not be there")
+    out.add_argument("--lora", default="merged", choices=("merged", "apart"), help="hf, joint: merge LoRA or keep it separate")
+    out.add_argument("--out", type=OutputPath, required=True, metavar="DIR", help="output folder; must be new or empty")
     out.set_defaults(run=_export)
 
-    look = verb("inspect", "what a file of weights is", "Tell what a file or folder of weights is, and how it fits a config.")
+    look = verb("inspect", "describe a file of weights", "Describe a file or folder of weights, and compare it with a config.")
     look.add_argument("path", type=InputPath, metavar="PATH", help="a file, a folder of weights, or a mimo_jax checkpoint")
     look.add_argument("--config", type=InputPath, metavar="FILE", help="compare with this config: missing and left-over tensors")
-    look.add_argument("--key-map", type=InputPath, metavar="FILE", help="JSON rows beside the tables")
+    look.add_argument("--key-map", type=InputPath, metavar="FILE", help="JSON rows in addition to the tables")
     look.add_argument("--json", action="store_true", help="print JSON")
     look.set_defaults(run=_inspect, overrides=())
 
     try_out = verb(
         "roundtrip",
-        "convert random weights of the full size, check and time it",
-        "Make random weights of a config's full size in the original layouts, import them, check every tensor, and time it.",
+        "convert random weights of full size, with check and timing",
+        "Make random weights of a config's full size in the original layouts, import them, check every tensor, and report the times.",
     )
     try_out.add_argument("--config", type=InputPath, required=True, metavar="FILE", help="a config file")
     try_out.add_argument(
-        "--workdir", type=OutputPath, required=True, metavar="DIR", help="where it is done; sources/ and import/ are left there"
+        "--workdir", type=OutputPath, required=True, metavar="DIR", help="working folder; sources/ and import/ are kept there"
     )
     try_out.set_defaults(run=_roundtrip, overrides=())
 

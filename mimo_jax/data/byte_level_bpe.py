@@ -8,7 +8,7 @@ import tokenizers
 
 from mimo_jax.data.tokenizer_base import Tokenizer, TokenizerError
 
-# Names of the end-of-text token; the first that a file has is used. A chat template may end answers with another token.
+# Names of the end-of-text token; the first that a file has is used. A chat template may end answers with a different token.
 _ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<|im_end|>")
 
 

@@ -1,4 +1,4 @@
-"""SentencePiece-style BPE with byte fallback: the tokenizers of Llama 1 and 2, Vicuna and Mistral, and those trained here."""
+"""SentencePiece-style BPE with byte fallback: the tokenizers of Llama 1 and 2, Vicuna and Mistral, and those of `train_tokenizer`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers: which kind a tokenizer.json holds, one learnt from a corpus, and grounding tokens for one that lacks them."""
+"""Tokenizers: loading a tokenizer.json of any kind, training one on a corpus, and adding grounding tokens to one that lacks them."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _ALPHABET = string.ascii_letters + string.digits + string.punctuation + SPACE
 
 
 def load_tokenizer(path: str | os.PathLike, model: ModelConfig | None = None) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, of the kind that its content says. Raises TokenizerError as `Tokenizer` does."""
+    """The tokenizer of a tokenizer.json, whose content determines the class. Raises TokenizerError as `Tokenizer` does."""
     kind = ByteLevelBpe if is_byte_level(read_file(path)[0]) else SentencePieceBpe
     return kind(path, model)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike, tokens: Sequence[str] = GROUNDING_TOKENS) -> Tokenizer:
-    """Learn a BPE tokenizer of exactly `vocab_size` base ids from `texts` and write it, with the grounding `tokens`, to `path`.
+    """Train a BPE tokenizer with exactly `vocab_size` base ids on `texts` and write it, with the grounding `tokens`, to `path`.
 
-    Words are split at spaces and around punctuation and digits, a word keeps the space before it, so that a common word is
-    one token. Bytes stand in for any other letter. What the corpus does not fill is padded with `<unused_i>`.
+    Words are split at spaces and around punctuation and digits; a word keeps the space before it, so that a common word is
+    one token. Other letters are encoded as bytes. Ids that the corpus does not fill are padded with `<unused_i>`.
     """
     special = [*SPECIAL, *BYTES]
-    least = len(special) + len(_ALPHABET)
-    if vocab_size < least:
-        raise TokenizerError(f"{path}: a vocabulary of {vocab_size} is too small; config.model.llm.vocab_size must be at least {least}")
+    min_size = len(special) + len(_ALPHABET)
+    if vocab_size < min_size:
+        raise TokenizerError(f"{path}: a vocabulary of {vocab_size} is too small; config.model.llm.vocab_size must be at least {min_size}")
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     # Llama's normalizer; letters outside ASCII would use up a small vocabulary, and control characters must not merge.
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -68,8 +68,8 @@ def add_grounding(
     source: str | os.PathLike | dict, path: str | os.PathLike, vocab_size: int, tokens: Sequence[str] = GROUNDING_TOKENS
 ) -> Tokenizer:
     """Write the tokenizer.json `source`, a file or its content, to `path`, padded to `vocab_size` base ids and followed by the
-    grounding `tokens` (`ModelConfig.grounding_tokens`). Any that it already has are moved or taken out; another id from
-    `vocab_size` on is an error."""
+    grounding `tokens` (`ModelConfig.grounding_tokens`). Grounding tokens that it already has are moved or removed. Raises
+    TokenizerError for any other id from `vocab_size` on."""
     values = copy.deepcopy(source) if isinstance(source, dict) else read_file(source)[0]
     values["added_tokens"] = [t for t in values.get("added_tokens", []) if t["content"] not in GROUNDING_TOKENS]
     return _write(values, vocab_size, path, tokens)
@@ -80,7 +80,7 @@ def _write(values: dict, vocab_size: int, path: str | os.PathLike, tokens: Seque
     beyond = sorted((i, token) for token, i in ids.items() if i >= vocab_size)
     if beyond:
         named = ", ".join(f"{token} {i}" for i, token in beyond[:3])
-        raise TokenizerError(f"{path}: ids {named} lie beyond a base vocabulary of {vocab_size}; raise config.model.llm.vocab_size")
+        raise TokenizerError(f"{path}: ids {named} exceed a base vocabulary of {vocab_size}; raise config.model.llm.vocab_size")
     taken = set(ids.values())
     vocab = values["model"]["vocab"]
     vocab.update((f"<unused_{i}>", i) for i in range(vocab_size) if i not in taken)

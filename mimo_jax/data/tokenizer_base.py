@@ -1,9 +1,9 @@
-"""What every tokenizer does: ids of plain text and back, and the grounding tokens behind the base vocabulary.
+"""The base class of tokenizers: plain text to ids and back, and the grounding tokens after the base vocabulary.
 
-A file holds `model.llm.vocab_size` base ids, then the grounding tokens: `<p>`, `</p>`, `<SEG>`, or `<SEG>` alone. Text never
-becomes a control token: added tokens are taken out of the encoder, so a user who types "<SEG>" or "</s>" is read letter by
-letter, and control tokens are put in by `conversation.py` alone, by id. Every text is preceded by one space, which decoding takes
-off again; `continued=True` encodes text that goes on in the middle of a line, without it.
+A file has `model.llm.vocab_size` base ids, then the grounding tokens: `<p>`, `</p>`, `<SEG>`, or `<SEG>` alone. Text never
+becomes a control token: added tokens are removed from the encoder, so that "<SEG>" or "</s>" in a user's text is encoded as its
+letters, and only `conversation.py` inserts control tokens, by id. Every text is preceded by one space, which decoding removes;
+`continued=True` encodes text that continues in the middle of a line, without that space.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mimo_jax.model_config import GROUNDING_TOKENS, ModelConfig
 
 
 class TokenizerError(UserError):
-    """A tokenizer file that cannot serve; the message names the file and the remedy."""
+    """A tokenizer file that cannot be used; the message names the file and the remedy."""
 
 
 class Tokenizer(ABC):
-    """Reader of a tokenizer.json with a BPE model; `load_tokenizer` chooses the kind.
+    """Reader of a tokenizer.json with a BPE model; `load_tokenizer` chooses the subclass.
 
-    vocab_size: base ids V0. grounding: names of the ids from V0 on. p_open, p_close (None where they are not among these), seg.
-    bos (None where the file says of none), eos; pad is 0. control: name -> id of the base's ids that carry no text. fingerprint:
-    SHA-256 of the file. Raises TokenizerError if the file is not of this kind, if the grounding tokens do not stand at its end, or
-    if it is not that of `model`.
+    vocab_size: number V0 of base ids. grounding: names of the ids from V0 on. p_open, p_close (None if they are not among these), seg.
+    bos (None if the file has none), eos; pad is 0. control: name -> id of base ids that represent no text. fingerprint:
+    SHA-256 of the file. Raises TokenizerError if the file is not of this kind, if the grounding tokens are not at its end, or
+    if it does not fit `model`.
     """
 
     pad = 0
@@ -55,23 +55,23 @@ class Tokenizer(ABC):
         self.p_open, self.p_close, self.seg = found
         self.grounding = tuple(token for token in GROUNDING_TOKENS if token in ids)
         if model is not None:
-            self._check(model)
+            self._check_model(model)
 
         added = [t["content"] for t in values.get("added_tokens", []) if t["content"] not in self.grounding]
         self.control = {token: ids[token] for token in (*self.special(), *added) if token in ids}
-        # Bytes of each base id; nothing for ids that carry no text.
+        # The bytes of each base id; empty for ids that represent no text.
         self._bytes = [b""] * base
         for token, i in ids.items():
             if i < base and token not in self.control and not token.startswith("<unused_"):
                 self._bytes[i] = self.token_bytes(token)
         merges = [merge for merge in values["model"]["merges"] if _merged(merge) not in self.control]
-        model_alone = {**values["model"], "merges": merges}  # nor does text become one by a merge: "</" and "s>"
+        model_alone = {**values["model"], "merges": merges}  # text must not become a control token by a merge either: "</" and "s>"
         without = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self.build({**values, "model": model_alone, **without}, values)
 
     @abstractmethod
     def check_kind(self, ids: dict[str, int]) -> None:
-        """Raise TokenizerError for a vocabulary (token -> id) that lacks what this kind needs."""
+        """Raise TokenizerError for a vocabulary (token -> id) that lacks tokens that this kind needs."""
 
     @abstractmethod
     def special(self) -> tuple[str, ...]:
@@ -79,22 +79,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, token: str) -> bytes:
-        """The UTF-8 bytes that a token of the vocabulary stands for."""
+        """The UTF-8 bytes that a token of the vocabulary represents."""
 
     @abstractmethod
     def build(self, plain: dict, values: dict) -> None:
-        """Make the encoder from `plain`, the file without added tokens and post-processing, and set bos and eos; values: the file."""
+        """Make the encoder from `plain`, the file's content without added tokens and post-processing, and set bos and eos; values: the
+        file's whole content."""
 
     @abstractmethod
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
-        """Ids of plain text, never a control token. `decode(encode(x)) == x` for any x without lone surrogates (read as "?"), save
-        where the file normalises Unicode. `continued`: no space is put before the text."""
+        """Ids of plain text, without control tokens. `decode(encode(x)) == x` for any x without lone surrogates (encoded as "?"), unless
+        the file normalises Unicode. `continued`: no space is added before the text."""
 
     def __len__(self) -> int:
-        """Ids in all, grounding tokens included."""
+        """Total number of ids, including grounding tokens."""
         return self.vocab_size + len(self.grounding)
 
-    def _check(self, model: ModelConfig) -> None:
+    def _check_model(self, model: ModelConfig) -> None:
         if self.vocab_size != model.llm.vocab_size:
             raise TokenizerError(
                 f"{self.path}: has {self.vocab_size} base ids, config.model.llm.vocab_size is {model.llm.vocab_size}; make them equal"
@@ -107,20 +108,20 @@ class Tokenizer(ABC):
             )
 
     def id_of(self, name: str, setting: str = "data.image_tokens") -> int:
-        """Id of a control token of the base vocabulary; TokenizerError blames the setting of the config that asks for it."""
+        """Id of a control token of the base vocabulary; TokenizerError names the config setting that requires it."""
         if name not in self.control:
             raise TokenizerError(
-                f"config.{setting}: {name} is no control token of the base vocabulary of {self.path}; "
+                f"config.{setting}: {name} is not a control token of the base vocabulary of {self.path}; "
                 f"name two of {', '.join(self.control)}, or none"
             )
         return self.control[name]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, with grounding tokens written out where they stand; other control tokens say nothing."""
+        """Text of ids, with grounding tokens written as their names; other control tokens are omitted."""
         return "".join(p if isinstance(p, str) else self.grounding[p - self.vocab_size] for p in self.pieces(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str | int]:
-        """Runs of text between grounding tokens, and those tokens as ids: a text that merely spells a tag stays text."""
+        """Pieces of text between grounding tokens, and those tokens as ids, so that text that only spells a tag remains text."""
         pieces: list[str | int] = []
         run = bytearray()
         for i in ids:
@@ -148,12 +149,12 @@ def read_file(path: str | os.PathLike) -> tuple[dict, bytes]:
         raise TokenizerError(f"{path}: is not JSON; give a tokenizer.json") from None
     kind = values.get("model", {}).get("type") if isinstance(values, dict) else None
     if kind != "BPE":
-        raise TokenizerError(f"{path}: holds a model of type {kind}; a tokenizer.json with a BPE model is needed")
+        raise TokenizerError(f"{path}: holds a model of type {kind}; give a tokenizer.json with a BPE model")
     return values, raw
 
 
 def _merged(merge: str | Sequence[str]) -> str:
-    """What a merge rule makes; files of before tokenizers 0.20 write it as one text with a space."""
+    """The token that a merge rule makes; files from before tokenizers 0.20 write the rule as one string with a space."""
     return "".join(merge.split(" ") if isinstance(merge, str) else merge)
 
 

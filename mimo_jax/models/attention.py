@@ -1,7 +1,7 @@
-"""The attention of every tower, in one place; `kernels` takes over where sequences are long.
+"""The attention of every tower; for long sequences it calls a kernel of `kernels`.
 
 Axis letters: B batch, T queries, S keys, H heads, G key-value heads, K head width, V value width,
-N groups of rows that share J keys, g side of a token grid.
+N groups of rows that share J prefix keys, g side of a token grid.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ def attention(
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
-    shared: tuple[jax.Array, jax.Array] | None = None,
+    prefix_kv: tuple[jax.Array, jax.Array] | None = None,
     causal: bool = False,
 ) -> jax.Array:
-    """softmax(scale · q kᵀ + bias) v, the softmax in float32.
+    """softmax(scale · q kᵀ + bias) v, with the softmax in float32.
 
-    q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] -> [B, T, H, V] in v's dtype. k and v may have fewer heads G, each for H/G
-    heads of q in a row (grouped queries; a mask is then the same for all heads, and there is no bias).
+    q [B, T, H, K], k [B, S, H, K], v [B, S, H, V] -> [B, T, H, V] in the dtype of v. k and v may have fewer heads G, each of which
+    serves H/G consecutive heads of q (grouped-query attention; a mask is then the same for all heads, and there is no bias).
     mask: bool, broadcastable to [B, H, T, S], True where a query may attend; a query that may attend nowhere gets the mean of all
-    values, not NaN. bias: broadcastable to [B, H, T, S]. scale: K ** -0.5 unless given.
-    shared: further keys and values [N, J, H, K], [N, J, H, V], unmasked, the n-th seen by the rows n·B/N … (n+1)·B/N - 1:
-    the same as if they were repeated for each row and stood before k and v.
-    causal: the t-th query attends to keys 0 … t alone; in place of a mask, so that a kernel may serve (`kernels`).
+    values, not NaN. bias: broadcastable to [B, H, T, S]. scale: K ** -0.5 by default.
+    prefix_kv: further keys and values [N, J, H, K], [N, J, H, V], unmasked; rows n·B/N … (n+1)·B/N - 1 attend to the n-th. The
+    result is the same as if they were repeated for each row and placed before k and v.
+    causal: query t attends only to keys 0 … t; use it instead of a mask, so that a kernel can be used (`kernels`).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if mask is None and bias is None and shared is None:
-        at = mesh.current()
-        kernel = kernels.choose(at, q.dtype, q.shape[1], k.shape[1], q.shape[3])
+    if mask is None and bias is None and prefix_kv is None:
+        context = mesh.current()
+        kernel = kernels.select_kernel(context, q.dtype, q.shape[1], k.shape[1], q.shape[3])
         if kernel == "splash":
-            return kernels.run_splash(q, k, v, scale, causal, at)
+            return kernels.run_splash(q, k, v, scale, causal, context)
         if kernel == "cudnn":
             return kernels.run_cudnn(q, k, v, scale, causal)
         if kernel == "chunked":
@@ -53,27 +53,27 @@ def attention(
         logits = logits + bias.astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    if shared is None:
+    if prefix_kv is None:
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         return jnp.einsum("bhts,bhsv->bhtv", weights, v).swapaxes(1, 2)
 
-    k_shared, v_shared = (x.swapaxes(1, 2) for x in shared)
-    (b, h, t, _), n, j = q.shape, k_shared.shape[0], k_shared.shape[2]
+    k_prefix, v_prefix = (x.swapaxes(1, 2) for x in prefix_kv)
+    (b, h, t, _), n, j = q.shape, k_prefix.shape[0], k_prefix.shape[2]
 
-    def together(x: jax.Array) -> jax.Array:  # [B, H, T, .] -> [N, H, B/N * T, .]: the rows that share keys in one product
+    def group_rows(x: jax.Array) -> jax.Array:  # [B, H, T, .] -> [N, H, B/N * T, .]: rows that share keys are in one matrix product
         return x.reshape(n, b // n, h, t, -1).swapaxes(1, 2).reshape(n, h, b // n * t, -1)
 
-    def apart(x: jax.Array) -> jax.Array:
+    def ungroup_rows(x: jax.Array) -> jax.Array:
         return x.reshape(n, h, b // n, t, -1).swapaxes(1, 2).reshape(b, h, t, -1)
 
-    logits_shared = apart(jnp.einsum("nhtk,nhjk->nhtj", together(q), k_shared, preferred_element_type=jnp.float32)) * scale
-    weights = jax.nn.softmax(jnp.concatenate([logits_shared, logits], axis=-1), axis=-1).astype(v.dtype)
-    out = apart(jnp.einsum("nhtj,nhjv->nhtv", together(weights[..., :j]), v_shared))
+    logits_prefix = ungroup_rows(jnp.einsum("nhtk,nhjk->nhtj", group_rows(q), k_prefix, preferred_element_type=jnp.float32)) * scale
+    weights = jax.nn.softmax(jnp.concatenate([logits_prefix, logits], axis=-1), axis=-1).astype(v.dtype)
+    out = ungroup_rows(jnp.einsum("nhtj,nhjv->nhtv", group_rows(weights[..., :j]), v_prefix))
     return (out + jnp.einsum("bhts,bhsv->bhtv", weights[..., j:], v)).swapaxes(1, 2)
 
 
 def _attend_grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, scale: float) -> jax.Array:
-    """The heads of q that share keys stand behind one another as further queries, so that keys and values are not repeated."""
+    """The heads of q that share keys are stacked along the query axis, so that keys and values are not repeated."""
     b, t, h, _ = q.shape
     groups = k.shape[2]
     q = q.reshape(b, t, groups, h // groups, -1).transpose(0, 3, 1, 2, 4).reshape(b, h // groups * t, groups, -1)
@@ -84,11 +84,11 @@ def _attend_grouped(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | 
 
 
 def fold_relative_position(q: jax.Array, k: jax.Array, rows: jax.Array, columns: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
-    """SAM's decomposed relative position, written into queries and keys, so that any kernel serves without a bias.
+    """SAM's decomposed relative position, folded into queries and keys, so that every kernel can be used without a bias.
 
     q, k [B, g*g, H, K]; rows, columns [2g-1, K]: entry d + g - 1 is for a query d rows (columns) after its key.
     Returns q' = [scale·q, rel_h, rel_w] and k' = [k, onehot(row), onehot(column)], both [B, g*g, H, K + 2g], with
-    q'·k' = scale · q·k + q·rows[Δy] + q·columns[Δx], exactly; the position terms take the unscaled q, as in
+    q'·k' = scale · q·k + q·rows[Δy] + q·columns[Δx] exactly. The position terms use the unscaled q, as in
     segment-anything's `add_decomposed_rel_pos`. Call `attention` on them with scale=1.
     """
     b, t, h, _ = q.shape

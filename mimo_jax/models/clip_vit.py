@@ -2,7 +2,7 @@
 
 Axis letters: N images, H image side in pixels, g patches on a side, I tokens (class token, then g*g patches), D width.
 
-Source: Radford et al. 2021; the parameters are those of transformers' CLIPVisionModel, one for one.
+Source: Radford et al. 2021. The parameters correspond one to one to those of transformers' CLIPVisionModel.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ClipLayer(nnx.Module):
 
 
 class ClipVit(nnx.Module):
-    """The whole tower. Layers above `cfg.feature_layer`, and the last norm, hold parameters so that a checkpoint maps
-    wholly both ways, but do not run."""
+    """The whole tower. Layers above `cfg.feature_layer` and the last norm have parameters, so that a checkpoint can be converted
+    completely in both directions, but they do not run."""
 
     def __init__(self, cfg: ClipConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, scan: ScanConfig = SCAN, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -64,19 +64,19 @@ class ClipVit(nnx.Module):
         self.post_norm = layer_norm(cfg.width, cfg.eps, rngs=rngs, **types)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """pixels float [N, H, H, 3], normalised by MEAN and STD -> X_img [N, I, D], hidden state
+        """pixels float [N, H, H, 3], normalised by MEAN and STD -> X_img [N, I, D], the hidden state
         `cfg.feature_layer`: patches row by row from the top left, after the class token if `cfg.class_token`."""
         patches = self.patch(pixels)
         n, g, _, d = patches.shape
         class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (n, 1, d))
         x = jnp.concatenate([class_token, patches.reshape(n, g * g, d)], axis=1)
         x = self.pre_norm(x + self.position_embedding[...].astype(self.dtype))
-        x = self.layers(x, first=self.cfg.feature_layer % (self.cfg.layers + 1))
+        x = self.layers(x, num_layers=self.cfg.feature_layer % (self.cfg.layers + 1))
         return x if self.cfg.class_token else x[:, 1:]
 
 
 def matmul_counts(cfg: ClipConfig) -> MatmulCounts:
-    """Of one image, through the layers that run."""
+    """Counts of one image, for the layers that run."""
     patches, run = cfg.grid() ** 2, cfg.feature_layer % (cfg.layers + 1)
     tokens = {r"^vision/patch/": patches, r"^vision/layers/": (patches + 1) * run / cfg.layers}
     return MatmulCounts(tokens, run * attention_flops(patches + 1, patches + 1, cfg.width))

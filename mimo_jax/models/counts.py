@@ -1,4 +1,4 @@
-"""What the parts of the model say of their floating-point operations; `analysis.flops` adds them up."""
+"""Counts of floating-point operations that each part of the model reports; `analysis.flops` adds them up."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class MatmulCounts(NamedTuple):
-    """Of one part. tokens: ordered path regex -> how many tokens pass the matrix; products: FLOPs of the products of two activations,
-    such as queries with keys."""
+    """Counts of one part. tokens: ordered path regex -> number of tokens that the matrix is applied to; products: FLOPs of the matrix
+    products of two activations, such as queries with keys."""
 
     tokens: dict[str, float]
     products: float
 
 
 def attention_flops(queries: int, keys: float, width: int) -> float:
-    """FLOPs of queries with keys and of weights with values, all heads together `width` wide."""
+    """FLOPs of the products of queries with keys and of weights with values; `width` is the width of all heads together."""
     return 4.0 * queries * keys * width

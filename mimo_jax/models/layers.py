@@ -1,4 +1,7 @@
-"""Small parts that the vision towers share."""
+"""Layers that several parts of the model share.
+
+Axis letters: N images, H image side in pixels, I inputs, O outputs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from flax import nnx
 
 
 def layer_norm(width: int, eps: float, *, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the last axis, statistics in float32 and in two passes, as torch takes them."""
+    """LayerNorm over the last axis, with statistics in float32 and in two passes, as in torch."""
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
@@ -20,19 +23,19 @@ def patch_embedding(size: int, width: int, *, use_bias: bool, dtype, param_dtype
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x · Φ(x), exact, by erf as torch computes it; jax.nn's default is the tanh approximation, and its exact form the costlier erfc."""
+    """x · Φ(x), exact, with erf as in torch. The default of jax.nn is the tanh approximation, and its exact form uses the slower erfc."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 2**-0.5))
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x · sigmoid(1.702 x), what openai's CLIP was trained with."""
+    """x · sigmoid(1.702 x), which OpenAI's CLIP was trained with."""
     return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
 
 
 class Linear(nnx.Linear):
-    """nnx.Linear over the last axis of x [..., I], with all leading axes folded into one.
+    """nnx.Linear over the last axis, [..., I] -> [..., O], with all leading axes folded into one.
 
-    Folded, the weight gradient contracts one axis; XLA on the CPU takes a path four times slower for two."""
+    The weight gradient then contracts one axis; with two axes, XLA on the CPU is four times slower."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)

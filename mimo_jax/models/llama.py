@@ -1,9 +1,9 @@
-"""Llama with grouped-query attention, LoRA and a KV cache; the grounding rows stand apart from the base's.
+"""Llama with grouped-query attention, LoRA and a KV cache; the rows of the grounding tokens are separate parameters.
 
 Axis letters: B batch, T new tokens, S cache slots, D width, H heads, G key-value heads, K head width,
 F MLP width, V base vocabulary, E grounding tokens, N layers.
 
-Semantics of transformers' LlamaForCausalLM: rotate-half rotary embedding with HF-permuted weights,
+The semantics are those of transformers' LlamaForCausalLM: rotate-half rotary embedding with HF-permuted weights,
 RMSNorm in fp32, SwiGLU.
 """
 
@@ -21,7 +21,7 @@ from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers
 
 
 class RmsNorm(nnx.Module):
-    """x / rms(x) * scale, in fp32 whatever the dtype."""
+    """x / rms(x) * scale, computed in fp32 for every dtype."""
 
     def __init__(self, width: int, eps: float, *, param_dtype=jnp.float32):
         self.scale = nnx.Param(jnp.ones((width,), param_dtype))
@@ -49,7 +49,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class LlamaLayer(nnx.Module):
-    """Pre-norm attention and SwiGLU. Called on (x, cache) so that the cache is updated in place by the scan's carry."""
+    """Pre-norm attention and SwiGLU. It is called on (x, cache), so that the cache is a carry of the scan and updated in place."""
 
     def __init__(self, cfg: LlamaConfig, lora: LoraConfig, targets: tuple[str, ...], *, dtype, param_dtype, rngs: nnx.Rngs):
         head_width = cfg.width // cfg.heads
@@ -110,7 +110,7 @@ class Llama(nnx.Module):
         self.norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)
 
     def new_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
-        """Zeros {"k", "v"}, each [N, B, G, S, K]: heads first, as the attention reads them at every token. Slot s of a row holds
+        """Zeros {"k", "v"}, each [N, B, G, S, K], with heads first, as attention reads them at every token. Slot s of a row is for
         the token at position s."""
         shape = (self.cfg.layers, batch, self.cfg.kv_heads, length, self.cfg.width // self.cfg.heads)
         return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
@@ -122,7 +122,7 @@ class Llama(nnx.Module):
 
     @staticmethod
     def cache_length(cache: dict[str, jax.Array]) -> int:
-        """S, the tokens that a cache has room for."""
+        """S, the number of tokens that a cache has room for."""
         return cache["k"].shape[3]
 
     @staticmethod
@@ -131,11 +131,11 @@ class Llama(nnx.Module):
         return None, None, "kv_heads", None, None
 
     def __call__(self, x: jax.Array, positions: jax.Array, cache: dict[str, jax.Array] | None = None):
-        """x [B, T, D] at `positions` int [B, T], without a cache 0 … T-1 -> hidden [B, T, D] after the final norm.
+        """x [B, T, D] at `positions` int [B, T] (0 … T-1 without a cache) -> hidden [B, T, D] after the final norm.
 
-        With a cache, new keys and values are written to the slots `positions`, and a query at position p attends to
-        slots 0 … p; returns (hidden, cache). Rows are filled from slot 0 without holes, so right padding needs no mask:
-        a padded slot lies beyond every real query, and the next real token overwrites it.
+        With a cache, new keys and values are written to the slots `positions`, a query at position p attends to
+        slots 0 … p, and (hidden, cache) is returned. Rows are filled from slot 0 without gaps, so right padding needs no mask:
+        a padded slot is beyond every real query, and the next real token overwrites it.
         """
         mask = None
         if cache is not None:
@@ -148,17 +148,17 @@ class Llama(nnx.Module):
 
 
 def matmul_counts(cfg: LlamaConfig, length: int) -> MatmulCounts:
-    """Of one sample of `length` tokens; causal attention is half a square."""
+    """Counts of one sample of `length` tokens; causal attention is half a square."""
     return MatmulCounts({r"^llm/": length}, cfg.layers * attention_flops(length, length / 2, cfg.width))
 
 
-# Of rows drawn at random. Far above the customary 0.02, so that words stand out from what the layers of a small model add to them
-# before it has learnt anything.
+# Standard deviation of randomly initialised rows. It is far above the customary 0.02, so that words stand out from what the layers of a
+# small model add to them before it has learnt anything.
 EMBEDDING_STD = 0.5
 
 
 class TokenEmbedding(nnx.Module):
-    """Rows of the base vocabulary [V, D] and of the grounding tokens [E, D], which alone train under LoRA."""
+    """Rows of the base vocabulary [V, D] and of the grounding tokens [E, D]; with LoRA only the latter train."""
 
     def __init__(
         self, cfg: LlmConfig, *, grounding: int = len(GROUNDING_TOKENS), dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
@@ -177,7 +177,7 @@ class TokenEmbedding(nnx.Module):
 
 
 class LanguageHead(nnx.Module):
-    """hidden [..., D] -> logits fp32 [..., V + E]; columns of the grounding tokens stand apart, last."""
+    """hidden [..., D] -> logits fp32 [..., V + E]; the columns of the grounding tokens are a separate parameter and come last."""
 
     def __init__(
         self, cfg: LlmConfig, *, grounding: int = len(GROUNDING_TOKENS), dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs

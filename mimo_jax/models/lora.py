@@ -1,9 +1,9 @@
 """A linear map with an optional low-rank update (LoRA).
 
-Axis letters: ... any leading axes, I in, O out, R rank.
+Axis letters: ... any leading axes, I inputs, O outputs, R rank.
 
-y = x W + (alpha / rank) (x A) B, as in PEFT: A uniform in ±1/sqrt(I), B zero, so that the update is
-zero at the start. Rank 0 makes no parameters. W may be stored as integers (`quantize`), for inference.
+y = x W + (alpha / rank) (x A) B, as in PEFT: A is uniform in ±1/sqrt(I) and B is zero, so that the update is
+zero at the start. Rank 0 makes no parameters. W may be stored as integers (`quantize`) for inference.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class LoraLinear(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """quantization: "" for W as it is, or "int8", "int4"."""
+        """quantization: "" for W in `param_dtype`, or "int8", "int4"."""
         stored = quantize.quantize(jax.random.normal(rngs.params(), (inputs, outputs), param_dtype) * inputs**-0.5, quantization)
         for name, leaf in stored.items():
             setattr(self, name, nnx.Param(leaf))
         self.storage = tuple(stored)
         self.dtype = dtype
         self.scale = alpha / rank if rank else 0.0
-        if rank:  # trained, so always fp32
+        if rank:  # these parameters train, so they are always fp32
             self.lora_a = nnx.Param(_uniform(rngs.params(), (inputs, rank), jnp.float32))
             self.lora_b = nnx.Param(jnp.zeros((rank, outputs), jnp.float32))
 
@@ -56,9 +56,9 @@ class LoraLinear(nnx.Module):
 
 
 def merge_lora(flat: dict[str, jax.Array], alpha: float) -> dict[str, jax.Array]:
-    """Fold every update into its base: {path: array} with `…/lora_a`, `…/lora_b` -> without them, W + (alpha/R) A B.
+    """Fold every update into its base matrix: {path: array} with `…/lora_a`, `…/lora_b` -> without them, W + (alpha/R) A B.
 
-    Stacked layers (leading axes) are folded layer by layer. The sum is taken in fp32 and cast to W's dtype."""
+    Stacked layers (leading axes) are folded layer by layer. The sum is computed in fp32 and cast to the dtype of W."""
     merged = {path: leaf for path, leaf in flat.items() if not path.endswith(("/lora_a", "/lora_b"))}
     for path, a in flat.items():
         if path.endswith("/lora_a"):

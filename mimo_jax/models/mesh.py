@@ -1,9 +1,9 @@
-"""The mesh that a function is traced for, stated once, around the call of a model.
+"""The mesh that a function is traced for, set by a context manager around the call of a model.
 
     with use_mesh(mesh):
         out = model(batch)
 
-Without it a model runs wherever its arguments lie, and XLA alone decides what is split.
+Without it, a model runs where its arguments are, and XLA alone decides what is split.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mimo_jax.sharding import mesh_axes, num_batch_shards
 
 
 class MeshContext(NamedTuple):
-    """platform: "cpu", "gpu" or "tpu"; capability: of NVIDIA's, such as 9.0 for Hopper, else 0; devices: their number; mesh: over which
-    the program is spread, None where that is not known."""
+    """platform: "cpu", "gpu" or "tpu"; capability: compute capability of an NVIDIA device, such as 9.0 for Hopper, else 0; devices: number
+    of devices; mesh: the mesh that the program is partitioned over, None if it is not known."""
 
     platform: str
     capability: float
@@ -34,7 +34,7 @@ _context: contextvars.ContextVar[MeshContext | None] = contextvars.ContextVar("m
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """While a function is traced. The mesh's devices may be of a machine that is not at hand."""
+    """Set the mesh while a function is traced. The devices of the mesh may be those of a machine that is not available."""
     token = _context.set(_describe(mesh.devices.flat[0], mesh.size, mesh))
     try:
         yield
@@ -43,7 +43,7 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def current() -> MeshContext:
-    """What `use_mesh` said, else this process's devices."""
+    """The context that `use_mesh` set, else one of this process's devices."""
     return _context.get() or _describe(jax.devices()[0], jax.device_count())
 
 
@@ -52,8 +52,8 @@ def _describe(device: jax.Device, devices: int, mesh: Mesh | None = None) -> Mes
 
 
 def constrain_batch(tree: Any) -> Any:
-    """Every array's leading axis over the samples' axes of the mesh. XLA would else at times rather send all samples to every device than
-    gather a layer's weights."""
+    """Constrain the leading axis of every array to the mesh axes of the batch. Otherwise XLA sometimes sends all samples to every device
+    instead of gathering the weights of a layer."""
     mesh = current().mesh
     if mesh is None or mesh.size == 1:
         return tree

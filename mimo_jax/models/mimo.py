@@ -1,10 +1,11 @@
-"""MIMO: an image, a question and what the user points at; words out, and a mask for every <SEG>.
+"""MIMO: from an image, a question and visual prompts to an answer in words and a mask for every <SEG>.
 
 Axis letters: N images, B samples (B = N * K: sample b belongs to image b // K), R turns, T tokens of the
-sequence, Q tokens of one turn's X_q, L instruction tokens, P prompt tokens or points, S <SEG> slots, I image tokens,
-D width of the language model, C width of SAM's features, g side of SAM's grid, M side of a mask, V vocabulary.
+sequence, Q tokens of one turn's X_q, L instruction tokens, P prompt tokens or points, S <SEG> slots, I image tokens, H side of an input
+image in pixels, D width of the language model, Dc width of the vision tower, C width of SAM's features, g side of the grid of SAM (of
+the vision tower in attention maps), M side of a mask, V vocabulary.
 
-Reads like the paper: X_img = vision tower(image); X_vis = visual prompt encoder; X_q = Aligner(X_img, X_txt, X_vis);
+As in the paper: X_img = vision tower(image); X_vis = visual prompt encoder(prompts); X_q = Aligner(X_img, X_txt, X_vis);
 hidden = LLM(template with X_q spliced in); masks = SAM decoder(SAM encoder(image), proj(hidden at <SEG>)).
 """
 
@@ -37,18 +38,18 @@ def normalize(pixels: jax.Array, size: jax.Array, mean: tuple, std: tuple, dtype
     return jnp.where(rows & cols, x, 0.0).astype(dtype)
 
 
-# Of SAM's image encoder: [N, g, g, C], or a tuple of arrays, one for each scale.
+# Output of SAM's image encoder: [N, g, g, C], or a tuple of arrays, one for each scale.
 Features = Any
 
 
 def pack_features(x_img: Any, features: Features) -> dict[str, Any]:
-    """What the encoders made of images, as entries of a batch: "x_img" and "sam_features", or "sam_features_0", … for the scales."""
+    """The outputs of the image encoders as entries of a batch: "x_img" and "sam_features", or "sam_features_0", … for several scales."""
     scales = {f"sam_features_{i}": scale for i, scale in enumerate(features)} if isinstance(features, tuple) else {"sam_features": features}
     return {"x_img": x_img, **scales}
 
 
 def unpack_features(packed: Mapping[str, Any]) -> tuple[Any, Features]:
-    """Inverse of `pack_features`; other entries are passed over."""
+    """Inverse of `pack_features`; other entries are ignored."""
     if "sam_features" in packed:
         return packed["x_img"], packed["sam_features"]
     return packed["x_img"], tuple(packed[f"sam_features_{i}"] for i in range(sum(key.startswith("sam_features_") for key in packed)))
@@ -102,12 +103,13 @@ class MimoModel(nnx.Module):
     def align(
         self, image: jax.Array, instruction_ids: jax.Array, instruction_mask: jax.Array, prompt_xy: jax.Array, prompt_kind: jax.Array
     ) -> jax.Array:
-        """X_img [N, I, Dc], instruction [B, R, L], prompts [B, R, P(, 2)] -> X_q [B, R, Q, D], every turn from its own text and prompts."""
+        """X_img [N, I, Dc], instruction [B, R, L], prompts [B, R, P(, 2)] -> X_q [B, R, Q, D]; each turn uses only its own text and
+        prompts."""
         return self.align_with_attention(image, instruction_ids, instruction_mask, prompt_xy, prompt_kind)[0]
 
     def align_with_attention(self, image, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> tuple[jax.Array, jax.Array | None]:
-        """`align`, and where in the image each turn's queries attend: logits [B, R, g, g] on the grid of the vision tower, or None
-        where `aligner.kind` has no queries."""
+        """The result of `align`, and where in the image the queries of each turn attend: logits [B, R, g, g] on the grid of the vision
+        tower, or None if `aligner.kind` has no queries."""
         b, r, _ = instruction_ids.shape
         if self.prompt is None:
             x_q = jnp.repeat(self.aligner.project_image(image), b * r // image.shape[0], axis=0)
@@ -137,7 +139,7 @@ class MimoModel(nnx.Module):
         return self.llm(x, positions, cache)
 
     def new_cache(self, batch: int, length: int) -> Any:
-        """An empty cache of the language model for so many rows and tokens."""
+        """An empty cache of the language model for `batch` rows of `length` tokens."""
         return self.llm.new_cache(batch, length)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -147,7 +149,7 @@ class MimoModel(nnx.Module):
     # --- from <SEG> to masks
 
     def seg_hidden(self, hidden: jax.Array, seg_index: jax.Array) -> jax.Array:
-        """hidden [B, T, D], positions of <SEG> [B, S] -> r_seg [B, S, D]: of the token itself, or of what predicts it."""
+        """hidden [B, T, D], positions of <SEG> [B, S] -> r_seg [B, S, D]: the state of the token itself, or the one that predicts it."""
         index = seg_index - 1 if self.config.seg_state == "predict" else seg_index
         return jnp.take_along_axis(hidden, jnp.maximum(index, 0)[..., None], axis=1)
 
@@ -161,17 +163,17 @@ class MimoModel(nnx.Module):
         """SAM features of N images, r_seg [B, S, D] -> mask logits fp32 [B, S, M, M], predicted IoU fp32 [B, S].
 
         proj(r_seg) is the only sparse prompt and `no_mask` the dense one, as in LISA; all masks of an image share its keys.
-        points: (xy [B, P, 2] in pixels of SAM's frame, labels int [B, P]), which join proj(r_seg) at every <SEG> of a sample; labels
-        as `SamPromptEncoder.embed_points` takes them, below -1 where there is nothing. masks: logits [B, S, M, M] for the dense
-        prompt, such as an earlier call gave."""
+        points: (xy [B, P, 2] in pixels of SAM's frame, labels int [B, P]), added to proj(r_seg) at every <SEG> of a sample; labels
+        are those of `SamPromptEncoder.embed_points`, and below -1 for padding. masks: logits [B, S, M, M] for the dense
+        prompt, such as those that an earlier call returned."""
         b, s, _ = seg_states.shape
         n = jax.tree.leaves(features)[0].shape[0]
         sparse = self.seg_projection(seg_states)[:, :, None]  # [B, S, 1, C]
         valid_mask = None
         if points is not None:
             xy, labels = points
-            marked = self.sam_prompt.embed_points(xy + 0.5, jnp.maximum(labels, -1))[:, None]
-            sparse = jnp.concatenate([jnp.broadcast_to(marked, (b, s, *marked.shape[2:])), sparse], axis=2)
+            point_tokens = self.sam_prompt.embed_points(xy + 0.5, jnp.maximum(labels, -1))[:, None]
+            sparse = jnp.concatenate([jnp.broadcast_to(point_tokens, (b, s, *point_tokens.shape[2:])), sparse], axis=2)
             valid_mask = jnp.pad(labels >= -1, [(0, 0), (0, 1)], constant_values=True)[:, None]
             valid_mask = jnp.broadcast_to(valid_mask, (b, s, valid_mask.shape[-1])).reshape(n, b // n * s, -1)
         dense = self.sam_prompt.no_mask()
@@ -183,7 +185,7 @@ class MimoModel(nnx.Module):
         return logits.reshape(b, s, *logits.shape[-2:]), iou.reshape(b, s)
 
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Teacher-forced forward: batch as `data/loader.py` makes it, with pictures or with what the encoders made of them ->
+        """Teacher-forced forward pass: a batch of `data/loading/loader.py`, with images or with their features (`pack_features`) ->
         {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S], "attention_map" [B, R, g, g] or None}."""
         if "x_img" in batch:
             image, features = jax.tree.map(self._from_bits, unpack_features(batch))
@@ -200,12 +202,12 @@ class MimoModel(nnx.Module):
         return {"hidden": hidden, "masks": masks, "iou": iou, "attention_map": attention_map}
 
     def _from_bits(self, x: jax.Array) -> jax.Array:
-        """uint16, the bits of bfloat16, as `data.loading.features` stores them."""
+        """uint16, the bits of bfloat16 as `data.loading.features` stores them -> the same values in `dtype`."""
         return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(self.dtype)
 
 
 def feature_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Of one image, by name in a batch: see `pack_features`."""
+    """Shapes of the features of one image, by their names in a batch: see `pack_features`."""
     return {key: leaf.shape[1:] for key, leaf in _feature_shapes(config.model_json()).items()}
 
 
@@ -224,7 +226,7 @@ def _feature_shapes(model_json: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def abstract(config: Config):
-    """(graphdef, nested dict of ShapeDtypeStruct): the whole model without its arrays. Traced once for each model config."""
+    """(graphdef, nested dict of ShapeDtypeStruct): the whole model without its arrays. It is traced once per model config."""
     graphdef, shapes = _abstract(config.model_json())
     return graphdef, jax.tree.map(lambda leaf: leaf, shapes)
 

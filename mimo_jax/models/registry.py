@@ -1,9 +1,12 @@
-"""The tables of the model's parts: what each `kind` of vision tower, aligner, language model and mask encoder is made of.
+"""The tables of the model's parts: one row for each `kind` of vision tower, aligner, language model and mask encoder.
 
     register_vision_tower("siglip", VisionTower(SiglipConfig, SiglipVit, MEAN, STD, matmul_counts))
 
-adds one, from any module that is imported before a config names it: by the config file itself, or through MIMO_PLUGINS. The rows of
-the package's own parts are in `standard_parts`. Parameters of a part lie below "vision/", "aligner/", "llm/" and "sam_encoder/".
+adds a row. The module that calls it must be imported before a config names the kind: by the config file itself, or through MIMO_PLUGINS.
+The rows of the package's own parts are in `standard_parts`. The paths of a part's parameters begin with "vision/", "aligner/", "llm/" or
+"sam_encoder/".
+
+Axis letters: N images, H and S side of an input image in pixels, I image tokens, g side of SAM's grid, C width of SAM's features.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ class VisionTower:
     """A row. build(settings, *, dtype, param_dtype, scan, rngs) makes a module that turns pixels [N, H, H, 3], normalised by mean and
     std, into X_img [N, I, settings.width]: `extra_tokens()` first, then the patches row by row.
 
-    mean, std: per channel, of pixels in 0 … 255. matmul_counts(settings): of one image. shardings: rows before those of
-    `sharding.RULES`. component: the table of its tensors in `checkpoints_convert.layouts.COMPONENTS`, empty where there is none."""
+    mean, std: per channel, of pixels in 0 … 255. matmul_counts(settings): counts of one image. shardings: rows placed before those of
+    `sharding.RULES`. component: name of the table of its tensors in `checkpoints_convert.layouts.COMPONENTS`; empty if there is none."""
 
     settings: type[VisionConfig]
     build: Callable[..., nnx.Module]
@@ -42,9 +45,9 @@ class VisionTower:
 
 @dataclass(frozen=True)
 class AlignerKind:
-    """A row. build(model settings, *, dtype, scan, rngs) makes a module as `aligner.CrossAttentionAligner`, or, where the settings say
-    `image_only()`, as `aligner.LinearProjector`. matmul_counts(model settings, share): of all turns of one sample, `share` of what is
-    computed once per image. shardings, component: as of `VisionTower`."""
+    """A row. build(model settings, *, dtype, scan, rngs) makes a module with the interface of `aligner.CrossAttentionAligner`, or of
+    `aligner.LinearProjector` if `settings.image_only()`. matmul_counts(model settings, share): counts of all turns of one sample, with
+    the fraction `share` of what is computed once per image. shardings, component: as in `VisionTower`."""
 
     settings: type[AlignerConfig]
     build: Callable[..., nnx.Module]
@@ -57,7 +60,7 @@ class AlignerKind:
 class LanguageModel:
     """A row. build(settings, lora, targets, *, dtype, param_dtype, scan, rngs) makes a module with the methods of `llama.Llama`: its call,
     `new_cache`, `extend_cache`, `cache_length` and `cache_axes`. Embeddings and head are the same for every kind.
-    matmul_counts(settings, length): of one sample of `length` tokens. shardings, component: as of `VisionTower`."""
+    matmul_counts(settings, length): counts of one sample of `length` tokens. shardings, component: as in `VisionTower`."""
 
     settings: type[LlmConfig]
     build: Callable[..., nnx.Module]
@@ -69,8 +72,9 @@ class LanguageModel:
 @dataclass(frozen=True)
 class MaskEncoder:
     """A row. build(settings, *, dtype, param_dtype, scan, rngs) makes a module that turns pixels [N, S, S, 3], normalised by mean and std,
-    into what its decoder reads: features [N, g, g, C] for `MaskDecoder`, or a tuple of arrays, one for each scale, for a decoder of its
-    own. decoder(settings, *, dtype, param_dtype, rngs) makes a module that is called as `MaskDecoder`. The rest as of `VisionTower`."""
+    into the input of its decoder: features [N, g, g, C] for `MaskDecoder`, or a tuple of arrays, one for each scale, for another
+    decoder. decoder(settings, *, dtype, param_dtype, rngs) makes a module with the call of `MaskDecoder`. The other fields are as in
+    `VisionTower`."""
 
     settings: type[SamConfig]
     build: Callable[..., nnx.Module]
@@ -93,7 +97,7 @@ TABLES: dict[str, dict[str, Any]] = {"vision": VISION_TOWERS, "aligner": ALIGNER
 
 
 def register_vision_tower(kind: str, row: VisionTower) -> None:
-    """Add a kind of `config.model.vision`. Raises ValueError for one that is registered already, here and in the functions below."""
+    """Add a kind of `config.model.vision`. This and the functions below raise ValueError for a kind that is already registered."""
     _register("vision", kind, row)
 
 
@@ -115,11 +119,11 @@ def register_mask_encoder(kind: str, row: MaskEncoder) -> None:
 def _register(section: str, kind: str, row: Part) -> None:
     table = TABLES[section]
     if kind in table or KINDS[section].get(kind, row.settings) is not row.settings:
-        raise ValueError(f"config.model.{section}.kind {kind}: is registered already; choose another name")
+        raise ValueError(f"config.model.{section}.kind {kind}: is already registered; choose another name")
     sharding.add_rules(row.shardings)
     types = get_type_hints(row.settings)
     for entry in fields(row.settings):
-        entry.type = types[entry.name]  # postponed annotations are text, and the flags of a command line need the type itself
+        entry.type = types[entry.name]  # postponed annotations are text, but command-line flags need the type itself
     table[kind] = row
     KINDS[section][kind] = row.settings
 

@@ -1,11 +1,12 @@
-"""SAM's prompt encoder and mask decoder: features of an image and sparse prompts to masks.
+"""SAM's prompt encoder and mask decoder: from the features of an image and sparse prompts to masks.
 
 Axis letters: B images, S masks of an image, n sparse prompts of a mask, t decoder tokens (IoU, masks, prompts),
-g side of the feature grid, p = g*g, C width, K mask tokens (4), m masks returned (1 or 3).
+g side of the feature grid, p = g*g, C width, K mask tokens (4), m masks returned (1 or 3). In `DecoderAttention`: X, Y the S masks
+or 1, a queries, b keys.
 
-Source: Kirillov et al. 2023; the parameters are those of segment-anything's PromptEncoder and MaskDecoder, one for
-one. Here many masks share one image: its features, and their position code, are not repeated for each mask until
-they differ between masks, which is after the first layer.
+Source: Kirillov et al. 2023. The parameters correspond one to one to those of segment-anything's PromptEncoder and MaskDecoder. Here
+many masks share one image: its features and their positional encoding are not repeated for each mask until they differ between masks,
+which is after the first layer.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from mimo_jax.models.attention import attention
 from mimo_jax.models.layers import Linear, gelu, layer_norm
 from mimo_jax.models.scan import ScannedLayers
 
-MASK_TOKENS = 4  # token 0 is the one mask of an unambiguous prompt, 1 .. 3 are the alternatives of an ambiguous one
+MASK_TOKENS = 4  # token 0 is the mask of an unambiguous prompt, 1 .. 3 are the alternatives of an ambiguous one
 MASK_PROMPT_WIDTH = 16
-CONV_EPS = 1e-6  # of LayerNorm over channels of a feature map; the transformer's is 1e-5
+CONV_EPS = 1e-6  # eps of LayerNorm over channels of a feature map; the transformer uses 1e-5
 
 
 class SamPromptEncoder(nnx.Module):
     """Points, boxes and masks to prompt embeddings.
 
-    Coordinates are (x, y) in the continuous frame [0, image_size]: pixel i spans [i, i + 1]. segment-anything takes
-    pixel indices and adds 0.5 itself; that shift is the caller's here (`geometry`).
+    Coordinates are (x, y) in the continuous frame [0, image_size]: pixel i spans [i, i + 1]. segment-anything expects
+    pixel indices and adds 0.5 itself; here the caller adds it (`geometry`).
     """
 
     def __init__(self, cfg: SamConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
@@ -42,7 +43,7 @@ class SamPromptEncoder(nnx.Module):
         def embedding(*shape: int) -> nnx.Param:
             return nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
 
-        # Frequencies of the position code stay float32: rounded to bfloat16 the code is off by up to 0.13 (see `pe_dtype`).
+        # The Fourier frequencies stay float32: rounded to bfloat16, the encoding is off by up to 0.13 (see `pe_dtype`).
         self.gaussian = nnx.Param(jax.random.normal(rngs.params(), (2, c // 2), jnp.float32))
         self.point_embedding = embedding(4, c)  # point out, point in, box top left, box bottom right
         self.not_a_point_embedding = embedding(c)
@@ -60,9 +61,9 @@ class SamPromptEncoder(nnx.Module):
         masks: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """(xy [..., n, 2], labels int [..., n]: 1 in, 0 out, -1 none), boxes [..., 4], mask logits [..., 4g, 4g]
-        -> (sparse [..., n', C], dense [..., g, g, C], or [C] without masks), as `MaskDecoder` takes them.
+        -> (sparse [..., n', C], dense [..., g, g, C], or [C] without masks), the inputs of `MaskDecoder`.
 
-        Points without a box are followed by one "not a point", as SAM was trained."""
+        Points without a box are followed by one "not a point", as in SAM's training."""
         sparse = []
         if points is not None:
             xy, labels = points
@@ -79,14 +80,14 @@ class SamPromptEncoder(nnx.Module):
         return jnp.concatenate(sparse, axis=-2), dense
 
     def dense_pe(self) -> jax.Array:
-        """Position code of the feature grid, float32 [g, g, C]."""
+        """Positional encoding of the feature grid, float32 [g, g, C]."""
         g = self.cfg.grid()
         centres = (jnp.arange(g) + 0.5) / g
         x, y = jnp.meshgrid(centres, centres)
         return self.positional_encoding(jnp.stack([x, y], axis=-1))
 
     def no_mask(self) -> jax.Array:
-        """The dense prompt where there is no mask: [C], the same everywhere."""
+        """The dense prompt without a mask: [C], the same at every position."""
         return self.no_mask_embedding[...].astype(self.dtype)
 
     def embed_points(self, xy: jax.Array, labels: jax.Array) -> jax.Array:
@@ -109,13 +110,13 @@ class SamPromptEncoder(nnx.Module):
         return x.reshape(*masks.shape[:-2], *x.shape[1:])
 
     def positional_encoding(self, xy: jax.Array) -> jax.Array:
-        """Random Fourier features of xy [..., 2] in 0 .. 1 -> float32 [..., C], every step rounded to `pe_dtype`."""
+        """Random Fourier features of xy [..., 2] in 0 .. 1 -> float32 [..., C], with every step rounded to `pe_dtype`."""
 
-        def rounded(x: jax.Array) -> jax.Array:  # not by a cast and back, which XLA may leave out
+        def rounded(x: jax.Array) -> jax.Array:  # no cast to bfloat16 and back, because XLA may remove that
             return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if self.cfg.pe_dtype == "bfloat16" else x
 
         centred = rounded(2.0 * xy.astype(jnp.float32) - 1.0)
-        # Two products and a sum, not a matmul: an accelerator's would round the angles to bfloat16.
+        # Two products and a sum instead of a matmul: an accelerator would round the angles of a matmul to bfloat16.
         g = rounded(self.gaussian[...].astype(jnp.float32))
         angle = rounded(2.0 * jnp.pi * rounded(centred[..., 0:1] * g[0] + centred[..., 1:2] * g[1]))
         return rounded(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1))
@@ -133,14 +134,14 @@ class DecoderAttention(nnx.Module):
         self.o = Linear(inner, width, **types)
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, valid_mask: jax.Array | None = None) -> jax.Array:
-        """q [B, X, a, C], k and v [B, Y, b, C] -> [B, max(X, Y), a, C]; X and Y are the S masks, or 1: shared by all. valid_mask: bool
-        [B, Y, b], the keys that count; None for all."""
+        """q [B, X, a, C], k and v [B, Y, b, C] -> [B, max(X, Y), a, C]; X and Y are the S masks, or 1 if all masks share them.
+        valid_mask: bool [B, Y, b], the keys that queries may attend to; None for all."""
         q, k, v = self.q(q), self.k(k), self.v(v)
         batch, masks, length, _ = q.shape
         if k.shape[1] > 1:
             masks = k.shape[1]
             q = jnp.broadcast_to(q, (batch, masks, *q.shape[2:]))
-        # Queries do not see one another, so over shared keys (leading axis B, not B*S) those of all masks go together.
+        # Queries do not attend to one another, so with shared keys (leading axis B, not B*S) those of all masks are processed together.
         q, k, v = (x.reshape(batch * k.shape[1], -1, self.heads, x.shape[-1] // self.heads) for x in (q, k, v))
         mask = None if valid_mask is None else valid_mask.reshape(q.shape[0], 1, 1, -1)
         return self.o(attention(q, k, v, mask).reshape(batch, masks, length, -1))
@@ -149,7 +150,7 @@ class DecoderAttention(nnx.Module):
 class TwoWayBlock(nnx.Module):
     """Tokens attend to one another and to the image, then the image attends to the tokens; post-norm.
 
-    The first block's self-attention has no position code and no residual: it replaces the tokens."""
+    The self-attention of the first block has no positional encoding and no residual connection: it replaces the tokens."""
 
     def __init__(self, cfg: SamConfig, *, first: bool, dtype, param_dtype, rngs: nnx.Rngs):
         self.first = first
@@ -166,7 +167,7 @@ class TwoWayBlock(nnx.Module):
         self.image_norm = layer_norm(c, 1e-5, **types)
 
     def __call__(self, carry: tuple[jax.Array, jax.Array], token_code: jax.Array, image_code: jax.Array, valid_mask: jax.Array | None):
-        """(tokens [B, S, t, C], image [B, 1 or S, p, C]), their position codes, the tokens that count bool [B, S, t] or None
+        """(tokens [B, S, t, C], image [B, 1 or S, p, C]), their positional encodings, the valid tokens bool [B, S, t] or None
         -> (tokens, image [B, S, p, C])."""
         tokens, image = carry
         if self.first:
@@ -182,7 +183,7 @@ class TwoWayBlock(nnx.Module):
 
 
 class Upscale(nnx.Module):
-    """ConvTranspose of kernel 2 and stride 2: windows do not overlap, so it is a matmul and a pixel shuffle."""
+    """ConvTranspose with kernel 2 and stride 2: windows do not overlap, so it is a matmul and a pixel shuffle."""
 
     def __init__(self, width: int, out: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         self.dtype = dtype
@@ -200,7 +201,7 @@ class Upscale(nnx.Module):
 
 
 class HypernetworkMlps(nnx.Module):
-    """One MLP of three layers for each mask token, parameters stacked on a leading axis K."""
+    """One MLP of three layers for each mask token; the parameters are stacked on a leading axis K."""
 
     def __init__(self, width: int, out: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(batch_axis=0)
@@ -219,7 +220,7 @@ class HypernetworkMlps(nnx.Module):
 
 
 class IouHead(nnx.Module):
-    """MLP of three layers: predicted IoU of each mask token's mask."""
+    """An MLP of three layers that predicts the IoU of the mask of each mask token."""
 
     def __init__(self, width: int, hidden: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -261,23 +262,23 @@ class MaskDecoder(nnx.Module):
         multimask: bool = False,
         valid_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """features [B, g, g, C], or a tuple of these and of finer ones that `upscale` reads; image_pe [g, g, C], sparse [B, S, n, C],
+        """features [B, g, g, C], or a tuple of these and of finer ones for `upscale`; image_pe [g, g, C], sparse [B, S, n, C],
         dense [C] or [B, S, g, g, C]
         -> mask logits float32 [B, S, m, 4g, 4g], predicted IoU float32 [B, S, m].
 
         m = 1: the mask of token 0. multimask: m = 3, those of tokens 1 .. 3. sparse and dense: see `SamPromptEncoder`. valid_mask: bool
-        [B, S, n], the sparse prompts that are there, as if the others were left away; None for all."""
+        [B, S, n], the sparse prompts to use; the result is the same as if the others were omitted; None for all."""
         features, *finer = features if isinstance(features, tuple) else (features,)
         b, s, _, c = sparse.shape
         g = features.shape[1]
-        own = jnp.concatenate([self.iou_token[...][None], self.mask_tokens[...]]).astype(self.dtype)
-        tokens = jnp.concatenate([jnp.broadcast_to(own, (b, s, *own.shape)), sparse.astype(self.dtype)], axis=2)
+        output_tokens = jnp.concatenate([self.iou_token[...][None], self.mask_tokens[...]]).astype(self.dtype)
+        tokens = jnp.concatenate([jnp.broadcast_to(output_tokens, (b, s, *output_tokens.shape)), sparse.astype(self.dtype)], axis=2)
         image = features.astype(self.dtype)[:, None] + dense.astype(self.dtype)
         image = image.reshape(b, -1, g * g, c)
         image_code = image_pe.astype(self.dtype).reshape(g * g, c)
 
         if valid_mask is not None:
-            valid_mask = jnp.concatenate([jnp.ones((b, s, own.shape[0]), bool), valid_mask], axis=2)
+            valid_mask = jnp.concatenate([jnp.ones((b, s, output_tokens.shape[0]), bool), valid_mask], axis=2)
         token_code = tokens
         tokens, image = self.first((tokens, image), token_code, image_code, valid_mask)
         if self.rest is not None:
@@ -291,6 +292,6 @@ class MaskDecoder(nnx.Module):
         return masks, self.iou_head(tokens[:, :, 0])[..., chosen].astype(jnp.float32)
 
     def upscale(self, image: jax.Array, finer: Sequence[jax.Array] = ()) -> jax.Array:
-        """[B, S, g, g, C] -> [B, S, 4g, 4g, C/8]. finer: further features of the B images; SAM has none, decoders that derive from this one
-        add theirs here."""
+        """[B, S, g, g, C] -> [B, S, 4g, 4g, C/8]. finer: features of the B images at higher resolution; SAM has none, and subclasses add
+        theirs here."""
         return gelu(self.upscale2(gelu(self.upscale_norm(self.upscale1(image)))))

@@ -1,11 +1,11 @@
 """SAM's image encoder: a vision transformer of windowed and global blocks, and a convolutional neck.
 
-Axis letters: N images (or windows), S image side in pixels, g tokens on a side, w window side in tokens, D width,
-H heads, C decoder width.
+Axis letters: N images (or windows), S image side in pixels, g tokens on a side, n windows on a side, w window side in tokens,
+D width, C decoder width.
 
-Source: Kirillov et al. 2023 after Li et al. 2022 (ViTDet); the parameters are those of segment-anything's
-ImageEncoderViT, one for one. Blocks stand in stages of (global_every - 1) windowed blocks and a global one, scanned
-within and over stages, so that 32 blocks compile as two.
+Source: Kirillov et al. 2023 after Li et al. 2022 (ViTDet). The parameters correspond one to one to those of segment-anything's
+ImageEncoderViT. The blocks form stages of (global_every - 1) windowed blocks and a global one, scanned within and over stages,
+so that 32 blocks compile as two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EPS = 1e-6
 
 
 def to_windows(x: jax.Array, w: int) -> jax.Array:
-    """[N, g, g, D] -> [N*n*n, w, w, D], n windows on a side, zeros beyond the grid's right and bottom edge."""
+    """[N, g, g, D] -> [N*n*n, w, w, D], n windows on a side, with zeros beyond the right and bottom edge of the grid."""
     n, g, _, d = x.shape
     side = -(-g // w)
     pad = side * w - g
@@ -66,7 +66,7 @@ class SamBlock(nnx.Module):
         """x [N, g, g, D] -> the same."""
         y = self.attention_norm(x)
         if self.window:
-            # Padding takes part in attention like any token: segment-anything does not mask it, and was trained so.
+            # Padding is attended to like any token: segment-anything does not mask it, and was trained in this way.
             y = from_windows(self.attention(to_windows(y, self.window)), x.shape[1])
         else:
             y = self.attention(y)
@@ -109,7 +109,7 @@ class SamEncoder(nnx.Module):
         c = cfg.decoder_width
         self.patch = patch_embedding(cfg.patch_size, cfg.width, use_bias=True, rngs=rngs, **types)
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (g, g, cfg.width), param_dtype) * 0.02)
-        # Blocks are rematerialised one by one, inside the stage.
+        # The blocks are rematerialised one by one, inside the stage.
         self.stages = ScannedLayers(
             lambda r: SamStage(cfg, scan=scan, rngs=r, **types),
             cfg.layers // cfg.global_every,
@@ -122,7 +122,7 @@ class SamEncoder(nnx.Module):
         self.neck_out_norm = layer_norm(c, EPS, rngs=rngs, **types)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """pixels float [N, S, S, 3], normalised by MEAN and STD, then zero outside of the content
+        """pixels float [N, S, S, 3], normalised by MEAN and STD, then set to zero outside the content
         -> features [N, g, g, C]."""
         x = self.patch(pixels) + self.position_embedding[...].astype(self.dtype)
         x = self.stages(x)
@@ -130,7 +130,7 @@ class SamEncoder(nnx.Module):
 
 
 def matmul_counts(cfg: SamVitConfig) -> MatmulCounts:
-    """Of one image. The terms of relative position are products of each query with a row of each table."""
+    """Counts of one image. The relative position terms are products of each query with a row of each table."""
     g = cfg.grid()
     windows, stages = -(-g // cfg.window), cfg.layers // cfg.global_every
 

@@ -1,8 +1,8 @@
-"""Split, merge and scan of Flax NNX modules: the one place where modules meet plain JAX.
+"""Splitting, merging and scanning of Flax NNX modules: the only place where modules meet plain JAX.
 
 Axis letters: N layers of a stack.
 
-Outside this file parameters are nested dicts of arrays (`pathtree`), jitted by `jax.jit` and
+Outside this file, parameters are nested dicts of arrays (`pathtree`), jitted by `jax.jit` and
 differentiated by `jax.value_and_grad`; modules exist only while a function is traced.
 """
 
@@ -24,8 +24,8 @@ _POLICIES = {
 
 
 class ScanConfig(NamedTuple):
-    """How a stack is run. remat: "none", "full" or "dots". unroll: write the layers out, one after the other, in the compiled
-    program; a fifth faster for small models on a CPU, where loops bound the fusion of operations, and slower to compile."""
+    """How a stack is run. remat: "none", "full" or "dots". unroll: unroll the loop over the layers in the compiled program. It is
+    a fifth faster for small models on a CPU, where loops limit the fusion of operations, and slower to compile."""
 
     remat: str = "none"
     unroll: bool = False
@@ -42,26 +42,26 @@ def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, dict]:
 
 
 def init_params(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> dict:
-    """Nested dict of freshly drawn parameters; call it under `jax.jit` with out_shardings for big models."""
+    """Nested dict of parameters drawn from `key`; for large models, call it under `jax.jit` with out_shardings."""
     return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key))))
 
 
 def bind(graphdef: Any, params: dict) -> nnx.Module:
-    """The module with these parameters in place."""
+    """The module with these parameters."""
     return nnx.merge(graphdef, nnx.State(params))
 
 
 def rematerialised(function: Callable, remat: str) -> Callable:
-    """`function` with its intermediates recomputed in the backward pass as `remat` says; for use inside a scan only."""
+    """`function` with its intermediates recomputed in the backward pass according to `remat`; for use inside a scan only."""
     if remat == "none":
         return function
     return jax.checkpoint(function, policy=_POLICIES[remat], prevent_cse=False)
 
 
 class ScannedLayers(nnx.Module):
-    """N equal blocks, parameters stacked on a leading axis N, applied by `lax.scan`, so that N layers compile as one.
+    """N blocks of equal shapes, with parameters stacked on a leading axis N, applied by `lax.scan`, so that N layers compile as one.
 
-    `make` builds one block from an Rngs. A block is called as `block(x, *shared, **per_layer) -> x` or, where the
+    `make` builds one block from an Rngs. A block is called as `block(x, *shared, **per_layer) -> x` or, if the
     stack is called with `with_output=True`, `-> (x, y)`.
     """
 
@@ -72,9 +72,9 @@ class ScannedLayers(nnx.Module):
         self.scan = scan
         self.block = nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
 
-    def __call__(self, x: Any, *shared: Any, per_layer: Any = None, with_output: bool = False, first: int | None = None):
-        """x: the carry (any pytree). shared: the same for every layer. per_layer: pytree with leading axis N, passed as
-        the keyword arguments of the block. first: run only so many layers, from the bottom. Returns x, or
+    def __call__(self, x: Any, *shared: Any, per_layer: Any = None, with_output: bool = False, num_layers: int | None = None):
+        """x: the carry (any pytree). shared: arguments that are the same for every layer. per_layer: dict of arrays with leading axis N,
+        whose entries are passed as keyword arguments. num_layers: run only this number of layers, from the bottom. Returns x, or
         (x, stacked outputs [N, ...]) if `with_output`."""
         graphdef, state = nnx.split(self.block)
 
@@ -84,12 +84,12 @@ class ScannedLayers(nnx.Module):
             return out if with_output else (out, None)
 
         body = rematerialised(body, self.scan.remat)
-        if first is None or first == self.layers:
+        if num_layers is None or num_layers == self.layers:
             x, ys = jax.lax.scan(body, x, (state, per_layer), unroll=self.scan.unroll or 1)
         else:
-            # Layers are picked by index: a slice [:first] of the parameters would be copied (CLIP ViT-H: 1.2 GB).
+            # Layers are selected by index: a slice [:num_layers] of the parameters would be copied (CLIP ViT-H: 1.2 GB).
             def layer(i):
                 return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), (state, per_layer))
 
-            x, ys = jax.lax.scan(lambda carry, i: body(carry, layer(i)), x, jnp.arange(first))
+            x, ys = jax.lax.scan(lambda carry, i: body(carry, layer(i)), x, jnp.arange(num_layers))
         return (x, ys) if with_output else x

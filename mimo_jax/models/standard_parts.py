@@ -1,4 +1,4 @@
-"""The package's own parts: one row for each `kind`; see `registry`."""
+"""Registers the package's own parts: one row for each `kind`; see `registry`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The visual prompt encoder: points, boxes and scribbles to X_vis, and the position code that they share with the image.
+"""The visual prompt encoder: points, boxes and scribbles to X_vis, and the positional encoding that they share with the image.
 
 Axis letters: B batch, R turns, P prompt tokens, I image tokens, W width of X_vis.
 
-A point is one token, a box two (its corners), a scribble several along its line; a token is the
-random-Fourier code of its place plus an embedding of its kind (SAM's prompt encoding). MIMO, section
-"visual prompt encoder"; scribbles are ours.
+A point is one token, a box two (its corners), a scribble several along its line. A token is the random Fourier
+encoding of its position plus an embedding of its kind, as in SAM's prompt encoder. See MIMO, section
+"visual prompt encoder"; scribbles are an addition of this project.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flax import nnx
 
 from mimo_jax.model_config import PromptConfig, VisionConfig
 
-KINDS = 6  # 0 none, 1 point in, 2 point out, 3 box top left, 4 box bottom right, 5 scribble
+KINDS = 6  # 0 padding, 1 point inside, 2 point outside, 3 top left of a box, 4 bottom right of a box, 5 scribble
 
 
 class VisualPromptEncoder(nnx.Module):
@@ -26,13 +26,13 @@ class VisualPromptEncoder(nnx.Module):
         self.kind = nnx.Param(jax.random.normal(rngs.params(), (KINDS, cfg.width)) * 0.5)
 
     def positional_encoding(self, xy: jax.Array) -> jax.Array:
-        """xy fp32 [..., 2], pixels of the vision frame (integers are centres) -> [..., W], always computed in fp32."""
+        """xy fp32 [..., 2] in pixels of the vision frame (integers are centres) -> [..., W], always computed in fp32."""
         unit = 2.0 * (xy.astype(jnp.float32) + 0.5) / self.image_size - 1.0
         angle = 2.0 * jnp.pi * (unit @ self.fourier_basis[...])
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).astype(self.dtype)
 
     def image_code(self) -> jax.Array:
-        """[I, W]: the code of each patch's centre, in the order of X_img; tokens before the patches' stand at the image's middle."""
+        """[I, W]: the encoding of each patch's centre, in the order of X_img; tokens before the patches have that of the image's centre."""
         centre = (jnp.arange(self.grid) + 0.5) * (self.image_size / self.grid) - 0.5
         xy = jnp.stack(jnp.meshgrid(centre, centre, indexing="xy"), axis=-1).reshape(-1, 2)
         if self.extra_tokens:
@@ -40,6 +40,6 @@ class VisualPromptEncoder(nnx.Module):
         return self.positional_encoding(xy)
 
     def __call__(self, xy: jax.Array, kind: jax.Array) -> jax.Array:
-        """xy [B, R, P, 2], kind int [B, R, P] -> X_vis [B, R, P, W]. Kind 0 (no prompt here) yields its embedding alone."""
+        """xy [B, R, P, 2], kind int [B, R, P] -> X_vis [B, R, P, W]. Kind 0 (padding) yields its embedding alone."""
         code = self.positional_encoding(xy) * (kind > 0)[..., None].astype(self.dtype)
         return code + jnp.take(self.kind[...], kind, axis=0).astype(self.dtype)

@@ -1,6 +1,6 @@
-"""From what each process makes of a batch to global arrays on the mesh.
+"""From the part of a batch that each process makes to global arrays on the mesh.
 
-Axis letters: B samples of the global batch, N images, K = B / N samples that share one.
+Axis letters: B samples of the global batch, N images, K = B / N samples that share an image.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from jax.sharding import Mesh
 from mimo_jax import sharding
 
 
-def images_here(mesh: Mesh, images: int) -> list[int]:
-    """Which of the N images of every batch the devices of this process need, ascending. Processes whose devices share samples (the
-    tensor axis runs through both) need the same."""
-    shares = sharding.batch_sharding(mesh).addressable_devices_indices_map((images,)).values()
-    return sorted({image for (share,) in shares for image in range(*share.indices(images))})
+def local_images(mesh: Mesh, images: int) -> list[int]:
+    """The indices, ascending, of those of the N images of every batch that the devices of this process need. Processes whose devices
+    share samples (because the tensor axis spans both) need the same images."""
+    image_slices = sharding.batch_sharding(mesh).addressable_devices_indices_map((images,)).values()
+    return sorted({image for (share,) in image_slices for image in range(*share.indices(images))})
 
 
-def place(mesh: Mesh, images: int, here: Sequence[int], batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The global batch, arrays [B or N, ...], of N images; batch: those of the images `here`."""
+def make_global_batch(mesh: Mesh, images: int, here: Sequence[int], batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The global batch of N images, arrays [B or N, ...]. here: the images of this process, see `local_images`; batch: their arrays."""
     split = sharding.batch_sharding(mesh)
     at = {image: number for number, image in enumerate(here)}
 
     def globally(value: np.ndarray) -> jax.Array:
-        rows = len(value) // len(here)  # of one image: 1 or K
+        rows = len(value) // len(here)  # rows per image: 1 or K
 
         def share(index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(images * rows)

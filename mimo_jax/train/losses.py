@@ -2,12 +2,12 @@
 
 Axis letters: B samples, T tokens, V vocabulary, S <SEG> slots, M side of a mask in pixels, R user turns, g side of the vision tower's grid.
 
-The last part is not the paper's: where the aligner's queries attend [B, R, g, g], against the masks that the turn's answer is about
-(none where it says that something is absent), the mean over turns of which that is known.
+The last term is an addition of this project: the attention map of the aligner's queries [B, R, g, g] against the masks that the turn's
+answer is about (an empty mask where the answer says that something is absent), averaged over the turns for which these are known.
 
-CE is the mean over unmasked tokens; BCE the mean over the pixels of a mask and Dice 1 − (2Σpg + 1)/(Σp + Σg + 1), both summed
-over masks and divided by their number (LISA's convention). Every sum carries the sample's weight, so that
-a placeholder counts nowhere. Sums and weights are returned apart: gradient accumulation divides once.
+CE is the mean over unmasked tokens; BCE is the mean over the pixels of a mask and Dice is 1 − (2Σpg + 1)/(Σp + Σg + 1), both summed
+over masks and divided by their number (LISA's convention). Every sum is weighted by the sample's weight, so that padding
+samples do not count. Sums and weights are returned separately, so that gradient accumulation divides only once.
 """
 
 from __future__ import annotations
@@ -24,36 +24,37 @@ EPS = 1.0
 
 
 def token_loss(
-    logits_of: Callable[[jax.Array], jax.Array], hidden: jax.Array, input_ids: jax.Array, weight: jax.Array, chunk: int
+    logits_fn: Callable[[jax.Array], jax.Array], hidden: jax.Array, input_ids: jax.Array, weight: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """logits_of hidden [B, T, D], [B, T, V], predict the token one to the right; weight [B, T] is that of the predicted token.
-    Returns (sum of CE, sum of weights, weighted number of tokens predicted right). The logits of so many tokens of a sample exist at
-    a time, [B, chunk, V], also in the backward pass."""
+    """Next-token loss of hidden [B, T, D], of which `logits_fn` makes logits [B, T, V]. input_ids [B, T]; weight [B, T] is that of the
+    predicted token. Returns (sum of CE, sum of weights, weighted number of correct predictions). Logits of only `chunk` tokens of each
+    sample, [B, chunk, V], exist at a time, also in the backward pass."""
     hidden, targets, weight = hidden[:, :-1], input_ids[:, 1:], weight[:, 1:]
 
     def sums(hidden, targets, weight):
-        logits = logits_of(hidden)
+        logits = logits_fn(hidden)
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        told = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        right = (told == logits.max(-1)).astype(jnp.float32)  # on a CPU argmax takes several times as long
-        return (ce * weight).sum(), (right * weight).sum()
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        correct = (target_logits == logits.max(-1)).astype(jnp.float32)  # on a CPU, argmax takes several times as long
+        return (ce * weight).sum(), (correct * weight).sum()
 
     length = hidden.shape[1]
     if length <= chunk:
-        ce, right = sums(hidden, targets, weight)
-        return ce, weight.sum(), right
-    pieces = -(-length // chunk)
+        ce, num_correct = sums(hidden, targets, weight)
+        return ce, weight.sum(), num_correct
+    num_chunks = -(-length // chunk)
 
-    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [pieces, B, chunk, ...]
-        x = jnp.pad(x, [(0, 0), (0, pieces * chunk - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], pieces, chunk, *x.shape[2:]).swapaxes(0, 1)
+    def split_chunks(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [pieces, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def body(carry, piece):
         return jax.tree.map(jnp.add, carry, sums(*piece)), None
 
     start = (jnp.float32(0), jnp.float32(0))
-    (ce, right), _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, (cut(hidden), cut(targets), cut(weight)))
-    return ce, weight.sum(), right
+    chunks = tuple(map(split_chunks, (hidden, targets, weight)))
+    (ce, num_correct), _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, chunks)
+    return ce, weight.sum(), num_correct
 
 
 def bce_and_dice(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -65,7 +66,7 @@ def bce_and_dice(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.A
 
 def mask_losses(logits: jax.Array, iou: jax.Array, target: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
     """logits [B, S, M, M], predicted iou [B, S], target 0/1 [B, S, N, N], weight [B, S] -> weighted sums over masks:
-    bce, dice, iou (squared error of the predicted IoU), true_iou (of the mask at threshold 0). Where the target has another side
+    bce, dice, iou (squared error of the predicted IoU), true_iou (of the mask at threshold 0). If the target's side N is not M
     (`train.loss.mask_side`), the logits are resized to it."""
     target = target.astype(jnp.float32)
     if logits.shape != target.shape:
@@ -79,22 +80,22 @@ def mask_losses(logits: jax.Array, iou: jax.Array, target: jax.Array, weight: ja
 
 
 def batch_sums(model, batch: dict[str, jax.Array], chunk: int) -> dict[str, jax.Array]:
-    """Forward pass and every unreduced sum of one (micro-)batch; chunk: see `token_loss`."""
+    """Forward pass and all sums of one (micro-)batch, before normalisation; chunk: see `token_loss`."""
     out = model(batch)
     weight = batch["sample_weight"]
-    told = batch["loss_mask"] * weight[:, None]
-    ce, tokens, right = token_loss(model.logits, out["hidden"], batch["input_ids"], told, chunk)
+    token_weight = batch["loss_mask"] * weight[:, None]
+    ce, tokens, num_correct = token_loss(model.logits, out["hidden"], batch["input_ids"], token_weight, chunk)
     seg_weight = batch["seg_mask"].astype(jnp.float32) * weight[:, None]
     sums = mask_losses(out["masks"], out["iou"], batch["masks"], seg_weight)
     attention_map = jnp.float32(0)
     if out["attention_map"] is not None:
         bce, dice = bce_and_dice(out["attention_map"], batch["attention_target"].astype(jnp.float32))
         attention_map = ((bce + dice) * batch["attention_target_mask"] * weight[:, None]).sum()
-    return {**sums, "attention_map": attention_map, "ce": ce, "tokens": tokens, "right": right, "segs": seg_weight.sum()}
+    return {**sums, "attention_map": attention_map, "ce": ce, "tokens": tokens, "right": num_correct, "segs": seg_weight.sum()}
 
 
 def normalizers(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The weight of all tokens, of all masks and of all attention maps of a batch, from its arrays alone."""
+    """The total weights of the tokens, masks and attention maps of a batch, computed from its arrays alone."""
     weight = batch["sample_weight"]
     tokens = (batch["loss_mask"][:, 1:] * weight[:, None]).sum()
     segs = (batch["seg_mask"].astype(jnp.float32) * weight[:, None]).sum()
@@ -103,7 +104,7 @@ def normalizers(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def combine(sums: dict[str, jax.Array], cfg: LossConfig, weights: dict[str, jax.Array]) -> jax.Array:
-    """The loss of a micro-batch as its share of the whole batch, whose weights `normalizers` gives."""
+    """The contribution of a micro-batch to the loss of the whole batch; weights: those of `normalizers` for the whole batch."""
     masks = cfg.bce * sums["bce"] + cfg.dice * sums["dice"] + cfg.iou * sums["iou"]
     return (
         cfg.ce * sums["ce"] / weights["tokens"]

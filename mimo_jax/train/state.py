@@ -1,10 +1,10 @@
-"""The training state: what is differentiated and saved at every step, apart from what is frozen.
+"""The training state: what is differentiated and saved, separate from what is frozen.
 
     train  = {params (fp32), opt, step}   donated to each step, written at each checkpoint
     frozen = {path: parameter}            an input of the step, never an output, never in the optimizer
 
-Nothing in a step is random (no dropout, no sampled targets), so the state holds no key: what is drawn, is drawn by
-the loader from per-record keys, whose position is saved beside the state.
+Nothing in a step is random (no dropout, no sampled targets), so the state holds no key. The loader samples with
+per-record keys, and its position is saved next to the state.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mimo_jax.train.optimizer import make_optimizer
 class TrainSetup:
     """Everything that is known before an array exists: graph, shapes, dtypes, shardings, optimizer.
 
-    base_reason: one line that says where the frozen base lives, and why; unsharded: {path: why} of parameters that the mesh does not
-    divide, which are then not split. ConfigError for a batch that the mesh does not divide."""
+    base_reason: one line that says how the frozen base is placed, and why; unsharded: {path: reason} of parameters that are not split,
+    because the mesh does not divide them. Raises ConfigError for a batch that the mesh does not divide."""
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
@@ -37,21 +37,21 @@ class TrainSetup:
         self.optimizer: optax.GradientTransformation = make_optimizer(config.train, self.multipliers)
         self.params = parameters.typed(config, shapes)
         self.train, self.frozen = pathtree.partition(self.params, self.trains)
-        memory = hardware.memory_of(mesh.devices.flat[0])
+        memory = hardware.device_memory(mesh.devices.flat[0])
         placed = sharding.model_shardings(config.mesh, mesh, memory, self.train, self.frozen)
         self.train_shardings, self.frozen_shardings, self.base_reason, self.unsharded = placed
         self.param_shardings = pathtree.merge(self.train_shardings, self.frozen_shardings)
-        self.state = jax.eval_shape(self._state_of, self.train)
-        self.state_shardings = self._place(self.state)
+        self.state = jax.eval_shape(self._new_state, self.train)
+        self.state_shardings = self._state_shardings(self.state)
 
     def trains(self, path: str) -> bool:
         return self.multipliers[path] is not None
 
-    def _state_of(self, params: dict) -> dict[str, Any]:
+    def _new_state(self, params: dict) -> dict[str, Any]:
         return {"params": params, "opt": self.optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
-    def _place(self, state: dict[str, Any]) -> Any:
-        """Optimizer slots live with their parameter, whose path ends theirs; all else everywhere."""
+    def _state_shardings(self, state: dict[str, Any]) -> Any:
+        """Optimizer slots are placed like their parameter, whose path is the end of theirs; everything else is replicated."""
         everywhere = sharding.replicated(self.mesh)
         places = pathtree.flatten(self.train_shardings)
 
@@ -64,7 +64,7 @@ class TrainSetup:
         return {"params": self.train_shardings, "opt": opt, "step": everywhere}
 
     def initial_params(self, key: jax.Array) -> dict:
-        """All parameters from `key`, in their dtypes and places."""
+        """All parameters drawn from `key`, with their dtypes and shardings."""
 
         def make(key):
             return jax.tree.map(lambda x, s: x.astype(s.dtype), mimo.init_params(self.config, key), self.params)
@@ -74,7 +74,7 @@ class TrainSetup:
     def start(self, params: dict) -> tuple[dict, dict]:
         """(train state at step 0, frozen) from all parameters."""
         train, frozen = pathtree.partition(params, self.trains)
-        return jax.jit(self._state_of, out_shardings=self.state_shardings)(train), frozen
+        return jax.jit(self._new_state, out_shardings=self.state_shardings)(train), frozen
 
     def counts(self) -> dict[str, int]:
         """Number of parameters: trained and frozen."""
@@ -84,14 +84,12 @@ class TrainSetup:
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:
-    images, shares, parts = (
-        config.data.batch_size // config.data.samples_per_image,
-        sharding.num_batch_shards(mesh),
-        config.train.grad_accum_steps,
-    )
-    if images % (shares * parts):
+    images, per_image = config.images(), config.data.samples_per_image
+    num_shards, micro_batches = sharding.num_batch_shards(mesh), config.train.grad_accum_steps
+    unit = num_shards * micro_batches
+    if images % unit:
+        factor = f" x config.train.grad_accum_steps {micro_batches}" if micro_batches > 1 else ""
         raise ConfigError(
-            f"config.data.batch_size: its {images} images ({config.data.samples_per_image} samples each) are no multiple of the "
-            f"{shares} parts into which the mesh splits a batch{f' x config.train.grad_accum_steps {parts}' if parts > 1 else ''}; "
-            f"the next that fits is {-(-images // (shares * parts)) * shares * parts * config.data.samples_per_image}"
+            f"config.data.batch_size: its {images} images ({per_image} samples each) are not a multiple of the {num_shards} parts "
+            f"that the mesh splits a batch into{factor}; the next size that fits is {-(-images // unit) * unit * per_image}"
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mimo_jax import pathtree, sharding
 from mimo_jax.analysis import aot
-from mimo_jax.analysis.hardware import of_kind
+from mimo_jax.analysis.hardware import find_hardware
 from mimo_jax.analysis.topology import Topology
 from mimo_jax.config import ConfigError
 from mimo_jax.data.loading.features import FeatureFolder
@@ -97,7 +97,7 @@ def test_the_batch_is_what_the_loader_makes():
     assert {key: (leaf.shape, leaf.dtype) for key, leaf in made.items()} == {key: (x.shape, x.dtype) for key, x in expected.items()}
     config.data.features = True
     stored = aot.abstract_batch(config, mesh, 96)
-    blank = FeatureFolder(Path("nowhere"), mimo.feature_shapes(config)).blank()
+    blank = FeatureFolder(Path("nowhere"), mimo.feature_shapes(config)).padding()
     assert set(made) - set(stored) == {"vision_image", "vision_size", "sam_image", "sam_size"}
     assert {key: (stored[key].shape[1:], stored[key].dtype) for key in blank} == {key: (x.shape, x.dtype) for key, x in blank.items()}
 
@@ -113,7 +113,7 @@ def test_a_frozen_output_is_named():
 
 
 def test_the_estimate_is_a_roofline():
-    row = of_kind("TPU v5e")
+    row = find_hardware("TPU v5e")
     report = {"batch_per_chip": 2, "chips": 4, "flops_per_sample": 0.5 * row.flops, "program_flops": 2 * row.flops}
     report |= {"hbm_traffic_bytes": row.bandwidth, "collectives": [{"network": False, "bytes": 3 * row.link}]}
     made = aot.estimate(report, row)
@@ -137,7 +137,7 @@ def test_the_largest_batch_is_found_in_few_compilations(start, each, base, unit,
         return {"peak_hbm_bytes": peak(batch)}
 
     first = {"batch_per_chip": start * unit, "hbm_bytes": 15.75, "peak_hbm_bytes": peak(start * unit)}
-    found = aot._largest(first, unit, compile_with)
+    found = aot.largest_batch(first, unit, compile_with)
     assert len(tried) <= 5 and all(batch % unit == 0 for batch in tried)
     assert found == 0 or peak(found) <= 0.9 * 15.75
     assert peak(max(1.1 * found, found + unit)) > 0.9 * 15.75, "not far from the best"
@@ -171,7 +171,7 @@ def test_what_does_not_fit_comes_with_remedies(monkeypatch):
     }
     printed = aot.table(report).splitlines()
     assert printed[-1].startswith("it does not fit: 102% of a chip's memory; try --config.mesh.frozen_sharding=sharded, or ")
-    assert "largest batch that fits: 3 samples a chip" in printed
+    assert "largest batch that fits: 3 samples per chip" in printed
 
 
 def test_mistakes_are_told_before_anything_is_compiled():

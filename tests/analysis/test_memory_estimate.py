@@ -64,8 +64,8 @@ def test_the_table_says_whether_it_fits_and_what_would(made):
     assert memory_estimate.table(made | {"fits": True}).endswith("it fits")
     less = {"other": {"int4": 5 * 10**9}, "available": 6 * 10**9, "fits": False}
     assert "it does not fit: --quantize int4 takes 5.00 GB" in memory_estimate.table(made | less)
-    assert "take a device with more memory, or several" in memory_estimate.table(made | less | {"available": 10**9})
-    reason = "4 does not divide axis of 511 of parameter embedding/base"
+    assert "use a device with more memory, or several devices" in memory_estimate.table(made | less | {"available": 10**9})
+    reason = "4 does not divide an axis of size 511 of parameter embedding/base"
     assert f"not split over the devices: {reason}" in memory_estimate.table(made | {"unsharded": {"embedding/base": reason}})
     assert re.search(r"KV cache of one conversation +[\d.]+ MB  256 tokens", memory_estimate.table(made))
 

@@ -28,14 +28,14 @@ def run(tmp_path, plan):
 
 
 def test_all_is_shown_in_lines_that_fit(plan, run, capsys):
-    run_summary.show(plan, {"phantom": range(5400)}, run, 3)
+    run_summary.print_summary(plan, {"phantom": range(5400)}, run, 3)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 180
     for told in (
         f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib",
         "1 × cpu; mesh slice 1 × data 1 × fsdp 1 × tensor 1",
         "replicated: the mesh has no fsdp axis",
-        "phantom (5,400 images); 4 samples a step, 2 of an image, of 96 or 192 tokens",
+        "phantom (5,400 images); 4 samples per step, 2 per image, 96 or 192 tokens each",
         f"base {frozen_params.fingerprint({})[:12]}, trained from a seed",
         str(run / "config.json"),
         "resuming at step 3 of 4",
@@ -48,7 +48,7 @@ def test_what_a_config_was_changed_in_is_named(plan, run, capsys):
     then = plan.config.to_dict()
     then["train"]["steps"], then["data"]["batch_size"] = 2, 8
     files.write_json(run / "config.json", then)
-    run_summary.show(plan, {}, run, 0)
+    run_summary.print_summary(plan, {}, run, 0)
     shown = capsys.readouterr().out
     assert "changed since: data.batch_size 8 → 4, train.steps 2 → 4\n" in shown and "resuming" not in shown
 
@@ -69,31 +69,32 @@ def leaves(plan, part: str) -> list:
 
 def test_memory_counts_what_lies_on_a_device(plan):
     counts = plan.counts()
-    told = run_summary.memory(plan)
+    told = run_summary.memory_line(plan)
     trained = run_summary.size_of(4 * counts["trained"])
     assert f"trained {trained} + optimizer {run_summary.size_of(8 * counts['trained'])} + gradients {trained}" in told  # Adam: two moments
-    assert run_summary.size_of(16 * counts["trained"] + 4 * counts["frozen"]) + " a device" in told
+    assert run_summary.size_of(16 * counts["trained"] + 4 * counts["frozen"]) + " per device" in told
 
 
 def test_memory_beside_what_the_device_has(plan, monkeypatch):
-    monkeypatch.setattr(hardware, "memory_of", lambda device: 80 * hardware.GIB)
-    assert " a device of 80.0 GiB, " in run_summary.memory(plan)
+    monkeypatch.setattr(hardware, "device_memory", lambda device: 80 * hardware.GIB)
+    assert " per device of 80.0 GiB, " in run_summary.memory_line(plan)
 
 
 def test_flops_are_those_of_the_longest_sequence(plan):
     total = sum(flops.step(plan.config, 192).values())
-    told = run_summary.cost(plan)
-    assert f"{run_summary.flops_of(total)} a sample of 192 tokens (llm " in told and f"), {run_summary.flops_of(4 * total)} a step" in told
+    told = run_summary.flops_line(plan)
+    assert f"{run_summary.flops_of(total)} per sample of 192 tokens (llm " in told
+    assert f"), {run_summary.flops_of(4 * total)} per step" in told
 
 
 def test_what_a_compiled_step_takes(monkeypatch):
     compiled = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((256, 256), "float32")).compile()
-    told = run_summary.program(compiled, 56, 12.34)
+    told = run_summary.compiled_step_line(compiled, 56, 12.34)
     assert told.startswith("step        compiled for 56 tokens in 12.3 s: 256 KiB arguments, ") and told.endswith(
-        " temporaries, on a device"
+        " temporaries, per device"
     )
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert run_summary.program(compiled, 56, 12.34).endswith(" at its peak, on a device")
+    assert run_summary.compiled_step_line(compiled, 56, 12.34).endswith(" at its peak, per device")
 
 
 def test_no_commit_is_told_of_what_is_no_checkout(monkeypatch, tmp_path):

@@ -35,7 +35,7 @@ def three(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def imported(three, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("import") / "made"
-    import_checkpoint(ImportRequest(originals.mimo_config(), three, out, say=lambda line: None))
+    import_checkpoint(ImportRequest(originals.mimo_config(), three, out, log=lambda line: None))
     return out
 
 
@@ -47,7 +47,7 @@ def copies(three, tmp_path) -> dict[str, Path]:
 
 
 def request(given: dict[str, Path], out: Path, config=None, **options) -> ImportRequest:
-    return ImportRequest(config or originals.mimo_config(), given, out, say=lambda line: None, **options)
+    return ImportRequest(config or originals.mimo_config(), given, out, log=lambda line: None, **options)
 
 
 def refused(match: str, given: dict[str, Path], tmp_path: Path, config=None, **options) -> str:
@@ -247,7 +247,7 @@ def test_half_an_overlay_is_refused(three, tmp_path):
 def test_settings_that_no_shape_shows_are_compared(three, tmp_path):
     config = originals.mimo_config()
     config.model.vision.activation, config.model.llm.eps = "quick_gelu", 1e-3
-    message = refused("its own settings are not those of the configuration", three, tmp_path, config)
+    message = refused("its settings differ from the configuration", three, tmp_path, config)
     assert "hidden_act is gelu, the configuration has quick_gelu: set --config.model.vision.activation=gelu" in message
     assert "rms_norm_eps is 1e-05, the configuration has 0.001: set --config.model.llm.eps=1e-05" in message
 
@@ -270,7 +270,7 @@ def test_an_adapter_of_lora(three, tmp_path):
     refused("is an adapter of lmsys/vicuna-13b-v1.3, .*--lora-base", given, tmp_path)
     import_checkpoint(request(given, tmp_path / "said", lora_base="lmsys/vicuna-13b-v1.3"))
     path.unlink()
-    refused("give it with --lora-alpha", given, tmp_path)
+    refused("with --lora-alpha", given, tmp_path)
     import_checkpoint(request(given, tmp_path / "told", lora_alpha=16.0))
     assert checkpoint.read_config(tmp_path / "told").model.lora.alpha == 16.0
 
@@ -296,7 +296,7 @@ def test_tensors_that_are_not_finite_are_all_named(copies, tmp_path, value):
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = value
 
     edit(copies["llm"] / "model.safetensors", spoil)
-    message = refused("2 tensors hold NaN or Inf", copies, tmp_path)
+    message = refused("2 tensors contain NaN or Inf", copies, tmp_path)
     assert "--llm: model.norm.weight" in message and "--llm: model.layers.0.mlp.up_proj.weight" in message
     record = import_checkpoint(request(copies, tmp_path / "out", allow_nonfinite=True))
     assert len(record["nonfinite"]) == 2
@@ -309,7 +309,7 @@ def test_one_parameter_under_two_names_with_other_values_is_refused(copies, tmp_
     edit(copies["llm"] / "model.safetensors", double)
     import_checkpoint(request(copies, tmp_path / "same"))
     edit(copies["llm"] / "model.safetensors", lambda tensors: tensors["model.norm.weight"].add_(1))
-    refused("are one parameter with different values", copies, tmp_path)
+    refused("are the same parameter with different values", copies, tmp_path)
 
 
 def test_a_truncated_file_is_named(copies, tmp_path):
@@ -321,10 +321,10 @@ def test_a_truncated_file_is_named(copies, tmp_path):
 def test_a_target_that_is_there_or_has_no_folder_is_refused(three, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         import_checkpoint(request(three, tmp_path / "out"))
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="does not exist; create it first"):
         import_checkpoint(request(three, tmp_path / "no" / "out"))
 
 
@@ -361,7 +361,7 @@ def test_a_file_that_may_not_grow_leaves_nothing(three, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [("size=1m", r"needs .* GB, its disk has 0.0 GB free"), ("ro", r"may not be written to; choose another, or change its permissions")],
+    [("size=1m", r"needs .* GB, its disk has 0.0 GB free"), ("ro", r"is not writable; choose another folder, or change its permissions")],
 )
 def test_a_disk_that_is_too_small_or_read_only_is_refused_before_anything_is_written(three, tmp_path, options, said):
     mounted = f'mount -t tmpfs -o {options} none {tmp_path} && exec "$@"'

@@ -39,7 +39,7 @@ def run(tmp_path_factory) -> Path:
     oracle = MimoOracle(config)
     originals.put_tensors(folder / "mimo", oracle.state_dict(vision_tower=True))
     originals.put_tokenizer(folder / "mimo", {"<p>": 420, "</p>": 421, "<SEG>": 422})
-    import_checkpoint(ImportRequest(config, {"joint": folder / "mimo"}, folder / "run", lora_alpha=8.0, say=lambda line: None))
+    import_checkpoint(ImportRequest(config, {"joint": folder / "mimo"}, folder / "run", lora_alpha=8.0, log=lambda line: None))
     return folder / "run"
 
 
@@ -162,7 +162,7 @@ def test_a_lisa_goes_back_to_the_rows_and_names_that_it_had(tmp_path):
     config.model.llm.vocab_size = originals.PIECES + 2
     oracle = LisaOracle(config, originals.PIECES + 3)
     folder = lisa_folder(tmp_path, oracle, LISA_ADDED, vision_tower=True)
-    import_checkpoint(ImportRequest(config, {"joint": folder}, tmp_path / "first", say=lambda line: None))
+    import_checkpoint(ImportRequest(config, {"joint": folder}, tmp_path / "first", log=lambda line: None))
     export_checkpoint(tmp_path / "first", "joint", tmp_path / "joint")
     wanted = oracle.state_dict(vision_tower=True)
     found = load_file(tmp_path / "joint" / "model.safetensors")
@@ -179,7 +179,7 @@ def test_glamms_region_encoder_comes_back(tmp_path):
     config.model.llm.vocab_size, config.data.image_tokens = originals.PIECES, ""
     oracle = LisaOracle(config, originals.PIECES + 3, glamm=True)
     folder = lisa_folder(tmp_path, oracle, {"<p>": 420, "</p>": 421, "[SEG]": 422}, vision_tower=True)
-    import_checkpoint(ImportRequest(config, {"joint": folder}, tmp_path / "first", say=lambda line: None))
+    import_checkpoint(ImportRequest(config, {"joint": folder}, tmp_path / "first", log=lambda line: None))
     export_checkpoint(tmp_path / "first", "joint", tmp_path / "joint")
     wanted = {key: value for key, value in oracle.state_dict().items() if "region_encoder" in key}
     found = load_file(tmp_path / "joint" / "model.safetensors")
@@ -211,10 +211,10 @@ def test_a_merged_export_is_a_model_without_lora(run, tmp_path):
 def test_what_cannot_be_exported_is_refused_and_nothing_written(run, tmp_path):
     config = originals.mimo_config(lora=LoraConfig(rank=0))
     given = originals.put_three(tmp_path / "originals", config)
-    import_checkpoint(ImportRequest(config, given, tmp_path / "plain", say=lambda line: None))
+    import_checkpoint(ImportRequest(config, given, tmp_path / "plain", log=lambda line: None))
     with pytest.raises(UserError, match="has no LoRA to export"):
         export_checkpoint(tmp_path / "plain", "peft", tmp_path / "out")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_checkpoint(run, "hf", tmp_path / "plain")
     with pytest.raises(UserError, match="there is no such checkpoint"):
         export_checkpoint(tmp_path / "gone", "hf", tmp_path / "out")

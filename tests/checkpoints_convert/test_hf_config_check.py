@@ -51,7 +51,7 @@ def refusal(folder: Path, part: str, values: dict) -> list[str]:
     with pytest.raises(SettingsError) as error:
         check_settings("joint", folder, {part}, config())
     first, *lines = str(error.value).split("\n")
-    assert first == f"{folder}: its own settings are not those of the configuration" and error.value.listing
+    assert first == f"{folder}: its settings differ from the configuration" and error.value.listing
     return lines
 
 
@@ -259,7 +259,7 @@ def test_an_adapter_on_its_base(tmp_path, adapter, folder, settings_there, said)
 def test_an_adapter_of_another_base_is_refused(tmp_path, adapter, said):
     (tmp_path / "base").mkdir()
     put(tmp_path / "base", {"_name_or_path": "lmsys/vicuna-7b-v1.5"})
-    with pytest.raises(SettingsError, match=f"{adapter}: is an adapter of lmsys/vicuna-7b, and .*/base .*--lora-base lmsys/vicuna-7b$"):
+    with pytest.raises(SettingsError, match=f"{adapter}: is an adapter of lmsys/vicuna-7b, but .*/base .*--lora-base lmsys/vicuna-7b$"):
         check_adapter_base(adapter, tmp_path / "base", said)
 
 

@@ -62,7 +62,7 @@ def test_what_misfits_a_config_is_listed(tmp_path, capsys):
 
 def test_a_checkpoint_of_ours_tells_its_sources_and_what_is_untrained(tmp_path):
     config = originals.mimo_config()
-    import_checkpoint(ImportRequest(config, originals.put_three(tmp_path, config), tmp_path / "out", say=lambda line: None))
+    import_checkpoint(ImportRequest(config, originals.put_three(tmp_path, config), tmp_path / "out", log=lambda line: None))
     for path in (tmp_path / "out", tmp_path / "out" / "steps" / "0"):
         found = inspect(path)
         assert found["checkpoint"] == "mimo_jax, config test, step 0" and set(found["sources"]) == {"vision", "llm", "sam"}
@@ -72,8 +72,8 @@ def test_a_checkpoint_of_ours_tells_its_sources_and_what_is_untrained(tmp_path):
 
 def test_what_is_no_checkpoint_at_all_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("weights")
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         inspect(tmp_path)
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"no known model is among its 1 tensors \(a"):
+    with pytest.raises(UserError, match=r"has no known model among its 1 tensors \(a"):
         inspect(tmp_path / "a.pth")

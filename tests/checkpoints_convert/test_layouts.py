@@ -178,7 +178,7 @@ def test_sam_of_transformers_is_facebooks(tmp_path):
 def test_one_matrix_with_two_values_is_refused(tmp_path, at):
     tensors = hf_sam().state_dict()
     originals.put_tensors(tmp_path, tensors | {MATRIX[at]: tensors[MATRIX[at]] + 1})
-    with pytest.raises(SourceError, match=f"({'|'.join(MATRIX)}) and ({'|'.join(MATRIX)}) are one parameter with different values"):
+    with pytest.raises(SourceError, match=f"({'|'.join(MATRIX)}) and ({'|'.join(MATRIX)}) are the same parameter with different values"):
         Source("sam", tmp_path, INDICES)
 
 
@@ -257,11 +257,11 @@ def test_every_published_key_is_mapped_with_its_shape(model):
 )
 def test_a_part_that_is_there_twice_is_refused(key, title, places):
     named = ", ".join((place + "visual." if "open" in title else place) or r"\(none\)" for place in places)
-    with pytest.raises(UserError, match=f"^the file holds {title} 2 times, behind {named}; give the checkpoint of one model$"):
+    with pytest.raises(UserError, match=f"^the file has {title} 2 times, with prefixes {named}; give the checkpoint of one model$"):
         layouts.detect([place + key for place in places])
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     originals.put_tensors(tmp_path, {f"bert.{i}": torch.zeros(1) for i in range(5)})
-    with pytest.raises(SourceError, match=f"--vision {tmp_path}: no known model is among its 5 tensors \\(bert.0, bert.1, bert.2, …\\)"):
+    with pytest.raises(SourceError, match=f"--vision {tmp_path}: has no known model among its 5 tensors \\(bert.0, bert.1, bert.2, …\\)"):
         Source("vision", tmp_path, INDICES)

@@ -77,7 +77,7 @@ def test_a_header_of_odd_length_leaves_tensors_unaligned(tmp_path):
 
 def test_the_first_bytes_tell_the_format_and_not_the_name(tmp_path):
     assert_same(open_tensors(put(tmp_path / "m.bin", "safetensors", tensors()))["brain"], tensors()["brain"])
-    with pytest.raises(ReadError, match=r"m.safetensors: is no safetensors file, or is truncated; fetch it again"):
+    with pytest.raises(ReadError, match=r"m.safetensors: is not a safetensors file, or is truncated; fetch it again"):
         open_tensors(put(tmp_path / "m.safetensors", "zip", tensors()))
 
 
@@ -135,7 +135,7 @@ def test_a_folder_of_shards_without_an_index(tmp_path):
 def test_one_name_with_two_values_is_refused(tmp_path, other):
     put(tmp_path / "a.bin", "zip", {"x": ODD, "y": ODD})
     put(tmp_path / "b.bin", "legacy", {"x": other, "z": ODD})
-    with pytest.raises(ReadError, match=r"b.bin: holds x with other values than .*a.bin; give one checkpoint"):
+    with pytest.raises(ReadError, match=r"b.bin: has other values of x than .*a.bin; give one checkpoint"):
         open_tensors(tmp_path)
 
 
@@ -158,10 +158,10 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path, change, said):
 
 
 @pytest.mark.parametrize("content, said", [
-    ({"weight_map": {"a": "a.bin", "b": "b.bin", "c": "c.bin"}}, "names b.bin, c.bin, not there; fetch the missing shards"),
-    ({"weight_map": {"a": 5}}, "names 5, not there; fetch the missing shards"),
-    ({"weight_map": ["a.bin"]}, r"is no index of shards \(no weight_map\); fetch it again"),
-    ('{"weight_map": {"a', r"is no index of shards \(no weight_map\); fetch it again"),
+    ({"weight_map": {"a": "a.bin", "b": "b.bin", "c": "c.bin"}}, "lists b.bin, c.bin, which do not exist; fetch the missing shards"),
+    ({"weight_map": {"a": 5}}, "lists 5, which do not exist; fetch the missing shards"),
+    ({"weight_map": ["a.bin"]}, r"is not an index of shards \(no weight_map\); fetch it again"),
+    ('{"weight_map": {"a', r"is not an index of shards \(no weight_map\); fetch it again"),
 ])  # fmt: skip
 def test_an_index_that_is_none_or_whose_shards_are_not_there(tmp_path, content, said):
     put(tmp_path / "a.bin", "zip", {"a": ODD})
@@ -223,7 +223,7 @@ def test_code_in_a_torch_file_is_not_run(tmp_path, kind, place):
     code = Code(tmp_path / "marker")
     content = {"alone": code, "beside tensors": {"a": ODD, "x": code}, "object": torch.nn.Linear(2, 2)}[place]
     named = "torch.nn.modules.linear.Linear" if place == "object" else "posix.mkdir"
-    with pytest.raises(ReadError, match=rf"m.pth: holds code or objects .*\({named}\), and is not run; .* as safetensors$"):
+    with pytest.raises(ReadError, match=rf"m.pth: contains code or objects .*\({named}\), which are not executed; .* as safetensors$"):
         open_tensors(put(tmp_path / "m.pth", kind, content))
     assert not (tmp_path / "marker").exists()
 
@@ -231,14 +231,14 @@ def test_code_in_a_torch_file_is_not_run(tmp_path, kind, place):
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_code_in_a_plain_pickle_is_not_run(tmp_path, protocol):
     (tmp_path / "m.bin").write_bytes(pickle.dumps({"x": Code(tmp_path / "marker")}, protocol))
-    with pytest.raises(ReadError, match="m.bin: (holds code|is no file of tensors)"):
+    with pytest.raises(ReadError, match="m.bin: (contains code|is not a file of tensors)"):
         open_tensors(tmp_path / "m.bin")
     assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize("kind, value, said", [
-    ("safetensors", torch.ones(4).to(torch.float8_e4m3fn), "holds tensors of type F8_E4M3; quantised weights"),
-    ("zip", torch.ones(4).to(torch.float8_e5m2), r"x is torch.float8_e5m2, .*; quantised and sparse weights cannot be converted"),
+    ("safetensors", torch.ones(4).to(torch.float8_e4m3fn), "has tensors of type F8_E4M3; quantized weights"),
+    ("zip", torch.ones(4).to(torch.float8_e5m2), r"x is torch.float8_e5m2, .*; quantized and sparse weights cannot be converted"),
     ("zip", torch.eye(3).to_sparse(), "x is torch.float32, torch.sparse_coo"),
     ("zip", torch.ones(2, dtype=torch.complex64), "x is torch.complex64"),
     ("zip", "quantised", "x is torch.quint8"),
@@ -250,11 +250,11 @@ def test_quantised_sparse_and_unknown_types(tmp_path, kind, value, said):
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("m.bin", b"version https://git-lfs.github.com/spec/v1\n", "is no file of tensors, or is truncated or damaged"),
-    ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is no safetensors file, or is truncated; fetch it again"),
-    ("m.pth", b"", "is no file of tensors, or is truncated or damaged .*; fetch it again"),
-    ("none", None, "there is no such file or folder$"),
-    ("readme.md", b"# Weights", r"holds no weights \(\*.safetensors, \*.bin, \*.pth, \*.pt\)"),
+    ("m.bin", b"version https://git-lfs.github.com/spec/v1\n", "is not a file of tensors, or is truncated or damaged"),
+    ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is not a safetensors file, or is truncated; fetch it again"),
+    ("m.pth", b"", "is not a file of tensors, or is truncated or damaged .*; fetch it again"),
+    ("none", None, "no such file or folder; give the path of a checkpoint$"),
+    ("readme.md", b"# Weights", r"has no weights \(\*.safetensors, \*.bin, \*.pth, \*.pt\)"),
 ])  # fmt: skip
 def test_what_is_no_file_of_tensors(tmp_path, name, content, said):
     if content is not None:
@@ -266,7 +266,7 @@ def test_what_is_no_file_of_tensors(tmp_path, name, content, said):
 
 @pytest.mark.parametrize("content", [torch.zeros(2), [torch.zeros(2)], {}, {"epoch": 3}, {"model": {"epoch": 3}}])
 def test_a_torch_file_without_names(tmp_path, content):
-    with pytest.raises(ReadError, match="m.pth: holds no tensors by name; give a file with a state_dict"):
+    with pytest.raises(ReadError, match="m.pth: has no named tensors; give a file with a state_dict"):
         open_tensors(put(tmp_path / "m.pth", "zip", content))
 
 
@@ -289,7 +289,7 @@ def test_is_finite_as_numpy_says(kind, data):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_finite_looks_at_every_run(monkeypatch, kind):
-    monkeypatch.setattr(readers, "_RUN", 4)
+    monkeypatch.setattr(readers, "_SCAN_CHUNK", 4)
     for at in range(11):
         values = np.ones(11, kind)
         assert is_finite(values) and is_finite(values[at])

@@ -11,7 +11,7 @@ from tests.checkpoints_convert import originals
 def test_every_tensor_comes_through_and_a_changed_one_is_noticed(tmp_path, capsys):
     config = originals.mimo_config(frozen_dtype="bfloat16")
     assert roundtrip(config, tmp_path / "there") == 0
-    assert "GB of disk are needed" in capsys.readouterr().out.splitlines()[0]
+    assert "GB of disk space" in capsys.readouterr().out.splitlines()[0]
     report = json.loads((tmp_path / "there" / "report.json").read_text())
     assert report["differing"] == [] and report["checked"] == sum(report["tensors"].values())
     assert report["peak_rss_anon_gib"] > 0 and report["ratio"] > 0

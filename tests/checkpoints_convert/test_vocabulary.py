@@ -172,14 +172,14 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
     assert find_tokenizer([other]) == other
     for folders, named in (([empty], str(empty)), ([], "no folder was given")):
         with pytest.raises(
-            VocabularyError, match=rf"^no tokenizer is found \({named}\): put .*tokenizer.model or .*--config.tokenizer=FILE$"
+            VocabularyError, match=rf"^no tokenizer was found \({named}\): put .*tokenizer.model or .*--config.tokenizer=FILE$"
         ):
             find_tokenizer(folders)
 
 
 def test_ids_beyond_the_rows(tmp_path):
     originals.put_tokenizer(tmp_path, LISA)
-    with pytest.raises(VocabularyError, match=f"{tmp_path}: <im_end> 422 lie beyond the 422 rows of .*; give the tokenizer of this"):
+    with pytest.raises(VocabularyError, match=f"{tmp_path}: <im_end> 422 exceed the 422 rows of .*; give the tokenizer of this"):
         read_vocabulary(tmp_path, ROWS + 2, SEG)
 
 
@@ -191,7 +191,7 @@ def test_ids_beyond_the_rows(tmp_path):
 ])  # fmt: skip
 def test_grounding_tokens_of_another_place(tmp_path, added, tokens, has, place):
     originals.put_tokenizer(tmp_path, added)
-    said = f"has the grounding tokens {has}, the configuration {', '.join(tokens)}; set --config.model.seg_position={place}"
+    said = f"has the grounding tokens {has}, the configuration has {', '.join(tokens)}; set --config.model.seg_position={place}"
     with pytest.raises(VocabularyError, match=f"^{tmp_path}: {said}$"):
         read_vocabulary(tmp_path, ROWS + 6, tokens)
 
@@ -202,7 +202,8 @@ def test_grounding_tokens_of_another_place(tmp_path, added, tokens, has, place):
 ])  # fmt: skip
 def test_a_sentencepiece_model_of_another_kind(tmp_path, options):
     trained(tmp_path, TAGS, 300, **options)
-    with pytest.raises(VocabularyError, match=f"^{tmp_path}/tokenizer.model: is not Llama's kind .*with --config.tokenizer=FILE$"):
+    expected = f"^{tmp_path}/tokenizer.model: is not a sentencepiece model like Llama's .*with --config.tokenizer=FILE$"
+    with pytest.raises(VocabularyError, match=expected):
         read_vocabulary(tmp_path, 400, SEG)
 
 
@@ -214,13 +215,13 @@ def test_pieces_that_share_a_score_have_no_order(tmp_path):
             piece.score = 0.0
 
     originals.put_tokenizer(tmp_path)
-    with pytest.raises(VocabularyError, match="is not Llama's kind of .*a score of its own for every piece"):
+    with pytest.raises(VocabularyError, match="is not a sentencepiece model like Llama's .*a distinct score for every piece"):
         read_vocabulary(edited(tmp_path, level), ROWS, SEG)
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", r"is no sentencepiece model \(DecodeError\); fetch it again"),
-    ("tokenizer.model", originals.sentencepiece_model()[:3000], r"is no sentencepiece model \(DecodeError\); fetch it again"),
+    ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", r"is not a sentencepiece model \(DecodeError\); fetch it again"),
+    ("tokenizer.model", originals.sentencepiece_model()[:3000], r"is not a sentencepiece model \(DecodeError\); fetch it again"),
     ("added_tokens.json", b'{"[SEG]": ', "is damaged; fetch it again"),
     ("added_tokens.json", b'["[SEG]"]', "is damaged; fetch it again"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"a": {"content": "b"}}}', "is damaged; fetch it again"),
@@ -236,5 +237,5 @@ def test_damaged_files(tmp_path, name, content, said):
 def test_a_tokenizer_json_that_is_none(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
     for source in (tmp_path, tmp_path / "tokenizer.json"):
-        with pytest.raises(VocabularyError, match=f"^{tmp_path}/tokenizer.json: is no tokenizer.json with a BPE model; give the"):
+        with pytest.raises(VocabularyError, match=f"^{tmp_path}/tokenizer.json: is not a tokenizer.json with a BPE model; give the"):
             read_vocabulary(source, ROWS, SEG)

@@ -137,7 +137,7 @@ def test_lisas_turn_has_the_ids_of_the_slow_llama_tokenizer(lisa_tokenizer, ques
 
 
 def test_image_tokens_that_the_tokenizer_lacks_are_named(tokenizer):
-    with pytest.raises(TokenizerError, match="^config.data.image_tokens: <im_start> is no control token"):
+    with pytest.raises(TokenizerError, match="^config.data.image_tokens: <im_start> is not a control token"):
         encode_user_turn(tokenizer, lisa_config(), "Segment the liver.", 0, True)
 
 

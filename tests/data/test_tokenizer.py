@@ -112,7 +112,7 @@ def test_only_control_tokens_of_the_base_are_found_by_name(tmp_path):
     t = handmade.lisa_tokenizer(tmp_path)
     assert t.id_of("</s>") == t.eos
     for name in ("<SEG>", "<p>", "<image>", "▁liver"):
-        with pytest.raises(TokenizerError, match=rf"^config.data.image_tokens: {name} is no .*name two of .*<im_start>, <im_end>, or none"):
+        with pytest.raises(TokenizerError, match=rf"^config.data.image_tokens: {name} is not .*name two of .*<im_start>, <im_end>, or none"):
             t.id_of(name)
 
 
@@ -222,7 +222,7 @@ def test_another_vocabulary_than_the_models(tmp_path):
 
 def test_add_grounding_refuses_a_base_that_is_too_large(tmp_path):
     size = write_llama(tmp_path / "t.json")
-    with pytest.raises(TokenizerError, match=f"beyond a base vocabulary of {size - 1}"):
+    with pytest.raises(TokenizerError, match=f"exceed a base vocabulary of {size - 1}"):
         add_grounding(tmp_path / "t.json", tmp_path / "o.json", size - 1)
 
 

@@ -36,7 +36,7 @@ def test_shared_keys_are_repeated_keys(copies):
     whole_k, whole_v = (jnp.concatenate([jnp.repeat(s, copies, axis=0), x], axis=1) for s, x in zip(shared, (k, v), strict=True))
     whole_mask = jnp.concatenate([jnp.ones((b, 1, 5, 7), bool), mask], axis=-1)
     wanted = jax.nn.dot_product_attention(q, whole_k, whole_v, mask=whole_mask)
-    np.testing.assert_allclose(attention(q, k, v, mask=mask, shared=shared), wanted, atol=1e-6)
+    np.testing.assert_allclose(attention(q, k, v, mask=mask, prefix_kv=shared), wanted, atol=1e-6)
 
 
 def test_query_that_sees_nothing_gets_the_mean():

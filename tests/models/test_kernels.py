@@ -40,7 +40,7 @@ LLM = (768, 768, 128)
     ],
 )
 def test_the_choice(at, dtype, shape, kernel):
-    assert kernels.choose(at, dtype, *shape) == kernel
+    assert kernels.select_kernel(at, dtype, *shape) == kernel
 
 
 def draw(*shape, seed=0):

@@ -177,10 +177,10 @@ def test_a_kind_is_chosen_on_the_command_line_with_its_own_settings():
 
 def test_kinds_that_are_taken_unknown_or_of_other_settings_are_refused():
     row = registry.VISION_TOWERS["mixer"]
-    with pytest.raises(ValueError, match=r"config.model.vision.kind clip: is registered already"):
+    with pytest.raises(ValueError, match=r"config.model.vision.kind clip: is already registered"):
         registry.register_vision_tower("clip", row)
     for rule, message in (
-        ({r"^vision/mix/kernel$": ("mlp", "embed")}, r"sharding rule '\^vision/mix/kernel\$': has a row already"),
+        ({r"^vision/mix/kernel$": ("mlp", "embed")}, r"sharding rule '\^vision/mix/kernel\$': already has a row"),
         ({r"^vision/other/kernel$": ("rows", "embed")}, "unknown axis 'rows'; use one of batch"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -188,7 +188,7 @@ def test_kinds_that_are_taken_unknown_or_of_other_settings_are_refused():
     assert "other" not in registry.VISION_TOWERS
     config = quick_config()
     config.model.vision.kind = "mixer"
-    with pytest.raises(ConfigError, match=r"config.model.vision.kind: is 'mixer', whose settings are a MixerConfig, not a ClipConfig"):
+    with pytest.raises(ConfigError, match=r"vision.kind: is 'mixer', which needs settings of class MixerConfig, not ClipConfig"):
         config.validate()
     config.model.vision.kind = "unheard"
     with pytest.raises(ConfigError, match=r"config.model.vision.kind: is 'unheard'; use one of clip, mixer, or name the module"):

@@ -22,9 +22,9 @@ def mesh():
 
 
 def test_one_process_makes_all_images_and_places_them_as_they_are(mesh):
-    assert global_batch.images_here(mesh, 3) == [0, 1, 2]
+    assert global_batch.local_images(mesh, 3) == [0, 1, 2]
     batch = {"sam_image": np.arange(6).reshape(3, 2), "input_ids": np.arange(12).reshape(6, 2)}
-    placed = global_batch.place(mesh, 3, [0, 1, 2], batch)
+    placed = global_batch.make_global_batch(mesh, 3, [0, 1, 2], batch)
     for name, value in batch.items():
         assert placed[name].sharding == sharding.batch_sharding(mesh)
         np.testing.assert_array_equal(placed[name], value)
@@ -45,7 +45,7 @@ def test_the_step_is_compiled_once_for_each_bucket(mesh, tmp_path):
     for _ in range(200):
         batch = next(loader)
         lengths.append(batch["input_ids"].shape[1])
-        state, _ = step(state, frozen, global_batch.place(mesh, config.images(), range(config.images()), batch))
+        state, _ = step(state, frozen, global_batch.make_global_batch(mesh, config.images(), range(config.images()), batch))
     loader.close()
     assert len(set(lengths)) > 1, "the lengths are to be mixed"
     assert step._cache_size() == len(set(lengths)) <= len(config.buckets())

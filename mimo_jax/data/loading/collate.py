@@ -1,7 +1,7 @@
-"""One image and its samples as arrays, and several of them as a batch: the same for training, evaluation and inference.
+"""Arrays of one image with its samples, and batches of several: the same for training, evaluation and inference.
 
 Axis letters: B samples, K samples of an image, N images, T sequence bucket, R user turns, L instruction ids, P prompt
-tokens, S `<SEG>` slots, M side of the target masks.
+tokens, S `<SEG>` slots, M side of the target masks. H, W in docstrings are the height and width of an image.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mimo_jax.data.transforms import decode_image, mask_to_frame, preprocess
 from mimo_jax.geometry import Frame, sam_frame, vision_frame
 from mimo_jax.model_config import ModelConfig, PromptConfig
 
-_POINTS_MOST = 4  # tokens that a drawn point prompt takes at most: three inside, one outside
+_MAX_POINT_TOKENS = 4  # maximum number of tokens of a sampled point prompt: three points inside, one outside
 
 
 def make_example(record: Record, sample: Sample, tokenizer: Tokenizer, config: Config, rng: np.random.Generator) -> dict:
-    """One image with one sample, ready for `stack_batch`. Raises ImageError, RecordError or SampleError if it is unusable.
+    """One image with one sample, as input of `stack_batch`. Raises ImageError, RecordError or SampleError if it is unusable.
 
     Keys `vision_image`, `vision_size`, `sam_image`, `sam_size` (one image), and `samples`: a list of dicts of the other arrays of
-    a batch, those along T unpadded. `rng` draws the prompts: a fixed one gives the same example.
+    a batch, without padding along T. `rng` samples the prompts: the same state gives the same example.
     """
     image = record_image(record)
     rendered = render(sample, tokenizer, config)
@@ -35,8 +35,8 @@ def make_example(record: Record, sample: Sample, tokenizer: Tokenizer, config: C
 
 
 def record_image(record: Record) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of a record; its `window` applies where the stored file has more than 8 bits. Raises ImageError,
-    or RecordError if the file is not of the record's size."""
+    """uint8 RGB [H, W, 3] of a record; its `window` is applied if the stored file has more than 8 bits. Raises ImageError,
+    or RecordError if the image does not have the record's size."""
     deep = record.image[:8] == b"\x89PNG\r\n\x1a\n" and record.image[24:25] == b"\x10"  # bit depth in the PNG header
     window = tuple(record.window) if deep and record.window else None
     image = decode_image(record.image, window=window, name=f"record {record.id}")
@@ -48,7 +48,7 @@ def record_image(record: Record) -> np.ndarray:
 
 
 def required_mask_ids(rendered: Rendered) -> list[str]:
-    """Ids of the masks that a sample paints or points at, each once."""
+    """Ids, without duplicates, of the masks that a sample segments, points at or answers about."""
     answered = [ids for ids in rendered.answer_masks if ids]
     return list(dict.fromkeys(mask_id for ids in [*rendered.seg_targets, *rendered.prompted, *answered] for mask_id in ids))
 
@@ -60,10 +60,10 @@ def sample_arrays(
     size: tuple[int, int],
     config: Config,
     rng: np.random.Generator,
-    frames: dict[tuple, np.ndarray] | None = None,
+    target_cache: dict[tuple, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The arrays of one sample, without batch axis. `masks`: bool [H, W] by id; `size`: (H, W). `frames` keeps targets in
-    their frames, by the ids of their masks, for the next call on the same image."""
+    """The arrays of one sample, without batch axis. masks: bool [H, W] by id; size: (H, W); target_cache: resized targets by the ids of
+    their masks and side, kept for the next call on the same image."""
     model = config.model
     arrays = padding_sample(config)
     count = len(rendered.seg_positions)
@@ -75,23 +75,23 @@ def sample_arrays(
         if mask_ids:
             prompts = sample_prompts([masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name, config.prompt_kinds())
             arrays["prompt_xy"][turn], arrays["prompt_kind"][turn] = encode_prompts(prompts, frame, model.prompt)
-    frames = {} if frames is None else frames
+    target_cache = {} if target_cache is None else target_cache
 
-    def united(mask_ids: Sequence[str], frame: Frame, side: int) -> np.ndarray:
+    def merged_mask(mask_ids: Sequence[str], frame: Frame, side: int) -> np.ndarray:
         key = (*sorted(mask_ids), side)
-        if key not in frames:
-            whole = masks[mask_ids[0]]
+        if key not in target_cache:
+            merged = masks[mask_ids[0]]
             for mask_id in mask_ids[1:]:
-                whole = whole | masks[mask_id]
-            frames[key] = mask_to_frame(whole, frame, side)
-        return frames[key]
+                merged = merged | masks[mask_id]
+            target_cache[key] = mask_to_frame(merged, frame, side)
+        return target_cache[key]
 
     for slot, mask_ids in enumerate(rendered.seg_targets):
-        arrays["masks"][slot] = united(mask_ids, sam_frame(*size, model.sam.image_size, model.sam.image_fit), config.target_side())
+        arrays["masks"][slot] = merged_mask(mask_ids, sam_frame(*size, model.sam.image_size, model.sam.image_fit), config.target_side())
     for turn, mask_ids in enumerate(rendered.answer_masks):
         arrays["attention_target_mask"][turn] = mask_ids is not None
         if mask_ids:
-            arrays["attention_target"][turn] = united(mask_ids, frame, model.vision.grid())
+            arrays["attention_target"][turn] = merged_mask(mask_ids, frame, model.vision.grid())
     arrays["seg_index"][:count] = rendered.seg_positions
     arrays["seg_mask"][:count] = True
     arrays["sample_weight"] = np.float32(1)
@@ -104,8 +104,7 @@ def sample_arrays(
 
 
 def padding_sample(config: Config) -> dict[str, np.ndarray]:
-    """A sample of weight 0: what stands in for one that cannot be used. One position counts as real, so that attention has
-    something to look at."""
+    """A sample of weight 0 that replaces an unusable one. It has one token, so that attention has a key."""
     model, side = config.model, config.target_side()
     turns, slots, tokens = model.max_turns, model.max_segs, model.prompt.max_tokens
     return {
@@ -126,7 +125,7 @@ def padding_sample(config: Config) -> dict[str, np.ndarray]:
 
 
 def padding_image(model: ModelConfig) -> dict[str, np.ndarray]:
-    """The views of a black image, for one that cannot be read."""
+    """The arrays of a black image, which replace those of an image that cannot be read."""
     vision, sam = model.vision.image_size, model.sam.image_size
     return preprocess(np.zeros((1, 1, 3), np.uint8), model) | {
         "vision_image": np.zeros((vision, vision, 3), np.uint8),
@@ -141,16 +140,16 @@ def sample_prompts(
     name: str = "sample",
     kinds: Sequence[str] = PROMPT_KINDS,
 ) -> Prompts:
-    """One turn's prompts, drawn on each of `masks` (bool [H, W]); of those of `kinds` that leave room for a box on each of the rest,
-    or a box. Raises SampleError where even boxes do not fit in P = cfg.max_tokens."""
+    """The prompts of one turn, sampled on each of `masks` (bool [H, W]). The kind is one of `kinds` that leaves room for a box on each of
+    the other masks, or a box if there is none. Raises SampleError if not even boxes fit in P = cfg.max_tokens."""
     if 2 * len(masks) > cfg.max_tokens:
         raise SampleError(f"{name}: points at {len(masks)} masks in one turn; raise config.model.prompt.max_tokens ({cfg.max_tokens})")
-    most = {"point": _POINTS_MOST, "box": 2, "scribble": cfg.scribble_points}
+    token_cost = {"point": _MAX_POINT_TOKENS, "box": 2, "scribble": cfg.scribble_points}
     left = cfg.max_tokens
     drawn = []
     for number, mask in enumerate(masks):
         room = left - 2 * (len(masks) - number - 1)
-        prompts = draw_prompts(mask, rng, [kind for kind in kinds if most[kind] <= room] or ["box"])
+        prompts = draw_prompts(mask, rng, [kind for kind in kinds if token_cost[kind] <= room] or ["box"])
         left -= len(prompts.points) + 2 * len(prompts.boxes) + cfg.scribble_points * len(prompts.scribbles)
         drawn.append(prompts)
     return Prompts(
@@ -161,7 +160,7 @@ def sample_prompts(
 
 
 def smallest_bucket(length: int, buckets: Sequence[int]) -> int:
-    """The first of the ascending `buckets` that holds `length` tokens."""
+    """The first of the ascending `buckets` that has room for `length` tokens."""
     for bucket in buckets:
         if length <= bucket:
             return bucket
@@ -169,13 +168,13 @@ def smallest_bucket(length: int, buckets: Sequence[int]) -> int:
 
 
 def stack_batch(examples: Sequence[dict], bucket: int) -> dict[str, np.ndarray]:
-    """N examples of K samples each -> a batch with T = `bucket`, sample b belonging to image b // K."""
+    """N examples of K samples each -> a batch with T = `bucket`, in which sample b belongs to image b // K."""
     counts = {len(example["samples"]) for example in examples}
     if len(counts) != 1:
         raise ValueError(f"examples with {sorted(counts)} samples: every image of a batch must have the same number")
     samples = [sample for example in examples for sample in example["samples"]]
     batch = {key: np.stack([example[key] for example in examples]) for key in examples[0] if key != "samples"}
-    along = {"input_ids": 0, "query_index": -1, "loss_mask": 0}  # padding of what has axis T
+    along = {"input_ids": 0, "query_index": -1, "loss_mask": 0}  # padding value of the arrays with axis T
     for key, fill in along.items():
         batch[key] = np.full((len(samples), bucket), fill, samples[0][key].dtype)
         for row, sample in zip(batch[key], samples, strict=True):

@@ -1,4 +1,4 @@
-"""`mimo data encode`: the features of frozen image encoders, once for every picture of a dataset, for training to read.
+"""`mimo data encode`: computes the features of the frozen image encoders once for every image of a dataset, for training to read.
 
 Axis letters: N images.
 """
@@ -36,24 +36,24 @@ from mimo_jax.models import mimo, scan
 from mimo_jax.preemption import StopSignal
 
 ENCODERS = ("vision/", "sam_encoder/")
-_DECODER_FIELDS = ("pe_dtype", "decoder_layers", "decoder_heads", "decoder_mlp_width", "iou_head_width")  # of no matter to the encoder
-_VERSION = 1  # of how a file becomes pixels and pixels become features: raise it when that changes
+_DECODER_FIELDS = ("pe_dtype", "decoder_layers", "decoder_heads", "decoder_mlp_width", "iou_head_width")  # do not affect the encoder
+_VERSION = 1  # version of the way from a file to features: increment it when that changes
 
 
-class Encoded(NamedTuple):
-    """Of a process's pictures: written now, there before, and those that cannot be read as (id, reason). unreadable: the file that
-    lists them, one JSON object a line. stopped: a signal came before the last."""
+class EncodeResult(NamedTuple):
+    """Counts for the images of one process. written: encoded now; existing: encoded before; failed: (id, reason) of those that cannot be
+    read; unreadable: the file that lists these, one JSON object per line; stopped: whether a signal stopped the process early."""
 
     written: int
-    before: int
+    existing: int
     failed: list[tuple[str, str]]
     unreadable: Path
     stopped: bool
 
 
 def fingerprint(config: Config, params: Mapping[str, jax.Array | np.ndarray]) -> str:
-    """SHA-256 of what decides the features of a picture: settings, and the encoders' parameters (by path; others are passed over) in
-    bfloat16, as the features are, whatever dtype a run keeps them in."""
+    """SHA-256 of everything that determines the features of an image: the settings, and the encoders' parameters (by path; others are
+    ignored) in bfloat16, the dtype of the features, independently of the dtype in which a run stores them."""
     sam = {name: value for name, value in dataclasses.asdict(config.model.sam).items() if name not in _DECODER_FIELDS}
     about = {"version": _VERSION, "vision": dataclasses.asdict(config.model.vision), "sam": sam}
     hashes = {path: storage.hash_array(leaf.astype(jnp.bfloat16)) for path, leaf in sorted(params.items()) if path.startswith(ENCODERS)}
@@ -61,11 +61,11 @@ def fingerprint(config: Config, params: Mapping[str, jax.Array | np.ndarray]) ->
 
 
 def check_frozen(trained: Iterable[str]) -> None:
-    """ConfigError if one of the `trained` parameters (paths) is one that features depend on."""
+    """Raise ConfigError if features depend on one of the `trained` parameters (paths)."""
     moving = [path for path in trained if path.startswith(ENCODERS)]
     if moving:
         raise ConfigError(
-            f"config.data.features: features are of frozen encoders, and {moving[0]} trains; freeze vision/ and sam_encoder/ in "
+            f"config.data.features: features need frozen encoders, but {moving[0]} trains; freeze vision/ and sam_encoder/ in "
             "config.trainables, or set config.data.features=False"
         )
 
@@ -78,9 +78,9 @@ def encode_checkpoint(
     process_index: int = 0,
     process_count: int = 1,
     base: str | os.PathLike | None = None,
-) -> Encoded:
-    """Write the features of this process's share of the pictures beside the records; what is there already stays. Of a checkpoint only
-    the encoders are read. batch: pictures at a time on each device. Raises UserErrors before any work."""
+) -> EncodeResult:
+    """Write the features of this process's part of the images next to the records; existing features are kept. Only the encoders of the
+    checkpoint are read. batch: images per device and call. UserErrors are raised before any work."""
     source = open_source(data, split)
     leaves = loading.LazyParams(path, base)
     params = {name: leaves[name] for name in leaves if name.startswith(ENCODERS)}
@@ -96,24 +96,24 @@ def write_features(
     batch: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Encoded:
-    """`encode_checkpoint` with the encoders' parameters, by path, in hand."""
+) -> EncodeResult:
+    """`encode_checkpoint` with the encoders' parameters {path: array} already loaded."""
     writer = FeatureWriter(folder)
-    there = FeatureFolder(folder, mimo.feature_shapes(config))
-    mine = range(process_index, len(source), process_count)
-    todo = [number for number in mine if source.index.ids[number].decode() not in there]
+    existing = FeatureFolder(folder, mimo.feature_shapes(config))
+    local = range(process_index, len(source), process_count)
+    todo = [number for number in local if source.index.ids[number].decode() not in existing]
     encode, size = _encoder(config, params, batch)
     written, failed, stopped = 0, [], False
-    with StopSignal() as stop, tqdm(total=len(mine), initial=len(mine) - len(todo), desc="encode", unit="image", disable=None) as bar:
-        for some in _read(config, source, todo, size):
-            good = [(record, views) for record, views in some if not isinstance(views, str)]
-            failed += [(record, reason) for record, reason in some if isinstance(reason, str)]
+    with StopSignal() as stop, tqdm(total=len(local), initial=len(local) - len(todo), desc="encode", unit="image", disable=None) as bar:
+        for group in _read_groups(config, source, todo, size):
+            good = [(record, views) for record, views in group if not isinstance(views, str)]
+            failed += [(record, reason) for record, reason in group if isinstance(reason, str)]
             if good:
                 features = encode([views for _, views in good])
                 for at, (record, _) in enumerate(good):
                     writer.add(record, {key: values[at] for key, values in features.items()})
             written += len(good)
-            bar.update(len(some))
+            bar.update(len(group))
             if stop.received and written + len(failed) < len(todo):
                 stopped = True
                 break
@@ -122,11 +122,12 @@ def write_features(
     unreadable.unlink(missing_ok=True)
     if failed:
         unreadable.write_text("".join(json.dumps({"record": name, "reason": reason}) + "\n" for name, reason in failed))
-    return Encoded(written, len(mine) - len(todo), failed, unreadable, stopped)
+    return EncodeResult(written, len(local) - len(todo), failed, unreadable, stopped)
 
 
 def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tuple[Callable, int]:
-    """(views of at most N pictures -> their features by name in a batch, each uint16 [N, …]; N), over all devices of this process."""
+    """(function from the views of at most N images to their features by name in a batch, each uint16 [N, …]; N), on all devices of this
+    process."""
     graphdef, shapes = mimo.abstract(config)
     rest = {path: leaf for path, leaf in pathtree.flatten(shapes).items() if path not in params}
     devices = jax.local_devices()
@@ -136,7 +137,7 @@ def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tu
 
     @jax.jit
     def encode(params, views):
-        unused = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in rest.items()}  # XLA leaves them out
+        unused = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in rest.items()}  # XLA removes them
         model = scan.bind(graphdef, pathtree.unflatten({**params, **unused}))
         x_img = model.encode_vision(views["vision_image"], views["vision_size"])
         features = mimo.pack_features(x_img, model.encode_sam(views["sam_image"], views["sam_size"]))
@@ -150,10 +151,10 @@ def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tu
     return run, size
 
 
-def _read(
+def _read_groups(
     config: Config, source: RecordFolder | Manifest, numbers: list[int], size: int
 ) -> Iterator[list[tuple[Record, dict[str, np.ndarray]] | tuple[str, str]]]:
-    """`size` at a time: (record, views), or (id, why it cannot be read). The next ones are read meanwhile."""
+    """Groups of `size` results: (record, views), or (id, reason why it cannot be read). The next groups are read in the background."""
 
     def read(number: int):
         try:

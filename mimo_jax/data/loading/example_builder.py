@@ -1,4 +1,4 @@
-"""From drawn images to examples: decodes, resizes, renders, draws prompts, and keeps what fits in memory."""
+"""From sampled images to examples: decodes, resizes, renders, samples prompts, and caches what fits in memory."""
 
 from __future__ import annotations
 
@@ -30,57 +30,57 @@ class SampledImage(NamedTuple):
 
 @dataclasses.dataclass
 class _CachedRecord:
-    """What is kept of a record between its visits."""
+    """What is cached of a record between its uses."""
 
     record: Record  # without image bytes
-    image: np.ndarray | None  # decoded, where it is to be augmented
-    views: dict[str, np.ndarray] | None  # resized, or as features, else
+    image: np.ndarray | None  # the decoded image, with augmentation only
+    views: dict[str, np.ndarray] | None  # the resized images or the features, without augmentation only
     rendered: dict[int, Rendered]  # by sample
-    frames: dict[tuple, np.ndarray]  # targets at mask resolution, by mask ids and side
+    targets: dict[tuple, np.ndarray]  # targets at mask resolution, by mask ids and side
 
 
 class ExampleBuilder:
-    """Draws to examples: decodes, resizes, renders, draws prompts. Keeps what fits in `data.cache_mb`, first come, first kept:
-    with a set that does not fit, throwing out the oldest would never find anything again."""
+    """Makes examples of sampled images: decodes, resizes, renders, samples prompts. Records are cached until `data.cache_mb` is full, and
+    are never evicted: with a dataset that does not fit, evicting the oldest would give no cache hits at all."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: list[RecordFolder | Manifest]):
         self.config, self.tokenizer, self.sources = config, tokenizer, sources
-        self.features: list[FeatureFolder] = []  # of the sources, where they stand in for pictures
-        self._kept: dict[tuple[int, int], _CachedRecord] = {}
+        self.features: list[FeatureFolder] = []  # one per source, if features replace images
+        self._cache: dict[tuple[int, int], _CachedRecord] = {}
         self._free = (config.data.cache_mb << 20) // max(1, config.data.workers)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": {}}
 
-    def example(self, drawn: SampledImage, report: list[dict]) -> dict:
-        """One image with its K samples, as `collate.stack_batch` takes them. What cannot be used is replaced by blanks of
-        weight 0 and told in `report`."""
+    def build(self, drawn: SampledImage, report: list[dict]) -> dict:
+        """One image with its K samples, as input of `collate.stack_batch`. Unusable samples are replaced by padding of weight 0, and
+        {"record", "sample", "reason"} of each is appended to `report`."""
         source, model = self.sources[drawn.source], self.config.model
         record_id = source.index.ids[drawn.record].decode()
         try:
-            ready = self._ready(drawn.source, drawn.record)
-            image, masks = self._variant(ready, drawn)
+            ready = self._load(drawn.source, drawn.record)
+            image, masks = self._augmented(ready, drawn)
         except UserError as error:
             report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(drawn.samples))]
-            blank = self.features[drawn.source].blank() if self.features else padding_image(model)
+            blank = self.features[drawn.source].padding() if self.features else padding_image(model)
             return {**blank, "samples": [padding_sample(self.config)] * len(drawn.samples)}
         samples = []
         for place, number in enumerate(drawn.samples):
             sample = ready.record.samples[number]
-            frames = ready.frames if ready.image is None else {}
+            targets = ready.targets if ready.image is None else {}
             rng = np.random.default_rng([drawn.seed, place])
             try:
                 rendered = self._rendered(ready, number)
                 size = (ready.record.height, ready.record.width)
-                samples.append(sample_arrays(sample.sample_id, rendered, masks, size, self.config, rng, frames))
+                samples.append(sample_arrays(sample.sample_id, rendered, masks, size, self.config, rng, targets))
             except UserError as error:
                 report.append({"record": record_id, "sample": f"{record_id}#{number}", "reason": str(error)})
                 samples.append(padding_sample(self.config))
         return {**image, "samples": samples}
 
-    def _ready(self, source: int, number: int) -> _CachedRecord:
-        if (source, number) in self._kept:
-            return self._kept[source, number]
+    def _load(self, source: int, number: int) -> _CachedRecord:
+        if (source, number) in self._cache:
+            return self._cache[source, number]
         record = self.sources[source][number]
         augmented = self.config.data.augment
         image = None if self.features else record_image(record)
@@ -89,14 +89,14 @@ class ExampleBuilder:
             image=image if augmented else None,
             views=None if augmented else preprocess(image, self.config.model) if image is not None else self.features[source].read(record),
             rendered={},
-            frames={},
+            targets={},
         )
         size = len(ready.record.to_bytes()) + 4096 * len(record.samples)
         size += image.nbytes if augmented else sum(v.nbytes for v in ready.views.values())
         size += 0 if augmented else len(record.masks) * self.config.target_side() ** 2
         if size <= self._free:
             self._free -= size
-            self._kept[source, number] = ready
+            self._cache[source, number] = ready
         return ready
 
     def _rendered(self, ready: _CachedRecord, number: int) -> Rendered:
@@ -104,23 +104,23 @@ class ExampleBuilder:
             ready.rendered[number] = render(ready.record.samples[number], self.tokenizer, self.config)
         return ready.rendered[number]
 
-    def _variant(self, ready: _CachedRecord, drawn: SampledImage) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(views, masks by id) of this visit."""
-        masks = _Masks(ready.record)
+    def _augmented(self, ready: _CachedRecord, drawn: SampledImage) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(views, masks by id) of a sampled image, augmented if `data.augment`."""
+        masks = _LazyMasks(ready.record)
         if ready.image is None:
             return ready.views, masks
         wanted: dict[str, np.ndarray] = {}
         for number in drawn.samples:
             try:
                 wanted |= {mask_id: masks[mask_id] for mask_id in required_mask_ids(self._rendered(ready, number))}
-            except UserError:  # told where the sample is made
+            except UserError:  # reported when the sample is made
                 continue
         image, moved = augment(ready.image, list(wanted.values()), np.random.default_rng([drawn.seed, len(drawn.samples)]))
         return preprocess(image, self.config.model), dict(zip(wanted, moved, strict=True))
 
 
-class _Masks(dict):
-    """Masks of a record by id, decoded when they are asked for."""
+class _LazyMasks(dict):
+    """The masks of a record by id, decoded on first access."""
 
     def __init__(self, record: Record):
         super().__init__()

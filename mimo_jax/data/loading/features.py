@@ -1,11 +1,14 @@
-"""Features of frozen image encoders, kept beside the records: written by `mimo data encode`, read instead of decoding pictures.
+"""Features of frozen image encoders, stored next to the records: `mimo data encode` writes them, and training reads them instead of images.
 
-DATA/features/FINGERPRINT/SHARD.vision.npy   uint16 [n, I, Dc]: X_img, the bits of bfloat16, which numpy has not
-                          SHARD.sam.npy    uint16 [n, g, g, C]: SAM's features; SHARD.sam_0.npy, … of several scales
-                          SHARD.json       of each row: id of the record, SHA-256 of its picture, CRC-32; written last
+DATA/features/FINGERPRINT/SHARD.vision.npy   uint16 [n, I, Dc]: X_img as the bits of bfloat16, which numpy does not have
+                          SHARD.sam.npy    uint16 [n, g, g, C]: SAM's features; SHARD.sam_0.npy, … for several scales
+                          SHARD.json       for each row: id of the record, SHA-256 of its image, CRC-32; written last
 
-Of a manifest, DATA is its path and ".d". The fingerprint is that of the encoders (`train.encode`). A shard is named by what it
-holds and counts once its .json stands, so that processes write side by side, and a killed one goes on.
+Axis letters: n images of a shard, I image tokens, Dc width of the vision tower, g side of SAM's grid, C width of SAM's features.
+
+For a manifest, DATA is its path with ".d" appended. The fingerprint is that of the encoders (`encode_features.fingerprint`). A shard is
+named after the ids that it contains, and is valid once its .json exists, so that several processes can write at the same time, and a
+killed one resumes.
 """
 
 from __future__ import annotations
@@ -23,18 +26,19 @@ from mimo_jax.data.loading.sources import Manifest
 from mimo_jax.data.records import DataError, RecordFolder
 from mimo_jax.data.schema import Record
 
-SHARD_BYTES = 128 << 20  # held in memory until they are written
+SHARD_BYTES = 128 << 20  # buffered in memory before a shard is written
 
 
 def feature_folder(source: RecordFolder | Manifest, fingerprint: str) -> Path:
-    return _home(source) / fingerprint[:16]
+    return _features_root(source) / fingerprint[:16]
 
 
 def open_features(source: RecordFolder | Manifest, fingerprint: str, shapes: Mapping[str, tuple[int, ...]]) -> FeatureFolder:
-    """shapes: as of `FeatureFolder`. DataError with the remedy if a source has none of these encoders, or one that cannot be read."""
+    """The features of a source. shapes: see `FeatureFolder`. Raises DataError with the remedy if the source has no features of these
+    encoders, or if they cannot be read."""
     folder = feature_folder(source, fingerprint)
     if not folder.is_dir():
-        others = " (only those of other weights or settings)" if _home(source).is_dir() else ""
+        others = " (only those of other weights or settings)" if _features_root(source).is_dir() else ""
         raise DataError(
             f"config.data.features: {source.path} has no features of this run's encoders{others}; write them with "
             f"mimo data encode --checkpoint CHECKPOINT --data {source.path}, of the checkpoint that this run starts from"
@@ -42,17 +46,17 @@ def open_features(source: RecordFolder | Manifest, fingerprint: str, shapes: Map
     return FeatureFolder(folder, shapes)
 
 
-def _home(source: RecordFolder | Manifest) -> Path:
+def _features_root(source: RecordFolder | Manifest) -> Path:
     return (source.path if source.path.is_dir() else Path(f"{source.path}.d")) / "features"
 
 
 class FeatureFolder:
-    """The features of the records of one source, by their ids; can be pickled and read from several threads."""
+    """The features of the records of one source, by their ids. It can be pickled and read from several threads."""
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]):
-        """shapes: of the features of one picture, by name in a batch (`mimo.feature_shapes`)."""
+        """shapes: shapes of the features of one image, by name in a batch (`mimo.feature_shapes`)."""
         self.path, self.shapes = path, dict(shapes)
-        self._rows: dict[str, tuple[str, int, str, dict[str, int]]] = {}  # id -> shard, row, SHA-256 of the picture, CRC-32 by key
+        self._rows: dict[str, tuple[str, int, str, dict[str, int]]] = {}  # id -> shard, row, SHA-256 of the image, CRC-32 by key
         self._open: dict[str, np.ndarray] = {}
         for about in sorted(path.glob("*.json")):
             try:
@@ -71,21 +75,21 @@ class FeatureFolder:
         return {**self.__dict__, "_open": {}}
 
     def read(self, record: Record) -> dict[str, np.ndarray]:
-        """Features by name in a batch, uint16, the bits of bfloat16. Raises DataError where there are none, where
-        they are of another picture, and where they are not as they were written."""
+        """Features by name in a batch: uint16, the bits of bfloat16. Raises DataError if there are none, if
+        they belong to another image, or if they are damaged."""
         if record.id not in self._rows:
             raise DataError(f"record {record.id}: has no features in {self.path}; run mimo data encode again")
         shard, row, picture, sums = self._rows[record.id]
-        if picture != picture_digest(record):
-            raise DataError(f"record {record.id}: its features are of another picture; remove {self.path} and run mimo data encode again")
+        if picture != image_digest(record):
+            raise DataError(f"record {record.id}: its features are of another image; remove {self.path} and run mimo data encode again")
         found = {key: np.array(self._array(shard, key)[row]) for key in self.shapes}
         for key, values in found.items():
             if values.shape != self.shapes[key] or zlib.crc32(values) != sums[key]:
                 raise DataError(f"{self._file(shard, key)}, row {row}: is damaged; remove {shard}.json and run mimo data encode again")
         return found
 
-    def blank(self) -> dict[str, np.ndarray]:
-        """For a picture that has none."""
+    def padding(self) -> dict[str, np.ndarray]:
+        """Zeros in place of the features of an image that has none."""
         return {key: np.zeros(shape, np.uint16) for key, shape in self.shapes.items()}
 
     def _file(self, shard: str, key: str) -> Path:
@@ -111,17 +115,17 @@ class FeatureWriter:
         path.mkdir(parents=True, exist_ok=True)
 
     def add(self, record: Record, features: dict[str, np.ndarray]) -> None:
-        """`features` as `FeatureFolder.read` gives them."""
+        """Add the features of a record, as `FeatureFolder.read` returns them."""
         features = {key: np.ascontiguousarray(values) for key, values in features.items()}
         sums = {key: zlib.crc32(values) for key, values in features.items()}
-        self._rows.append({"id": record.id, "picture": picture_digest(record), "crc32": sums})
+        self._rows.append({"id": record.id, "picture": image_digest(record), "crc32": sums})
         for key, values in features.items():
             self._values.setdefault(key, []).append(values)
         if sum(values.nbytes for values in features.values()) * len(self._rows) >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since; without it, that is lost."""
+        """Write what was added since the last shard; without this call it is lost."""
         if not self._rows:
             return
         shard = _digest([row["id"] for row in self._rows])
@@ -133,12 +137,12 @@ class FeatureWriter:
 
 
 def _file_name(key: str) -> str:
-    """Of a feature by its name in a batch: "vision", "sam", or "sam_0", … of several scales."""
+    """The name of a feature in file names, from its name in a batch: "vision", "sam", or "sam_0", … for several scales."""
     return "vision" if key == "x_img" else key.replace("sam_features", "sam")
 
 
-def picture_digest(record: Record) -> str:
-    """Of all that decides a record's pixels."""
+def image_digest(record: Record) -> str:
+    """Hash of everything that determines a record's pixels."""
     return hashlib.sha256(record.image + json.dumps(record.window and list(record.window)).encode()).hexdigest()[:32]
 
 

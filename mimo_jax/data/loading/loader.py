@@ -1,11 +1,10 @@
-"""From sources to batches: which samples come when, and the Grain pipeline that makes them.
+"""From sources to batches: the global order of samples, and the Grain pipeline that makes batches.
 
-Axis letters: B samples of the global batch, K samples that share one image, N = B / K images.
+Axis letters: B samples of the global batch, K samples that share one image, N = B / K images, m samples of a source.
 
-Everything is a pure function of (config, sources, tokenizer, number of the global batch): which images and samples, in
-which bucket, with which prompts. So the state of the iterator is one integer, the same in all processes, every process
-takes the same bucket, and another number of processes goes on with the same global sequence: of a batch's images
-0 … N-1 a process makes those that it is asked for.
+The images, samples, bucket and prompts of a batch are a pure function of (config, sources, tokenizer, number of the global batch).
+So the state of the iterator is one integer, the same in all processes, every process uses the same bucket, and a different number of
+processes resumes with the same global sequence: each process makes only its own part of a batch's images 0 … N-1.
 """
 
 from __future__ import annotations
@@ -35,39 +34,40 @@ from mimo_jax.data.records import DataError, RecordFolder
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 
-_REPORT = "unusable"  # key under which a batch carries its unusable samples from the process that made it
-_IMAGES_AHEAD = 64  # that may wait ready-made, in all
+_REPORT = "unusable"  # key of a batch under which the process that made it reports unusable samples
+_IMAGES_AHEAD = 64  # maximum number of images that are made in advance
 
 
 def make_loader(
-    config: Config, tokenizer: Tokenizer, sources: dict[str, RecordFolder | Manifest], mine: Sequence[int] | None = None
+    config: Config, tokenizer: Tokenizer, sources: dict[str, RecordFolder | Manifest], local_images: Sequence[int] | None = None
 ) -> Loader:
-    """Endless batches. `sources`: by name, as `open_sources` gives them; mine: which of every global batch's N images this process
-    makes, ascending; None: all.
+    """An endless iterator of batches. sources: by name, from `open_sources`; local_images: the indices, ascending, of those of the N images
+    of every global batch that this process makes; None: all.
 
-    Raises DataError for a perspective with a weight that no source holds."""
+    Raises DataError for a perspective with a weight that no source has."""
     order = GlobalOrder(config, tokenizer, sources)
-    return Loader(_Batches(order, ExampleBuilder(config, tokenizer, list(sources.values())), range(order.images) if mine is None else mine))
+    builder = ExampleBuilder(config, tokenizer, list(sources.values()))
+    return Loader(_BatchSource(order, builder, range(order.images) if local_images is None else local_images))
 
 
 class Loader:
-    """Iterator of batches (dicts of arrays, K samples of each image that this process makes).
+    """Iterator of batches (dicts of arrays, with K samples of each image that this process makes).
 
-    state() -> {"batch": number of the next global batch}; restore(state) goes on from there, bit-identically.
-    bad: {"record", "sample", "reason"} of every sample that came up and could not be used; it stands in its batch with
-    weight 0. More than `train.max_bad_samples` of all samples raise DataError.
+    state() -> {"batch": number of the next global batch}; restore(state) resumes there, bit-identically.
+    bad: {"record", "sample", "reason"} of every unusable sample so far; its place in a batch is filled with padding of
+    weight 0. Raises DataError if more than the fraction `train.max_bad_samples` of all samples is unusable.
     """
 
-    def __init__(self, batches: _Batches):
+    def __init__(self, batches: _BatchSource):
         self._batches = batches
         self._next = 0
         self._iterator: grain.DatasetIterator | None = None
         self._bad: dict[str, dict] = {}
 
     def use_features(self, fingerprint: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """From now on batches carry the features that `FeatureFolder.read` returns, in place of pictures. shapes: as of `FeatureFolder`.
-        Raises DataError for a source that has none of the encoders of that fingerprint."""
-        order, maker = self._batches.order, self._batches.maker
+        """Make batches with the features of `FeatureFolder.read` instead of images from now on. shapes: see `FeatureFolder`.
+        Raises DataError for a source without features of the encoders with that fingerprint."""
+        order, maker = self._batches.order, self._batches.builder
         maker.features = [open_features(source, fingerprint, shapes) for source in order.sources]
 
     @property
@@ -92,7 +92,7 @@ class Loader:
         return {"batch": self._next}
 
     def records(self, number: int) -> list[str]:
-        """Ids of the records whose images a global batch shows, in all processes."""
+        """Ids of the records of a global batch, for all processes."""
         order = self._batches.order
         return [order.sources[image.source].index.ids[image.record].decode() for image in order.batch(number)[1]]
 
@@ -101,17 +101,17 @@ class Loader:
         self._next = int(state["batch"])
 
     def close(self) -> None:
-        """End the threads and worker processes; iterating starts them again."""
+        """Stop the threads and worker processes; iterating starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
 
     def _start(self) -> grain.DatasetIterator:
         config = self._batches.order.config
-        ahead = max(1, min(8, _IMAGES_AHEAD // len(self._batches.mine)))
+        ahead = max(1, min(8, _IMAGES_AHEAD // len(self._batches.local_images)))
         threads = min(ahead, 4, os.cpu_count() or 1)
         if config.data.workers:
-            ahead = threads = 1  # within each worker, which itself runs ahead by a batch
+            ahead = threads = 1  # within each worker, which itself makes one batch in advance
         batches = grain.MapDataset.source(self._batches)[self._next :]
         batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
         if config.data.workers:
@@ -131,7 +131,7 @@ class Loader:
 
 @contextlib.contextmanager
 def _absl_flags_readable() -> Iterator[None]:
-    """Grain's worker pool reads absl flags as it starts; in a program that does not parse them, they have their defaults meanwhile."""
+    """Grain's worker pool reads absl flags when it starts; in a program that does not parse them, use their defaults in the meantime."""
     unparsed = not flags.FLAGS.is_parsed()
     if unparsed:
         flags.FLAGS.mark_as_parsed()
@@ -143,22 +143,22 @@ def _absl_flags_readable() -> Iterator[None]:
 
 
 class GlobalOrder:
-    """The endless global sequence of images, and its cut into batches of one bucket each."""
+    """The endless global sequence of images, divided into batches of one bucket each."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: dict[str, RecordFolder | Manifest]):
         self.config, self.tokenizer = config, tokenizer
         self.sources = list(sources.values())
         self.images = config.data.batch_size // config.data.samples_per_image
-        self.drawn, self.total = _mixture(config, sources)
-        self._lengths = [np.zeros(len(source.index.perspective), np.int32) for source in self.sources]  # 0: not known yet
+        self.sequence, self.total = _mixture(config, sources)
+        self._lengths = [np.zeros(len(source.index.perspective), np.int32) for source in self.sources]  # 0: not yet known
         self._overhead = _overhead(config, tokenizer)
         self._windows: dict[int, list[tuple[int, list[SampledImage]]]] = {}
 
     def batch(self, number: int) -> tuple[int, list[SampledImage]]:
         """(bucket, N images) of a global batch.
 
-        Within a window of `data.length_grouping` batches images are sorted by the bucket that they need (stably, so that they
-        stay mixed), and the batches are put in random order: the same images, and few batches that pad to a long one."""
+        Within a window of `data.length_grouping` batches, images are sorted by the bucket that they need (with a stable sort, so that
+        they stay mixed), and the batches are shuffled: the images are the same, but few batches need a long bucket."""
         window = self.config.data.length_grouping if len(self.config.buckets()) > 1 else 1
         at, within = divmod(number, window)
         if at not in self._windows:
@@ -169,14 +169,14 @@ class GlobalOrder:
 
     def _window(self, at: int, window: int) -> list[tuple[int, list[SampledImage]]]:
         size = window * self.images
-        drawn = [self.drawn[i] for i in range(at * size, (at + 1) * size)]
+        drawn = [self.sequence[i] for i in range(at * size, (at + 1) * size)]
         needs = np.array([self._bucket(image) for image in drawn])
         rows = np.argsort(needs, kind="stable").reshape(window, self.images)
         rows = rows[np.random.default_rng([self.config.data.seed, at]).permutation(window)]
         return [(int(needs[row].max()), [drawn[i] for i in row]) for row in rows]
 
     def _bucket(self, image: SampledImage) -> int:
-        """The smallest bucket for its samples. Without tokenising where even one token a byte would fit in the first."""
+        """The smallest bucket for its samples. Texts are not tokenised if even one token per byte would fit in the first bucket."""
         buckets = self.config.buckets()
         if len(buckets) == 1:
             return buckets[0]
@@ -189,7 +189,7 @@ class GlobalOrder:
             for place, number in zip(places, image.samples, strict=True):
                 try:
                     lengths[place] = len(render(samples[number], self.tokenizer, self.config).input_ids)
-                except UserError:  # the sample will be a placeholder
+                except UserError:  # the sample will be replaced by padding
                     lengths[place] = 1
         return smallest_bucket(int(lengths[places].max()), buckets)
 
@@ -198,62 +198,62 @@ class GlobalOrder:
 
 
 def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tuple[grain.MapDataset, int]:
-    """(endless random-access sequence of Drawn, number of samples that it draws from).
+    """(endless random-access sequence of SampledImage, number of samples that it is drawn from).
 
-    One endless dataset, shuffled anew each epoch, for each perspective of each source. Perspectives come in the shares of
-    `data.weights`; of the sources that hold one, each gives its part of that share by its weight."""
-    share = config.data.samples_per_image
-    kept = {name: _kept(source, config.data.fraction) for name, source in sources.items()}
+    There is one endless dataset, reshuffled each epoch, for each perspective of each source. Perspectives are mixed in proportion to
+    `data.weights`, and the sources of a perspective in proportion to their weights."""
+    samples_per_image = config.data.samples_per_image
+    fraction_masks = {name: _fraction_mask(source, config.data.fraction) for name, source in sources.items()}
     leaves, weights, total = [], [], 0
     for perspective, weight in config.data.weights.items():
         if weight < 0:
             raise DataError(f"config.data.weights.{perspective}: is {weight}; must be 0 or more")
         if not weight:
             continue
-        held = {}
+        groups = {}
         for number, (name, source) in enumerate(sources.items()):
             asked = [p.strip() for p in config.data.sources[name].perspectives.split(",")]
-            mine = kept[name] & (source.index.perspective == PERSPECTIVES.index(perspective)) & (perspective in asked)
-            if mine.any():
-                held[name] = _groups(source, mine, number, share)
-                total += int(mine.sum())
-        if not held:
+            selected = fraction_masks[name] & (source.index.perspective == PERSPECTIVES.index(perspective)) & (perspective in asked)
+            if selected.any():
+                groups[name] = _groups(source, selected, number, samples_per_image)
+                total += int(selected.sum())
+        if not groups:
             portion = f" (config.data.fraction {config.data.fraction:g})" if config.data.fraction < 1 else ""
             raise DataError(
-                f"config.data.weights.{perspective}: is {weight:g}, but no source ({', '.join(sources)}) holds a sample of "
+                f"config.data.weights.{perspective}: is {weight:g}, but no source ({', '.join(sources)}) has a sample of "
                 f"{perspective} in split {config.data.split}{portion}; set it to 0 or add a source"
             )
-        shares = sum(config.data.sources[name].weight for name in held)
-        for name, rows in held.items():
+        total_weight = sum(config.data.sources[name].weight for name in groups)
+        for name, rows in groups.items():
             seed = zlib.crc32(f"{config.data.seed}/{perspective}/{name}".encode())
-            pick = _SampleGroup(sources[name], PERSPECTIVES.index(perspective), share)
+            pick = _SampleGroup(sources[name], PERSPECTIVES.index(perspective), samples_per_image)
             leaves.append(grain.MapDataset.source(_Epochs(rows, seed)).seed(seed).random_map(pick))
-            weights.append(weight * config.data.sources[name].weight / shares)
+            weights.append(weight * config.data.sources[name].weight / total_weight)
     if not leaves:
         raise DataError("config.data.weights: all are 0; give at least one perspective a weight")
     return grain.MapDataset.mix(leaves, weights), total
 
 
-def _kept(source: RecordFolder | Manifest, share: float) -> np.ndarray:
-    """bool [m]: the samples of those patients or cases that `data.fraction` leaves. A group is in or out by its name alone, so a larger
-    share holds all of a smaller one."""
+def _fraction_mask(source: RecordFolder | Manifest, fraction: float) -> np.ndarray:
+    """bool [m]: whether each sample is of a patient or case within `data.fraction`. That depends only on the group's name, so a larger
+    fraction contains all groups of a smaller one."""
     index = source.index
-    names, of = np.unique(index.groups, return_inverse=True)
-    places = np.array([int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64 for name in names.tolist()])
-    return np.repeat((places < share)[of], np.diff(index.first))
+    names, group_ids = np.unique(index.groups, return_inverse=True)
+    quantiles = np.array([int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64 for name in names.tolist()])
+    return np.repeat((quantiles < fraction)[group_ids], np.diff(index.first))
 
 
-def _groups(source: RecordFolder | Manifest, mine: np.ndarray, number: int, share: int) -> np.ndarray:
-    """int [n, 3]: (source, record, group of at most `share` of the samples that are `mine`, bool [m], in it)."""
-    of = np.repeat(np.arange(len(source)), np.diff(source.index.first))[mine]
-    records, held = np.unique(of, return_counts=True)
-    groups = -(-held // share)
+def _groups(source: RecordFolder | Manifest, selected: np.ndarray, number: int, group_size: int) -> np.ndarray:
+    """int [n, 3]: (source, record, number of a group of at most `group_size` selected samples of the record). selected: bool [m]."""
+    record_ids = np.repeat(np.arange(len(source)), np.diff(source.index.first))[selected]
+    records, counts = np.unique(record_ids, return_counts=True)
+    groups = -(-counts // group_size)
     within = np.arange(groups.sum()) - np.repeat(np.cumsum(groups) - groups, groups)
     return np.column_stack([np.full(groups.sum(), number), np.repeat(records, groups), within])
 
 
 class _Epochs:
-    """Rows without end, in a new order each epoch: what Grain's `shuffle().repeat()` gives, whose index_shuffle takes 9 ms an
+    """Endless rows, in a new order each epoch, like Grain's `shuffle().repeat()`, whose index_shuffle needs 9 ms per
     element for 3 rows and 0.2 ms for 200 (grain 0.2.18)."""
 
     def __init__(self, rows: np.ndarray, seed: int):
@@ -276,32 +276,32 @@ class _Epochs:
 
 
 class _SampleGroup(grain.transforms.RandomMap):
-    """(source, record, group) -> Drawn; a last group with fewer than K samples is filled from the record's first."""
+    """(source, record, group) -> SampledImage; a last group with fewer than K samples is filled with the record's first samples."""
 
-    def __init__(self, source: RecordFolder | Manifest, perspective: int, share: int):
+    def __init__(self, source: RecordFolder | Manifest, perspective: int, group_size: int):
         self.first, self.perspectives = source.index.first, source.index.perspective
-        self.perspective, self.share = perspective, share
+        self.perspective, self.group_size = perspective, group_size
 
     def random_map(self, element: np.ndarray, rng: np.random.Generator) -> SampledImage:
         source, record, group = (int(v) for v in element)
-        held = np.flatnonzero(self.perspectives[self.first[record] : self.first[record + 1]] == self.perspective)
-        picked = held[(group * self.share + np.arange(self.share)) % len(held)]
+        candidates = np.flatnonzero(self.perspectives[self.first[record] : self.first[record + 1]] == self.perspective)
+        picked = candidates[(group * self.group_size + np.arange(self.group_size)) % len(candidates)]
         return SampledImage(source, record, tuple(picked.tolist()), int(rng.integers(2**62)))
 
 
 def _overhead(config: Config, tokenizer: Tokenizer) -> int:
-    """Tokens that any sample may have beside one for each byte of its texts."""
-    # A question of one letter: behind an image token, the "▁" before the question is its own.
+    """Upper bound on the tokens of a sample in addition to one per byte of its texts."""
+    # A question of one letter is used, because after an image token the "▁" before the question is a separate token.
     turns = [len(encode_user_turn(tokenizer, config, "?", turn, turn == 0)[0]) for turn in range(config.model.max_turns)]
     grounding = len(config.model.grounding_tokens()) * config.model.max_segs
     return sum(turns) + 2 * len(turns) + grounding  # "▁" and </s> of each answer
 
 
-class _Batches:
+class _BatchSource:
     """Random access to this process's part of every global batch; Grain reads it from threads or worker processes."""
 
     def __init__(self, order: GlobalOrder, maker: ExampleBuilder, mine: Sequence[int]):
-        self.order, self.maker, self.mine = order, maker, mine
+        self.order, self.builder, self.local_images = order, maker, mine
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -309,7 +309,7 @@ class _Batches:
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         bucket, drawn = self.order.batch(int(number))
         report: list[dict] = []
-        examples = [self.maker.example(drawn[i], report) for i in self.mine]
+        examples = [self.builder.build(drawn[i], report) for i in self.local_images]
         batch = stack_batch(examples, bucket)
         batch[_REPORT] = np.frombuffer(json.dumps(report).encode(), np.uint8)
         return batch

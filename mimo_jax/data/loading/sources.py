@@ -1,8 +1,8 @@
-"""Where records come from: record folders, and JSON-lines manifests of images and mask files.
+"""Sources of records: record folders, and JSON-lines manifests of images and mask files.
 
-Both are sequences of Record with an `index` and `samples(i)`, so that a loader plans without reading images. A manifest
-is split by group here, its masks are decoded once and kept as RLE, and its questions are made from templates; larger
-data is better built into a record folder.
+Both are sequences of Record with an `index` and `samples(i)`, so that a loader can plan without reading images. A manifest
+is split by group when it is opened, its masks are decoded once and kept as RLE, and its questions are made from templates; build larger
+datasets into a record folder instead.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from mimo_jax.data.schema import Mask, Record, RecordError, Sample, encode_mask
 from mimo_jax.data.transforms import ImageError, decode_image, decode_mask
 from mimo_jax.errors import config_path
 
-SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of a manifest's groups
+SPLIT_FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}  # fractions of a manifest's groups
 
 
 def open_source(path: str | os.PathLike, split: str, seed: int = 0, max_bad: float = 0.01) -> RecordFolder | Manifest:
-    """One split of a record folder, of a JSON-lines manifest, or of a folder that holds a manifest.jsonl.
+    """One split of a record folder, of a JSON-lines manifest, or of a folder with a manifest.jsonl.
 
-    `seed` decides a manifest's split and its questions. Its `bad` names every record that is unusable, with the reason;
-    DataError if these are more than `max_bad` of the split, or if the path is none of these."""
+    seed: determines the split and the questions of a manifest. The attribute `bad` of a manifest lists the unusable records with the
+    reason. Raises DataError if these are more than the fraction `max_bad` of the split, or if the path is none of the three."""
     path = Path(path)
     if (path / INFO).is_file():
         return RecordFolder(path, split)
@@ -43,12 +43,12 @@ def open_source(path: str | os.PathLike, split: str, seed: int = 0, max_bad: flo
         return Manifest(path, split, seed, max_bad)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    raise DataError(f"{path}: is neither a folder with {INFO} (see `mimo data`) nor a manifest .jsonl")
+    raise DataError(f"{path}: is neither a folder with {INFO} nor a manifest .jsonl; make one with `mimo data`")
 
 
 def open_sources(config: Config, split: str) -> dict[str, RecordFolder | Manifest]:
-    """Every source of `config.data.sources` with a weight, by name; how a manifest is split does not depend on `data.seed`, so that no
-    run trains on what another is tested on. Raises DataError naming the source."""
+    """Every source of `config.data.sources` with a weight, by name. The split of a manifest does not depend on `data.seed`, so that no
+    run trains on data that another is tested on. Raises DataError, which names the source."""
     sources = {}
     for name, source in config.data.sources.items():
         if source.weight < 0:
@@ -57,52 +57,52 @@ def open_sources(config: Config, split: str) -> dict[str, RecordFolder | Manifes
             with config_path(f"config.data.sources.{name}", source.path):
                 sources[name] = open_source(source.path, split, max_bad=config.train.max_bad_samples)
     if not sources:
-        raise DataError("config.data.sources: names no source with a weight; add one with --data DIR")
+        raise DataError("config.data.sources: has no source with a weight; add one with --data DIR")
     return sources
 
 
 class Manifest:
-    """One split of a manifest: lines {id, image, masks: [{file, entity, …}], modality, group, width, height, …}, paths
-    relative to it. `absent_entities` of a line may be asked for and are known not to be there.
+    """One split of a manifest with lines {id, image, masks: [{file, entity, …}], modality, group, width, height, …}, whose paths are
+    relative to it. The `absent_entities` of a line are known to be absent, and questions may ask for them.
 
-    bad: record id -> why it is unusable (and left out). not_evaluable: entities with fewer than two groups in all splits."""
+    bad: record id -> reason why it is unusable and omitted. not_evaluable: entities with fewer than two groups in all splits."""
 
     def __init__(self, path: str | os.PathLike, split: str, seed: int = 0, max_bad: float = 0.01):
         self.path, self.split = Path(path), split
-        if split not in SHARES:
-            raise DataError(f"{path}: has no split {split!r}; it has {', '.join(SHARES)}")
+        if split not in SPLIT_FRACTIONS:
+            raise DataError(f"{path}: has no split {split!r}; it has {', '.join(SPLIT_FRACTIONS)}")
         lines = list(manifest_lines(self.path))
         outlines = [_outline(line) for line in lines]
-        splits = split_groups(outlines, seed, SHARES)
+        splits = split_groups(outlines, seed, SPLIT_FRACTIONS)
         self.not_evaluable = not_evaluable(outlines)
-        mine = [(line, o) for line, o in zip(lines, outlines, strict=True) if splits[o.group] == split]
-        if not mine:
+        split_lines = [(line, o) for line, o in zip(lines, outlines, strict=True) if splits[o.group] == split]
+        if not split_lines:
             raise DataError(f"{path}: split {split} is empty; {len(splits)} groups are too few for train, val and test")
 
-        # Labels of a manifest are seldom complete: only what a line says to be absent is known to be.
+        # Labels of a manifest are rarely complete: an entity is known to be absent only if a line says so.
         absent = {outline.id: line.get("absent_entities", []) for line, outline in zip(lines, outlines, strict=True)}
-        census = LabelStats.from_records(outlines, absent=absent)
+        label_stats = LabelStats.from_records(outlines, absent=absent)
         self.bad: dict[str, str] = {}
         self._records: list[Record] = []
         with ThreadPoolExecutor() as pool:
-            for (_, outline), made in zip(mine, pool.map(lambda pair: self._load(*pair), mine), strict=True):
+            for (_, outline), made in zip(split_lines, pool.map(lambda pair: self._load(*pair), split_lines), strict=True):
                 if isinstance(made, str):
                     self.bad[outline.id] = made
                     continue
                 rng = np.random.default_rng([seed, zlib.crc32(made.id.encode())])
-                made.samples = ask(made, rng, census, absent[made.id])
+                made.samples = ask(made, rng, label_stats, absent[made.id])
                 self._records.append(made)
-        if len(self.bad) > max_bad * len(mine):
+        if len(self.bad) > max_bad * len(split_lines):
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
             raise DataError(
-                f"{path}: {len(self.bad)} of {len(mine)} records of {split} are unusable ({shown}); "
+                f"{path}: {len(self.bad)} of {len(split_lines)} records of {split} are unusable ({shown}); "
                 "repair them or raise config.train.max_bad_samples"
             )
         builder = IndexBuilder()
         for record in self._records:
             builder.add(record.id, record.group, record.samples)
         self.index: Index = builder.build()
-        self._files = {o.id: self.path.parent / line["image"] for line, o in mine}
+        self._files = {o.id: self.path.parent / line["image"] for line, o in split_lines}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -122,7 +122,7 @@ class Manifest:
         return self._records[position].samples
 
     def _load(self, line: dict, outline: Record) -> Record | str:
-        """The record without image bytes and samples, or why it is unusable."""
+        """The record without image bytes and samples, or the reason why it is unusable."""
         folder = self.path.parent
         try:
             height, width = decode_image(folder / line["image"]).shape[:2]
@@ -140,7 +140,7 @@ class Manifest:
 
 
 def _outline(line: dict) -> Record:
-    """What a line says without its files: masks have names, and no pixels yet."""
+    """The record of a line without reading its files: masks have names, but no pixels yet."""
     count: dict[str, int] = defaultdict(int)
     masks = []
     for entry in line["masks"]:
@@ -156,7 +156,7 @@ def _outline(line: dict) -> Record:
 
 
 def not_evaluable(records: Iterable[Record]) -> list[str]:
-    """Entities of fewer than two groups: no split can both train on them and test them."""
+    """Entities with fewer than two groups: no split can both train on them and test them."""
     groups: dict[str, set[str]] = defaultdict(set)
     for record in records:
         for mask in record.masks:

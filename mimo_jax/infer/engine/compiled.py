@@ -1,7 +1,8 @@
-"""The compiled functions of one model, and what they were called with.
+"""The compiled functions of one model, with counts of their calls.
 
-Axis letters: N images, B rows of a batch, T new tokens of the prompt, M new-token bucket, S `<SEG>` slots, R turns, Q tokens of one
-turn's X_q, D width of the language model, g side of SAM's grid, m side of the mask decoder's output.
+Axis letters: N images, B rows of a batch, T new tokens of the prompt, M new-token bucket, S `<SEG>` slots, R turns, P points or prompt
+tokens of a turn, Q tokens of one turn's X_q, I image tokens, D width of the language model, Dc width of the vision tower, m side of the
+mask decoder's output.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mimo_jax.models.mimo import Features
 
 
 class Functions(NamedTuple):
-    """Jitted functions of a model config; each compiles once per shape of its arguments, whatever the parameters."""
+    """Jitted functions of a model config; each compiles once per shape of its arguments, independently of the parameters' values."""
 
     encode: jax.stages.Wrapped
     align: jax.stages.Wrapped
@@ -41,12 +42,12 @@ class Functions(NamedTuple):
 
 
 class Engine:
-    """The functions of one model with its parameters. counts: "images" encoded, "prefilled" tokens of prompts and "masks" asked
-    for, padding not counted."""
+    """The functions of one model with its parameters. counts: number of "images" encoded, tokens "prefilled" and "masks" decoded,
+    without padding."""
 
     def __init__(self, config: Config, params: dict, eos_id: int):
-        """params: nested dict of all parameters, wherever they are placed. UserError if they are not those of the config."""
-        _fit(config, params)
+        """params: nested dict of all parameters, with any sharding. Raises UserError if they do not fit the config."""
+        _check_params(config, params)
         self.params = jax.tree.map(jnp.asarray, params)
         self.functions = functions(config.model_json(), eos_id, cache_sharding(config, self.params))
         self.counts: Counter[str] = Counter()
@@ -57,54 +58,54 @@ class Engine:
         return self.functions.encode(self.params, vision_image, vision_size, sam_image, sam_size)
 
     def align(self, x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> jax.Array:
-        """X_img [B, I, Dc] and the turns' own instructions and prompts [B, R, …] -> X_q [B, R, Q, D]."""
+        """X_img [B, I, Dc] and the instructions and prompts of each turn [B, R, …] -> X_q [B, R, Q, D]."""
         return self.functions.align(self.params, x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind)
 
     def new_cache(self, rows: int, slots: int) -> Any:
-        """An empty cache of the language model, in whatever form its kind has it."""
+        """An empty cache of the language model, in the form that its kind defines."""
         return self.functions.new_cache(self.params, rows=rows, slots=slots)
 
     def cache_length(self, cache: Any) -> int:
-        """Slots, the tokens that a cache has room for."""
+        """Slots, the number of tokens that a cache has room for."""
         return self.functions.cache_length(cache)
 
     def extend(self, cache: Any, slots: int) -> Any:
-        """The same cache with room for `slots` tokens; the given one is used up."""
+        """The same cache with room for `slots` tokens."""
         return self.functions.extend(self.params, cache, slots=slots)
 
     def prefill(self, cache, x_q, input_ids, query_index, start, lengths, limits, temperature, top_p, seed, new_tokens: int) -> Decoding:
-        """See `generate.prefill`. x_q [B, R, Q, D]; input_ids, query_index int32 [B, T] as in a training batch. The cache is used up."""
+        """See `generate.prefill`. x_q [B, R, Q, D]; input_ids, query_index int32 [B, T] as in a training batch. The cache is donated."""
         self.counts["prefilled"] += int(np.sum(lengths * (limits > 0)))
         x = self.functions.splice(self.params, input_ids, query_index, x_q)
         return self.functions.prefill(self.params, cache, x, start, lengths, limits, temperature, top_p, seed, new_tokens=new_tokens)
 
     def decode(self, state: Decoding, until: int) -> Decoding:
-        """See `generate.decode`. `state` is used up."""
+        """See `generate.decode`. `state` is donated."""
         return self.functions.decode(self.params, state, np.int32(until))
 
     def segment(self, features, states, index, count: int, points=None, refine: bool = False) -> tuple[jax.Array, jax.Array]:
         """SAM's features of B images, states [B, M, D] of `Decoding`, index int32 [B, S] of each `<SEG>` among the new tokens
-        (any value in an unused slot; `count` are used) -> mask logits fp32 [B, S, m, m], predicted IoU fp32 [B, S].
+        (`count` slots are used, the others may have any value) -> mask logits fp32 [B, S, m, m], predicted IoU fp32 [B, S].
 
-        points: (xy [B, P, 2], labels int32 [B, P]) of each row's turn, as `prompts.sam_points` makes them; refine: decode again with
+        points: (xy [B, P, 2], labels int32 [B, P]) of each row's turn, as `prompts.sam_points` returns them; refine: decode again with
         the masks as dense prompts."""
         self.counts["masks"] += count
         return self.functions.segment(self.params, features, states, index, points, refine=refine)
 
 
-def _fit(config: Config, params: dict) -> None:
-    """UserError that lists every parameter which the model lacks, does not know, or has in another shape."""
+def _check_params(config: Config, params: dict) -> None:
+    """Raise a UserError that lists parameters which are missing, unknown, or of another shape than in the model."""
     wanted = {path: leaf.shape for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items()}
     given = {path: leaf.shape for path, leaf in pathtree.flatten(params).items()}
     wrong = sorted(path for path in wanted.keys() | given.keys() if wanted.get(path) != given.get(path))
     if wrong:
         shown = ", ".join(f"{path} ({given.get(path, 'missing')}, not {wanted.get(path, 'known')})" for path in wrong[:5])
-        raise UserError(f"checkpoint: {len(wrong)} parameters do not fit its model config: {shown}; was the config changed?")
+        raise UserError(f"checkpoint: {len(wrong)} parameters do not fit its model config: {shown}; use the config of its training")
 
 
 def cache_sharding(config: Config, params: dict) -> NamedSharding | None:
-    """Where a cache of the language model lives: split as the heads of parameters (arrays, or shapes with their shardings) that several
-    devices share; None for one device."""
+    """The sharding of a cache of the language model: split over its heads like the parameters (arrays, or shapes with their shardings);
+    None for one device."""
     place = jax.tree.leaves(params)[0].sharding
     if not isinstance(place, NamedSharding):
         return None
@@ -113,8 +114,8 @@ def cache_sharding(config: Config, params: dict) -> NamedSharding | None:
 
 
 def compiler_options(config: Config) -> dict[str, str] | None:
-    """What XLA is told. On a CPU it would hoist a float32 copy of all scanned bf16 weights out of the loop over the layers,
-    twice the model beside it; kept inside, one layer is widened at a time."""
+    """Options for XLA. On a CPU it would hoist a float32 copy of all scanned bf16 weights out of the loop over the layers, which needs
+    twice the model's memory in addition; without that pass, one layer is converted at a time."""
     if jax.default_backend() == "cpu" and config.model.frozen_dtype != "float32":
         return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     return None
@@ -122,7 +123,7 @@ def compiler_options(config: Config) -> dict[str, str] | None:
 
 @lru_cache(maxsize=4)
 def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None = None) -> Functions:
-    """The functions of a model config, kept so that evaluations during training compile once."""
+    """The functions of a model config, cached so that evaluations during training compile once."""
     config = Config.from_dict({"model": json.loads(model_json)})
     graphdef, shapes = mimo.abstract(config)
     llm = scan.bind(graphdef, shapes).llm

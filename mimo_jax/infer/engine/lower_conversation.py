@@ -1,4 +1,4 @@
-"""The programs of one conversation, lowered from shapes alone: what `analysis.memory_estimate` compiles to know their memory."""
+"""The programs of one conversation, lowered from shapes alone, for `analysis.memory_estimate` to compile and measure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket
 
 
 def lower_conversation(config: Config, params: dict, tokenizer: Tokenizer) -> LoweredConversation:
-    """The first turn about one image, whose question the aligner reads in full, in a cache of the whole context. params: nested dict of
-    the shapes of all parameters, with their shardings where several devices hold them."""
+    """The first turn about one image, with a question of the maximum length that the aligner reads and a cache for the whole context.
+    params: nested dict of the shapes of all parameters, with their shardings if there are several devices."""
     m = config.model
     call = functions(config.model_json(), conversation.stop_id(tokenizer, config))
     slots = cache_bucket(m.llm.max_length)
@@ -24,10 +24,10 @@ def lower_conversation(config: Config, params: dict, tokenizer: Tokenizer) -> Lo
     def array(kind, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind)
 
-    def picture(side: int) -> tuple:
+    def image(side: int) -> tuple:
         return array(jnp.uint8, 1, side, side, 3), array(jnp.int32, 1, 2)
 
-    images = (*picture(m.vision.image_size), *picture(m.sam.image_size))
+    images = (*image(m.vision.image_size), *image(m.sam.image_size))
     x_img, features = call.encode.eval_shape(params, *images)
     text, prompts = (1, 1, m.aligner.max_text), (1, 1, m.prompt.max_tokens)
     aligned = (x_img, array(jnp.int32, *text), array(bool, *text), array(jnp.float32, *prompts, 2), array(jnp.int32, *prompts))
@@ -46,6 +46,6 @@ def lower_conversation(config: Config, params: dict, tokenizer: Tokenizer) -> Lo
         "align a question": call.align.lower(params, *aligned),
         f"read {turn} tokens": call.prefill.lower(params, *asked, *chosen, new_tokens=new),
         "answer": call.decode.lower(params, state, array(jnp.int32)),
-        "paint a structure": call.segment.lower(params, features, state.states, array(jnp.int32, 1, 1), None, refine=False),
+        "segment a structure": call.segment.lower(params, features, state.states, array(jnp.int32, 1, 1), None, refine=False),
     }
     return LoweredConversation(programs, cache, slots, (x_img, features))

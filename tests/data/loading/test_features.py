@@ -74,7 +74,7 @@ def test_a_flipped_bit_and_another_picture_are_found(tmp_path, name):
     with pytest.raises(DataError, match=f"{file.name}, row 1: is damaged; remove .*json and run mimo data encode again"):
         folder.read(handmade.record(1))
     for other in ({"image": handmade.record(1).image}, {"window": [0.0, 1.0]}):
-        with pytest.raises(DataError, match="record image000: its features are of another picture"):
+        with pytest.raises(DataError, match="record image000: its features are of another image"):
             folder.read(dataclasses.replace(handmade.record(0), **other))
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match=f"{file.name}: cannot be read"):

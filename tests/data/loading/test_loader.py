@@ -173,7 +173,7 @@ def test_every_sample_comes_once_an_epoch(folder, tokenizer):
     config = config_for(folder, batch_size=12, samples_per_image=1)
     config.data.weights = {"I": 1.0}
     order = GlobalOrder(config, tokenizer, open_sources(config, "train"))
-    epochs = [[(i.record, i.samples, i.seed) for i in (order.drawn[n] for n in range(e * 48, e * 48 + 48))] for e in range(2)]
+    epochs = [[(i.record, i.samples, i.seed) for i in (order.sequence[n] for n in range(e * 48, e * 48 + 48))] for e in range(2)]
     for epoch in epochs:
         assert len({row[:2] for row in epoch}) == 48
     assert [row[:2] for row in epochs[0]] != [row[:2] for row in epochs[1]]
@@ -187,7 +187,7 @@ def test_mixture_of_perspectives_and_sources(tmp_path, folder, tokenizer):
     config.data.sources["s1"].perspectives = "II, III"
     order = GlobalOrder(config, tokenizer, open_sources(config, "train"))
     n = 10_000
-    drawn = [order.drawn[i] for i in range(n)]
+    drawn = [order.sequence[i] for i in range(n)]
     indices = [source.index for source in order.sources]
     kinds = [PERSPECTIVES[indices[d.source].perspective[indices[d.source].first[d.record] + d.samples[0]]] for d in drawn]
     share = Counter(kinds)
@@ -202,7 +202,7 @@ def test_perspective_that_no_source_holds(folder, tmp_path, tokenizer):
     records = [dataclasses.replace(r, samples=[s for s in r.samples if s.perspective != "vqa"]) for r in map(handmade.record, range(2))]
     write_records(tmp_path / "b", records, {})
     config = config_for(tmp_path / "b")
-    with pytest.raises(DataError, match=r"config.data.weights.vqa: is 1, but no source \(s0\) holds a sample of vqa in split train"):
+    with pytest.raises(DataError, match=r"config.data.weights.vqa: is 1, but no source \(s0\) has a sample of vqa in split train"):
         loader_for(config, tokenizer)
     config.data.weights["vqa"] = 0.0
     assert len(take(loader_for(config, tokenizer), 1)) == 1
@@ -464,7 +464,7 @@ def test_a_larger_share_of_the_data_holds_all_of_a_smaller_one(tmp_path, tokeniz
 
 def test_a_share_that_holds_nothing_of_a_perspective_is_refused(tmp_path, tokenizer):
     write_records(tmp_path / "b", [handmade.record(0)], {})
-    with pytest.raises(DataError, match=r"no source \(s0\) holds a sample of vqa in split train \(config.data.fraction 1e-06\)"):
+    with pytest.raises(DataError, match=r"no source \(s0\) has a sample of vqa in split train \(config.data.fraction 1e-06\)"):
         loader_for(config_for(tmp_path / "b", fraction=1e-6), tokenizer)
 
 

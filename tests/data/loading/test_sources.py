@@ -128,7 +128,7 @@ def test_paths_that_are_no_source(tmp_path):
     with pytest.raises(DataError, match="config.data.sources.mine: .*no such file"):
         open_sources(config, "train")
     config.data.sources["mine"].weight = 0.0
-    with pytest.raises(DataError, match="names no source with a weight"):
+    with pytest.raises(DataError, match="has no source with a weight"):
         open_sources(config, "train")
 
 

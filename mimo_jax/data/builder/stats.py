@@ -6,17 +6,21 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from mimo_jax.data.records import RecordFolder, read_info
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 WORDS = (0, 4, 6, 8, 10, 15, 20, 40)  # words of a user turn; lower edges of the bins
 AREAS = (0.0, 0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5)  # area of a mask as a share of its image; lower edges of the bins
 _MAX_ROWS = 30  # maximum number of bars of a plot and lines of a table
-_BACKGROUND, _TEXT, _BAR = (255, 255, 255), (30, 30, 35), (60, 120, 190)
+_MAX_LABEL = 50  # maximum characters of the name beside a bar
+_BAR_COLOR = "#3c78be"
 
 
 def statistics(folder: str | os.PathLike, progress: bool = True) -> dict:
@@ -110,21 +114,22 @@ def plot(stats: Mapping, folder: str | os.PathLike) -> list[Path]:
     for key, title in TITLES.items():
         if stats[key]:
             written.append(folder / f"{key}.png")
-            _bars(title, list(stats[key].items())[:_MAX_ROWS]).save(written[-1])
+            _bars(title, list(stats[key].items())[:_MAX_ROWS]).savefig(written[-1], dpi=120)
     return written
 
 
-def _bars(title: str, counts: list[tuple[str, int]]) -> Image.Image:
-    row, label, width = 22, 330, 420
-    font = ImageFont.load_default(size=14.0)
-    chart = Image.new("RGB", (label + width + 90, row * (len(counts) + 2)), _BACKGROUND)
-    draw = ImageDraw.Draw(chart)
-    draw.text((10, 6), title, fill=_TEXT, font=ImageFont.load_default(size=16.0))
-    largest = max(n for _, n in counts) or 1
-    for i, (name, n) in enumerate(counts):
-        y = row * (i + 1) + 12
-        name = name if font.getlength(name) <= label - 20 else f"{name[:44]}…"
-        draw.text((label - 8, y), name, fill=_TEXT, font=font, anchor="ra")
-        draw.rectangle((label, y, label + max(1, round(width * n / largest)), y + row - 7), fill=_BAR)
-        draw.text((label + width * n / largest + 6, y), f"{n}", fill=_TEXT, font=font)
-    return chart
+def _bars(title: str, counts: list[tuple[str, int]]) -> Figure:
+    from matplotlib.figure import Figure  # here, because only charts need it and it takes long to import
+
+    figure = Figure(figsize=(9, 1 + 0.24 * len(counts)), layout="constrained")
+    axes = figure.subplots()
+    names = [name if len(name) <= _MAX_LABEL else f"{name[: _MAX_LABEL - 1]}…" for name, _ in counts]
+    bars = axes.barh(range(len(counts)), [n for _, n in counts], color=_BAR_COLOR)
+    axes.bar_label(bars, fmt="{:,.0f}", padding=4)
+    axes.set_yticks(range(len(counts)), names, parse_math=False)
+    axes.set_ylim(len(counts) - 0.4, -0.6)  # the first row at the top
+    axes.set_xlim(0, 1.2 * max(1, *(n for _, n in counts)))  # leaves room for the number beside the longest bar
+    axes.set_title(title, fontweight="bold")
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.xaxis.set_visible(False)
+    return figure

@@ -69,8 +69,12 @@ class ChatClient:
     used: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self):
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # as of "https://[::1/v1" or "https://host:port/v1"
+            valid = False
+        if not valid:
             raise EndpointError(f"{URL}: give the base of an OpenAI-compatible endpoint, as https://host/v1 (http or https)")
         if parts.username or parts.query or parts.fragment:
             raise EndpointError(f"{URL}: give no user, query or fragment; set the key with {KEY}")

@@ -59,10 +59,10 @@ def test_transient_failures_are_retried(tmp_path, bad):
 
 
 def test_a_slow_or_endless_answer_is_given_up(tmp_path):
-    with chat_server(3.0, "hello") as chat:
+    with chat_server(60.0, "hello") as chat:
         start = time.monotonic()
         assert client_of(chat, tmp_path, timeout=0.4).ask("ab12", "x") == "hello"
-        assert time.monotonic() - start < 2.5
+        assert time.monotonic() - start < 30  # waiting for the first reply takes 60 s
     with chat_server(b"x" * (llm_client.MAX_REPLY_BYTES + 1), "hello") as chat:
         assert client_of(chat, tmp_path).ask("cd34", "x") == "hello"
 
@@ -84,11 +84,11 @@ def test_an_answer_that_drips_has_a_deadline(tmp_path):
 
     with ThreadPoolExecutor() as pool:
         pool.submit(drip)
-        client = ChatClient(f"http://127.0.0.1:{listener.getsockname()[1]}", "parrot", tmp_path, timeout=0.5, attempts=1)
+        client = ChatClient(f"http://127.0.0.1:{listener.getsockname()[1]}", "parrot", tmp_path, timeout=1.0, attempts=1)
         start = time.monotonic()
-        with pytest.raises(EndpointError, match=r"no answer in 1 attempts \(no complete reply within 0.5 s\)"):
+        with pytest.raises(EndpointError, match=r"no answer in 1 attempts \(no complete reply within 1 s\)"):
             client.ask("ab12", "x")
-        assert time.monotonic() - start < 1.5
+        assert time.monotonic() - start < 50  # waiting for the whole reply takes 100 s
     listener.close()
 
 
@@ -165,7 +165,18 @@ def test_a_killed_run_resumes_without_paying_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "file:///etc/passwd", "ftp://host/v1", "host/v1", "http://", "https://user:word@host/v1", "https://host/v1?a=b"]
+    "url",
+    [
+        "",
+        "file:///etc/passwd",
+        "ftp://host/v1",
+        "host/v1",
+        "http://",
+        "https://[::1/v1",
+        "https://host:port/v1",
+        "https://u:w@host",
+        "https://a?b",
+    ],
 )
 def test_invalid_urls(tmp_path, url):
     with pytest.raises(EndpointError, match="MIMO_LLM_URL: give "):

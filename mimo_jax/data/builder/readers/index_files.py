@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from mimo_jax.data.records import DataError
 
 _CHUNK = 1 << 20  # characters read at a time
+_MAX_VALUE = 1 << 26  # characters of one value, so that a damaged file is not read to its end in search of the end of a value
 
 
 def pairs(path: Path) -> Iterator[tuple[str, Any]]:
@@ -138,7 +139,7 @@ class _Text:
             try:
                 value, end = self.decoder.raw_decode(self.ahead, self.at)
             except (ValueError, RecursionError):
-                if self.more():
+                if len(self.ahead) - self.at < _MAX_VALUE and self.more():
                     continue
                 raise self.damaged() from None
             number = self.ahead[self.at] in "-0123456789"

@@ -95,6 +95,11 @@ def test_an_index_is_read_in_chunks(tmp_path, monkeypatch):
     held = []
     monkeypatch.setattr(index_files._Text, "more", lambda self, more=index_files._Text.more: (more(self), held.append(len(self.ahead)))[0])
     assert len(list(index_files.pairs(path))) == 2000 and len(held) > 50 and max(held) < 3000
+    path.write_text(path.read_text().replace("]", "", 1))  # the first value has no end
+    monkeypatch.setattr(index_files, "_MAX_VALUE", 5000)
+    with pytest.raises(DataError, match="damaged or cut off near character"):
+        list(index_files.pairs(path))
+    assert max(held) < 11_000 < path.stat().st_size
 
 
 def test_invalid_entries(tmp_path):

@@ -29,7 +29,7 @@ _NUMBERED = re.compile(r"(segment|label)?[ _]*\d*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class _SourceImage:
+class _ReferencedImage:
     path: Path
     uid: str
     patient: str
@@ -45,7 +45,7 @@ class DicomSeg(DatasetReader):
 
     def open(self) -> None:
         import_medical("pydicom")
-        self.images: dict[str, _SourceImage] = {}
+        self.images: dict[str, _ReferencedImage] = {}
         self.segs: list[Path] = []
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             try:
@@ -94,7 +94,7 @@ class DicomSeg(DatasetReader):
                 uid, frames = str(ds.SOPInstanceUID), int(get_value(ds, "NumberOfFrames") or 1)
                 if uid in self.images:
                     self.skip(str(path), "same image as another file")
-                self.images.setdefault(uid, _SourceImage(path, uid, patient, study, modality, frames))
+                self.images.setdefault(uid, _ReferencedImage(path, uid, patient, study, modality, frames))
 
     def _segments(self, path: Path) -> tuple[dict[tuple[str, int], dict[int, MaskRef]], int]:
         """((image, frame) -> segment number -> mask, of one SEG; how many of its frames refer to no available image)."""

@@ -45,8 +45,8 @@ def main() -> None:
     print(f"{'':24}{'bin error':>12}{'Spearman':>12}{'AUROC':>12}{'below':>12}")
     _row("not calibrated", score_quality(results.segmented, calibration)["plain"])
     for name, used in PARTS.items():
-        fit = Calibration.fit(_only(fitted.segmented, used), {})
-        _row(name, score_quality(_only(results.segmented, used), fit)["calibrated"])
+        fit = Calibration.fit(_with_features(fitted.segmented, used), {})
+        _row(name, score_quality(_with_features(results.segmented, used), fit)["calibrated"])
     score = score_quality(results.segmented, calibration)
     print("\nuncertain, for IoU < 0.5:")
     for kind in ("plain", "calibrated"):
@@ -55,8 +55,9 @@ def main() -> None:
     absent = {n: [i for i, s in enumerate(test.samples(n)) if s.targets and all(t.absent for t in s.targets)] for n in range(len(test))}
     nothing = collect_results(mimo, test, {n: indices for n, indices in absent.items() if indices})
     scores = calibration.scores([evidence for evidence, _ in nothing.segmented])
-    marked = sum(not a.abstained for a in nothing.abstentions)
-    print(f"\nphantoms without the requested structures: {marked} of {len(nothing.abstentions)} answers have masks, {len(scores)} in total")
+    not_abstained = sum(not a.abstained for a in nothing.abstentions)
+    count = len(nothing.abstentions)
+    print(f"\nphantoms without the requested structures: {not_abstained} of {count} answers have masks, {len(scores)} in total")
     print(f"of these below the threshold ({calibration.uncertain_below:.2f}): {int((scores < calibration.uncertain_below).sum())}")
 
     mimo.calibration = calibration
@@ -64,17 +65,17 @@ def main() -> None:
     for question in QUESTIONS if images else ():
         answers = mimo.predict([Request(image, question) for image in images])
         shown = [f"{e.phrase} {e.score:.2f}{' uncertain' if e.uncertain else ''}" for answer in answers for e in answer.entities]
-        painted = sum(bool(answer.entities) for answer in answers)
-        print(f"{question} {painted} of {len(answers)} images with masks: {'; '.join(shown) or 'none'}")
+        with_masks = sum(bool(answer.entities) for answer in answers)
+        print(f"{question} {with_masks} of {len(answers)} images with masks: {'; '.join(shown) or 'none'}")
 
 
 def _row(name: str, score: dict) -> None:
     print(f"{name:24}" + "".join(f"{score[key]:12.3f}" for key in ("expected_calibration_error", "spearman", "auroc", "below")))
 
 
-def _only(painted: list, used: tuple[str, ...]) -> list:
-    rest = {part.name: 0.5 for part in dataclasses.fields(painted[0][0]) if part.name not in used}
-    return [(dataclasses.replace(evidence, **rest), iou) for evidence, iou in painted]
+def _with_features(pairs: list, used: tuple[str, ...]) -> list:
+    rest = {part.name: 0.5 for part in dataclasses.fields(pairs[0][0]) if part.name not in used}
+    return [(dataclasses.replace(evidence, **rest), iou) for evidence, iou in pairs]
 
 
 if __name__ == "__main__":

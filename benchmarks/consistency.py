@@ -67,8 +67,8 @@ def main() -> None:
     mixed = [mixed[i] for i in rng.permutation(len(mixed))[: 16 * BATCHES]]
     tally = Agreement()
     for at in range(0, len(mixed), 16):
-        for request, together in zip(mixed[at : at + 16], mimo.predict(mixed[at : at + 16]), strict=True):
-            tally.add(together, mimo.predict([request])[0])
+        for request, batched in zip(mixed[at : at + 16], mimo.predict(mixed[at : at + 16]), strict=True):
+            tally.add(batched, mimo.predict([request])[0])
     print(f"16 mixed requests in a batch against each alone: {tally}", flush=True)
 
     tally, extra, encoded = Agreement(), 0, 0
@@ -81,9 +81,9 @@ def main() -> None:
             answer = chat.ask(request.question, prompts=request.prompts)
             own = len(encode_user_turn(mimo.tokenizer, mimo.config, request.question, number, number == 0)[0])
             extra += mimo.engine.counts["prefilled"] - before - own
-            ((whole, turn),) = mimo.generate([Request(chat.image, request.question, request.prompts, past=past)])
+            ((uncached, turn),) = mimo.generate([Request(chat.image, request.question, request.prompts, past=past)])
             past.append(turn)
-            tally.add(answer, whole)
+            tally.add(answer, uncached)
         encoded += mimo.engine.counts["images"] - images_before
     print(f"{CHATS} chats of {TURNS} turns with a cache against without: {tally}")
     print(f"tokens prefilled beyond each turn's own: {extra}; images encoded after opening: {encoded}")

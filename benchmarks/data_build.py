@@ -105,11 +105,11 @@ def resident(pid: int) -> int:
 
 
 def digest(folder: Path) -> str:
-    whole = hashlib.sha256()
+    hasher = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         with open(path, "rb") as file:
-            whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
+            hasher.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return hasher.hexdigest()
 
 
 def main() -> None:

@@ -81,8 +81,8 @@ class Answers:
 
     def rates(self) -> tuple[float, float]:
         """(tokens/s of whole answers, including prefill; seconds per decoding step)."""
-        whole, half = median_seconds(self), median_seconds(lambda: self(self.new // 2))
-        return self.batch * self.new / whole, (whole - half) / (self.new - self.new // 2)
+        full, half = median_seconds(self), median_seconds(lambda: self(self.new // 2))
+        return self.batch * self.new / full, (full - half) / (self.new - self.new // 2)
 
     def bytes_per_step(self) -> int:
         """Weights of the language model and head, and the keys and values of the context, each read once."""

@@ -57,7 +57,7 @@ def make_image(number: int, side: int, kind: str) -> tuple[bytes, list[np.ndarra
     return file.getvalue(), masks
 
 
-def sample(name: str, perspective: str, number: int) -> Sample:
+def make_sample(name: str, perspective: str, number: int) -> Sample:
     if perspective == "vqa":
         return Sample(name, perspective, [Turn("user", "Is there a liver?"), Turn("assistant", "Yes.")])
     shown = ENTITIES[: 1 + number % 4]
@@ -74,7 +74,7 @@ def records(count: int, side: int, kind: str, share: int) -> Iterator[Record]:
         yield Record(
             id=f"r{number}", image=image, format=kind, height=side, width=side, modality="CT", dataset="made", split="train",
             group=f"g{number}", masks=[encode_mask(mask, entity, entity) for mask, entity in zip(masks, ENTITIES, strict=True)],
-            samples=[sample(f"r{number}/{p}{i}", p, number + i) for p, i in asked],
+            samples=[make_sample(f"r{number}/{p}{i}", p, number + i) for p, i in asked],
         )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     print("| source | samples per image | samples/s, median of 5 | minimum | CPU ms per sample | load average |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        texts = [turn.text for p in ("vqa", "III") for i in range(4) for turn in sample("", p, i).turns]
+        texts = [turn.text for p in ("vqa", "III") for i in range(4) for turn in make_sample("", p, i).turns]
         tokenizer = train_tokenizer(texts * 3, 512, Path(scratch) / "tokenizer.json")
         for kind in args.formats.split(","):
             for side in map(int, args.sides.split(",")):

@@ -76,10 +76,10 @@ def main() -> None:
             flat = pathtree.flatten(mimo.engine.params)
             size = sum(leaf.nbytes for path, leaf in flat.items() if re.search(r"^llm/.*/kernel", path)) / 2**20
             if not weights:
-                whole, best = mimo.texts, miou(report)
-            same = sum(a == b for a, b in zip(whole, mimo.texts, strict=True)) / len(whole)
+                reference_texts, best = mimo.texts, miou(report)
+            same = sum(a == b for a, b in zip(reference_texts, mimo.texts, strict=True)) / len(reference_texts)
             numbers = f"{size:.2f} | {miou(report):.4f} | {best - miou(report):+.4f} | {report['vqa_closed_accuracy']:.4f} | {same:.4f}"
-            print(f"| {dtype} | {weights or dtype} | {numbers} | {len(whole)} | {time.monotonic() - started:.0f} |", flush=True)
+            print(f"| {dtype} | {weights or dtype} | {numbers} | {len(reference_texts)} | {time.monotonic() - started:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

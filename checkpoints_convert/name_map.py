@@ -87,8 +87,8 @@ def torch_shapes(leaves: Mapping[str, Any], rows: Sequence[Row], indices: Indice
     Raises KeyMapError for a parameter that no row names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for keys, _, parts, _ in _filled(leaves, rows, indices):
-        whole = parts[0] if len(parts) == 1 else (sum(part[0] for part in parts), *parts[0][1:])
-        shapes.update(dict.fromkeys(keys.ravel().tolist(), whole))
+        shape = parts[0] if len(parts) == 1 else (sum(part[0] for part in parts), *parts[0][1:])
+        shapes.update(dict.fromkeys(keys.ravel().tolist(), shape))
     return shapes
 
 

@@ -140,8 +140,8 @@ def read_key_map(path: Path) -> tuple[Row, ...]:
 def open_sources(given: Mapping[str, Path], key_map: Sequence[Row], config: Config) -> dict[str, Source]:
     """Open every given source, with the vocabulary of those that have a language model."""
     indices = name_map.layer_indices(config.model)
-    whole = ("joint", "overlay")
-    sources = {name: Source(name, Path(given[name]), indices, key_map if name in whole else ()) for name in SOURCES if name in given}
+    with_key_map = ("joint", "overlay")
+    sources = {name: Source(name, Path(given[name]), indices, key_map if name in with_key_map else ()) for name in SOURCES if name in given}
     folders = [path if path.is_dir() else path.parent for name in ("overlay", "joint", "llm") for path in [given.get(name)] if path]
     if config.tokenizer and config.tokenizer != "train":
         folders = [Path(config.tokenizer)]

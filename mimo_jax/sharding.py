@@ -168,9 +168,8 @@ def _base_axes(cfg: MeshConfig, mesh: Mesh, memory: int | None, frozen: dict) ->
     if fsdp == 1:
         return replicated, "base replicated: the mesh has no fsdp axis to split it over"
     if cfg.frozen_sharding != "auto":
-        return (
-            AXES if cfg.frozen_sharding == "sharded" else replicated
-        ), f"base {cfg.frozen_sharding}: config.mesh.frozen_sharding says so"
+        axes = AXES if cfg.frozen_sharding == "sharded" else replicated
+        return axes, f"base {cfg.frozen_sharding}: set by config.mesh.frozen_sharding"
     stored = bytes_per_device(frozen, param_shardings(frozen, mesh, axes=replicated))
     if memory is None:
         return AXES, f"base sharded over {fsdp}: the memory of the devices is not known"

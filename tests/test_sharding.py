@@ -154,8 +154,8 @@ def test_the_full_model_lies_where_the_golden_file_says(machine):
         ("auto", 4, 2**30, "base replicated: it needs 0.2 of 1.0 GiB per device"),
         ("auto", 4, 2**28, "base sharded over 4: replicated it would need 0.2 of 0.2 GiB per device, more than 50%"),
         ("auto", 1, 2**28, "base replicated: the mesh has no fsdp axis to split it over"),
-        ("replicated", 4, 2**28, "base replicated: config.mesh.frozen_sharding says so"),
-        ("sharded", 4, 2**30, "base sharded: config.mesh.frozen_sharding says so"),
+        ("replicated", 4, 2**28, "base replicated: set by config.mesh.frozen_sharding"),
+        ("sharded", 4, 2**30, "base sharded: set by config.mesh.frozen_sharding"),
     ],
 )
 def test_the_base_is_replicated_where_it_fits(base, fsdp, memory, reason):

@@ -339,7 +339,7 @@ def _encode(args: argparse.Namespace) -> int:
         mine = args.process or (jax.process_index(), jax.process_count())
         with named_paths(args):
             done = encode_checkpoint(args.checkpoint, args.data, args.split, args.batch, *mine, args.base)
-        counts_by_process = distributed.gather([done.written, done.before, len(done.failed), done.stopped])
+        counts_by_process = distributed.gather([done.written, done.existing, len(done.failed), done.stopped])
         written, before, failed, stopped = (sum(counts) for counts in zip(*counts_by_process, strict=True))
         print(f"{args.data} {args.split}: features of {written} images written, {before} existed already")
         if stopped:

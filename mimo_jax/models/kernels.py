@@ -26,8 +26,8 @@ def select_kernel(context: MeshContext, dtype, queries: int, keys: int, width: i
     """The kernel for attention without a mask or with a causal one, for heads of this width: "splash" (TPU, Pallas), "cudnn" (NVIDIA),
     "chunked" (any device, logits of a few queries at a time) or "plain".
 
-    Splash needs whole tiles of 128 tokens, and a mesh, because XLA cannot partition it. cuDNN needs a 16-bit dtype and a width that is
-    a multiple of 8: at most 128 before Hopper, at most 256 since."""
+    Splash needs whole tiles of 128 tokens and, on several devices, a mesh, because XLA cannot partition it. cuDNN needs a 16-bit dtype
+    and a width that is a multiple of 8: at most 128 before Hopper, at most 256 since."""
     flash = queries == keys and queries >= _FLASH
     if context.platform == "tpu" and flash and queries % 128 == 0 and (context.mesh is not None or context.devices == 1):
         return "splash"

@@ -24,16 +24,16 @@ def local_images(mesh: Mesh, images: int) -> list[int]:
 def make_global_batch(mesh: Mesh, images: int, here: Sequence[int], batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The global batch of N images, arrays [B or N, ...]. here: the images of this process, see `local_images`; batch: their arrays."""
     split = sharding.batch_sharding(mesh)
-    at = {image: number for number, image in enumerate(here)}
+    positions = {image: number for number, image in enumerate(here)}
 
-    def globally(value: np.ndarray) -> jax.Array:
+    def to_global(value: np.ndarray) -> jax.Array:
         rows = len(value) // len(here)  # rows per image: 1 or K
 
         def share(index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(images * rows)
-            start = at[first // rows] * rows
+            start = positions[first // rows] * rows
             return value[start : start + last - first]
 
         return jax.make_array_from_callback((images * rows, *value.shape[1:]), split, share)
 
-    return {name: globally(value) for name, value in batch.items()}
+    return {name: to_global(value) for name, value in batch.items()}

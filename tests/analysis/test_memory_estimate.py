@@ -63,7 +63,7 @@ def test_no_weight_is_read(run, made, tmp_path):
 def test_the_table_says_whether_it_fits_and_what_would(made):
     assert memory_estimate.table(made | {"fits": True}).endswith("it fits")
     less = {"other": {"int4": 5 * 10**9}, "available": 6 * 10**9, "fits": False}
-    assert "it does not fit: --quantize int4 takes 5.00 GB" in memory_estimate.table(made | less)
+    assert "it does not fit: --quantize int4 needs 5.00 GB" in memory_estimate.table(made | less)
     assert "use a device with more memory, or several devices" in memory_estimate.table(made | less | {"available": 10**9})
     reason = "4 does not divide an axis of size 511 of parameter embedding/base"
     assert f"not split over the devices: {reason}" in memory_estimate.table(made | {"unsharded": {"embedding/base": reason}})

@@ -340,7 +340,7 @@ given = {name: Path(path) for name, path in json.loads(sys.argv[1]).items()}
 if sys.argv[3] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the tokenizer fits, the embedding does not
 try:
-    import_checkpoint(ImportRequest(originals.mimo_config(), given, Path(sys.argv[2]) / "out", say=lambda line: None))
+    import_checkpoint(ImportRequest(originals.mimo_config(), given, Path(sys.argv[2]) / "out", log=lambda line: None))
 except UserError as error:
     print(type(error).__name__, error)
 """

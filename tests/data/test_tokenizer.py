@@ -112,7 +112,8 @@ def test_only_control_tokens_of_the_base_are_found_by_name(tmp_path):
     t = handmade.lisa_tokenizer(tmp_path)
     assert t.id_of("</s>") == t.eos
     for name in ("<SEG>", "<p>", "<image>", "▁liver"):
-        with pytest.raises(TokenizerError, match=rf"^config.data.image_tokens: {name} is not .*name two of .*<im_start>, <im_end>, or none"):
+        expected = rf"^config.data.image_tokens: {name} is not .*name two of .*<im_start>, <im_end>, or none"
+        with pytest.raises(TokenizerError, match=expected):
             t.id_of(name)
 
 

@@ -42,7 +42,7 @@ def record_image(record: Record) -> np.ndarray:
     image = decode_image(record.image, window=window, name=f"record {record.id}")
     if image.shape[:2] != (record.height, record.width):
         raise RecordError(
-            f"record {record.id}: the image is {image.shape[1]}x{image.shape[0]}, the record says {record.width}x{record.height}"
+            f"record {record.id}: the image is {image.shape[1]}x{image.shape[0]}, but the record has {record.width}x{record.height}"
         )
     return image
 
@@ -146,16 +146,16 @@ def sample_prompts(
         raise SampleError(f"{name}: points at {len(masks)} masks in one turn; raise config.model.prompt.max_tokens ({cfg.max_tokens})")
     token_cost = {"point": _MAX_POINT_TOKENS, "box": 2, "scribble": cfg.scribble_points}
     left = cfg.max_tokens
-    drawn = []
+    sampled = []
     for number, mask in enumerate(masks):
         room = left - 2 * (len(masks) - number - 1)
         prompts = draw_prompts(mask, rng, [kind for kind in kinds if token_cost[kind] <= room] or ["box"])
         left -= len(prompts.points) + 2 * len(prompts.boxes) + cfg.scribble_points * len(prompts.scribbles)
-        drawn.append(prompts)
+        sampled.append(prompts)
     return Prompts(
-        points=np.concatenate([p.points for p in drawn]),
-        boxes=np.concatenate([p.boxes for p in drawn]),
-        scribbles=[s for p in drawn for s in p.scribbles],
+        points=np.concatenate([p.points for p in sampled]),
+        boxes=np.concatenate([p.boxes for p in sampled]),
+        scribbles=[s for p in sampled for s in p.scribbles],
     )
 
 

@@ -52,26 +52,26 @@ class ExampleBuilder:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": {}}
 
-    def build(self, drawn: SampledImage, report: list[dict]) -> dict:
+    def build(self, sampled: SampledImage, report: list[dict]) -> dict:
         """One image with its K samples, as input of `collate.stack_batch`. Unusable samples are replaced by padding of weight 0, and
         {"record", "sample", "reason"} of each is appended to `report`."""
-        source, model = self.sources[drawn.source], self.config.model
-        record_id = source.index.ids[drawn.record].decode()
+        source, model = self.sources[sampled.source], self.config.model
+        record_id = source.index.ids[sampled.record].decode()
         try:
-            ready = self._load(drawn.source, drawn.record)
-            image, masks = self._augmented(ready, drawn)
+            cached = self._load(sampled.source, sampled.record)
+            image, masks = self._augmented(cached, sampled)
         except UserError as error:
-            report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(drawn.samples))]
-            blank = self.features[drawn.source].padding() if self.features else padding_image(model)
-            return {**blank, "samples": [padding_sample(self.config)] * len(drawn.samples)}
+            report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(sampled.samples))]
+            blank = self.features[sampled.source].padding() if self.features else padding_image(model)
+            return {**blank, "samples": [padding_sample(self.config)] * len(sampled.samples)}
         samples = []
-        for place, number in enumerate(drawn.samples):
-            sample = ready.record.samples[number]
-            targets = ready.targets if ready.image is None else {}
-            rng = np.random.default_rng([drawn.seed, place])
+        for place, number in enumerate(sampled.samples):
+            sample = cached.record.samples[number]
+            targets = cached.targets if cached.image is None else {}
+            rng = np.random.default_rng([sampled.seed, place])
             try:
-                rendered = self._rendered(ready, number)
-                size = (ready.record.height, ready.record.width)
+                rendered = self._rendered(cached, number)
+                size = (cached.record.height, cached.record.width)
                 samples.append(sample_arrays(sample.sample_id, rendered, masks, size, self.config, rng, targets))
             except UserError as error:
                 report.append({"record": record_id, "sample": f"{record_id}#{number}", "reason": str(error)})
@@ -84,38 +84,38 @@ class ExampleBuilder:
         record = self.sources[source][number]
         augmented = self.config.data.augment
         image = None if self.features else record_image(record)
-        ready = _CachedRecord(
+        cached = _CachedRecord(
             record=dataclasses.replace(record, image=b""),
             image=image if augmented else None,
             views=None if augmented else preprocess(image, self.config.model) if image is not None else self.features[source].read(record),
             rendered={},
             targets={},
         )
-        size = len(ready.record.to_bytes()) + 4096 * len(record.samples)
-        size += image.nbytes if augmented else sum(v.nbytes for v in ready.views.values())
+        size = len(cached.record.to_bytes()) + 4096 * len(record.samples)
+        size += image.nbytes if augmented else sum(v.nbytes for v in cached.views.values())
         size += 0 if augmented else len(record.masks) * self.config.target_side() ** 2
         if size <= self._free:
             self._free -= size
-            self._cache[source, number] = ready
-        return ready
+            self._cache[source, number] = cached
+        return cached
 
-    def _rendered(self, ready: _CachedRecord, number: int) -> Rendered:
-        if number not in ready.rendered:
-            ready.rendered[number] = render(ready.record.samples[number], self.tokenizer, self.config)
-        return ready.rendered[number]
+    def _rendered(self, cached: _CachedRecord, number: int) -> Rendered:
+        if number not in cached.rendered:
+            cached.rendered[number] = render(cached.record.samples[number], self.tokenizer, self.config)
+        return cached.rendered[number]
 
-    def _augmented(self, ready: _CachedRecord, drawn: SampledImage) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _augmented(self, cached: _CachedRecord, sampled: SampledImage) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(views, masks by id) of a sampled image, augmented if `data.augment`."""
-        masks = _LazyMasks(ready.record)
-        if ready.image is None:
-            return ready.views, masks
+        masks = _LazyMasks(cached.record)
+        if cached.image is None:
+            return cached.views, masks
         wanted: dict[str, np.ndarray] = {}
-        for number in drawn.samples:
+        for number in sampled.samples:
             try:
-                wanted |= {mask_id: masks[mask_id] for mask_id in required_mask_ids(self._rendered(ready, number))}
+                wanted |= {mask_id: masks[mask_id] for mask_id in required_mask_ids(self._rendered(cached, number))}
             except UserError:  # reported when the sample is made
                 continue
-        image, moved = augment(ready.image, list(wanted.values()), np.random.default_rng([drawn.seed, len(drawn.samples)]))
+        image, moved = augment(cached.image, list(wanted.values()), np.random.default_rng([sampled.seed, len(sampled.samples)]))
         return preprocess(image, self.config.model), dict(zip(wanted, moved, strict=True))
 
 

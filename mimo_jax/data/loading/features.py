@@ -79,12 +79,12 @@ class FeatureFolder:
         they belong to another image, or if they are damaged."""
         if record.id not in self._rows:
             raise DataError(f"record {record.id}: has no features in {self.path}; run mimo data encode again")
-        shard, row, picture, sums = self._rows[record.id]
-        if picture != image_digest(record):
+        shard, row, digest, checksums = self._rows[record.id]
+        if digest != image_digest(record):
             raise DataError(f"record {record.id}: its features are of another image; remove {self.path} and run mimo data encode again")
         found = {key: np.array(self._array(shard, key)[row]) for key in self.shapes}
         for key, values in found.items():
-            if values.shape != self.shapes[key] or zlib.crc32(values) != sums[key]:
+            if values.shape != self.shapes[key] or zlib.crc32(values) != checksums[key]:
                 raise DataError(f"{self._file(shard, key)}, row {row}: is damaged; remove {shard}.json and run mimo data encode again")
         return found
 
@@ -117,8 +117,8 @@ class FeatureWriter:
     def add(self, record: Record, features: dict[str, np.ndarray]) -> None:
         """Add the features of a record, as `FeatureFolder.read` returns them."""
         features = {key: np.ascontiguousarray(values) for key, values in features.items()}
-        sums = {key: zlib.crc32(values) for key, values in features.items()}
-        self._rows.append({"id": record.id, "picture": image_digest(record), "crc32": sums})
+        checksums = {key: zlib.crc32(values) for key, values in features.items()}
+        self._rows.append({"id": record.id, "picture": image_digest(record), "crc32": checksums})
         for key, values in features.items():
             self._values.setdefault(key, []).append(values)
         if sum(values.nbytes for values in features.values()) * len(self._rows) >= SHARD_BYTES:

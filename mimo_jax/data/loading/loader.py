@@ -169,11 +169,11 @@ class GlobalOrder:
 
     def _window(self, at: int, window: int) -> list[tuple[int, list[SampledImage]]]:
         size = window * self.images
-        drawn = [self.sequence[i] for i in range(at * size, (at + 1) * size)]
-        needs = np.array([self._bucket(image) for image in drawn])
+        sampled = [self.sequence[i] for i in range(at * size, (at + 1) * size)]
+        needs = np.array([self._bucket(image) for image in sampled])
         rows = np.argsort(needs, kind="stable").reshape(window, self.images)
         rows = rows[np.random.default_rng([self.config.data.seed, at]).permutation(window)]
-        return [(int(needs[row].max()), [drawn[i] for i in row]) for row in rows]
+        return [(int(needs[row].max()), [sampled[i] for i in row]) for row in rows]
 
     def _bucket(self, image: SampledImage) -> int:
         """The smallest bucket for its samples. Texts are not tokenised if even one token per byte would fit in the first bucket."""
@@ -307,9 +307,9 @@ class _BatchSource:
         return sys.maxsize
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        bucket, drawn = self.order.batch(int(number))
+        bucket, sampled = self.order.batch(int(number))
         report: list[dict] = []
-        examples = [self.builder.build(drawn[i], report) for i in self.local_images]
+        examples = [self.builder.build(sampled[i], report) for i in self.local_images]
         batch = stack_batch(examples, bucket)
         batch[_REPORT] = np.frombuffer(json.dumps(report).encode(), np.uint8)
         return batch

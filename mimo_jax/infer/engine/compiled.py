@@ -95,11 +95,11 @@ class Engine:
 
 def _check_params(config: Config, params: dict) -> None:
     """Raise a UserError that lists parameters which are missing, unknown, or of another shape than in the model."""
-    wanted = {path: leaf.shape for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items()}
+    expected = {path: leaf.shape for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items()}
     given = {path: leaf.shape for path, leaf in pathtree.flatten(params).items()}
-    wrong = sorted(path for path in wanted.keys() | given.keys() if wanted.get(path) != given.get(path))
+    wrong = sorted(path for path in expected.keys() | given.keys() if expected.get(path) != given.get(path))
     if wrong:
-        shown = ", ".join(f"{path} ({given.get(path, 'missing')}, not {wanted.get(path, 'known')})" for path in wrong[:5])
+        shown = ", ".join(f"{path} ({given.get(path, 'missing')}, not {expected.get(path, 'known')})" for path in wrong[:5])
         raise UserError(f"checkpoint: {len(wrong)} parameters do not fit its model config: {shown}; use the config of its training")
 
 

@@ -156,5 +156,5 @@ def test_weights_are_named_and_must_be_possible():
     assert odd.with_quantization("int8").model.llm.quantization == "int8"
     with pytest.raises(ConfigError, match="int4 needs an even width.*use int8"):
         odd.with_quantization("int4")
-    with pytest.raises(ConfigError, match="config.model.llm.quantization: is for inference alone.*--quantize int8"):
+    with pytest.raises(ConfigError, match="config.model.llm.quantization: is for inference only.*--quantize int8"):
         tiny_config().with_quantization("int8").validate()

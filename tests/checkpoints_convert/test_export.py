@@ -133,7 +133,7 @@ def test_import_export_import_gives_the_same_bits(tmp_path, dtype):
     oracle = MimoOracle(config)
     originals.put_tensors(tmp_path / "mimo", oracle.state_dict(vision_tower=True))
     originals.put_tokenizer(tmp_path / "mimo", {"<p>": 420, "</p>": 421, "<SEG>": 422})
-    say = {"say": lambda line: None}
+    say = {"log": lambda line: None}
     import_checkpoint(ImportRequest(config, {"joint": tmp_path / "mimo"}, tmp_path / "first", lora_alpha=8.0, **say))
     export_checkpoint(tmp_path / "first", "joint", tmp_path / "joint", merge=False)
     again = originals.mimo_config(frozen_dtype=dtype)
@@ -144,7 +144,7 @@ def test_import_export_import_gives_the_same_bits(tmp_path, dtype):
 def test_the_three_towers_too_give_the_same_bits(tmp_path):
     config = originals.mimo_config(lora=LoraConfig(rank=0))
     given = originals.put_three(tmp_path / "originals", config)
-    say = {"say": lambda line: None}
+    say = {"log": lambda line: None}
     import_checkpoint(ImportRequest(config, given, tmp_path / "first", **say))
     export_checkpoint(tmp_path / "first", "hf", tmp_path / "hf")
     export_checkpoint(tmp_path / "first", "sam", tmp_path / "sam")

@@ -28,7 +28,7 @@ from mimo_jax.config_flags import load_config  # noqa: E402
 from mimo_jax.infer.engine.compiled import Engine  # noqa: E402
 from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
-from mimo_jax.parameters import typed  # noqa: E402
+from mimo_jax.parameters import with_dtypes  # noqa: E402
 
 REPEATS = 5
 
@@ -36,7 +36,7 @@ REPEATS = 5
 def random_engine(config: Config, weights: str) -> Engine:
     """Parameters drawn on the device, small enough that nothing overflows; the language model's matrices are stored as `weights`."""
     leaves = {}
-    for number, (path, leaf) in enumerate(pathtree.flatten(typed(config, mimo.abstract(config)[1])).items()):
+    for number, (path, leaf) in enumerate(pathtree.flatten(with_dtypes(config, mimo.abstract(config)[1])).items()):
         draw = jax.jit(lambda key, leaf=leaf: (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype))
         leaves |= quantize.quantize_param(path, draw(jax.random.key(number)), weights)
     return Engine(config.with_quantization(weights), pathtree.unflatten(leaves), eos_id=-1)

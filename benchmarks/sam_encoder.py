@@ -36,7 +36,7 @@ def measure(path: str, machine: topology.Topology, images: int) -> None:
     config = read_config_file(find_config(path))
     mesh = sharding.make_mesh(config.mesh, machine.devices())
     graphdef, shapes = mimo.abstract(config)
-    shapes = parameters.typed(config, shapes)
+    shapes = parameters.with_dtypes(config, shapes)
     placed = sharding.model_shardings(config.mesh, mesh, hardware.device_memory(mesh.devices.flat[0]), {}, shapes)
     params = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed.frozen)
     side, split = config.model.sam.image_size, sharding.batch_sharding(mesh)

@@ -70,7 +70,7 @@ class _ImportPlan:
         self.remarks = self._check_settings()
         self._check_lora(request)
         _, shapes = mimo.abstract(config)
-        self.leaves = pathtree.flatten(parameters.typed(config, shapes))
+        self.leaves = pathtree.flatten(parameters.with_dtypes(config, shapes))
         self.trained = {path for path, value in parameters.multipliers(config, shapes).items() if value is not None}
         self.assigned = sources.assign(list(self.leaves), self.sources, config)
         self.indices = name_map.layer_indices(config.model)

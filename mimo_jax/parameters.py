@@ -32,7 +32,7 @@ def multipliers(config: Config, params: dict) -> dict[str, float | None]:
     return made
 
 
-def typed(config: Config, shapes: dict) -> dict:
+def with_dtypes(config: Config, shapes: dict) -> dict:
     """Nested dict of shapes -> nested dict of ShapeDtypeStructs: float32 for trained parameters, `config.model.frozen_dtype` for others."""
     table, frozen = multipliers(config, shapes), jnp.dtype(config.model.frozen_dtype)
 

@@ -129,7 +129,7 @@ def test_the_full_model_lies_where_the_golden_file_says(machine):
     config = read_config_file(find_config("configs/mimo_7b.py"))
     shapes = mimo.abstract(config)[1]
     rates = parameters.multipliers(config, shapes)
-    train, frozen = pathtree.partition(parameters.typed(config, shapes), lambda path: rates[path] is not None)
+    train, frozen = pathtree.partition(parameters.with_dtypes(config, shapes), lambda path: rates[path] is not None)
     mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
     placed = sharding.model_shardings(config.mesh, mesh, hardware.find_hardware(kind).memory, train, frozen)
     lines = [f"mimo_7b on {machine}: {dict(mesh.shape)}", placed.reason, *placed.unsharded.values()]

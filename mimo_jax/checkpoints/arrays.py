@@ -1,6 +1,6 @@
-"""Trees of arrays on disk, by orbax: written one array after the other, so that a tree may be larger than memory, and read
-into place. Orbax loads a flipped bit, another dtype or another shape without a word; who calls this holds files to their
-hashes (`storage`) and shapes to what is expected (`compare`).
+"""Trees of arrays on disk, with Orbax. They are written one array after the other, so that a tree may be larger than memory, and read
+with given shardings. Orbax does not report flipped bits, another dtype or another shape: callers verify the files against their hashes
+(`storage.verify`) and the shapes against the expected ones (`compare`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mimo_jax import files, pathtree
 from mimo_jax.checkpoints import storage
 from mimo_jax.errors import UserError
 
-STATE = "state"  # orbax's own name for the item that is written in parts
-# A stored chunk: small enough that a process which needs a part of an array reads little more than that part.
+STATE = "state"  # the name that Orbax gives to an item written in parts
+# Size of a stored chunk, small enough that a process that needs part of an array reads little more than that part.
 CHUNK_BYTES = 64 * 2**20
-_BATCH_BYTES = 256 * 2**20  # small arrays are written together
-_READ_BYTES = 256 * 2**20  # arrays of so many bytes are read together
-_LISTED = 6  # differences that a message spells out
+_BATCH_BYTES = 256 * 2**20  # smaller arrays are written together
+_READ_BYTES = 256 * 2**20  # arrays are read together up to this number of bytes
+_MAX_LISTED = 6  # maximum number of differences in a message
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, of another model, or cannot be written; one line that names it."""
+    """A checkpoint is missing, damaged, of another model, or cannot be written; the message is one line that names it."""
 
 
 def _context() -> ocp.Context:
-    """Chunks as files of their own, uncompressed: no second copy of an array is made while it is written or read."""
+    """Orbax settings with each chunk in its own uncompressed file: no second copy of an array is made while it is written or read."""
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False
@@ -44,16 +44,16 @@ def _context() -> ocp.Context:
 
 
 def write(folder: Path, leaves: Iterator[tuple[str, Any]]) -> None:
-    """Write parameters (path, array) under `folder`/arrays; nothing restorable exists there before the last one is written.
+    """Write parameters (path, array) to `folder`/arrays, which cannot be restored before the last one is written.
 
-    An array is let go before the next one is asked for, so that of large ones only one is held."""
+    Each array is released before the next one is requested, so that only one large array is in memory."""
     batch: dict[str, Any] = {}
     written = False
     with _context():
         for path, leaf in leaves:
             batch[path] = leaf
             del leaf
-            if sum(held.nbytes for held in batch.values()) >= _BATCH_BYTES:
+            if sum(array.nbytes for array in batch.values()) >= _BATCH_BYTES:
                 ocp.partial.save(folder / "arrays", pathtree.unflatten(batch))
                 written = True
                 batch.clear()
@@ -65,32 +65,33 @@ def write(folder: Path, leaves: Iterator[tuple[str, Any]]) -> None:
 
 
 def _trim() -> None:
-    """Hand freed memory back to the system; glibc would keep half a gigabyte for every large array."""
+    """Return freed memory to the system; glibc would keep half a gigabyte per large array."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def read(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
-    """{item: abstract tree with shardings} -> {item: tree of arrays}, of those items of `folder`/arrays."""
+    """Read some items of `folder`/arrays: {item: abstract tree with shardings} -> {item: tree of arrays}."""
     return ocp.load_checkpointables(folder / "arrays", items)
 
 
 def read_parameters(
-    folder: Path, there: Iterable[str], wanted: dict[str, Any], then: Callable[[str, jax.Array], dict[str, Any]] | None = None
+    folder: Path, existing: Iterable[str], wanted: dict[str, Any], transform: Callable[[str, jax.Array], dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """{path: abstract with sharding} -> {path: array}, some of the parameters `there` that `write` left in `folder`; a few at a
-    time, so that little more memory is taken than they fill. then: what is kept of each, as {path: array}, in its place."""
-    nothing = dict.fromkeys(there, ocp.PLACEHOLDER)
+    """Read parameters that `write` wrote to `folder`: {path: abstract with sharding} -> {path: array}. They are read a few at a time,
+    so that little more memory is used than they need. existing: the paths of all parameters in `folder`; transform(path, array):
+    {path: array} that replaces each parameter as soon as it is read."""
+    nothing = dict.fromkeys(existing, ocp.PLACEHOLDER)
     loaded: dict[str, Any] = {}
     batch: dict[str, Any] = {}
 
     def fetch() -> None:
-        # Orbax lets go of what it read from the disk when the copy on the device stands.
+        # Orbax frees its host buffers when the copy on the device is complete.
         found = pathtree.flatten(jax.block_until_ready(read(folder, {STATE: pathtree.unflatten(nothing | batch)})[STATE]))
         for path in batch:
             leaf = found.pop(path)
-            loaded.update(then(path, leaf) if then else {path: leaf})
+            loaded.update(transform(path, leaf) if transform else {path: leaf})
         del leaf
         batch.clear()
         _trim()
@@ -105,63 +106,64 @@ def read_parameters(
 
 
 def files_read(folder: Path, wanted: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether this process reads a file below `folder`, by its name there, for parameters {path: abstract with sharding} that `write`
-    left: chunks of which its devices hold a part, and all that is no chunk."""
+    """A function that returns whether this process reads a file, given its name relative to `folder`, to load parameters
+    {path: abstract with sharding} that `write` wrote: the chunks that its devices need, and every file that is not a chunk."""
     needed = set()
     for path, leaf in wanted.items():
-        home = f"arrays/{STATE}/{path.replace('/', '.')}"
-        about = files.read_json(folder / home / "zarr.json")
-        if about is None:  # it is no chunk, so its damage will be found
+        prefix = f"arrays/{STATE}/{path.replace('/', '.')}"
+        about = files.read_json(folder / prefix / "zarr.json")
+        if about is None:  # missing or damaged; it is not a chunk, so it is verified
             continue
         chunk = about["chunk_grid"]["configuration"]["chunk_shape"]
         for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values():
             spans = (part.indices(size) for part, size in zip(index, leaf.shape, strict=True))
             grid = [range(first // side, -(-last // side)) for (first, last, _), side in zip(spans, chunk, strict=True)]
-            needed.update("/".join([home, "c", *map(str, place)]) for place in itertools.product(*grid))
+            needed.update("/".join([prefix, "c", *map(str, chunk_index)]) for chunk_index in itertools.product(*grid))
     return lambda name: name in needed or not re.search(r"/c(/\d+)*$", name)
 
 
 def on_first_process(tree: dict, place: Callable[[dict], Any] | None = None) -> dict | None:
-    """Arrays (nested dict) of which several processes hold parts, on devices of process 0; None in the others, though all call this.
-    Whole arrays pass one by one through the memory of every process. place: as in `placed`, from their shapes."""
+    """Arrays (nested dict) of which several processes hold parts -> the same arrays on devices of process 0, None in the others. All
+    processes must call this; the arrays are gathered one by one in the host memory of each. place: as in `with_shardings`."""
     if jax.process_count() == 1:
         return tree
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-    wanted = pathtree.flatten(placed(abstract, place))
-    there = {}
+    wanted = pathtree.flatten(with_shardings(abstract, place))
+    gathered = {}
     for path, leaf in pathtree.flatten(tree).items():
-        whole = storage.gather_to_host(leaf)
+        value = storage.gather_to_host(leaf)
         if jax.process_index() == 0:
-            there[path] = jax.device_put(whole, wanted[path].sharding)
-    return pathtree.unflatten(there) if jax.process_index() == 0 else None
+            gathered[path] = jax.device_put(value, wanted[path].sharding)
+    return pathtree.unflatten(gathered) if jax.process_index() == 0 else None
 
 
 # --- trees by name
 
 
 def nbytes(leaf: Any) -> int:
-    """Of an array, or of a shape."""
+    """Size in bytes of an array or a ShapeDtypeStruct."""
     return leaf.size * np.dtype(leaf.dtype).itemsize
 
 
-def kind(leaf: Any) -> list:
+def spec(leaf: Any) -> list:
+    """[dtype, shape] of an array or a ShapeDtypeStruct."""
     return [str(np.dtype(leaf.dtype)), list(leaf.shape)]
 
 
-def kinds(tree: Any) -> dict[str, list]:
-    """Any tree of arrays or shapes as {"a/b/c": [dtype, shape]}."""
+def specs(tree: Any) -> dict[str, list]:
+    """{"a/b/c": [dtype, shape]} of any tree of arrays or ShapeDtypeStructs."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): kind(leaf) for path, leaf in flat}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): spec(leaf) for path, leaf in flat}
 
 
-def abstract(kinds: dict[str, list]) -> dict:
-    """Nested dict of ShapeDtypeStructs from what `kinds` recorded."""
-    return pathtree.unflatten({path: jax.ShapeDtypeStruct(tuple(leaf[1]), jax.numpy.dtype(leaf[0])) for path, leaf in kinds.items()})
+def abstract(specs: dict[str, list]) -> dict:
+    """Nested dict of ShapeDtypeStructs from {path: [dtype, shape]}; more items of the lists are ignored."""
+    return pathtree.unflatten({path: jax.ShapeDtypeStruct(tuple(leaf[1]), jax.numpy.dtype(leaf[0])) for path, leaf in specs.items()})
 
 
-def placed(abstract: Any, shardings: Any) -> Any:
-    """The abstract tree with a sharding on every leaf. shardings: the same tree of them, one for all, a function from the
-    abstract tree to one of these, or None for the first device of this process."""
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """The tree of ShapeDtypeStructs with a sharding for every leaf. shardings: the same tree of shardings, one for all, a function
+    from the abstract tree to one of these, or None for the first device of this process."""
     if callable(shardings):
         shardings = shardings(abstract)
     if shardings is None:
@@ -171,18 +173,19 @@ def placed(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
 
 
-def compare(there: dict[str, list], wanted: dict[str, list], where: Path) -> None:
-    """CheckpointError that lists parameters which are missing, left over, or of another dtype or shape."""
-    differing = [f"lacks {path}" for path in sorted(wanted.keys() - there.keys())]
-    differing += [f"also has {path}" for path in sorted(there.keys() - wanted.keys())]
+def compare(existing: dict[str, list], wanted: dict[str, list], where: Path) -> None:
+    """Raise CheckpointError with a list of the parameters that are missing, unexpected, or of another dtype or shape."""
+    differing = [f"lacks {path}" for path in sorted(wanted.keys() - existing.keys())]
+    differing += [f"also has {path}" for path in sorted(existing.keys() - wanted.keys())]
     differing += [
-        f"{path} is {there[path][0]}{there[path][1]}, the config needs {kind[0]}{kind[1]}"
-        for path, kind in sorted(wanted.items())
-        if path in there and there[path] != kind
+        f"{path} is {existing[path][0]}{existing[path][1]}, the config needs {expected[0]}{expected[1]}"
+        for path, expected in sorted(wanted.items())
+        if path in existing and existing[path] != expected
     ]
     if differing:
-        raise CheckpointError(f"{where} does not fit the config: {some(differing)}")
+        raise CheckpointError(f"{where} does not fit the config: {summarize(differing)}")
 
 
-def some(rows: list[str]) -> str:
-    return ", ".join(rows[:_LISTED]) + (f" and {len(rows) - _LISTED} more" if len(rows) > _LISTED else "")
+def summarize(rows: list[str]) -> str:
+    """The first rows and the number of the others, in one line."""
+    return ", ".join(rows[:_MAX_LISTED]) + (f" and {len(rows) - _MAX_LISTED} more" if len(rows) > _MAX_LISTED else "")

@@ -1,16 +1,16 @@
-"""Runs on disk: what is written, what makes it whole, and how it is found again.
+"""Run directories: their files, saving and restoring the steps of a run, and finding a checkpoint from its path.
 
     RUN/config.json       the config
     RUN/tokenizer.json
-    RUN/provenance.json   where the weights come from, if the run did not begin from a seed
-    RUN/base.json, base/  the frozen base (`base`)
-    RUN/steps/500/        extra.json   data position and whatever else the caller adds, as JSON
-                          arrays/      by orbax: item `state` (trained parameters), item `train` (optimizer, step, …)
-                          calibration.json  of the scores, if one was fitted (`infer.calibration`)
+    RUN/provenance.json   where the weights come from, unless the run was initialised from a seed
+    RUN/base.json, base/  the frozen base (`frozen_params`)
+    RUN/steps/500/        extra.json   data position and other values of the caller
+                          arrays/      written by Orbax: item `state` (trained parameters), item `train` (optimizer, step, …)
+                          calibration.json  of the scores, if one was fitted (`infer.answers.calibration`)
                           manifest.json  shapes, versions, fingerprint of the base, SHA-256 of every file; written last
 
-A step, or a base, is whole if its manifest stands: orbax commits by renaming, the manifest follows. Orbax loads a flipped
-bit without a word, so every file that is read is held to its SHA-256 first. An import is a run directory with step 0.
+A step or a base is complete if it has a manifest: Orbax commits by renaming, and the manifest is written after that. Orbax does not
+detect flipped bits, so every file is verified against its SHA-256 before it is read. An import is a run directory with step 0.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from orbax.checkpoint import v1 as ocp
 
 from mimo_jax import __version__, distributed, files, pathtree
 from mimo_jax.checkpoints import arrays, frozen_params, provenance, storage
-from mimo_jax.checkpoints.arrays import CheckpointError, some
+from mimo_jax.checkpoints.arrays import CheckpointError, summarize
 from mimo_jax.config import Config, ConfigError
 
-# Model settings that change neither a parameter nor what it means: a run may go on with others.
-_FREE = {"dtype", "remat", "unroll", "max_turns", "max_segs"}
-_TRAIN = "train"  # the orbax item beside `arrays.STATE`
+# Model settings that change neither the parameters nor their meaning: a run may resume with other values of these.
+_MAY_DIFFER = {"dtype", "remat", "unroll", "max_turns", "max_segs"}
+_TRAIN = "train"  # the Orbax item with everything that is not in `arrays.STATE`
 
 
 class CheckpointWarning(UserWarning):
-    """A damaged step was passed over."""
+    """A damaged step was skipped."""
 
 
 # --- the run directory
 
 
 def open_run(workdir: str | os.PathLike, config: Config) -> bool:
-    """Make `workdir` ready; true if a run was begun there, whose config must then fit (CheckpointError if not)."""
+    """Create `workdir` if needed; returns whether it contains a run. Raises CheckpointError if that run's config does not fit."""
     workdir = files.absolute(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"--workdir {workdir}: cannot be made: {error.strerror}") from error
+        raise CheckpointError(f"--workdir {workdir}: cannot be created: {error.strerror}") from error
     if not os.access(workdir, os.W_OK):
-        raise CheckpointError(f"--workdir {workdir}: may not be written to; choose another, or change its permissions")
+        raise CheckpointError(f"--workdir {workdir}: is not writable; choose another, or change its permissions")
     if not (workdir / "config.json").exists():
         return False
     check_config(read_config(workdir), config, str(workdir))
@@ -61,7 +61,7 @@ def open_run(workdir: str | os.PathLike, config: Config) -> bool:
 
 
 def start_run(workdir: str | os.PathLike, config: Config, frozen: dict) -> str:
-    """Write the frozen base, the provenance and config.json of a new run; returns the base's fingerprint."""
+    """Write the frozen base, the provenance and config.json of a new run; returns the fingerprint of the base."""
     workdir = files.absolute(workdir)
     source = run_of(config.init.path) if config.init.path else None
     fingerprint = frozen_params.save(workdir, frozen, source)
@@ -70,12 +70,12 @@ def start_run(workdir: str | os.PathLike, config: Config, frozen: dict) -> str:
             if source is not None:
                 provenance.copy_to_run(source, workdir, pathtree.flatten(frozen).keys())
             files.write_json(workdir / "config.json", config.to_dict())
-    distributed.gather(None)  # so that all may read it
+    distributed.gather(None)  # no process reads it before it is written
     return fingerprint
 
 
 def read_config(run: str | os.PathLike) -> Config:
-    """The config of a run directory; CheckpointError if this version cannot read it."""
+    """The config of a run directory. Raises CheckpointError if this version cannot read it."""
     path = Path(run) / "config.json"
     try:
         return Config.from_dict(json.loads(path.read_text()))
@@ -86,19 +86,19 @@ def read_config(run: str | os.PathLike) -> Config:
 
 
 def check_config(saved: Config, wanted: Config, where: str = "the checkpoint") -> None:
-    """CheckpointError that lists the fields in which two configs differ so that one's parameters cannot serve the other."""
-    there, here = (pathtree.flatten(c.to_dict()["model"]) for c in (saved, wanted))
+    """Raise CheckpointError with a list of the fields that differ, if the parameters of one config cannot be used with the other."""
+    old, new = (pathtree.flatten(c.to_dict()["model"]) for c in (saved, wanted))
     differing = [
-        f"model.{name.replace('/', '.')} ({there[name]} there, {here[name]} here)"
-        for name in here
-        if name not in _FREE and there[name] != here[name]
+        f"model.{name.replace('/', '.')} ({old[name]} there, {new[name]} here)"
+        for name in new
+        if name not in _MAY_DIFFER and old[name] != new[name]
     ]
     if list(saved.trainables.items()) != list(wanted.trainables.items()):
         differing.append("trainables")
     if saved.freeze != wanted.freeze:
         differing.append(f"freeze ({saved.freeze!r} there, {wanted.freeze!r} here)")
     if differing:
-        raise CheckpointError(f"{where} is of another config: {some(differing)}; use its config, or another --workdir")
+        raise CheckpointError(f"{where} has another config: {summarize(differing)}; use its config, or another --workdir")
 
 
 def tokenizer_path(path: str | os.PathLike) -> Path:
@@ -110,7 +110,7 @@ def tokenizer_path(path: str | os.PathLike) -> Path:
 
 
 def calibration_path(run: str | os.PathLike, step: int) -> Path:
-    """Where a step's calibration lies, if one was fitted. It comes after the step, and is no part of what makes the step whole."""
+    """Path of a step's calibration, a file that exists if one was fitted. It is written after the step is complete."""
     return Path(run) / "steps" / str(step) / "calibration.json"
 
 
@@ -121,7 +121,7 @@ class Checkpoints:
     """The steps of one run. Arrays are copied off the device in `save`; files are written, hashed and pruned in a thread."""
 
     def __init__(self, workdir: str | os.PathLike, keep_last: int = 2, keep_every: int = 0):
-        """keep_last: newest whole steps to keep; keep_every: beside them, every step that it divides (0: none)."""
+        """keep_last: number of newest complete steps to keep; keep_every: also keep every step that it divides (0: none)."""
         self.workdir = files.absolute(workdir)
         self.keep_last, self.keep_every = max(1, keep_last), keep_every
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -129,18 +129,18 @@ class Checkpoints:
         self._damaged: set[int] = set()
 
     def latest(self) -> int | None:
-        """The newest whole step."""
-        whole = self._whole()
-        return whole[-1] if whole else None
+        """The newest complete step; None if there is none."""
+        steps = self._complete()
+        return steps[-1] if steps else None
 
     def save(self, step: int, state: dict[str, Any], extra: dict) -> None:
-        """Begin to write `state`, a dict whose "params" are the trained parameters (nested dict) and whose other entries
-        are any trees of arrays; `extra` is JSON. Raises here, or in `wait`, what the save before it met: CheckpointError,
-        naming the newest good step, where the disk is full or may not be written."""
+        """Start to write `state`, a dict whose "params" are the trained parameters (nested dict) and whose other entries
+        are any trees of arrays; `extra` is JSON. An error of the previous save is raised here or in `wait`: CheckpointError,
+        with the newest good step, if the disk is full or not writable."""
         self.wait()
         folder = self._folder(step)
         items = {name: tree for name, tree in _items(state).items() if jax.tree.leaves(tree)}
-        leaves = {name: arrays.kinds(tree) for name, tree in items.items()}
+        leaves = {name: arrays.specs(tree) for name, tree in items.items()}
         try:
             if jax.process_index() == 0:
                 storage.remove(folder)
@@ -153,21 +153,22 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, step, response, leaves)
 
     def wait(self) -> None:
-        """Until the last save is on disk; raises what it met."""
+        """Wait until the last save is on disk, and raise its error."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def restore(self, step: int, abstract: dict[str, Any], shardings: Any = None) -> tuple[dict[str, Any], dict]:
-        """(state, extra) of `step`, or with a CheckpointWarning of the newest earlier step that is whole and undamaged.
+        """Returns (state, extra) of `step`; if it is damaged, those of the newest complete and undamaged step before it, with a
+        CheckpointWarning.
 
         abstract: the state's ShapeDtypeStructs, or only some of its entries; shardings: the same tree of shardings, one
-        for all, or None for the first device. CheckpointError lists parameters that are missing or of another shape. Of several
-        processes all call this, and the first one's hashes count."""
+        for all, or None for the first device. Raises CheckpointError with a list of the parameters that are missing or have another
+        shape. If there are several processes, all must call this; the files are verified by the first one."""
         self.wait()
         found = None
         if jax.process_index() == 0:
-            earlier = [s for s in self._whole() if s < step]
+            earlier = [s for s in self._complete() if s < step]
             found = _newest_undamaged(self.workdir, [*earlier, step], _items(abstract))
         good, damaged = distributed.gather(found)[0]
         self._damaged.update(damaged)
@@ -176,8 +177,8 @@ class Checkpoints:
     def _folder(self, step: int) -> Path:
         return self.workdir / "steps" / str(step)
 
-    def _whole(self) -> list[int]:
-        return [s for s in _whole_steps(self.workdir) if s not in self._damaged]
+    def _complete(self) -> list[int]:
+        return [s for s in _complete_steps(self.workdir) if s not in self._damaged]
 
     def _finish(self, step: int, response: Any, leaves: dict) -> None:
         try:
@@ -189,19 +190,19 @@ class Checkpoints:
         except Exception as error:
             self._give_up(step, error)
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # what could not be removed now, is by the next save
+            with contextlib.suppress(OSError):  # the next save tries again
                 self._prune()
 
     def _prune(self) -> None:
-        """Remove whole steps that are not to be kept, and what unfinished saves left behind."""
-        whole = self._whole()
-        kept = {*whole[-self.keep_last :], *(s for s in whole if self.keep_every and s % self.keep_every == 0)}
+        """Remove the complete steps that are not kept, and the files of unfinished saves."""
+        steps = self._complete()
+        kept = {*steps[-self.keep_last :], *(s for s in steps if self.keep_every and s % self.keep_every == 0)}
         for step in _step_folders(self.workdir):
             if step not in kept:
                 storage.remove(self._folder(step))
 
     def _give_up(self, step: int, error: Exception) -> NoReturn:
-        """Remove what was half written and raise: as CheckpointError where the disk is at fault."""
+        """Remove the incomplete step and raise `error`, as CheckpointError if it is a file system error."""
         shutil.rmtree(self._folder(step), ignore_errors=True)
         last = self.latest()
         good = f"step {last} is the last good one" if last is not None else "no step was saved before"
@@ -213,28 +214,28 @@ class Checkpoints:
 
 
 def resolve(path: str | os.PathLike) -> tuple[Path, int]:
-    """(run directory, step) that PATH means: a run directory's newest whole step, or the one step that it names."""
+    """(run directory, step) of a path: the newest complete step of a run directory, or the step whose folder it is."""
     run, named = run_of(path), _named_step(path)
-    whole = _whole_steps(run)
-    if named is None and whole:
-        return run, whole[-1]
-    if named in whole:
+    steps = _complete_steps(run)
+    if named is None and steps:
+        return run, steps[-1]
+    if named in steps:
         return run, named
     if named is None:
-        raise CheckpointError(f"{run}: holds no whole step yet; train it, or give another checkpoint")
-    newest = f"the newest whole one is {run / 'steps' / str(whole[-1])}" if whole else "nor is any other of this run"
-    raise CheckpointError(f"{path}: this step is not whole (its save did not finish); {newest}")
+        raise CheckpointError(f"{run}: has no complete step yet; train it, or give another checkpoint")
+    newest = f"the newest complete one is {run / 'steps' / str(steps[-1])}" if steps else "nor is any other of this run"
+    raise CheckpointError(f"{path}: this step is not complete (its save did not finish); {newest}")
 
 
 def origin(run: str | os.PathLike) -> str:
-    """Fingerprint of a run's base, and the sources of its weights, in one line."""
+    """The fingerprint of a run's base and the sources of its weights, in one line."""
     return f"base {frozen_params.read_record(Path(run))['fingerprint'][:12]}, {provenance.describe(provenance.read(Path(run)))}"
 
 
-def whole_step(path: str | os.PathLike) -> tuple[Path, int, dict]:
-    """(run directory, step, its manifest) of the step that PATH means, or of the newest undamaged one before it."""
+def verified_step(path: str | os.PathLike) -> tuple[Path, int, dict]:
+    """(run directory, step, its manifest) of a path: as in `resolve`, but of a run directory the newest step without damage."""
     run, step = resolve(path)
-    candidates = [step] if _named_step(path) is not None else _whole_steps(run)
+    candidates = [step] if _named_step(path) is not None else _complete_steps(run)
     step, _ = _newest_undamaged(run, candidates, [arrays.STATE])
     folder = run / "steps" / str(step)
     manifest = files.read_json(folder / storage.MANIFEST)
@@ -244,11 +245,11 @@ def whole_step(path: str | os.PathLike) -> tuple[Path, int, dict]:
 
 
 def run_of(path: str | os.PathLike) -> Path:
-    """The run directory that PATH is, or lies in as steps/<n>."""
+    """The run directory of a path, which is that directory or one of its steps/<n>."""
     full = Path(path).resolve()
     run = full.parent.parent if _named_step(path) is not None else full
     if not full.exists():
-        raise CheckpointError(f"{path}: there is no such checkpoint")
+        raise CheckpointError(f"{path}: does not exist; give a run directory, one of its steps/<n>, or an import")
     if not (run / "config.json").is_file():
         raise CheckpointError(f"{path}: is not a checkpoint (no config.json); give a run directory, one of its steps/<n>, or an import")
     return run
@@ -260,48 +261,48 @@ def _named_step(path: str | os.PathLike) -> int | None:
 
 
 def _step_folders(run: Path) -> list[int]:
-    """Every step of which anything is there, ascending."""
+    """All steps with a folder, complete or not, in ascending order."""
     steps = run / "steps"
     return sorted(int(f.name) for f in steps.iterdir() if f.name.isdecimal()) if steps.is_dir() else []
 
 
-def _whole_steps(run: Path) -> list[int]:
+def _complete_steps(run: Path) -> list[int]:
     return [s for s in _step_folders(run) if (run / "steps" / str(s) / storage.MANIFEST).is_file()]
 
 
 def _newest_undamaged(run: Path, steps: list[int], items: Any) -> tuple[int, list[int]]:
-    """(the last of `steps` whose `items` are as they were written, the damaged ones after it), with a warning for each of those."""
+    """(the last of `steps` whose `items` are undamaged, the damaged steps after it), with a CheckpointWarning for each of these."""
     damaged = []
     for step in reversed(steps):
-        damage = _damage(run / "steps" / str(step), items)
-        if damage is None:
+        fault = _verify(run / "steps" / str(step), items)
+        if fault is None:
             return step, damaged
         damaged.append(step)
         if step != steps[0]:
-            warnings.warn(f"{run}: step {step} is passed over: it {damage}", CheckpointWarning, stacklevel=3)
-    raise CheckpointError(f"{run}: step {step} {damage}, and no earlier whole step is there; give another checkpoint")
+            warnings.warn(f"{run}: step {step} is skipped: it {fault}", CheckpointWarning, stacklevel=3)
+    raise CheckpointError(f"{run}: step {step} {fault}, and there is no earlier complete step; give another checkpoint")
 
 
-# --- a step's arrays, as orbax items
+# --- the arrays of a step, as Orbax items
 
 
 def write_step(run: Path, step: int, leaves: Iterator[tuple[str, Any]], extra: dict) -> dict[str, list]:
-    """A step without optimizer, from its trained parameters (path, array) as they come; the base must stand. Returns
-    {path: [dtype, shape, SHA-256]}."""
+    """Write a step without optimizer from an iterator of its trained parameters, (path, array). The base must already be written.
+    Returns {path: [dtype, shape, SHA-256]}."""
     folder = run / "steps" / str(step)
     hashes: dict[str, list] = {}
     with files.disk_errors(folder, CheckpointError), files.removed_on_failure(folder):
         folder.mkdir(parents=True)
         files.write_json(folder / "extra.json", extra)
         arrays.write(folder, frozen_params.hashed(leaves, hashes))
-        kinds = {path: leaf[:2] for path, leaf in hashes.items()}
-        about = {"step": step, "base": frozen_params.read_record(run)["fingerprint"], "leaves": {arrays.STATE: kinds}}
+        specs = {path: leaf[:2] for path, leaf in hashes.items()}
+        about = {"step": step, "base": frozen_params.read_record(run)["fingerprint"], "leaves": {arrays.STATE: specs}}
         storage.write_manifest(folder, about)
     return hashes
 
 
 def _items(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as orbax items, so that parameters can be read without the optimizer."""
+    """The state as Orbax items, so that the parameters can be read without the optimizer."""
     rest = {name: tree for name, tree in state.items() if name != "params"}
     return ({arrays.STATE: state["params"]} if "params" in state else {}) | ({_TRAIN: rest} if rest else {})
 
@@ -310,15 +311,15 @@ def _load_step(folder: Path, abstract: dict[str, Any], shardings: Any) -> tuple[
     leaves = files.read_json(folder / storage.MANIFEST)["leaves"]
     items = _items(abstract)
     for name, tree in items.items():
-        arrays.compare(leaves.get(name, {}), arrays.kinds(tree), folder)
-    placed = _items(arrays.placed(abstract, shardings))
+        arrays.compare(leaves.get(name, {}), arrays.specs(tree), folder)
+    placed = _items(arrays.with_shardings(abstract, shardings))
     wanted = {name: tree for name, tree in placed.items() if jax.tree.leaves(tree)}
     loaded = placed | (arrays.read(folder, wanted) if wanted else {})
     state = ({"params": loaded[arrays.STATE]} if arrays.STATE in items else {}) | loaded.get(_TRAIN, {})
     return state, files.read_json(folder / "extra.json")
 
 
-def _damage(folder: Path, items: Iterable[str]) -> str | None:
-    """What is wrong with the files of these orbax items of a step; None if nothing."""
+def _verify(folder: Path, items: Iterable[str]) -> str | None:
+    """Verify the files of these Orbax items of a step; returns what is wrong with them, None if nothing is."""
     others = tuple(f"arrays/{name}/" for name in (arrays.STATE, _TRAIN) if name not in items)
     return storage.verify(folder, lambda name: not name.startswith(others))

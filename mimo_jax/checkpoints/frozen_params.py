@@ -1,7 +1,7 @@
-"""The frozen base of a run: written once, held to its hashes, found again wherever it was moved.
+"""The frozen base of a run: its frozen parameters, written once, verified against their hashes, and found if they were moved.
 
-RUN/base.json         fingerprint, where the base lies, and every parameter's [dtype, shape, SHA-256]
-RUN/base/arrays       the arrays, unless they already lie in another run's base
+RUN/base.json         fingerprint, path of the base, and [dtype, shape, SHA-256] of every parameter
+RUN/base/arrays       the arrays, unless the base of another run already has them
 RUN/base/manifest.json   SHA-256 of every file; written last
 """
 
@@ -19,13 +19,13 @@ import jax
 
 from mimo_jax import distributed, files, pathtree
 from mimo_jax.checkpoints import arrays, storage
-from mimo_jax.checkpoints.arrays import CheckpointError, some
+from mimo_jax.checkpoints.arrays import CheckpointError, summarize
 
 
 def write(run: Path, leaves: Iterator[tuple[str, Any]], place: Path | None = None) -> dict:
-    """Write a base from its parameters (path, array) as they come; returns and keeps the record of base.json.
+    """Write a base from an iterator of its parameters, (path, array), and base.json; returns the content of base.json.
 
-    place: the run's directory in the end, if it is renamed afterwards."""
+    place: the final directory of the run, if it is renamed afterwards."""
     hashes: dict[str, list] = {}
     folder = run / "base"
     with files.disk_errors(folder, CheckpointError), files.removed_on_failure(folder):
@@ -39,50 +39,51 @@ def write(run: Path, leaves: Iterator[tuple[str, Any]], place: Path | None = Non
 
 
 def save(workdir: Path, frozen: dict, source: Path | None = None) -> str:
-    """Write the frozen parameters (nested dict) of a run, once; returns their fingerprint. Where the base of `source`, another
-    run's directory, holds them all, only a reference is written. CheckpointError if another base lies there already."""
+    """Write the frozen parameters (nested dict) of a run unless they are already written; returns their fingerprint. If the base of
+    `source`, the directory of another run, has all of them, only a reference to it is written. Raises CheckpointError if the run has
+    steps with another base."""
     flat = pathtree.flatten(frozen)
-    leaves = {path: [*arrays.kind(leaf), storage.hash_array(leaf)] for path, leaf in flat.items()}
+    leaves = {path: [*arrays.spec(leaf), storage.hash_array(leaf)] for path, leaf in flat.items()}
     saved = files.read_json(workdir / "base.json")
     if saved and saved["fingerprint"] == fingerprint(leaves):
         return saved["fingerprint"]
     if saved and (workdir / "steps").is_dir() and any((workdir / "steps").glob("*/" + storage.MANIFEST)):
         raise CheckpointError(f"{workdir}: its steps were trained on another frozen base; use another --workdir")
-    lender = _lender(source, leaves)
-    if lender is None:
+    shared = _shared_base(source, leaves)
+    if shared is None:
         return write(workdir, iter(flat.items()))["fingerprint"]
-    return _write_record(workdir, lender, leaves, workdir)["fingerprint"]
+    return _write_record(workdir, shared, leaves, workdir)["fingerprint"]
 
 
 def load(run: Path, abstract: dict | None = None, shardings: Any = None, base: str | os.PathLike | None = None) -> dict:
-    """The frozen parameters of a run, as a nested dict. Looked for where the run says, then relative to it, then in `base` (a
-    base folder, or the run that holds it); always held to the recorded hashes.
+    """The frozen parameters of a run, as a nested dict. The base is searched for at its recorded path, then at its path relative to
+    the run, then in `base` (the folder of a base, or of a run that has it); its files are verified against the recorded hashes.
 
-    abstract: what is expected (CheckpointError lists what differs), None for whatever there is; shardings as in
-    `arrays.placed`."""
+    abstract: the expected parameters (CheckpointError lists the differences), None for those that are recorded; shardings: as in
+    `arrays.with_shardings`."""
     record = read_record(run)
     leaves = record["leaves"]
-    kinds = {path: leaf[:2] for path, leaf in leaves.items()}
+    specs = {path: leaf[:2] for path, leaf in leaves.items()}
     if abstract is None:
-        abstract = arrays.abstract(kinds)
-    arrays.compare(kinds, arrays.kinds(abstract), run / "base.json")
+        abstract = arrays.abstract(specs)
+    arrays.compare(specs, arrays.specs(abstract), run / "base.json")
     if not leaves:
         return {}
-    wanted = pathtree.flatten(arrays.placed(abstract, shardings))
+    wanted = pathtree.flatten(arrays.with_shardings(abstract, shardings))
     folder = find(run, base, wanted)
-    there = files.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
-    return pathtree.unflatten(arrays.read_parameters(folder, there, wanted))
+    existing = files.read_json(folder / storage.MANIFEST)["leaves"][arrays.STATE]
+    return pathtree.unflatten(arrays.read_parameters(folder, existing, wanted))
 
 
 def find(run: Path, base: str | os.PathLike | None = None, wanted: dict[str, Any] | None = None) -> Path:
-    """The folder that holds the base of a run, its files held to their SHA-256: all of them, or those that this process reads for the
-    parameters `wanted`, {path: abstract with sharding}. CheckpointError says what was tried, and why not."""
+    """The folder of the base of a run. Its files are verified against their SHA-256: all of them, or those that this process reads for
+    the parameters `wanted`, {path: abstract with sharding}. Raises CheckpointError with every folder tried and what is wrong with it."""
     record = read_record(run)
-    places = [Path(record["path"]), run / record["relative"]]
+    candidates = [Path(record["path"]), run / record["relative"]]
     if base is not None:
-        places += [Path(base) / "base" if (Path(base) / "base").is_dir() else Path(base)]
+        candidates += [Path(base) / "base" if (Path(base) / "base").is_dir() else Path(base)]
     tried = {}
-    for folder in dict.fromkeys(files.absolute(place) for place in places):
+    for folder in dict.fromkeys(files.absolute(folder) for folder in candidates):
         tried[folder] = _unfit(folder, record["leaves"], wanted)
         if tried[folder] is None:
             return folder
@@ -91,6 +92,7 @@ def find(run: Path, base: str | os.PathLike | None = None, wanted: dict[str, Any
 
 
 def read_record(run: Path) -> dict:
+    """The content of base.json. Raises CheckpointError if it is missing or damaged."""
     record = files.read_json(run / "base.json")
     if record is None or record.get("fingerprint") != fingerprint(record.get("leaves", {})):
         raise CheckpointError(f"{run / 'base.json'}: is missing or damaged; copy it from where the run was made")
@@ -98,20 +100,20 @@ def read_record(run: Path) -> dict:
 
 
 def fingerprint(leaves: dict[str, list]) -> str:
-    """SHA-256 over names, dtypes, shapes and values of parameters {path: [dtype, shape, SHA-256]}."""
+    """SHA-256 over the names, dtypes, shapes and values of parameters, {path: [dtype, shape, SHA-256]}."""
     return hashlib.sha256(json.dumps(dict(sorted(leaves.items()))).encode()).hexdigest()
 
 
 def hashed(leaves: Iterator[tuple[str, Any]], into: dict[str, list]) -> Iterator[tuple[str, Any]]:
-    """The same (path, array), and `into` path -> [dtype, shape, SHA-256], taken in a thread while the array is written."""
+    """Yield the same (path, array), and set into[path] to [dtype, shape, SHA-256], computed in a thread while the array is written."""
     with ThreadPoolExecutor(1) as pool:
         for path, leaf in leaves:
             if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-                into[path] = [*arrays.kind(leaf), storage.hash_array(leaf)]  # gathers, so all processes go together
+                into[path] = [*arrays.spec(leaf), storage.hash_array(leaf)]  # gathers, so all processes must be at the same leaf
                 yield path, leaf
                 continue
             digest = pool.submit(storage.hash_array, leaf)
-            into[path] = arrays.kind(leaf)
+            into[path] = arrays.spec(leaf)
             yield path, leaf
             into[path] = [*into[path], digest.result()]
             del leaf, digest  # both hold the array
@@ -126,27 +128,27 @@ def _write_record(run: Path, folder: Path, leaves: dict, place: Path) -> dict:
     return record
 
 
-def _lender(source: Path | None, leaves: dict) -> Path | None:
-    """The base folder behind another run, if it holds all these parameters, as process 0 finds them."""
+def _shared_base(source: Path | None, leaves: dict) -> Path | None:
+    """The base folder of another run, if process 0 finds all these parameters in it; None otherwise."""
     if source is None:
         return None
     record = files.read_json(source / "base.json") or {"path": "", "relative": "base"}
-    places = [files.absolute(source / record["relative"]), Path(record["path"])]
-    fit = [jax.process_index() == 0 and _unfit(folder, leaves) is None for folder in places]
-    return next((folder for folder, fits in zip(places, distributed.gather(fit)[0], strict=True) if fits), None)
+    candidates = [files.absolute(source / record["relative"]), Path(record["path"])]
+    fit = [jax.process_index() == 0 and _unfit(folder, leaves) is None for folder in candidates]
+    return next((folder for folder, fits in zip(candidates, distributed.gather(fit)[0], strict=True) if fits), None)
 
 
 def _unfit(folder: Path, leaves: dict, wanted: dict[str, Any] | None = None) -> str | None:
-    """Why a base folder cannot give these parameters; None if it can."""
+    """Why these parameters cannot be read from a base folder; None if they can."""
     if not (folder / storage.MANIFEST).is_file():
-        return "holds no whole base"
+        return "is not a complete base"
     fault = storage.verify(folder, lambda name: False)  # of the manifest itself
     if fault:
         return fault
-    there = files.read_json(folder / storage.MANIFEST)["leaves"].get(arrays.STATE)
-    if there is None:
-        return "holds no whole base"
-    differing = [path for path, leaf in leaves.items() if there.get(path) != leaf]
+    existing = files.read_json(folder / storage.MANIFEST)["leaves"].get(arrays.STATE)
+    if existing is None:
+        return "is not a complete base"
+    differing = [path for path, leaf in leaves.items() if existing.get(path) != leaf]
     if differing:
-        return f"is another base: {some(differing)}"
+        return f"is another base: {summarize(differing)}"
     return storage.verify(folder) if wanted is None else storage.verify(folder, arrays.files_read(folder, wanted))

@@ -1,11 +1,11 @@
-"""Where a checkpoint's weights come from: RUN/provenance.json, written by an import and handed on to what is trained from it.
+"""The origin of a checkpoint's weights: RUN/provenance.json, written by an import and copied to the runs that start from it.
 
-    sources     name -> {path, layout, dtypes, tensors, fingerprint, files {name: SHA-256}} of each file set that was read
-    untrained   paths of parameters drawn from a seed that no training has touched, and that the model needs
+    sources     name -> {path, layout, dtypes, tensors, fingerprint, files {name: SHA-256}} of each set of files that was read
+    untrained   paths of parameters that the model needs and that were initialised from a seed and never trained
     base, parameters   fingerprints of the import's frozen and other parameters
 
-and what an import was told: seed, key map, exceptions. Tensors that were kept though nothing here uses them lie beside it,
-in kept.safetensors.
+It also records the options of the import: seed, key map, exceptions. Tensors that this model does not use but that are kept for export
+are in kept.safetensors, next to it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ FILE, KEPT = "provenance.json", "kept.safetensors"
 
 
 def read(run: Path) -> dict:
-    """What is known of a run's weights; nothing for one that began from its own seed. UserError where it cannot be read: it may
-    say that parameters were never trained."""
+    """The provenance of a run's weights, {} for a run initialised from a seed. Raises UserError for a damaged file, because it may
+    record that parameters were never trained."""
     record = files.read_json(run / FILE)
     if record is None and (run / FILE).exists():
-        raise UserError(f"{run / FILE}: is damaged, so where the weights come from cannot be told; copy it from where the run was made")
+        raise UserError(f"{run / FILE}: is damaged, so the origin of the weights is unknown; copy it from where the run was made")
     return record or {}
 
 
 def copy_to_run(source: Path, run: Path, frozen: Collection[str]) -> None:
-    """What is known of `source` goes on to a run that starts from it; of what was untrained, only the `frozen` stays so."""
+    """Copy the provenance of `source` to a run that starts from it. Of the untrained parameters, only the `frozen` ones remain so."""
     record = read(source)
     if not record:
         return
@@ -41,12 +41,12 @@ def copy_to_run(source: Path, run: Path, frozen: Collection[str]) -> None:
 
 
 def untrained(record: dict) -> str:
-    """The untrained parameters by their part of the model, "aligner (46), prompt (2)"; empty if there are none."""
+    """The number of untrained parameters in each part of the model, as "aligner (46), prompt (2)"; empty if there are none."""
     parts = Counter(path.split("/")[0] for path in record.get("untrained", []))
     return ", ".join(f"{part} ({count})" for part, count in parts.items())
 
 
 def describe(record: dict) -> str:
-    """The sources in one line, with the beginnings of their fingerprints."""
+    """The sources of the weights in one line, with the beginnings of their fingerprints."""
     sources = ", ".join(f"{name} {source['fingerprint'][:12]}" for name, source in record.get("sources", {}).items())
     return f"weights: {sources}" if sources else "weights: trained from a seed"

@@ -1,4 +1,4 @@
-"""Folders of arrays that are whole or not there, by a manifest with the SHA-256 of every file in them."""
+"""Folders of arrays with a manifest, which is written last and has the SHA-256 of every file: a folder without one is incomplete."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from mimo_jax import __version__, files
 from mimo_jax.files import read_json, write_json
 
 MANIFEST = "manifest.json"
-_OF_MANIFEST = "manifest.sha256"  # the SHA-256 of the manifest itself, written before it
+_MANIFEST_HASH = "manifest.sha256"  # the SHA-256 of the manifest itself, written before it
 
 
 def write_manifest(folder: Path, about: dict) -> None:
-    """What makes a folder of arrays whole: `about`, versions, and the SHA-256 of every file in it."""
-    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != _OF_MANIFEST)
+    """Complete a folder of arrays: write its manifest with `about`, the versions used, and the SHA-256 of every file in it."""
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != _MANIFEST_HASH)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     made = {"mimo_jax": __version__, "jax": jax.__version__, "time": now}
     content = about | {"made": made, "files": hash_files(folder, names)}
-    write_json(folder / _OF_MANIFEST, files.sha256_bytes(files.json_bytes(content)))
+    write_json(folder / _MANIFEST_HASH, files.sha256_bytes(files.json_bytes(content)))
     write_json(folder / MANIFEST, content)
 
 
 def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
-    """What is wrong with those files of a folder that are `wanted` by name; None if nothing."""
+    """Verify the manifest and those files of a folder whose names are `wanted`; returns what is wrong with them, None if nothing is."""
     if not (folder / MANIFEST).is_file():
-        return "is not whole (its save did not finish)"
-    if (folder / _OF_MANIFEST).exists() and hash_files(folder, [MANIFEST])[MANIFEST] != read_json(folder / _OF_MANIFEST):
-        return f"is damaged ({MANIFEST} has another SHA-256 than {_OF_MANIFEST} says)"
+        return "is not complete (its save did not finish)"
+    if (folder / _MANIFEST_HASH).exists() and hash_files(folder, [MANIFEST])[MANIFEST] != read_json(folder / _MANIFEST_HASH):
+        return f"is damaged ({MANIFEST} does not match the SHA-256 in {_MANIFEST_HASH})"
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return f"is damaged ({MANIFEST} cannot be read)"
@@ -47,7 +47,7 @@ def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> s
 
 
 def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
-    """SHA-256 of files; one that is missing, or is a folder, has none."""
+    """{name: SHA-256} of files in a folder; "" for one that is missing or is a folder."""
 
     def digest(name: str) -> str:
         try:
@@ -60,19 +60,19 @@ def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def hash_array(leaf: Any) -> str:
-    """SHA-256 of an array's values, whoever holds them."""
+    """SHA-256 of an array's values. If several processes hold parts of it, all must call this."""
     return hashlib.sha256(np.ascontiguousarray(np.asarray(gather_to_host(leaf))).reshape(-1).view(np.uint8)).hexdigest()
 
 
 def gather_to_host(leaf: Any) -> Any:
-    """An array with all its values in this process, gathered if others hold parts of it: then all call this."""
+    """The array with all its values in this process. If several processes hold parts of it, it is gathered, and all must call this."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return leaf
     return leaf.addressable_data(0) if leaf.is_fully_replicated else multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def remove(folder: Path) -> None:
-    """Remove a step or base, the manifest first, so that nothing half removed looks whole."""
+    """Remove a folder of arrays, its manifest first, so that a partly removed one does not look complete."""
     (folder / MANIFEST).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""The tables of the model's parts: one row for each `kind` of vision tower, aligner, language model and mask encoder.
+"""Registries of the model's parts, with one row for each `kind` of vision tower, aligner, language model and mask encoder.
 
     register_vision_tower("siglip", VisionTower(SiglipConfig, SiglipVit, MEAN, STD, matmul_counts))
 
@@ -28,9 +28,10 @@ Shardings = Mapping[str, tuple[str | None, ...]]
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A row. build(settings, *, dtype, param_dtype, scan, rngs) makes a module that turns pixels [N, H, H, 3], normalised by mean and
-    std, into X_img [N, I, settings.width]: `extra_tokens()` first, then the patches row by row.
+    """A kind of vision tower.
 
+    build(settings, *, dtype, param_dtype, scan, rngs): makes a module that maps pixels [N, H, H, 3], normalised by mean and std, to X_img
+    [N, I, settings.width]: `extra_tokens()` first, then the patches row by row.
     mean, std: per channel, of pixels in 0 … 255. matmul_counts(settings): counts of one image. shardings: rows placed before those of
     `sharding.RULES`. component: name of the table of its tensors in `checkpoints_convert.layouts.COMPONENTS`; empty if there is none."""
 
@@ -45,9 +46,11 @@ class VisionTower:
 
 @dataclass(frozen=True)
 class AlignerKind:
-    """A row. build(model settings, *, dtype, scan, rngs) makes a module with the interface of `aligner.CrossAttentionAligner`, or of
+    """A kind of aligner.
+
+    build(model settings, *, dtype, scan, rngs): makes a module with the interface of `aligner.CrossAttentionAligner`, or of
     `aligner.LinearProjector` if `settings.image_only()`. matmul_counts(model settings, share): counts of all turns of one sample, with
-    the fraction `share` of what is computed once per image. shardings, component: as in `VisionTower`."""
+    the fraction `share` of the work done once per image. shardings, component: as in `VisionTower`."""
 
     settings: type[AlignerConfig]
     build: Callable[..., nnx.Module]
@@ -58,8 +61,10 @@ class AlignerKind:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A row. build(settings, lora, targets, *, dtype, param_dtype, scan, rngs) makes a module with the methods of `llama.Llama`: its call,
-    `new_cache`, `extend_cache`, `cache_length` and `cache_axes`. Embeddings and head are the same for every kind.
+    """A kind of language model. Embeddings and head are the same for every kind.
+
+    build(settings, lora, targets, *, dtype, param_dtype, scan, rngs): makes a module with the methods of `llama.Llama`: its call,
+    `new_cache`, `extend_cache`, `cache_length` and `cache_axes`.
     matmul_counts(settings, length): counts of one sample of `length` tokens. shardings, component: as in `VisionTower`."""
 
     settings: type[LlmConfig]
@@ -71,9 +76,11 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class MaskEncoder:
-    """A row. build(settings, *, dtype, param_dtype, scan, rngs) makes a module that turns pixels [N, S, S, 3], normalised by mean and std,
-    into the input of its decoder: features [N, g, g, C] for `MaskDecoder`, or a tuple of arrays, one for each scale, for another
-    decoder. decoder(settings, *, dtype, param_dtype, rngs) makes a module with the call of `MaskDecoder`. The other fields are as in
+    """A kind of mask encoder.
+
+    build(settings, *, dtype, param_dtype, scan, rngs): makes a module that maps pixels [N, S, S, 3], normalised by mean and std, to the
+    input of its decoder: features [N, g, g, C] for `MaskDecoder`, or a tuple of arrays, one for each scale, for another
+    decoder. decoder(settings, *, dtype, param_dtype, rngs): makes a module with the call of `MaskDecoder`. The other fields are as in
     `VisionTower`."""
 
     settings: type[SamConfig]
@@ -129,7 +136,7 @@ def _register(section: str, kind: str, row: Part) -> None:
 
 
 def part(model: ModelConfig, section: str) -> Any:
-    """The row of the kind that `config.model.<section>` names; ConfigError for one that is not registered."""
+    """The row of the kind that `config.model.<section>` names. Raises ConfigError if it is not registered."""
     kind = getattr(model, section).kind
     if kind not in TABLES[section]:
         raise ConfigError(f"config.model.{section}.kind: is {kind!r}; registered are {', '.join(TABLES[section])}")

@@ -59,9 +59,7 @@ class SweepCluster:
         result = subprocess.run(words, capture_output=True, text=True)
         if result.returncode:
             return gone not in result.stderr
-        return bool(result.stdout.strip()) == (
-            self.backend == "slurm"
-        )  # SLURM prints a state until the job ends, kubectl only then
+        return bool(result.stdout.strip()) == (self.backend == "slurm")  # SLURM prints a state until the job ends, kubectl only then
 
     def _launcher_path(self, value: str) -> str:
         """A path as the launcher expects it: for GKE, /gcs/BUCKET/x becomes gs://BUCKET/x."""

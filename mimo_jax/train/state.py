@@ -35,7 +35,7 @@ class TrainSetup:
         self.graphdef, shapes = mimo.abstract(config)
         self.multipliers = parameters.multipliers(config, shapes)
         self.optimizer: optax.GradientTransformation = make_optimizer(config.train, self.multipliers)
-        self.params = parameters.typed(config, shapes)
+        self.params = parameters.with_dtypes(config, shapes)
         self.train, self.frozen = pathtree.partition(self.params, self.trains)
         memory = hardware.device_memory(mesh.devices.flat[0])
         placed = sharding.model_shardings(config.mesh, mesh, memory, self.train, self.frozen)

@@ -71,7 +71,7 @@ def test_the_table_says_whether_it_fits_and_what_would(made):
 
 
 def test_what_is_no_checkpoint_or_no_kind_of_weights_is_named(run, tmp_path):
-    with pytest.raises(UserError, match="there is no such checkpoint"):
+    with pytest.raises(UserError, match="does not exist"):
         memory_estimate.estimate_checkpoint_memory(tmp_path / "gone", lower_conversation)
     with pytest.raises(ConfigError, match="quantization: is 'int3'"):
         memory_estimate.estimate_checkpoint_memory(run, lower_conversation, "int3")
@@ -81,7 +81,7 @@ def test_what_is_no_checkpoint_or_no_kind_of_weights_is_named(run, tmp_path):
 def test_at_full_size(weights, total, language):
     config = read_config_file(find_config("configs/mimo_7b.py"))
     held = {}
-    for path, leaf in pathtree.flatten(parameters.typed(config, mimo.abstract(config)[1])).items():
+    for path, leaf in pathtree.flatten(parameters.with_dtypes(config, mimo.abstract(config)[1])).items():
         held |= quantize.quantize_param(path, leaf, weights)
     parts = memory_estimate.parameters(held)
     assert set(parts) == set(memory_estimate.PARTS.values())

@@ -43,7 +43,7 @@ if jax.process_index() == 0:  # what only the other process reads is none of thi
     assert base.find(run, None, wanted) == run / "base"
     try:
         base.find(run)
-        raise SystemExit("a damaged base was found to be whole")
+        raise SystemExit("a damaged base was not detected")
     except checkpoint.CheckpointError as error:
         assert damaged.name in str(error)
     damaged.write_bytes(whole)

@@ -76,7 +76,7 @@ def test_shardings_are_obeyed(tmp_path):
 def test_a_flipped_bit_is_found_and_the_step_before_is_taken(tmp_path):
     checkpoints = begin(tmp_path, steps=(1, 2, 3), keep_last=3)
     flip_bit(tmp_path / "steps" / "3" / "arrays" / "state")
-    with pytest.warns(CheckpointWarning, match="step 3 is passed over: it is damaged"):
+    with pytest.warns(CheckpointWarning, match="step 3 is skipped: it is damaged"):
         state, extra = checkpoints.restore(3, abstract())
     assert_same(state, train_state(2))
     assert extra == {"position": 2}
@@ -103,7 +103,7 @@ def test_a_bit_flipped_in_any_file_of_a_step_is_found(tmp_path):
         data = file.read_bytes()
         for at in (0, len(data) // 2):
             file.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
-            with pytest.warns(CheckpointWarning, match="step 2 is passed over"):
+            with pytest.warns(CheckpointWarning, match="step 2 is skipped"):
                 assert checkpoints.restore(2, abstract())[1] == {"position": 1}
             checkpoints._damaged.clear()
         file.write_bytes(data)
@@ -113,7 +113,7 @@ def test_a_bit_flipped_in_any_file_of_a_step_is_found(tmp_path):
 def test_every_step_damaged_is_an_error(tmp_path):
     checkpoints = begin(tmp_path, steps=(1,))
     flip_bit(tmp_path / "steps" / "1" / "arrays" / "state")
-    with pytest.raises(CheckpointError, match="no earlier whole step"):
+    with pytest.raises(CheckpointError, match="no earlier complete step"):
         checkpoints.restore(1, abstract())
 
 
@@ -163,11 +163,11 @@ def test_a_process_killed_in_mid_save_leaves_the_step_before(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() == 1
     wanted = {"params": {"w": jax.ShapeDtypeStruct((3000, 3000), jnp.float32)}}
-    with pytest.warns(CheckpointWarning, match="step 2 is passed over: it is not whole"):
+    with pytest.warns(CheckpointWarning, match="step 2 is skipped: it is not complete"):
         state, extra = checkpoints.restore(2, wanted)
     np.testing.assert_array_equal(np.asarray(state["params"]["w"][0]), 1.0 + np.arange(3000.0))
     assert extra == {"position": 1}
-    with pytest.raises(CheckpointError, match="this step is not whole"):
+    with pytest.raises(CheckpointError, match="this step is not complete"):
         checkpoint.resolve(tmp_path / "steps" / "2")
     checkpoints.save(3, state, {})
     checkpoints.wait()
@@ -229,14 +229,14 @@ def test_a_path_is_a_run_or_one_step(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="gone: there is no such checkpoint"):
+    with pytest.raises(CheckpointError, match="gone: does not exist"):
         checkpoint.resolve(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         checkpoint.resolve(tmp_path)
     begin(tmp_path / "fresh")
-    with pytest.raises(CheckpointError, match="holds no whole step yet"):
+    with pytest.raises(CheckpointError, match="has no complete step yet"):
         checkpoint.resolve(tmp_path / "fresh")
-    with pytest.raises(CheckpointError, match="there is no such checkpoint"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         checkpoint.resolve(tmp_path / "fresh" / "steps" / "3")
 
 
@@ -261,5 +261,5 @@ def test_a_config_of_another_version_is_named(tmp_path):
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file: cannot be made"):
+    with pytest.raises(CheckpointError, match="file: cannot be created"):
         checkpoint.open_run(tmp_path / "file", tiny_config())

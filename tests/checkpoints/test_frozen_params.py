@@ -85,7 +85,7 @@ def test_a_bit_flipped_in_any_file_of_the_base_stops_and_names_it(tmp_path):
         at = len(data) // 2
         file.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
         named = "manifest.json" if file.name == "manifest.sha256" else file.name
-        with pytest.raises(CheckpointError, match=re.escape(named) if file.name != "manifest.json" else "manifest|no whole base"):
+        with pytest.raises(CheckpointError, match=re.escape(named) if file.name != "manifest.json" else "manifest|not a complete base"):
             frozen_params.load(tmp_path)
         file.write_bytes(data)
     assert_same(frozen_params.load(tmp_path), frozen_tree())

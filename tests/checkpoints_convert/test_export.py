@@ -216,6 +216,6 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(run, tmp_path):
         export_checkpoint(tmp_path / "plain", "peft", tmp_path / "out")
     with pytest.raises(UserError, match="already exists"):
         export_checkpoint(run, "hf", tmp_path / "plain")
-    with pytest.raises(UserError, match="there is no such checkpoint"):
+    with pytest.raises(UserError, match="does not exist"):
         export_checkpoint(tmp_path / "gone", "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -164,7 +164,7 @@ def test_the_command_imports_the_modules_of_mimo_plugins(run, tmp_path):
     subprocess.run([*ask, str(tmp_path / "b")], env=there | {"MIMO_PLUGINS": "tests.seams.toy_parts"}, check=True, capture_output=True)
     wrong = subprocess.run([*ask, str(tmp_path / "c")], env=there | {"MIMO_PLUGINS": "no_such_module"}, capture_output=True, text=True)
     assert wrong.returncode == 2
-    assert wrong.stderr == "mimo: error: MIMO_PLUGINS: there is no module no_such_module; add the folder that holds it to PYTHONPATH\n"
+    assert wrong.stderr == "mimo: error: MIMO_PLUGINS: there is no module no_such_module; add the folder that contains it to PYTHONPATH\n"
 
 
 def test_a_kind_is_chosen_on_the_command_line_with_its_own_settings():

@@ -69,7 +69,7 @@ def test_a_run_without_a_whole_step_is_refused(run, tmp_path, capsys):
     empty.mkdir()
     shutil.copy(run / "config.json", empty)
     assert main.main(["profile", "--workdir", str(empty)]) == 2
-    assert "holds no whole step" in capsys.readouterr().err
+    assert "has no complete step" in capsys.readouterr().err
     assert [path.name for path in empty.iterdir()] == ["config.json"]
 
 

@@ -256,7 +256,9 @@ def test_whole_scans_are_asked_slice_by_slice(mimo, tmp_path):
     answers = read(tmp_path / "some" / "answers.jsonl")
     assert [len(line.get("texts", "1")) for line in answers] == [20, 1, 1]
     reasons = [failure["reason"] for failure in read(tmp_path / "some" / "failed.jsonl")]
-    assert all("a volume takes one question without prompts" in reason for reason in reasons[:2]) and "series 2 does not exist" in reasons[2]
+    assert (
+        all("a volume takes one question without prompts" in reason for reason in reasons[:2]) and "series 2 does not exist" in reasons[2]
+    )
 
 
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(tmp_path):

@@ -88,9 +88,7 @@ class Nifti(DatasetReader):
         if self.path.is_file():
             label = Path(self.values["label"])
             if not self.values["label"] or not label.is_file() or not self.table:
-                raise DataError(
-                    f"{self.path}: give label=VOLUME, its labels, and labels=NAMES, a JSON of their names or totalsegmentator"
-                )
+                raise DataError(f"{self.path}: give label=VOLUME, its labels, and labels=NAMES, a JSON of their names or totalsegmentator")
             yield _Volume(_stem(self.path), self.path, {label: dict(self.table)}, self.required_modality())
             return
         if self.values["label"]:

@@ -25,7 +25,7 @@ from checkpoints_convert import hf_config_check, name_map, sources
 from checkpoints_convert.name_map import KeyMapError
 from checkpoints_convert.readers import is_finite
 from checkpoints_convert.sources import SEED, Source, SourceError
-from checkpoints_convert.staging import check_target
+from checkpoints_convert.staging import check_output_folder
 from checkpoints_convert.vocabulary import Vocabulary
 from mimo_jax import files, parameters, pathtree
 from mimo_jax.checkpoints import checkpoint, frozen_params, provenance, storage
@@ -41,7 +41,7 @@ _NEUTRAL = r"/lora_[ab]$"
 
 @dataclass
 class ImportRequest:
-    """What to import. given: {source: path} of `sources.SOURCES`; key_map: JSON file with rows in addition to the tables; allow_missing,
+    """The options of an import. given: {source: path} of `sources.SOURCES`; key_map: JSON file with rows in addition to the tables; allow_missing,
     ignore_extra (regexes) and allow_nonfinite waive checks that otherwise stop the import, and are recorded; log: prints a line."""
 
     config: Config
@@ -152,9 +152,9 @@ def import_checkpoint(request: ImportRequest) -> dict[str, Any]:
     """Convert, and return the content of provenance.json. Raises subclasses of UserError for problems with the input; then
     nothing is written."""
     out = files.absolute(request.out)
-    check_target(out)
+    check_output_folder(out)
     plan = _ImportPlan(request)
-    check_target(out, plan.bytes() + _SPARE_BYTES)
+    check_output_folder(out, plan.bytes() + _SPARE_BYTES)
     _report(plan, request.log)
     started = time.monotonic()
     hashes, nonfinite = _verify(plan)

@@ -26,7 +26,7 @@ from checkpoints_convert import name_map, ops, rows
 from checkpoints_convert.layouts import COMPONENTS, with_prefix
 from checkpoints_convert.rows import Row
 from checkpoints_convert.sources import SourceError
-from checkpoints_convert.staging import check_target
+from checkpoints_convert.staging import check_output_folder
 from mimo_jax import files
 from mimo_jax.checkpoints import checkpoint, frozen_params, provenance
 from mimo_jax.checkpoints.arrays import CheckpointError
@@ -48,13 +48,13 @@ def export_checkpoint(
     """Write a checkpoint in another format; returns lines that list the files. Raises UserError if the checkpoint or the target
     cannot be used; then nothing is written. merge: fold LoRA into the language model (hf, joint)."""
     out = files.absolute(out)
-    check_target(out)
+    check_output_folder(out)
     leaves = LazyParams(path, base_path)
     if format == "peft" and not leaves.config.model.lora.rank:
         raise SourceError(f"{path}: has no LoRA to export (config.model.lora.rank is 0)")
     _check_format(leaves, format)
     if format not in ("peft", "sam"):
-        check_target(out, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.shapes.values()))
+        check_output_folder(out, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.shapes.values()))
     with files.disk_errors(out, CheckpointError), files.atomic_folder(out) as stage:
         _WRITERS[format](leaves, stage, merge)
         written = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())

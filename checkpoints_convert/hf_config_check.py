@@ -116,7 +116,7 @@ def _listed(folder: Path, problems: list[str]) -> str:
 
 
 def lora_alpha(path: Path) -> float | None:
-    """alpha from the adapter_config.json next to LoRA weights, which do not contain it; None if it is not there."""
+    """alpha from the adapter_config.json next to LoRA weights, which do not contain it; None if it is missing."""
     return read_settings((path if path.is_dir() else path.parent) / "adapter_config.json").get("lora_alpha")
 
 
@@ -153,13 +153,13 @@ def _differing(settings: tuple[Setting, ...], found: dict, config: Config) -> li
     lines = []
     for setting in settings:
         section, field = setting.field.split(".")
-        here, there = getattr(getattr(config.model, section), field), found.get(setting.key)
-        there = setting.default if there is None else there
-        if there is None or there == here:
+        configured, original = getattr(getattr(config.model, section), field), found.get(setting.key)
+        original = setting.default if original is None else original
+        if original is None or original == configured:
             continue
-        if isinstance(here, float) and math.isclose(float(there), here, rel_tol=1e-6):
+        if isinstance(configured, float) and math.isclose(float(original), configured, rel_tol=1e-6):
             continue
-        lines.append(f"{setting.key} is {there}, the configuration has {here}: set --config.model.{setting.field}={there}")
+        lines.append(f"{setting.key} is {original}, the configuration has {configured}: set --config.model.{setting.field}={original}")
     return lines
 
 

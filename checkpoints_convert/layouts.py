@@ -1,7 +1,7 @@
-"""Detection of the models in a file from the names of its tensors, and normalisation of those names.
+"""Detects the models in a file from the names of its tensors, and normalises those names.
 
-A `Component` is a table of rows with a key that identifies it; the text before that key in a file is the component's prefix. So a CLIP
-tower is found alone, in a whole CLIP file, and inside a LISA checkpoint.
+A `Component` is a table of rows with a key that identifies it; the text before that key in a file is the component's prefix. A CLIP
+tower is thus found in its own file, in a file of all of CLIP, and in a LISA checkpoint.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mimo_jax.errors import UserError
 from mimo_jax.model_config import ModelConfig
 from mimo_jax.models.sam_decoder import MASK_TOKENS
 
-# Regex of a key -> its normalised spelling. PEFT wraps layers since 0.6, names its adapter, and wraps the model; DeepSpeed and
-# DataParallel wrap it again; GLaMM has another name for SAM.
+# Regex of a key -> its replacement. PEFT wraps the model, since 0.6 also its layers, and adds the name of the adapter; DeepSpeed and
+# DataParallel wrap the model again; GLaMM has another name for SAM.
 _SPELLINGS = (
     (r"^module\.", ""),
     (r"^base_model\.model\.", ""),
@@ -28,7 +28,7 @@ _SPELLINGS = (
     (r"(^|\.)grounding_encoder\.", r"\1visual_model."),
 )
 
-# Names of transformers' SamModel -> those of segment-anything, if a file has the first of them.
+# Names in transformers' SamModel -> those in segment-anything, for files that have a key that matches `_SAM_HF`.
 _SAM_HF = r"^vision_encoder\.patch_embed\.projection\.weight$"
 _SAM_HF_SPELLINGS = (
     (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
@@ -39,7 +39,7 @@ _SAM_HF_SPELLINGS = (
     (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
     (r"^vision_encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"image_encoder.blocks.\1.norm\2."),
     (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
-    # One matrix under two names.
+    # The same matrix has two names.
     (r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.positional_embedding$",
      "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
     (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
@@ -60,7 +60,9 @@ _SAM_HF_SPELLINGS = (
 
 
 class Component(NamedTuple):
-    """title: shown in messages; probe: regex of the end of a key that only this component has; ignored: regexes of other keys in such
+    """A part of a model and the tensors that it needs.
+
+    title: shown in messages; probe: regex of the end of a key that only this component has; ignored: regexes of other keys in such
     files, which are not needed. section, kinds: the section of `config.model` and the kinds that the rows fill; empty for parts that
     every model has. indices(model settings): the values of the rows' placeholders, each an array of the shape of the stack's leading
     axes."""
@@ -74,7 +76,7 @@ class Component(NamedTuple):
     indices: Callable[[ModelConfig], dict[str, np.ndarray]] = lambda model: {}
 
     def fits(self, model: ModelConfig) -> bool:
-        """Whether a model of these settings has this component."""
+        """Whether a model with these settings has this component."""
         return not self.section or getattr(model, self.section).kind in self.kinds
 
     def has_words(self) -> bool:
@@ -149,7 +151,7 @@ KEPT = r"(^|\.)region_encoder\."
 
 
 class DetectedComponent(NamedTuple):
-    """A component in a file, and the prefix of its keys there."""
+    """A component of a file and the prefix of its keys in that file."""
 
     name: str
     prefix: str
@@ -160,7 +162,7 @@ class DetectedComponent(NamedTuple):
 
 
 def normalize_keys(keys: Iterable[str]) -> dict[str, list[str]]:
-    """{normalised key, as in the tables: the keys of the file that normalise to it}."""
+    """Returns {normalised key, as in the tables: the keys of the file that have this normalised form}."""
     keys = list(keys)
     spellings = _SPELLINGS + (_SAM_HF_SPELLINGS if any(re.search(_SAM_HF, key) for key in keys) else ())
     made: dict[str, list[str]] = {}
@@ -200,4 +202,5 @@ def _contains(other: DetectedComponent, one: DetectedComponent) -> bool:
 
 
 def with_prefix(table: Sequence[Row], prefix: str) -> tuple[Row, ...]:
+    """The rows with `prefix` before their keys."""
     return tuple(row._replace(key=prefix + row.key) for row in table)

@@ -57,8 +57,8 @@ class MemoryWatch:
 def roundtrip(config: Config, workdir: Path) -> int:
     """Run the round trip in `workdir`, print the result and write report.json there. Returns 0 if every tensor is bit-identical, else 1."""
     for section, kind in (("vision", "clip"), ("llm", "llama"), ("sam", "vit")):
-        if (there := getattr(config.model, section).kind) != kind:
-            raise ConfigError(f"config.model.{section}.kind: is {there}; random weights can only be made for {kind}")
+        if (configured := getattr(config.model, section).kind) != kind:
+            raise ConfigError(f"config.model.{section}.kind: is {configured}; random weights can only be made for {kind}")
     tensors = {name: _wanted(config, table, roots) for name, (table, roots) in _TABLES.items()}
     size = 2 * sum(int(np.prod(shape)) for wanted in tensors.values() for shape in wanted.values())
     needed = int(3.1 * size)  # the originals, the checkpoint, and the timed copy

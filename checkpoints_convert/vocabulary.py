@@ -133,11 +133,11 @@ def _from_sentencepiece(path: Path, added: Collection[str]) -> dict:
 
     try:
         proto = SentencePieceExtractor(str(path)).proto
-    except Exception as error:  # protobuf's own
+    except Exception as error:  # protobuf has its own error types
         raise VocabularyError(f"{path}: is not a sentencepiece model ({type(error).__name__}); fetch it again") from None
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL and piece.piece not in added}
-    pairs = [(whole[:i], whole[i:]) for whole in normal for i in range(1, len(whole)) if whole[:i] in normal and whole[i:] in normal]
+    pairs = [(piece[:i], piece[i:]) for piece in normal for i in range(1, len(piece)) if piece[:i] in normal and piece[i:] in normal]
     merged = {left + right for left, right in pairs}
     normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
     like_llama = (
@@ -149,7 +149,7 @@ def _from_sentencepiece(path: Path, added: Collection[str]) -> dict:
         and normalizer.escape_whitespaces
         and not normalizer.remove_extra_whitespaces
         and {piece.type for piece in proto.pieces} <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}
-        and len({normal[whole] for whole in merged}) == len(merged)
+        and len({normal[piece] for piece in merged}) == len(merged)
     )
     if not like_llama:
         raise VocabularyError(

@@ -18,8 +18,8 @@ import filelock
 from mimo_jax.errors import UserError
 
 LOCK = ".lock"  # name of the file by which a process locks a folder
-# Messages of file system errors as they occur in the errors of C++ libraries, which do not raise OSError.
-_REFUSALS = [
+# Messages of file system errors, which C++ libraries include in their own errors instead of raising OSError.
+_ERROR_MESSAGES = [
     os.strerror(getattr(errno, name))
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "ESTALE")
 ]
@@ -188,7 +188,7 @@ def disk_fault(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return os.strerror(error.errno)
-        if reason := next((text for text in _REFUSALS if text in str(error)), None):
+        if reason := next((text for text in _ERROR_MESSAGES if text in str(error)), None):
             return reason
         error = error.__cause__ or error.__context__
     return None

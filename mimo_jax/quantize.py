@@ -77,12 +77,12 @@ def _scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
 def quantize_param(
     path: str, leaf: jax.Array | jax.ShapeDtypeStruct, quantization: str
 ) -> dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]:
-    """One parameter of a model, or its shape, as {path: array} of the same model with the language model's matrices stored as
+    """One parameter of a model, or its shape -> {path: array} of the same model with the language model's matrices quantized to
     `quantization`."""
     if not quantization or not re.search(QUANTIZED, path):
         return {path: leaf}
     made = _jitted()(leaf, quantization) if isinstance(leaf, jax.Array) else _jitted().eval_shape(leaf, quantization)
-    return {path.removesuffix("kernel") + name: held for name, held in made.items()}
+    return {path.removesuffix("kernel") + name: array for name, array in made.items()}
 
 
 @lru_cache(maxsize=1)

@@ -109,8 +109,8 @@ def parameter_table(plan: SummarizedRun) -> list[str]:
         for row in ((path.split("/")[0], kind), ("all", kind)):
             counts[row] += np.array([leaf.size, leaf.size * size, per_device * size])
     rows = [
-        (part, kind, f"{number:,}", size_of(whole), size_of(here))
-        for (part, kind), (number, whole, here) in sorted(counts.items(), key=_order)
+        (part, kind, f"{number:,}", size_of(total), size_of(per_device))
+        for (part, kind), (number, total, per_device) in sorted(counts.items(), key=_order)
     ]
     rows = [("parameters", "", "number", "size", "per device"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

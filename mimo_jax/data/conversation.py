@@ -298,7 +298,7 @@ def _assemble(pieces: list[str], tags: set[str]) -> tuple[str, list[dict], list[
 
 
 def _joiner(clean: str, gap: str, text: str) -> str:
-    """What to append to `clean` for `text`, given the white space in between: one space if a tag was between two, none
+    """The text to append to `clean` for `text`, given the white space in between: one space if a tag was between two, none
     before punctuation, none at the start."""
     if not clean:
         return text.lstrip()

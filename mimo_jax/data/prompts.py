@@ -142,7 +142,7 @@ def _stroke(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _longest_heading(depth: np.ndarray, start: np.ndarray, stride: float, first: float) -> float:
-    """Of 8 headings, the one whose straight line through `start` stays inside longest in both directions, so that the stroke follows the
+    """Returns the one of 8 headings whose straight line through `start` stays inside longest in both directions, so that the stroke follows the
     structure's length. first: the first heading in radians."""
     headings = first + np.arange(8) * (math.pi / 8)
     runs = np.zeros(8)

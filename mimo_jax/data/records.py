@@ -36,7 +36,7 @@ class DataError(UserError):
 
 @dataclasses.dataclass
 class Index:
-    """What the loader needs to know of n records and their m samples without reading them."""
+    """The facts that the loader needs about n records and their m samples without reading them."""
 
     ids: np.ndarray  # bytes [n]
     groups: np.ndarray  # bytes [n]

@@ -41,7 +41,7 @@ def decode_image(
     percentiles: tuple[float, float] = (0.5, 99.5),
     name: str = "",
 ) -> np.ndarray:
-    """Encoded bytes or a path -> uint8 RGB [H, W, 3], as it is meant to be seen.
+    """Encoded bytes or a path -> uint8 RGB [H, W, 3], as an image viewer displays it.
 
     EXIF rotation is applied, alpha is composited over black, palettes are resolved, grey becomes three equal channels, and the first of
     several frames is used. Values of more than 8 bits are windowed: `window` = (low, high), raw values that become 0 and 255; by default

@@ -61,7 +61,7 @@ class VolumeEntity:
         return np.zeros(self.shape[1:], bool) if bits is None else np.unpackbits(bits, axis=-1, count=self.shape[2]).view(bool)
 
     def to_json(self) -> dict:
-        """As a plain dict; the mask as one COCO RLE per segmented slice, by its index."""
+        """The fields as a plain dict; the mask as one COCO RLE per segmented slice, by its index."""
         rle = {}
         for k in sorted(self.bits):
             encoded: Any = coco.encode(np.asfortranarray(self.on_slice(k).view(np.uint8)))
@@ -112,7 +112,7 @@ class VolumeAnswer:
         return "\n".join(lines)
 
     def to_json(self) -> dict:
-        """As a plain dict."""
+        """The fields as a plain dict."""
         spacing = self.volume.spacing_mm
         return {
             "slices": len(self.texts),

@@ -18,7 +18,7 @@ from mimo_jax.models.mesh import MeshContext
 from mimo_jax.sharding import LOGICAL_AXES, mesh_axes
 
 _CHUNK_LOGITS = 2**20  # logits of one head in one chunk
-_LONG = 2**21  # from this number of logits per head on, they are not all held at once
+_LONG = 2**21  # from this number of logits per head on, they are not all in memory at once
 _FLASH = 256  # from this number of tokens on, a flash kernel is worth its launch
 
 

@@ -46,7 +46,7 @@ class SweepCluster:
         return [str(self._script()), *paths, "--name", job_name(run.name), *self.flags, "--", *run.common.shared, *run.overrides]
 
     def log(self, run: SweepRun, job: str) -> str:
-        """Where to find the log of a job."""
+        """The place of a job's log."""
         return f"{run.folder}.launch" if self.backend == "slurm" else f"kubectl logs -l jobset.sigs.k8s.io/jobset-name={job}"
 
     def is_alive(self, job: str) -> bool:

@@ -370,7 +370,7 @@ def test_a_disk_that_is_too_small_or_read_only_is_refused_before_anything_is_wri
         subprocess.run([*inside, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"this machine lets no test mount a small disk ({error}); the test above limits the size of files instead")
-    assert re.match(rf"TargetError --out .*: .*{said}", limited(three, tmp_path, "disk", inside))
+    assert re.match(rf"OutputFolderError --out .*: .*{said}", limited(three, tmp_path, "disk", inside))
 
 
 def test_a_process_killed_in_mid_import_leaves_no_checkpoint_and_is_done_again(three, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ class LeakError(DataError):
 
 @dataclass(frozen=True)
 class Options:
-    """What determines the contents in addition to the items.
+    """The options that determine the contents in addition to the items.
 
     duplicates: how to treat near-duplicate images in different splits: "error" raises LeakError, "group" puts their groups into one
     split, "drop" leaves out those of train (or else val). perspectives: which questions are kept. qa: "templates", or "llm", which

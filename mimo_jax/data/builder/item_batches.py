@@ -168,7 +168,7 @@ class BuildIndex:
         return ids
 
     def outlines(self, ids: Iterable[str], group_of: Callable[[int], str] | None = None) -> Iterator[Record]:
-        """What is known of each record without its pixels; masks have only names."""
+        """The properties of each record that are known without its pixels; masks have only names."""
         groups, kinds = list(self.groups), list(self.kinds)
         masks = [[Mask(entity, entity, {}, 0, []) for entity in kind[2]] for kind in kinds]
         for number, (record_id, group, kind) in enumerate(zip(ids, self.group, self.kind, strict=True)):

@@ -29,7 +29,7 @@ _FLAGS = ("paired", "mass")
 
 @dataclass(frozen=True)
 class Fact:
-    """The facts about one structure; "" or () if unknown. All names are canonical, even those without a fact of their own."""
+    """The facts about one structure; "" or () if unknown. All names are canonical, even those without their own facts."""
 
     kind: str  # one of KINDS
     within: str  # "abdomen"

@@ -50,7 +50,7 @@ _FIELDS = {"perspective": str, "about": str, "question": str, "answer": str, "gr
 
 @dataclass(frozen=True)
 class Facts:
-    """What an endpoint learns about an image. entities: names. relations: (sentence, the two entities that it relates)."""
+    """The facts about an image that are sent to an endpoint. entities: names. relations: (sentence, the two entities that it relates)."""
 
     modality: str
     entities: tuple[str, ...]

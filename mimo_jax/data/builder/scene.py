@@ -80,7 +80,7 @@ class Scene:
         return [(entity, self.ids(entity)) for entity in entities]
 
     def ground_names(self, template: str, spans: list[tuple[str, list[str]]]) -> Answer:
-        """As `grounded`, but also grounds the entities of the image that the template itself names: what an answer names is segmented,
+        """Like `grounded`, but also grounds the entities of the image that the template itself names: what an answer names is segmented,
         except a whole of which a part is segmented."""
         pieces, filled = [], []
         done = {entity for entity, _ in spans}

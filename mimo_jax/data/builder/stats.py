@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WORDS = (0, 4, 6, 8, 10, 15, 20, 40)  # words of a user turn; lower edges of the bins
 AREAS = (0.0, 0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5)  # area of a mask as a share of its image; lower edges of the bins
 _MAX_ROWS = 30  # maximum number of bars of a plot and lines of a table
-_MAX_LABEL = 50  # maximum characters of the name beside a bar
+_MAX_LABEL = 50  # maximum characters of the name next to a bar
 _BAR_COLOR = "#3c78be"
 
 
@@ -128,7 +128,7 @@ def _bars(title: str, counts: list[tuple[str, int]]) -> Figure:
     axes.bar_label(bars, fmt="{:,.0f}", padding=4)
     axes.set_yticks(range(len(counts)), names, parse_math=False)
     axes.set_ylim(len(counts) - 0.4, -0.6)  # the first row at the top
-    axes.set_xlim(0, 1.2 * max(1, *(n for _, n in counts)))  # leaves room for the number beside the longest bar
+    axes.set_xlim(0, 1.2 * max(1, *(n for _, n in counts)))  # leaves room for the number next to the longest bar
     axes.set_title(title, fontweight="bold")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.xaxis.set_visible(False)

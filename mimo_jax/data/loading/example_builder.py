@@ -30,7 +30,7 @@ class SampledImage(NamedTuple):
 
 @dataclasses.dataclass
 class _CachedRecord:
-    """What is cached of a record between its uses."""
+    """The data of a record that are cached between its uses."""
 
     record: Record  # without image bytes
     image: np.ndarray | None  # the decoded image, with augmentation only

@@ -89,7 +89,7 @@ class FeatureFolder:
         return found
 
     def padding(self) -> dict[str, np.ndarray]:
-        """Zeros in place of the features of an image that has none."""
+        """Zeros instead of the features of an image that has none."""
         return {key: np.zeros(shape, np.uint16) for key, shape in self.shapes.items()}
 
     def _file(self, shard: str, key: str) -> Path:

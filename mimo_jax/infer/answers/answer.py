@@ -79,7 +79,7 @@ class Entity:
         return f"{self.phrase or 'unnamed'}: {area}, box {self.box_xyxy}, score {self.score:.2f}{', uncertain' if self.uncertain else ''}"
 
     def to_json(self) -> dict:
-        """As a plain dict, with the mask as COCO RLE {"size": [H, W], "counts": str}; without area_mm2 if it is unknown."""
+        """The fields as a plain dict, with the mask as COCO RLE {"size": [H, W], "counts": str}; without area_mm2 if it is unknown."""
         rle = coco.encode(np.asfortranarray(self.mask.astype(np.uint8)))
         return {
             "id": self.id,

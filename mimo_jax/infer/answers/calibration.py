@@ -106,7 +106,7 @@ class Calibration:
     # --- on disk
 
     def to_json(self) -> dict:
-        """As a plain dict with the version and a SHA-256 of the content."""
+        """The fields as a plain dict, with the version and a SHA-256 of the content."""
         content = {"version": VERSION, **dataclasses.asdict(self), "weights": dict(zip(_PARTS, self.weights, strict=True))}
         return content | {"sha256": _digest(content)}
 

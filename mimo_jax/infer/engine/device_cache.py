@@ -17,7 +17,7 @@ class Evictable(Protocol):
 
 class DeviceCache:
     """Keeps the most recently used items within a budget and releases the least recently used ones. The items of the last call are always
-    kept, even if they exceed the budget. Items are held by weak references, so that unused ones are freed."""
+    kept, even if they exceed the budget. Items are weakly referenced, so that unused ones are freed."""
 
     def __init__(self, budget: int):
         """budget: in bytes."""

@@ -55,7 +55,7 @@ class EncodedImage:
 
 @dataclass
 class TurnHistory:
-    """What later turns need of a finished turn. ids, query_index: its tokens from "USER:" to </s>; x_q [Q, D]."""
+    """The data of a finished turn that later turns need. ids, query_index: its tokens from "USER:" to </s>; x_q [Q, D]."""
 
     ids: list[int]
     query_index: list[int]

@@ -31,7 +31,7 @@ def manifest_lines(path: Path) -> Iterator[dict]:
 
 
 def _wrong(line: object) -> str:
-    """What is wrong with a line; "" if it is valid."""
+    """Returns what is wrong with a line; "" if it is valid."""
     if not isinstance(line, dict):
         return "is not a JSON object"
     missing = [key for key in ("id", "image", "masks", "modality", "group") if key not in line]

@@ -41,8 +41,10 @@ _NEUTRAL = r"/lora_[ab]$"
 
 @dataclass
 class ImportRequest:
-    """The options of an import. given: {source: path} of `sources.SOURCES`; key_map: JSON file with rows in addition to the tables; allow_missing,
-    ignore_extra (regexes) and allow_nonfinite waive checks that otherwise stop the import, and are recorded; log: prints a line."""
+    """The options of an import.
+
+    given: {source: path} of `sources.SOURCES`; key_map: JSON file with rows in addition to the tables; allow_missing, ignore_extra
+    (regexes) and allow_nonfinite waive checks that otherwise stop the import, and are recorded; log: prints a line."""
 
     config: Config
     given: Mapping[str, Path]

@@ -142,8 +142,8 @@ def _stroke(depth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _longest_heading(depth: np.ndarray, start: np.ndarray, stride: float, first: float) -> float:
-    """Returns the one of 8 headings whose straight line through `start` stays inside longest in both directions, so that the stroke follows the
-    structure's length. first: the first heading in radians."""
+    """Returns the one of 8 headings whose straight line through `start` stays inside longest in both directions, so that the stroke
+    follows the structure's length. first: the first heading in radians."""
     headings = first + np.arange(8) * (math.pi / 8)
     runs = np.zeros(8)
     for sign in (1, -1):

@@ -22,9 +22,10 @@ _BLOCK = 64  # records whose questions are requested concurrently
 
 @dataclass(frozen=True)
 class QuestionGeneration:
-    """The inputs on which questions depend in addition to the record. counts: number of records in each batch. model: the endpoint's model that
-    writes III and IV, "" if templates write all questions. Its replies are cached in llm_cache; each process sends at most llm_requests
-    requests."""
+    """The inputs on which questions depend in addition to the record.
+
+    counts: number of records in each batch. model: the endpoint's model that writes III and IV, "" if templates write all questions. Its
+    replies are cached in llm_cache; each process sends at most llm_requests requests."""
 
     label_stats: LabelStats
     seed: int

@@ -124,7 +124,7 @@ GOLDEN = Path(__file__).parent / "shardings"
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_full_model_lies_where_the_golden_file_says(machine):
-    """MIMO_REWRITE_GOLDEN=1 writes them anew; read the difference like code."""
+    """MIMO_REWRITE_GOLDEN=1 writes them again; review the difference like code."""
     sizes, kind = MACHINES[machine]
     config = read_config_file(find_config("configs/mimo_7b.py"))
     shapes = mimo.abstract(config)[1]

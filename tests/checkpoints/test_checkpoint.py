@@ -150,7 +150,7 @@ checkpoints.wait()
 """
 
 
-def test_a_process_killed_in_mid_save_leaves_the_step_before(tmp_path):
+def test_a_process_killed_during_a_save_leaves_the_step_before(tmp_path):
     begin(tmp_path)
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     until = time.monotonic() + 60

@@ -68,7 +68,7 @@ def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(session, line,
     assert session.failed == 1 and len(session.chat.answers) == 1
 
 
-def test_answers_are_saved_and_a_conversation_is_begun_anew(session, tmp_path):
+def test_answers_are_saved_and_a_conversation_is_restarted(session, tmp_path):
     said(session, "What is this?", f"/save '{tmp_path / 'a b.json'}' {tmp_path / 'c.png'}")
     assert json.loads((tmp_path / "a b.json").read_text())["text"] == session.chat.answers[0].text and (tmp_path / "c.png").exists()
     encoded = session.chat.mimo.engine.counts["images"]

@@ -1,4 +1,4 @@
-"""What is the user's fault, and what is ours, in whole commands: exit codes and tracebacks."""
+"""Usage errors and internal errors of complete commands: exit codes and tracebacks."""
 
 import argparse
 import os

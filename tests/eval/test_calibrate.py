@@ -70,7 +70,7 @@ def test_it_goes_with_its_step(folder, tmp_path):
     checkpoint.open_run(tmp_path, config)
     checkpoint.start_run(tmp_path, config, {})
     steps = checkpoint.Checkpoints(tmp_path, keep_last=1)
-    for step in (1, 2, 2):  # the second time anew
+    for step in (1, 2, 2):  # the last one replaces the one before it
         steps.save(step, {"params": {"a": np.ones(2)}}, {})
         steps.wait()
         path = checkpoint.calibration_path(tmp_path, step)

@@ -257,7 +257,7 @@ def test_three_turns_with_a_cache_equal_the_whole_conversation_without(mimo, lim
 
 
 def test_features_and_caches_beyond_the_budget_are_made_again(mimo, tokenizer):
-    """Two chats in a store that has room for one: the same answers, images encoded anew, the conversation prefilled anew."""
+    """Two chats in a store that has room for one: the same answers, with images encoded again and the conversation prefilled again."""
     small = Mimo(mimo.config, mimo.engine.params, tokenizer)
     small.device_cache.budget = 1
     pairs = [(small.open(picture(seed=seed)), mimo.open(picture(seed=seed))) for seed in (0, 1)]

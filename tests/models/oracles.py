@@ -45,7 +45,7 @@ def segment_anything() -> ModuleType:
 
 
 def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """`module` in eval mode with every parameter drawn anew, those too that initialise to zero or one."""
+    """`module` in eval mode with every parameter drawn at random, also those that are initialised to zero or one."""
     generator = torch.Generator().manual_seed(seed)
     matrices = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
     with torch.no_grad():

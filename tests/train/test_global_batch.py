@@ -1,4 +1,4 @@
-"""From a process's part of a batch to global arrays; and that lengths in buckets keep the step from being compiled anew."""
+"""A process's part of a batch becomes global arrays, and bucketed lengths keep the step from being compiled again."""
 
 import jax
 import numpy as np

@@ -45,7 +45,7 @@ def inspect(path: Path, config: Config | None = None, key_map: Path | None = Non
 def _fit(source: Source, config: Config) -> dict[str, Any]:
     """Compares a source with a config: mismatches of the parameters that its parts fill, and settings that differ."""
     leaves = pathtree.flatten(mimo.abstract(config)[1])
-    embedding = next((source.kinds[p.prefix + rows.EMBEDDING_KEY][1][0] for p in source.found if p.component.has_words()), 0)
+    embedding = next((source.kinds[p.prefix + rows.EMBEDDING_KEY][1][0] for p in source.found if p.component.is_language_model()), 0)
     if embedding == config.model.llm.vocab_size + len(config.model.grounding_tokens()):
         source.vocabulary = Vocabulary({}, np.arange(embedding), [[token, 0] for token in config.model.grounding_tokens()])
     roots = {path.split("/")[0] for path in source.paths()} - {"embedding", "lm_head"}

@@ -79,7 +79,7 @@ class Component(NamedTuple):
         """Whether a model with these settings has this component."""
         return not self.section or getattr(model, self.section).kind in self.kinds
 
-    def has_words(self) -> bool:
+    def is_language_model(self) -> bool:
         """Whether this is a language model, with an embedding and a head."""
         return any(row.key == rows.EMBEDDING_KEY for row in self.rows)
 

@@ -65,7 +65,7 @@ class Source:
         self._tied = {}
         for part in self.found:
             embedding, head = part.prefix + rows.EMBEDDING_KEY, part.prefix + rows.HEAD_KEY
-            if part.component.has_words() and head not in kinds and _is_tied(self.path):
+            if part.component.is_language_model() and head not in kinds and _is_tied(self.path):
                 self._tied[head] = embedding
                 kinds[head] = kinds[embedding]
         self.kinds = kinds
@@ -81,7 +81,7 @@ class Source:
         tables = []
         for part in self.found:
             table = part.component.rows
-            if part.component.has_words() and not (self.vocabulary and self.vocabulary.grounding):
+            if part.component.is_language_model() and not (self.vocabulary and self.vocabulary.grounding):
                 table = rows.without_grounding(table)
             tables += layouts.with_prefix(table, part.prefix)
         return (*(row for row in tables if not given & set(name_map.paths_of(row))), *self.key_map)
@@ -103,7 +103,7 @@ class Source:
 
     def read_vocabulary(self, folders: Sequence[Path], tokens: Sequence[str]) -> None:
         """Determine the order of the vocabulary's rows, if this source has a language model."""
-        words = [part for part in self.found if part.component.has_words()]
+        words = [part for part in self.found if part.component.is_language_model()]
         if words:
             count = self.kinds[words[0].prefix + rows.EMBEDDING_KEY][1][0]
             self.vocabulary = read_vocabulary(find_tokenizer(folders), count, tokens)

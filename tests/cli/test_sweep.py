@@ -1,4 +1,4 @@
-"""`mimo sweep` as it is typed: the dry run by heart, and a real sweep that is stopped, goes on, and outlives a run that fails."""
+"""`mimo sweep` on the command line: the exact output of a dry run, and a real sweep that is stopped, resumes, and tolerates a failing run."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Steps that went wrong: skipped, counted, and in the end stopped at; losses out of line are written down."""
+"""Non-finite steps are skipped and counted, and too many of them stop the run; losses that are outliers are recorded."""
 
 import json
 

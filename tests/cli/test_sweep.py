@@ -1,4 +1,4 @@
-"""`mimo sweep` on the command line: the exact output of a dry run, and a real sweep that is stopped, resumes, and tolerates a failing run."""
+"""`mimo sweep` as a command: the exact output of a dry run, and a real sweep that is stopped, resumes, and tolerates a failing run."""
 
 import json
 import signal

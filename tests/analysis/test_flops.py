@@ -95,6 +95,12 @@ def lora_under_a_trained_encoder():
     return config
 
 
+def without_queries():
+    config = tiny.get_config()
+    config.model.aligner.kind, config.train.loss.attention_map = "none", 0.0
+    return config
+
+
 def beyond(config, length: int, sam: int = 1, llm: int = 1) -> float:
     """What the trace holds of attention and the formula does not: the other half of causal squares, and keys made wider by folded
     positions; each so many times."""
@@ -113,6 +119,7 @@ def beyond(config, length: int, sam: int = 1, llm: int = 1) -> float:
         (lisa_7b.get_config, 512, 1),
         (tiny.get_config, 56, 3),
         (lora_under_a_trained_encoder, 64, 1),
+        (without_queries, 240, 3),
     ],
 )
 def test_the_formula_counts_what_the_trace_holds(make, length, sam_passes):

@@ -1,8 +1,8 @@
 """A file that a command needs and cannot have: one line that names it and code 2, wherever the path was written."""
 
 import contextlib
+import ctypes
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -157,12 +157,27 @@ def _write_weights(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
 
 
+@contextlib.contextmanager
+def _without_override():
+    """Let this thread, and those that it starts, obey the permissions of files, as those of any user but root do. ArrayRecord's threads,
+    which a test before may have started, are not reached: its files are not among the unreadable ones."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface; this thread
+    before = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable; then the same of capabilities from 32 on
+    assert libc.capget(header, before) == 0
+    dropped = (ctypes.c_uint32 * 6)(*before)
+    dropped[0] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, dropped) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
 def _break(path: Path, how: str) -> None:
     folder = path.is_dir()
     if how == "unreadable":
         path.chmod(0)
-        if os.access(path, os.R_OK):
-            pytest.skip("this user may read everything")
         return
     shutil.rmtree(path) if folder else path.unlink()
     if how == "of the other kind" and folder or how == "empty" and not folder:
@@ -171,11 +186,16 @@ def _break(path: Path, how: str) -> None:
         path.mkdir()
 
 
-@pytest.mark.parametrize("how", KINDS)
-@pytest.mark.parametrize(("broken", "line", "words"), CASES)
+@pytest.mark.parametrize(
+    ("broken", "line", "words", "how"),
+    [
+        (*case, how)
+        for case in CASES
+        for how in KINDS
+        if (case[0], how) not in WITHOUT and not (how == "unreadable" and case[0].endswith("array_record"))
+    ],
+)
 def test_what_cannot_be_read_is_named_in_one_line(whole, tmp_path, monkeypatch, capfd, broken, line, words, how):
-    if (broken, how) in WITHOUT:
-        pytest.skip("the command does without it")
     for path in whole.iterdir():
         if path.name == broken.split("/")[0]:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
@@ -184,7 +204,9 @@ def test_what_cannot_be_read_is_named_in_one_line(whole, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     target = min(Path().glob(broken))
     _break(target, how)
-    code, told = main.main(line.split()), capfd.readouterr().err.splitlines()[-1]
+    with _without_override() if how == "unreadable" else contextlib.nullcontext():
+        code = main.main(line.split())
+    told = capfd.readouterr().err.splitlines()[-1]
     if code == 3 and line == BATCH:  # what only opening it shows is a request's failure, not the command's
         assert target.name in Path("answers/failed.jsonl").read_text() and "answers/failed.jsonl" in told
     else:

@@ -1,6 +1,6 @@
 """`mimo convert export`: a mimo_jax checkpoint in the layouts of transformers, peft, segment-anything and LISA, or as one directory.
 
-    hf      OUT/vision and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or omitted with `apart`
+    hf      OUT/vision and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or not at all with merge=False
     peft    OUT, an adapter of llm/
     sam     OUT/sam_vit_h.pth, which segment-anything loads
     joint   OUT, one model in LISA's layout, which `mimo convert import --joint` reads

@@ -1,5 +1,6 @@
 """The settings of the model's parts, as mutable dataclasses; sizes are in pixels or tokens as each comment says."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ Problem = tuple[str, str]  # (field of the part's own settings, what is wrong wi
 
 
 @dataclass
-class VisionConfig:
+class VisionConfig(ABC):
     """Settings that every vision tower has; `kind` names a row of `models.registry.VISION_TOWERS`."""
 
     kind: str
@@ -19,9 +20,9 @@ class VisionConfig:
     image_fit: str = "pad"  # "pad", "stretch" or "crop" to the square
     resample: str = "bilinear"  # or "bicubic" (CLIP's stock processor)
 
+    @abstractmethod
     def grid(self) -> int:
         """g, patches on a side."""
-        raise NotImplementedError
 
     def extra_tokens(self) -> int:
         """Tokens of X_img before those of the patches, such as a class token."""
@@ -173,7 +174,7 @@ class LoraConfig:
 
 
 @dataclass
-class SamConfig:
+class SamConfig(ABC):
     """Settings that every SAM has: those of its frame, prompt encoder and mask decoder; `kind` names a row of
     `models.registry.MASK_ENCODERS`, the image encoder."""
 
@@ -187,9 +188,9 @@ class SamConfig:
     decoder_mlp_width: int = 2048
     iou_head_width: int = 256
 
+    @abstractmethod
     def grid(self) -> int:
         """g, the side of the features that the decoder attends to."""
-        raise NotImplementedError
 
     def problems(self) -> Iterator[Problem]:
         """Settings that cannot run, judged without those of other parts."""

@@ -25,7 +25,7 @@ from mimo_jax import pathtree  # noqa: E402
 from mimo_jax.config import Config  # noqa: E402
 from mimo_jax.models import clip_vit, mimo, sam_encoder  # noqa: E402
 from mimo_jax.parameters import multipliers  # noqa: E402
-from mimo_jax.train.losses import EPS  # noqa: E402
+from mimo_jax.train.losses import DICE_EPS  # noqa: E402
 from tests.checkpoints_convert import torch_models  # noqa: E402
 from tests.checkpoints_convert.torch_models import sinusoid  # noqa: E402
 
@@ -208,8 +208,9 @@ class TorchMimo(nn.Module):
         loss = cfg.ce * (ce * tokens.flatten()).sum() / tokens.sum().clamp(min=1)
 
         target, segs = batch["masks"].float(), batch["seg_mask"] * weight
-        bce, dice = bce_and_dice(masks, target)
-        hard = (masks > 0).float()
+        inside = content(batch["sam_size"], self.config.sam.image_size, target)
+        bce, dice = bce_and_dice(masks, target, inside)
+        hard = (masks > 0).float() * inside
         inter = (hard * target).sum((-2, -1))
         true_iou = inter / (hard.sum((-2, -1)) + target.sum((-2, -1)) - inter).clamp(min=1)
         of_masks = cfg.bce * bce + cfg.dice * dice + cfg.iou * (iou - true_iou) ** 2
@@ -219,7 +220,9 @@ class TorchMimo(nn.Module):
         attention_map = (
             attention_map[:, -batch["attention_target"][0, 0].numel() :].reshape(batch["attention_target"].shape).float()
         )  # without the class token
-        mapped = sum(bce_and_dice(attention_map, batch["attention_target"].float())) * attention_maps
+        target = batch["attention_target"].float()
+        inside = content(batch["vision_size"], self.config.vision.image_size, target)
+        mapped = sum(bce_and_dice(attention_map, target, inside)) * attention_maps
         return loss + cfg.attention_map * mapped.sum() / attention_maps.sum().clamp(min=1)
 
 
@@ -238,10 +241,19 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def bce_and_dice(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((-2, -1))
-    p = logits.sigmoid()
-    return bce, 1 - (2 * (p * target).sum((-2, -1)) + EPS) / (p.sum((-2, -1)) + target.sum((-2, -1)) + EPS)
+def content(size: Tensor, frame_side: int, target: Tensor) -> Tensor:
+    """1 in the cells of target [B, ., M, M] that the image covers, whose size in a frame is int [N, 2], else 0: [B, 1, M, M]."""
+    side = target.shape[-1]
+    rows, cols = (torch.arange(side, device=size.device) * frame_side < size[:, axis, None] * side for axis in (0, 1))
+    inside = rows[:, None, :, None] & cols[:, None, None, :]
+    return inside.repeat_interleave(len(target) // len(size), dim=0).float()
+
+
+def bce_and_dice(logits: Tensor, target: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    bce = (bce * inside).sum((-2, -1)) / inside.sum((-2, -1))
+    p = logits.sigmoid() * inside
+    return bce, 1 - (2 * (p * target).sum((-2, -1)) + DICE_EPS) / (p.sum((-2, -1)) + target.sum((-2, -1)) + DICE_EPS)
 
 
 def on_device(batch: dict[str, np.ndarray], device: str) -> dict[str, Tensor]:

@@ -146,18 +146,27 @@ def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles
 def preprocess(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
     """uint8 RGB [H, W, 3] -> the inputs of both encoders: `vision_image` uint8 [Hc, Hc, 3], `sam_image` uint8 [Hs, Hs, 3], and
     `vision_size`, `sam_size` int32 [2], the (height, width) of the content of each; the rest is 0."""
-    height, width = image.shape[:2]
-    vision = vision_frame(height, width, cfg.vision.image_size, cfg.vision.image_fit)
-    sam = sam_frame(height, width, cfg.sam.image_size, cfg.sam.image_fit)
+    vision, sam = frames(*image.shape[:2], cfg)
     red, green, blue = (image[:, :, channel] for channel in range(3))
     if np.array_equal(red, green) and np.array_equal(red, blue):
         image = red  # resizing one channel takes a third of the time and gives the same values
     return {
         "vision_image": image_to_frame(image, vision, cfg.vision.resample),
-        "vision_size": np.array(vision.size, np.int32),
         "sam_image": image_to_frame(image, sam),
-        "sam_size": np.array(sam.size, np.int32),
+        **content_sizes(*image.shape[:2], cfg),
     }
+
+
+def frames(height: int, width: int, cfg: ModelConfig) -> tuple[Frame, Frame]:
+    """The frames of an image for the vision tower and for SAM."""
+    vision = vision_frame(height, width, cfg.vision.image_size, cfg.vision.image_fit)
+    return vision, sam_frame(height, width, cfg.sam.image_size, cfg.sam.image_fit)
+
+
+def content_sizes(height: int, width: int, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """`vision_size` and `sam_size` of `preprocess`."""
+    vision, sam = frames(height, width, cfg)
+    return {"vision_size": np.array(vision.size, np.int32), "sam_size": np.array(sam.size, np.int32)}
 
 
 def image_to_frame(image: np.ndarray, frame: Frame, resample: str = "bilinear") -> np.ndarray:

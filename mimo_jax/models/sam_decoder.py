@@ -226,10 +226,10 @@ class IouHead(nnx.Module):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.layer1 = Linear(width, hidden, **types)
         self.layer2 = Linear(hidden, hidden, **types)
-        self.layer3 = Linear(hidden, MASK_TOKENS, **types)
+        self.layer3 = Linear(hidden, MASK_TOKENS, preferred_element_type=jnp.float32, **types)  # so that few scores are equal
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., C] -> [..., K]."""
+        """[..., C] -> float32 [..., K]."""
         return self.layer3(jax.nn.relu(self.layer2(jax.nn.relu(self.layer1(x)))))
 
 
@@ -289,7 +289,7 @@ class MaskDecoder(nnx.Module):
         chosen = slice(1, None) if multimask else slice(0, 1)
         hyper = self.hyper(tokens[:, :, 1 : 1 + MASK_TOKENS])[:, :, chosen]
         masks = jnp.einsum("bsmc,bshwc->bsmhw", hyper, image, preferred_element_type=jnp.float32)
-        return masks, self.iou_head(tokens[:, :, 0])[..., chosen].astype(jnp.float32)
+        return masks, self.iou_head(tokens[:, :, 0])[..., chosen]
 
     def upscale(self, image: jax.Array, finer: Sequence[jax.Array] = ()) -> jax.Array:
         """[B, S, g, g, C] -> [B, S, 4g, 4g, C/8]. finer: features of the B images at higher resolution; SAM has none, and subclasses add

@@ -98,7 +98,7 @@ def test_the_batch_is_what_the_loader_makes():
     config.data.features = True
     stored = aot.abstract_batch(config, mesh, 96)
     blank = FeatureFolder(Path("nowhere"), mimo.feature_shapes(config)).padding()
-    assert set(made) - set(stored) == {"vision_image", "vision_size", "sam_image", "sam_size"}
+    assert set(made) - set(stored) == {"vision_image", "sam_image"}
     assert {key: (stored[key].shape[1:], stored[key].dtype) for key in blank} == {key: (x.shape, x.dtype) for key, x in blank.items()}
 
 

@@ -134,3 +134,17 @@ def test_full_size_counts_its_parameters():
     flat = pathtree.flatten(shapes)
     base = sum(int(np.prod(v.shape)) for p, v in flat.items() if not p.endswith("/grounding"))
     assert base == 6_738_415_616
+
+
+def test_logits_in_bfloat16_are_summed_in_float32():
+    """Rounded sums would be equal at the top in several percent of the rows. Gradients stay those of the parameters' dtypes."""
+    cfg = LlamaConfig(vocab_size=4000, width=64, layers=1, heads=2, kv_heads=2)
+    head = LanguageHead(cfg, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    hidden = jax.random.normal(jax.random.key(1), (256, 64), jnp.bfloat16)
+    logits = head(hidden)
+    assert logits.dtype == jnp.float32
+    wide = [np.asarray(x, np.float32) for x in (hidden, head.base[...], head.grounding[...].astype(jnp.bfloat16))]
+    np.testing.assert_allclose(logits, wide[0] @ np.concatenate(wide[1:], axis=1), rtol=1e-4, atol=1e-4)
+    assert ((logits == logits.max(-1, keepdims=True)).sum(-1) == 1).all()
+    grads = jax.grad(lambda x: jax.nn.log_softmax(head(x)).max(-1).sum())(hidden)
+    assert grads.dtype == jnp.bfloat16 and np.isfinite(np.asarray(grads, np.float32)).all()

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from mimo_jax.config import LossConfig
+from mimo_jax.models import mimo, scan
 from mimo_jax.train import losses
+from tests.tiny_config import quick_config, random_batch, random_params, tiny_config
 
 
 @pytest.mark.parametrize("chunk", [6, 4, 3, 1])
@@ -26,6 +28,11 @@ def test_token_loss_is_torch_cross_entropy_of_the_next_token(chunk):
     assert right == ((logits[:, :-1].argmax(-1) == ids[:, 1:]) * mask[:, 1:]).sum()
 
 
+def test_a_tie_for_the_largest_logit_is_not_correct():
+    logits = jnp.asarray([[[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]]])
+    assert losses.token_loss(lambda x: x, logits, jnp.asarray([[0, 1]]), jnp.ones((1, 2)), 8)[2] == 0
+
+
 def test_logits_never_exist_whole():
     """Neither in the forward pass nor in the backward pass, whose gradient is that of all at once."""
     rng = np.random.default_rng(0)
@@ -40,27 +47,95 @@ def test_logits_never_exist_whole():
     assert "[2,64,97]" in shapes[64] and "[2,64,97]" not in shapes[16] and "[4,2,16,97]" not in shapes[16]
 
 
-def test_mask_losses_match_torch():
+def lisa_losses(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, h, w] -> (BCE, Dice) of each mask by LISA's sigmoid_ce_loss and dice_loss, before the sum over masks."""
+    scale, eps = 1000, 1e-6
+    p, target = logits.sigmoid().flatten(1), target.flatten(1)
+    numerator = 2 * (p / scale * target).sum(-1)
+    denominator = (p / scale).sum(-1) + (target / scale).sum(-1)
+    bce = F.binary_cross_entropy_with_logits(logits.flatten(1), target, reduction="none").mean(1)
+    return bce, 1 - (numerator + eps) / (denominator + eps)
+
+
+def check_against_lisa(sums, logits, iou, target, weight, sizes, frame_side):
+    """sums: those of the losses; sizes: of the content of each sample in its frame, pixels."""
+    side, want = target.shape[-1], dict.fromkeys(("bce", "dice", "iou", "true_iou"), 0.0)
+    for b, (height, width) in enumerate(sizes):
+        rows, cols = -(-height * side // frame_side), -(-width * side // frame_side)
+        x, y = (torch.tensor(np.asarray(array[b, :, :rows, :cols], np.float64)) for array in (logits, target))
+        bce, dice = lisa_losses(x, y)
+        hard = x > 0
+        true = (hard & (y > 0)).sum((-1, -2)) / (hard | (y > 0)).sum((-1, -2)).clamp(min=1)
+        error = (torch.tensor(np.asarray(iou[b], np.float64)) - true) ** 2
+        for name, value in {"bce": bce, "dice": dice, "iou": error, "true_iou": true}.items():
+            want[name] += (value * torch.tensor(np.asarray(weight[b], np.float64))).sum().item()
+    for name, value in want.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [[(32, 32), (32, 32)], [(8, 32), (32, 13)], [(1, 32), (30, 32)]])
+def test_mask_losses_are_those_of_lisa_on_the_content_of_frames(sizes):
+    """What a model paints on the padding beside an image costs nothing, and the IoU is the one that the user gets."""
     rng = np.random.default_rng(1)
+    content = np.asarray(losses.content_cells(jnp.asarray(sizes), 32, 8))
     logits = rng.normal(size=(2, 3, 8, 8)).astype(np.float32) * 3
-    target = (rng.random((2, 3, 8, 8)) > 0.6).astype(np.uint8)
-    weight = np.asarray([[1, 0, 1], [0.5, 0, 0]], np.float32)
-    got = losses.mask_losses(jnp.asarray(logits), jnp.zeros((2, 3)), jnp.asarray(target), jnp.asarray(weight))
-    x, y = torch.tensor(logits), torch.tensor(target).float()
-    bce = F.binary_cross_entropy_with_logits(x, y, reduction="none").mean((-1, -2))
-    p = x.sigmoid()
-    dice = 1 - (2 * (p * y).sum((-1, -2)) + 1) / (p.sum((-1, -2)) + y.sum((-1, -2)) + 1)
-    hard = x > 0
-    iou = (hard & (y > 0)).sum((-1, -2)) / (hard | (y > 0)).sum((-1, -2))
-    for name, value in {"bce": bce, "dice": dice, "true_iou": iou, "iou": iou**2}.items():
-        np.testing.assert_allclose(got[name], (value * torch.tensor(weight)).sum().item(), rtol=1e-5)
+    logits = np.where(content[:, None], logits, 9.0)
+    target = ((rng.random((2, 3, 8, 8)) > 0.6) & content[:, None]).astype(np.uint8)
+    iou, weight = rng.random((2, 3)).astype(np.float32), np.asarray([[1, 0, 1], [0.5, 0, 1]], np.float32)
+    sums = losses.mask_losses(*map(jnp.asarray, (logits, iou, target, content, weight)))
+    check_against_lisa(sums, logits, iou, target, weight, sizes, 32)
+
+
+def test_the_losses_of_a_batch_are_those_of_lisa_on_images_that_are_not_square():
+    """With two samples for each image, the output of a whole model, and its gradient with respect to the masks."""
+    config = quick_config()
+    config.model.sam.decoder_layers, config.data.samples_per_image = 1, 2
+    batch = random_batch(config)
+    side, frame_side, vision = config.model.mask_side(), config.model.sam.image_size, config.model.vision
+    batch["sam_size"][0::2], batch["sam_size"][1::2] = (frame_side // 4, frame_side), (frame_side, frame_side // 2 + 1)
+    batch["vision_size"][0::2], batch["vision_size"][1::2] = (vision.image_size // 4, vision.image_size), (vision.image_size,) * 2
+    sizes = np.repeat(batch["sam_size"], 2, axis=0)
+    batch["masks"] &= np.repeat(np.asarray(losses.content_cells(batch["sam_size"], frame_side, side)), 2, axis=0)[:, None]
+    graphdef, _ = mimo.abstract(config)
+    model = scan.bind(graphdef, random_params(config))
+    sums = losses.batch_sums(model, batch, 256)
+    out = model(batch)
+    weight = batch["seg_mask"].astype(np.float32)
+    check_against_lisa(sums, out["masks"], out["iou"], batch["masks"], weight, sizes, frame_side)
+
+    content = jnp.repeat(losses.content_cells(batch["sam_size"], frame_side, side), 2, axis=0)
+    gradient = jax.grad(lambda logits: losses.mask_losses(logits, out["iou"], batch["masks"], content, weight)["bce"])(out["masks"])
+    assert not np.asarray(gradient)[np.broadcast_to(~content[:, None], gradient.shape)].any()
+
+
+def test_the_attention_map_counts_on_the_image_alone():
+    config = tiny_config()
+    config.model.aligner.kind = "cross_attention"
+    batch = random_batch(config)
+    grid, image_size = config.model.vision.grid(), config.model.vision.image_size
+    batch["vision_size"][:] = (image_size // 2, image_size)
+    batch["attention_target"][..., -(-grid // 2) :, :] = 0
+    model = scan.bind(mimo.abstract(config)[0], random_params(config))
+    logits = np.asarray(model(batch)["attention_map"])[..., : -(-grid // 2), :]
+    target = torch.tensor(batch["attention_target"][..., : -(-grid // 2), :]).double()
+    bce, dice = lisa_losses(torch.tensor(logits).double().flatten(0, 1), target.flatten(0, 1))
+    np.testing.assert_allclose(losses.batch_sums(model, batch, 256)["attention_map"], (bce + dice).sum().item(), rtol=1e-5)
+
+
+def test_a_structure_of_one_cell_that_is_missed_costs_a_dice_of_one():
+    target = np.zeros((1, 1, 8, 8), np.uint8)
+    target[..., 3, 3] = 1
+    everywhere = jnp.ones((1, 8, 8), bool)
+    sums = losses.mask_losses(jnp.full((1, 1, 8, 8), -20.0), jnp.zeros((1, 1)), jnp.asarray(target), everywhere, jnp.ones((1, 1)))
+    assert sums["dice"] == pytest.approx(1.0, abs=2e-3)
 
 
 def test_a_perfect_mask_costs_next_to_nothing_and_a_wrong_one_much():
     target = np.zeros((1, 1, 8, 8), np.uint8)
     target[..., 2:5, 2:6] = 1
-    good = losses.mask_losses(jnp.where(target > 0, 20.0, -20.0), jnp.ones((1, 1)), jnp.asarray(target), jnp.ones((1, 1)))
-    bad = losses.mask_losses(jnp.where(target > 0, -20.0, 20.0), jnp.ones((1, 1)), jnp.asarray(target), jnp.ones((1, 1)))
+    rest = jnp.asarray(target), jnp.ones((1, 8, 8), bool), jnp.ones((1, 1))
+    good = losses.mask_losses(jnp.where(target > 0, 20.0, -20.0), jnp.ones((1, 1)), *rest)
+    bad = losses.mask_losses(jnp.where(target > 0, -20.0, 20.0), jnp.ones((1, 1)), *rest)
     assert good["bce"] < 1e-6 and good["dice"] < 1e-6 and good["iou"] < 1e-6
     assert bad["bce"] > 10 and bad["dice"] > 0.9 and bad["iou"] == pytest.approx(1.0)
 
@@ -71,7 +146,10 @@ def test_masks_are_compared_at_the_side_of_the_target():
     logits = rng.normal(size=(1, 2, 8, 8)).astype(np.float32)
     large = F.interpolate(torch.tensor(logits), size=(20, 20), mode="bilinear", align_corners=False).numpy()
     target = jnp.asarray(rng.random((1, 2, 20, 20)) > 0.5)
-    got, want = (losses.mask_losses(jnp.asarray(x), jnp.zeros((1, 2)), target, jnp.ones((1, 2))) for x in (logits, large))
+    got, want = (
+        losses.mask_losses(jnp.asarray(x), jnp.zeros((1, 2)), target, jnp.ones((1, 20, 20), bool), jnp.ones((1, 2)))
+        for x in (logits, large)
+    )
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-5)
 

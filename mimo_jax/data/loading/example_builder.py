@@ -15,7 +15,7 @@ from mimo_jax.data.loading.sources import Manifest
 from mimo_jax.data.records import RecordFolder
 from mimo_jax.data.schema import Record
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.data.transforms import augment, preprocess
+from mimo_jax.data.transforms import augment, content_sizes, preprocess
 from mimo_jax.errors import UserError
 
 
@@ -47,10 +47,14 @@ class ExampleBuilder:
         self.config, self.tokenizer, self.sources = config, tokenizer, sources
         self.features: list[FeatureFolder] = []  # one per source, if features replace images
         self._cache: dict[tuple[int, int], _CachedRecord] = {}
-        self._free = (config.data.cache_mb << 20) // max(1, config.data.workers)
+        self._free = self._budget()
+
+    def _budget(self) -> int:
+        """Bytes that the cache of one process may take."""
+        return (self.config.data.cache_mb << 20) // max(1, self.config.data.workers)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": {}}
+        return {**self.__dict__, "_cache": {}, "_free": self._budget()}
 
     def build(self, sampled: SampledImage, report: list[dict]) -> dict:
         """One image with its K samples, as input of `collate.stack_batch`. Unusable samples are replaced by padding of weight 0, and
@@ -62,7 +66,7 @@ class ExampleBuilder:
             image, masks = self._augmented(cached, sampled)
         except UserError as error:
             report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(sampled.samples))]
-            blank = self.features[sampled.source].padding() if self.features else padding_image(model)
+            blank = self.features[sampled.source].padding() | content_sizes(1, 1, model) if self.features else padding_image(model)
             return {**blank, "samples": [padding_sample(self.config)] * len(sampled.samples)}
         samples = []
         for place, number in enumerate(sampled.samples):
@@ -87,7 +91,7 @@ class ExampleBuilder:
         cached = _CachedRecord(
             record=dataclasses.replace(record, image=b""),
             image=image if augmented else None,
-            views=None if augmented else preprocess(image, self.config.model) if image is not None else self.features[source].read(record),
+            views=None if augmented else self._views(source, record, image),
             rendered={},
             targets={},
         )
@@ -98,6 +102,11 @@ class ExampleBuilder:
             self._free -= size
             self._cache[source, number] = cached
         return cached
+
+    def _views(self, source: int, record: Record, image: np.ndarray | None) -> dict[str, np.ndarray]:
+        if image is not None:
+            return preprocess(image, self.config.model)
+        return self.features[source].read(record) | content_sizes(record.height, record.width, self.config.model)
 
     def _rendered(self, cached: _CachedRecord, number: int) -> Rendered:
         if number not in cached.rendered:

@@ -111,7 +111,7 @@ def test_a_loader_with_features_differs_in_nothing_else(config, tokenizer, worke
     loader.close()
     known = {handmade.record(i).id: features_of(i) for i in range(4)}
     for batch, pictures in zip(made, expected, strict=True):
-        views = {"vision_image", "vision_size", "sam_image", "sam_size"}
+        views = {"vision_image", "sam_image"}
         assert batch.keys() == (pictures.keys() - views) | {"x_img", "sam_features"}
         assert all(np.array_equal(batch[key], pictures[key]) for key in pictures.keys() - views)
         for x_img, sam_features in zip(batch["x_img"], batch["sam_features"], strict=True):

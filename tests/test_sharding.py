@@ -204,7 +204,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "weights"), [(4, 4, ""), (4, 1, "int8")])
+@pytest.mark.parametrize(("heads", "kv_heads", "weights"), [(4, 4, ""), pytest.param(4, 1, "int8", marks=pytest.mark.slow)])
 def test_four_devices_answer_as_one_does_and_share_the_model(tmp_path, heads, kv_heads, weights):
     """By heads where these divide, else by parameters; a vocabulary that does not divide stays whole."""
     config = tiny_config(llm=LlamaConfig(vocab_size=511, width=32, layers=2, heads=heads, kv_heads=kv_heads, mlp_width=64, max_length=256))

@@ -142,6 +142,7 @@ def test_the_tokenizer_comes_along_with_the_grounding_tokens_behind_it(imported)
 # --- the whole way
 
 
+@pytest.mark.slow
 def test_import_then_train_then_both_moved_then_ask(three, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     import_checkpoint(request(three, tmp_path / "runs" / "import"))

@@ -76,6 +76,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_stopped_goes_on_and_outlives_a_run_that_fails(tmp_path):
     data, runs = tmp_path / "phantom", tmp_path / "runs"
     build_phantoms(data, 24, seed=5, progress=False)

@@ -85,6 +85,7 @@ def data(tmp_path_factory):
     return {"phantom": SourceConfig(path=str(folder))}
 
 
+@pytest.mark.slow
 def test_every_ablation_has_a_loss_on_batches_made_for_it(data, tmp_path):
     """Shapes alone, for nothing here depends on numbers; of what differs in a number, one variant."""
     sweep = plan(base=BASE, sources=data)

@@ -45,6 +45,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on_as_if_nothing_had_been(folder):
     """SIGTERM goes to one of the two; what they saved is held against a run of one process that was left alone."""
     with socket.socket() as free:

@@ -14,7 +14,8 @@ import dataclasses
 from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.loading.sources import open_source
 from mimo_jax.eval.calibrate import calibrate
-from mimo_jax.eval.evaluate import collect_results, select_samples
+from mimo_jax.eval.evaluate import collect_results
+from mimo_jax.eval.selection import select_samples
 from mimo_jax.eval.standard_metrics import GROUNDED, score_quality
 from mimo_jax.infer.answers.calibration import Calibration
 from mimo_jax.infer.predictor import Mimo, Request

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 
 from mimo_jax.data.loading.sources import open_source
-from mimo_jax.eval.evaluate import collect_results, select_samples
+from mimo_jax.eval.evaluate import collect_results
 from mimo_jax.eval.report import make_report
+from mimo_jax.eval.selection import select_samples
 from mimo_jax.eval.standard_metrics import GROUNDED
 from mimo_jax.infer.predictor import Mimo
 

@@ -17,10 +17,12 @@ exit code that the operating system gives it; all processes must be restarted to
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 import json
 import os
+import pickle
 import re
 import select
 import signal
@@ -31,6 +33,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -39,8 +42,8 @@ from jax.experimental import multihost_utils
 
 from mimo_jax import errors
 from mimo_jax.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TEMPFAIL, EXIT_USAGE, UserError
-from mimo_jax.jax_internals import coordination_client, find_cluster
-from mimo_jax.preemption import StopSignal
+from mimo_jax.jax_internals import coordination_client, find_cluster, preemption_noticed
+from mimo_jax.preemption import StopSignal, stop_received, uninterrupted
 
 _COORDINATOR, _PROCESSES, _PROCESS, _JOIN_TIMEOUT = "MIMO_COORDINATOR", "MIMO_PROCESSES", "MIMO_PROCESS", "MIMO_JOIN_TIMEOUT"
 _CHANNEL = "MIMO_WATCHER"  # set by the watcher for its worker: file descriptor of the socket between them
@@ -128,12 +131,15 @@ def _join_timeout() -> int:
 
 def _watch(info: ProcessInfo) -> int:
     """Start this same command as the worker and wait for it; returns the exit code of this process."""
+    stop = StopSignal()  # one that arrives before there is a worker to forward it to
     ours, theirs = socket.socketpair()
     environment = os.environ | {_CHANNEL: str(theirs.fileno())}
     worker = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, pass_fds=[theirs.fileno()])
     theirs.close()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.send_signal(signal.SIGTERM))
+    if stop.received:
+        worker.send_signal(signal.SIGTERM)
     joined, allowed, heard = False, 0.0, time.monotonic()
     while worker.poll() is None:
         if select.select([ours], [], [], 0.5)[0]:
@@ -179,6 +185,9 @@ def send_heartbeat(seconds: float) -> None:
 
 def _worker(info: ProcessInfo, work: Callable[[], int], heartbeat_timeout: int) -> int:
     global _channel
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until all have joined, a stop ends this process at once; nothing has begun
+    if stop_received():
+        return EXIT_TEMPFAIL
     _channel = socket.socket(fileno=int(os.environ[_CHANNEL]))
     _channel.set_inheritable(False)
     threading.Thread(target=_end_with_watcher, daemon=True).start()
@@ -290,6 +299,14 @@ def gather(value: Any) -> list:
     return [json.loads(text) for _, text in sorted(client.key_value_dir_get(key))]
 
 
+def gather_objects(value: Any) -> list:
+    """Like `gather`, for any values that can be pickled."""
+    if coordination_client() is None:
+        return [value]
+    texts = gather(base64.b64encode(zlib.compress(pickle.dumps(value))).decode())
+    return [pickle.loads(zlib.decompress(base64.b64decode(text))) for text in texts]
+
+
 class PreemptionGuard:
     """Detects a request to stop (SIGTERM or SIGINT). If any of several processes receives one, all stop after the same step."""
 
@@ -302,6 +319,14 @@ class PreemptionGuard:
     def should_stop_after(self, step: int) -> bool:
         """Whether to stop after this step. With several processes, all must call it after every step."""
         return self._stop_signal.received if self._stop_signal else multihost_utils.reached_preemption_sync_point(step)
+
+    def requested(self) -> bool:
+        """Whether any process was asked to stop, as far as this process knows: the others may learn it later."""
+        return self._stop_signal.received if self._stop_signal else preemption_noticed()
+
+    def last_save(self) -> contextlib.AbstractContextManager:
+        """Around a save after which the run stops: not even a second SIGINT interrupts it."""
+        return uninterrupted() if self._stop_signal else contextlib.nullcontext()
 
     def restore(self) -> None:
         if self._stop_signal:

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 from jax._src import clusters, distributed
 
 
+_PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+
+
 class Cluster(NamedTuple):
     """The cluster that this process belongs to, as jax detects it: its kind, the index of this process, and the number of processes."""
 
@@ -23,6 +26,16 @@ def find_cluster() -> Cluster | None:
         return None
     count = kind.get_process_count()
     return Cluster(kind.__name__, 0 if count == 1 else kind.get_process_id(), count)
+
+
+def preemption_noticed() -> bool:
+    """Whether any process of the run has received a preemption notice, which jax then stores for all. Needs a coordination client."""
+    try:
+        return bool(coordination_client().key_value_try_get(_PREEMPTION_NOTICE))
+    except Exception as error:
+        if "NOT_FOUND" in str(error):
+            return False
+        raise
 
 
 def coordination_client() -> Any:

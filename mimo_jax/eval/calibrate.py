@@ -13,8 +13,9 @@ from mimo_jax.data.schema import Record
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.eval.accumulator import Accumulator
-from mimo_jax.eval.evaluate import ConcatSource, collect_results, select_samples, supported_perspectives
+from mimo_jax.eval.evaluate import collect_results, supported_perspectives
 from mimo_jax.eval.report import score_table
+from mimo_jax.eval.selection import ConcatSource, select_samples
 from mimo_jax.eval.standard_metrics import GROUNDED, score_quality
 from mimo_jax.infer.answers.calibration import MIN_ENTITIES, UNCALIBRATED, Calibration, CalibrationError
 from mimo_jax.infer.predictor import Mimo

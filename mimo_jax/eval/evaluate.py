@@ -12,15 +12,16 @@ import json
 import os
 import re
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
-from mimo_jax import files
+from mimo_jax import distributed, files
 from mimo_jax.config import MODALITIES, PERSPECTIVES, PROMPTED, Config
 from mimo_jax.data.loading.collate import record_image, sample_prompts
 from mimo_jax.data.loading.sources import Manifest, not_evaluable, open_source, open_sources
@@ -42,13 +43,17 @@ from mimo_jax.eval.accumulator import (
 )
 from mimo_jax.eval.baselines import fit_baselines
 from mimo_jax.eval.report import make_report, table, write_comparison
+from mimo_jax.eval.selection import ConcatSource, select_samples, windows_of
 from mimo_jax.eval.standard_metrics import GROUNDED
 from mimo_jax.infer.answers.answer import Answer
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
 from mimo_jax.infer.predictor import EncodedImage, Mimo, Request, TurnHistory
 
 ABLATIONS = ("prompt", "image")  # remove the prompts; replace the image by a black one
-_BATCHES_AHEAD = 8  # number of batches per window, within which questions are sorted so that similar ones share a batch
+
+
+class EvaluationStopped(Exception):
+    """`stop` returned True in a process; there are no results."""
 
 
 @dataclass
@@ -73,19 +78,21 @@ def evaluate(
     baselines: dict | None = None,
     overlays: str | os.PathLike | None = None,
     overlay_count: int = 24,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict:
     """Evaluate the samples of `records`, a source or a list; returns the report, whose `conventions` say how each metric is counted.
 
     limit: maximum number of samples, the same ones every time, spread over `perspectives` and images. ablate: "prompt" or "image"
     asks all questions without it. If it is None, II is asked again without prompts and closed-ended VQA with a black image, for the
     metrics that need these answers. baselines: name → fitted predictor. overlays: a folder for up to `overlay_count` images of
-    prediction next to ground truth, spread over perspectives and modalities. Raises ValueError for another `ablate`.
+    prediction next to ground truth, spread over perspectives and modalities. stop, and several processes: see `collect_results`.
+    Raises ValueError for another `ablate`.
     """
     if ablate is not None and ablate not in ABLATIONS:
         raise ValueError(f"ablate: {ablate!r}; use one of {', '.join(ABLATIONS)}")
     runs = [ablate] if ablate else [None, *ABLATIONS]
     chosen = select_samples(records, limit, perspectives)
-    return make_report(collect_results(mimo, records, chosen, runs, baselines, _OverlayWriter(overlays, overlay_count)))
+    return make_report(collect_results(mimo, records, chosen, runs, baselines, _OverlayWriter(overlays, overlay_count), stop))
 
 
 def collect_results(
@@ -95,18 +102,37 @@ def collect_results(
     runs: Sequence[str | None] = (None,),
     baselines: dict | None = None,
     overlays: _OverlayWriter | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Accumulator:
     """Ask and score the chosen samples (see `select_samples`). runs: ablations; the first applies to all samples, the others are extra
-    runs of those samples whose metrics need them; baselines: as in `evaluate`."""
-    results = Accumulator(mimo.calibration)
+    runs of those samples whose metrics need them; baselines: as in `evaluate`.
+
+    If there are several processes (`distributed.run`), all must call this, with the model on their own devices: each answers every n-th
+    window, and all return the results of all windows, which do not depend on the number of processes. stop: polled between the windows,
+    of one batch if the samples are few; if it returns True in any process, all raise EvaluationStopped."""
+    writer = overlays or _OverlayWriter(None, 0)
+    windows = windows_of(chosen, mimo.config.generate.batch_size)
+    parts: dict[int, Accumulator] = {}  # by number of the window
     blanks: dict[tuple[int, ...], EncodedImage] = {}  # black images by shape
+    stopped = False
     with tqdm(total=sum(map(len, chosen.values())), desc="evaluate", unit="sample", disable=None) as bar:
-        for window in _windows(chosen, _BATCHES_AHEAD * mimo.config.generate.batch_size):
-            asked = _ask_all(mimo, _encode_window(mimo, records, window, runs, blanks, results), results)
+        for number in range(jax.process_index(), len(windows), jax.process_count()):
+            if stopped := stop():
+                break
+            part = parts[number] = Accumulator(mimo.calibration)
+            asked = _ask_all(mimo, _encode_window(mimo, records, windows[number], runs, blanks, part), part)
             baseline_masks: dict[tuple[str, str], dict[str, np.ndarray]] = {}  # (record, baseline) -> entity -> mask
             for item in asked:
-                _score(item, runs[0], baselines or {}, baseline_masks, results, overlays or _OverlayWriter(None, 0))
-            bar.update(sum(map(len, window.values())))
+                _score(item, runs[0], baselines or {}, baseline_masks, part, writer)
+            writer.end_window(number)
+            bar.update(sum(map(len, windows[number].values())))
+    gathered = distributed.gather_objects((stopped, parts, writer.written))
+    if any(stopped for stopped, *_ in gathered):
+        raise EvaluationStopped
+    writer.keep_first(sorted(overlay for *_, written in gathered for overlay in written))
+    results = Accumulator(mimo.calibration)
+    for _, part in sorted(pair for _, parts, _ in gathered for pair in parts.items()):
+        results.extend(part)
     return results
 
 
@@ -152,16 +178,18 @@ def evaluate_params(
     overlays: str | os.PathLike | None = None,
     overlay_count: int = 24,
     calibration: Calibration = UNCALIBRATED,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict | None:
     """Evaluate on the run's own sources and perspectives during training, without baselines; returns the report, or None if a source
-    lacks the split."""
+    lacks the split. stop, and several processes: see `collect_results`."""
     try:
         sources = open_sources(config, split)
     except DataError:
         return None
     perspectives = [p for p, weight in config.data.weights.items() if weight]
     mimo = Mimo(config, params, tokenizer, calibration=calibration)
-    return evaluate(mimo, ConcatSource(sources.values()), limit, None, perspectives, overlays=overlays, overlay_count=overlay_count)
+    records = ConcatSource(sources.values())
+    return evaluate(mimo, records, limit, None, perspectives, overlays=overlays, overlay_count=overlay_count, stop=stop)
 
 
 def supported_perspectives(config: Config) -> list[str]:
@@ -169,59 +197,10 @@ def supported_perspectives(config: Config) -> list[str]:
     return [p for p in PERSPECTIVES if p not in PROMPTED or not config.model.aligner.image_only()]
 
 
-class ConcatSource:
-    """The concatenation of several sources."""
-
-    def __init__(self, sources: Iterable):
-        self.items = [(source, i) for source in sources for i in range(len(source))]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, number: int) -> Record:
-        source, i = self.items[number]
-        return source[i]
-
-    def samples(self, number: int) -> list[Sample]:
-        source, i = self.items[number]
-        return source.samples(i)
-
-
 def write_report(report: dict, out: Path) -> None:
     """Write JSON to `out` atomically: a reader sees the old file or the new one, never a partial one."""
     with files.atomic_write(out) as part:
         part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def select_samples(records: Sequence[Record], limit: int | None, perspectives: Sequence[str] = PERSPECTIVES) -> dict[int, list[int]]:
-    """Returns record index → indices of its samples to ask. With a limit: one sample per perspective from every image in a fixed random
-    order, then a second one, and so on, so that even few samples cover many images and all perspectives."""
-    rng = np.random.default_rng(0)
-    ranked = []
-    for position, number in enumerate(rng.permutation(len(records)).tolist()):
-        counts: dict[str, int] = defaultdict(int)
-        samples = records[number].samples if isinstance(records, list) else records.samples(number)
-        for index in rng.permutation(len(samples)).tolist():
-            perspective = samples[index].perspective
-            if perspective in perspectives:
-                ranked.append((counts[perspective], position, PERSPECTIVES.index(perspective), number, index))
-                counts[perspective] += 1
-    chosen: dict[int, list[int]] = defaultdict(list)
-    for *_, number, index in sorted(ranked)[:limit]:
-        chosen[number].append(index)
-    return {number: sorted(chosen[number]) for number in sorted(chosen)}
-
-
-def _windows(chosen: dict[int, list[int]], samples: int) -> Iterator[dict[int, list[int]]]:
-    """Split `chosen` into consecutive parts of about `samples` samples; the samples of an image stay together."""
-    part: dict[int, list[int]] = {}
-    for number, indices in chosen.items():
-        part[number] = indices
-        if sum(map(len, part.values())) >= samples:
-            yield part
-            part = {}
-    if part:
-        yield part
 
 
 def _encode_window(
@@ -236,10 +215,11 @@ def _encode_window(
         except UserError as error:
             results.unusable += [{"sample": record.samples[i].sample_id, "reason": str(error)} for i in indices]
     sizes = {pixels.shape for _, pixels, _ in readable} - blanks.keys()
-    encoded = mimo.encode([*(pixels for _, pixels, _ in readable), *(np.zeros(size, np.uint8) for size in sizes)]) if readable else []
-    blanks |= dict(zip(sizes, encoded[len(readable) :], strict=True))
+    encoded = mimo.encode([pixels for _, pixels, _ in readable]) if readable else []
+    for size in sizes:  # alone, so that no batch depends on the windows before
+        blanks |= {size: mimo.encode([np.zeros(size, np.uint8)])[0]}
     asked = []
-    for (record, pixels, samples), image in zip(readable, encoded, strict=False):
+    for (record, pixels, samples), image in zip(readable, encoded, strict=True):
         for sample in samples:
             needed = {"prompt": sample.perspective == "II", "image": _is_closed_ended(sample)}
             for run in (runs[0], *(run for run in runs[1:] if needed[run])):
@@ -348,24 +328,46 @@ def _baseline_mask(baseline, kind: str, entity: str, item: _EvalItem, masks: dic
 
 
 class _OverlayWriter:
-    """Writes `count` overlays of answers next to the ground truth: equally many per perspective, spread over its modalities."""
+    """Writes `count` overlays of answers next to the ground truth: equally many per perspective, spread over its modalities.
+
+    written: (window, number in it, (perspective, modality), file name) of each overlay of this process."""
 
     def __init__(self, folder: str | os.PathLike | None, count: int):
-        self.folder, self.remaining = folder, count if folder else 0
+        self.folder, self.count = folder, count if folder else 0
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
         self.per_perspective = -(-count // len(GROUNDED))
-        self.counts: Counter = Counter()  # overlays written, by perspective and by (perspective, modality)
+        self.written: list[tuple[int, int, tuple[str, str], str]] = []
+        self._counts: Counter = Counter()  # overlays written: all, by perspective, and by (perspective, modality)
+        self._window: list[tuple[tuple[str, str], str]] = []
+
+    def end_window(self, number: int) -> None:
+        self.written += [(number, place, *overlay) for place, overlay in enumerate(self._window)]
+        self._window = []
+
+    def keep_first(self, written: Sequence[tuple[int, int, tuple[str, str], str]]) -> None:
+        """Keep those of the overlays of all processes that one process alone, which sees all windows, would have written."""
+        self._counts.clear()
+        surplus = [name for *_, kind, name in written if not self._count(kind)]
+        for name in surplus if jax.process_index() == 0 else ():
+            (Path(self.folder) / name).unlink()
+
+    def _count(self, kind: tuple[str, str]) -> bool:
+        """Count an overlay of this perspective and modality; False if no more of it are needed."""
+        per_modality = max(1, self.per_perspective // len(MODALITIES))
+        limits = {"all": self.count, kind[0]: self.per_perspective, kind: per_modality}
+        needed = all(self._counts[name] < limit for name, limit in limits.items())
+        if needed:
+            self._counts.update(limits.keys())
+        return needed
 
     def maybe_write(self, item: _EvalItem, number: int, truths: Sequence[GroundTruth]) -> None:
         """Write the overlay of answer `number` of a sample (from 0) if its perspective and modality still need one."""
         kind = (item.sample.perspective, item.record.modality)
-        per_modality = max(1, self.per_perspective // len(MODALITIES))
-        if not self.remaining or self.counts[kind[0]] >= self.per_perspective or self.counts[kind] >= per_modality:
+        if not self._count(kind):
             return
-        self.counts.update([kind[0], kind])
-        self.remaining -= 1
         turn = f"_{number + 1}" if number else ""
         name = re.sub(r"[^\w.-]+", "_", f"{kind[0]}_{kind[1]}_{item.sample.sample_id}{turn}")
         true_text, true_masks = item.sample.turns[2 * number + 1].text, [(t.written, t.mask) for t in truths]
+        self._window.append((kind, f"{name}.png"))
         write_comparison(Path(self.folder) / f"{name}.png", item.answers[number], true_text, true_masks)

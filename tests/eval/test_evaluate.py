@@ -16,6 +16,7 @@ from mimo_jax.eval import evaluate as ev
 from mimo_jax.eval.accumulator import ground_truths
 from mimo_jax.eval.registry import METRICS, Ratio, register_metric
 from mimo_jax.eval.report import table
+from mimo_jax.eval.selection import select_samples
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, ConfidenceFeatures
 from mimo_jax.infer.predictor import Mimo, TurnHistory
@@ -221,12 +222,12 @@ def test_spans_unite_their_targets_and_their_words_count_as_the_name():
 
 def test_a_limit_spreads_over_perspectives_and_images():
     records = [record(i) for i in range(6)]
-    chosen = ev.select_samples(records, 10)
+    chosen = select_samples(records, 10)
     picked = [records[n].samples[i].perspective for n, indices in chosen.items() for i in indices]
     assert len(chosen) >= 2 and {p: picked.count(p) for p in set(picked)} == {"vqa": 2, "I": 2, "II": 2, "III": 2, "IV": 2}
-    assert chosen == ev.select_samples(records, 10)
-    assert sum(map(len, ev.select_samples(records, None).values())) == 6 * len(records[0].samples)
-    assert {records[n].samples[i].perspective for n, s in ev.select_samples(records, None, ["vqa"]).items() for i in s} == {"vqa"}
+    assert chosen == select_samples(records, 10)
+    assert sum(map(len, select_samples(records, None).values())) == 6 * len(records[0].samples)
+    assert {records[n].samples[i].perspective for n, s in select_samples(records, None, ["vqa"]).items() for i in s} == {"vqa"}
 
 
 def test_unusable_samples_are_listed_not_hidden(mimo):

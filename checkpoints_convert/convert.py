@@ -32,7 +32,7 @@ from mimo_jax.checkpoints import checkpoint, frozen_params, provenance, storage
 from mimo_jax.checkpoints.arrays import CheckpointError
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data.tokenizer import add_grounding
-from mimo_jax.models import mimo
+from mimo_jax.models import llama, mimo
 
 _SPARE_BYTES = 64 * 2**20  # disk space for files other than arrays
 # Initialised from the seed without effect: LoRA's B is zero, so that LoRA changes nothing until it is trained.
@@ -174,6 +174,7 @@ def _write(plan: _ImportPlan, request: ImportRequest, stage: Path, out: Path, ha
     config = plan.config
     config.init.path = ""
     drawn = _draw(plan, request.seed)
+    drawn |= _draw_grounding(plan, request.seed, drawn)
     frozen = frozen_params.write(stage, plan.stream(plan.leaves.keys() - plan.trained, drawn), out)
     trained = checkpoint.write_step(stage, 0, plan.stream(plan.trained, drawn), {})
     record = {
@@ -237,6 +238,17 @@ def _draw(plan: _ImportPlan, seed: int) -> dict[str, np.ndarray]:
         return {}
     wanted = tuple(sorted((path, str(plan.leaves[path].dtype)) for path in plan.drawn))
     return jax.tree.map(np.asarray, _drawer(plan.config.model_json(), wanted)(jax.random.key(seed)))
+
+
+def _draw_grounding(plan: _ImportPlan, seed: int, drawn: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters of the grounding tokens that no source has, which follow the statistics of the base that is imported."""
+    made = {}
+    for path, axis in llama.GROUNDING_AXES.items():
+        if path in plan.drawn:
+            ((_, base),) = plan.stream([path.replace("grounding", "base")], drawn)
+            key = jax.random.fold_in(jax.random.key(seed), axis)
+            made[path] = np.asarray(jax.jit(llama.draw_grounding, static_argnums=(0, 2))(path, base, drawn[path].shape[axis], key))
+    return made
 
 
 @functools.lru_cache(maxsize=8)

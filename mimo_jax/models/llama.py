@@ -155,8 +155,25 @@ def matmul_counts(cfg: LlamaConfig, length: int) -> MatmulCounts:
 
 
 # Standard deviation of randomly initialised rows. It is far above the customary 0.02, so that words stand out from what the layers of a
-# small model add to them before it has learnt anything.
+# small model add to them before it has learnt anything. Tokens that are added to a trained model are drawn by `draw_grounding` instead.
 EMBEDDING_STD = 0.5
+# Parameters of the grounding tokens -> the axis of the tokens in them and in the base.
+GROUNDING_AXES = {"embedding/grounding": 0, "lm_head/grounding": 1}
+
+
+def draw_grounding(path: str, base: jax.Array, num_tokens: int, key: jax.Array) -> jax.Array:
+    """Initial values of a parameter of the grounding tokens, fp32, that fit the trained base of the language model: [E, D] for base [V, D]
+    of the embedding, [D, E] for base [D, V] of the head. Each of the D entries is normal with the mean and standard deviation that it
+    has over the base vocabulary.
+
+    With EMBEDDING_STD instead, rows of a base with a deviation of 0.02 are drowned: the state of <SEG> is then nearly the same in every
+    context. `resize_token_embeddings` of transformers takes the same statistics, but scales the covariance by 1e-9, so that its new
+    tokens are equal but for 1 part in 10,000; these three must differ from the first step on."""
+    axis = GROUNDING_AXES[path]
+    base = base.astype(jnp.float32)
+    mean, std = base.mean(axis, keepdims=True), base.std(axis, keepdims=True)
+    shape = (num_tokens, base.shape[1]) if axis == 0 else (base.shape[0], num_tokens)
+    return mean + std * jax.random.normal(key, shape, jnp.float32)
 
 
 class TokenEmbedding(nnx.Module):

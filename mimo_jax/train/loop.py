@@ -33,7 +33,7 @@ from mimo_jax.distributed import PreemptionGuard
 from mimo_jax.errors import EXIT_OK, EXIT_TEMPFAIL, config_path
 from mimo_jax.eval import calibrate, evaluate
 from mimo_jax.eval.calibrate import UNCALIBRATED, Calibration
-from mimo_jax.models import mimo
+from mimo_jax.models import llama, mimo
 from mimo_jax.train import global_batch
 from mimo_jax.train.goodput import Goodput
 from mimo_jax.train.guard import NonFiniteGuard
@@ -212,7 +212,8 @@ def _corpus(config: Config, sources: dict) -> Iterator[str]:
 
 
 def _initial_params(setup: TrainSetup) -> dict:
-    """Parameters from `init.path` if it is set, else from the seed. Those that `init.path` lacks must be matched by `init.reinit`."""
+    """Parameters from `init.path` if it is set, else from the seed. Those that `init.path` lacks must be matched by `init.reinit`; those
+    of the grounding tokens are then drawn like the rows of its base."""
     config = setup.config
     key = jax.random.key(config.train.seed)
     if not config.init.path:
@@ -237,6 +238,11 @@ def _initial_params(setup: TrainSetup) -> dict:
             "use the checkpoint's model config, or let config.init.reinit match them"
         )
     initial = pathtree.flatten(setup.initial_params(key)) if absent else {}
+    for path, axis in llama.GROUNDING_AXES.items():
+        base = path.replace("grounding", "base")
+        if path in absent and base not in absent:
+            draw = jax.jit(llama.draw_grounding, static_argnums=(0, 2), out_shardings=shardings[path])
+            initial[path] = draw(path, source[base], wanted[path].shape[axis], jax.random.fold_in(key, axis))
     return pathtree.unflatten({p: initial[p] if p in absent else source.pop(p).astype(leaf.dtype) for p, leaf in wanted.items()})
 
 

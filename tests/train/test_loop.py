@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from mimo_jax import pathtree
+from mimo_jax import pathtree, sharding
 from mimo_jax.checkpoints import checkpoint, loading
 from mimo_jax.checkpoints.checkpoint import CheckpointError
 from mimo_jax.config import ConfigError, SourceConfig
@@ -20,7 +20,8 @@ from mimo_jax.errors import EXIT_TEMPFAIL, UserError
 from mimo_jax.model_config import LoraConfig
 from mimo_jax.train import loop
 from mimo_jax.train.guard import NotFinite
-from tests.tiny_config import quick_config, tiny_config
+from mimo_jax.train.state import TrainSetup
+from tests.tiny_config import quick_config, random_params, tiny_config
 
 LORA_TABLE = {r"lora_[ab]$|/grounding$": 1.0, r"^(aligner|prompt|seg_projection|sam_decoder)/": 1.0, r".": None}
 
@@ -109,6 +110,21 @@ def test_lora_from_a_trained_base_leaves_every_frozen_bit(phantoms, whole, tmp_p
     assert frozen and all(np.array_equal(base[p], tuned[p]) for p in frozen)
     assert any(not np.array_equal(base[p], tuned[p]) for p in base if p.startswith("aligner/"))
     assert (run / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+
+
+def test_grounding_tokens_that_a_base_lacks_are_drawn_like_its_rows(tmp_path):
+    config, base = tiny_config(seg_position="bare"), tiny_config()  # <SEG> alone, and all three tokens
+    params = pathtree.flatten(random_params(base))
+    params |= {path: 1 + 0.02 * params[path] for path in ("embedding/base", "lm_head/base")}
+    checkpoint.start_run(tmp_path / "base", base, {})
+    checkpoint.write_step(tmp_path / "base", 0, iter(params.items()), {})
+    config.init.path, config.init.reinit = str(tmp_path / "base"), "/grounding$"
+    made = pathtree.flatten(loop._initial_params(TrainSetup(config, sharding.make_mesh(config.mesh))))
+    for path, axis in (("embedding/grounding", 0), ("lm_head/grounding", 1)):
+        rows = params[path.replace("grounding", "base")]
+        standard = (np.asarray(made[path]) - rows.mean(axis, keepdims=True)) / rows.std(axis, keepdims=True)
+        assert standard.size == 16 and 0.4 < standard.std() < 1.8 and abs(standard.mean()) < 1
+    np.testing.assert_array_equal(made["lm_head/base"], params["lm_head/base"])
 
 
 def test_init_refuses_another_model_and_names_the_parameters(phantoms, whole, tmp_path):

@@ -27,6 +27,7 @@ def work():
     ones = jax.make_array_from_process_local_data(NamedSharding(mesh, P("d")), np.ones((1, 4), np.float32))
     add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))
     stop = distributed.PreemptionGuard()
+    assert not stop.requested()
     print("seen", distributed.gather({"process": me}), float(add(ones)), flush=True)
     print("a warning", file=sys.stderr, flush=True)
     open(f"worker{me}", "w").write(str(os.getpid()))
@@ -40,6 +41,7 @@ def work():
         float(add(ones))
         time.sleep(0.02)
         if stop.should_stop_after(step):
+            assert stop.requested()
             open(f"stopped{me}", "w").write(str(step))
             return 75
 

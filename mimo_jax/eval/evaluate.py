@@ -30,17 +30,8 @@ from mimo_jax.data.records import DataError
 from mimo_jax.data.schema import Record, Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
-from mimo_jax.eval import metrics
-from mimo_jax.eval.accumulator import (
-    AbstentionResult,
-    Accumulator,
-    ClosedEndedResult,
-    EntityResult,
-    GroundTruth,
-    NameCounts,
-    NamingResult,
-    ground_truths,
-)
+from mimo_jax.eval import scoring
+from mimo_jax.eval.accumulator import Accumulator, GroundTruth, ground_truths
 from mimo_jax.eval.baselines import fit_baselines
 from mimo_jax.eval.report import make_report, table, write_comparison
 from mimo_jax.eval.selection import ConcatSource, select_samples, windows_of
@@ -79,6 +70,7 @@ def evaluate(
     overlays: str | os.PathLike | None = None,
     overlay_count: int = 24,
     stop: Callable[[], bool] = lambda: False,
+    in_sample: bool = False,
 ) -> dict:
     """Evaluate the samples of `records`, a source or a list; returns the report, whose `conventions` say how each metric is counted.
 
@@ -86,13 +78,16 @@ def evaluate(
     asks all questions without it. If it is None, II is asked again without prompts and closed-ended VQA with a black image, for the
     metrics that need these answers. baselines: name → fitted predictor. overlays: a folder for up to `overlay_count` images of
     prediction next to ground truth, spread over perspectives and modalities. stop, and several processes: see `collect_results`.
-    Raises ValueError for another `ablate`.
+    in_sample: whether the calibration of `mimo` was fitted on patients or cases of these records; the report says so. Raises ValueError
+    for another `ablate`.
     """
     if ablate is not None and ablate not in ABLATIONS:
         raise ValueError(f"ablate: {ablate!r}; use one of {', '.join(ABLATIONS)}")
     runs = [ablate] if ablate else [None, *ABLATIONS]
     chosen = select_samples(records, limit, perspectives)
-    return make_report(collect_results(mimo, records, chosen, runs, baselines, _OverlayWriter(overlays, overlay_count), stop))
+    report = make_report(collect_results(mimo, records, chosen, runs, baselines, _OverlayWriter(overlays, overlay_count), stop))
+    report["score"]["in_sample"] = in_sample
+    return report
 
 
 def collect_results(
@@ -160,7 +155,8 @@ def evaluate_checkpoint(
     perspectives = supported_perspectives(mimo.config)
     if len(perspectives) < len(PERSPECTIVES):
         print(f"this model's aligner ({mimo.config.model.aligner.kind}) takes no prompts: {', '.join(PROMPTED)} are skipped")
-    report = evaluate(mimo, records, limit, None, perspectives, fit_baselines(train), overlays)
+    in_sample = mimo.calibration.fitted.get("split") == split
+    report = evaluate(mimo, records, limit, None, perspectives, fit_baselines(train), overlays, in_sample=in_sample)
     report["not_evaluable"] = records.not_evaluable if isinstance(records, Manifest) else not_evaluable(ConcatSource([train, records]))
     report |= {"checkpoint": str(checkpoint), "origin": mimo.origin, "data": str(data), "split": split, "limit": limit}
     write_report(report, out)
@@ -189,7 +185,8 @@ def evaluate_params(
     perspectives = [p for p, weight in config.data.weights.items() if weight]
     mimo = Mimo(config, params, tokenizer, calibration=calibration)
     records = ConcatSource(sources.values())
-    return evaluate(mimo, records, limit, None, perspectives, overlays=overlays, overlay_count=overlay_count, stop=stop)
+    in_sample = calibration.fitted.get("in_sample", False)
+    return evaluate(mimo, records, limit, None, perspectives, None, overlays, overlay_count, stop, in_sample)
 
 
 def supported_perspectives(config: Config) -> list[str]:
@@ -275,48 +272,28 @@ def _score(
     """Add one answered sample to the results; the extra runs of an ablation are added only to their own metric."""
     record, sample = item.record, item.sample
     extra = item.ablate != ablate
+    if not extra:
+        results.samples[sample.perspective] += 1
     if sample.perspective == "vqa":
-        if _is_closed_ended(sample):
-            correct = metrics.closed_correct(item.answers[-1].text, sample.references, sample.choices)
-            row = ClosedEndedResult(record.group, sample.kind, metrics.closed_answer(sample.references[0]), correct)
-            (results.closed_ended_image_blanked if extra else results.closed_ended).append(row)
-        if not extra:
-            results.samples["vqa"] += 1
+        scoring.score_vqa(record, sample, item.answers, extra, results)
         return
-
-    any_predicted = any_present = False
-    segmented_px = 0
+    any_present = False
     for number, answer in enumerate(item.answers):
         turn = 2 * number + 1
         truths = ground_truths(record, sample, turn)
-        aliases = {t.written: t.name for t in truths}
-        names = [aliases.get(e.entity, e.entity) for e in answer.entities]
-        if sample.perspective == "II" and truths:
-            row = NamingResult(record.group, truths[0].name, bool(names) and names[0] == truths[0].name)
-            (results.naming_no_prompt if extra else results.naming).append(row)
-        if extra:
-            continue
-        pairs = metrics.match(
-            [t.name for t in truths], [t.mask for t in truths], names, [e.mask for e in answer.entities], by_name=sample.perspective != "II"
-        )
-        matched = dict(pairs)
-        results.segmented += [(entity.evidence, matched.get(k, 0.0)) for k, entity in enumerate(answer.entities)]
-        for truth, (k, value) in zip(truths, pairs, strict=True):
-            predicted = np.zeros_like(truth.mask) if k is None else answer.entities[k].mask
+        any_present = any_present or bool(truths)
+        naming = results.naming_no_prompt if extra else results.naming
+        scoring.score_naming(record, sample, truths, scoring.entity_names(answer, truths), naming)
+        if not extra:
+            entities = {truth.name for truth in truths}
             trivial = {
-                kind: metrics.iou(_baseline_mask(baseline, kind, truth.name, item, baseline_masks), truth.mask)
+                kind: {name: _baseline_mask(baseline, kind, name, item, baseline_masks) for name in entities}
                 for kind, baseline in baselines.items()
             }
-            overlap = metrics.overlap(truth.mask, predicted)
-            results.entities.append(EntityResult(sample.perspective, record.modality, truth.name, record.group, value, *overlap, trivial))
-        results.names.append(NameCounts(sample.perspective, record.group, *metrics.name_counts([t.name for t in truths], names)))
-        any_present, any_predicted = any_present or bool(truths), any_predicted or bool(names)
-        segmented_px += int(np.logical_or.reduce([e.mask for e in answer.entities]).sum()) if answer.entities else 0
-        overlays.maybe_write(item, number, truths)
+            scoring.score_masks(record, sample, turn, truths, answer, trivial, results)
+            overlays.maybe_write(item, number, truths)
     if not extra:
-        results.samples[sample.perspective] += 1
-        if sample.targets:
-            results.abstentions.append(AbstentionResult(record.group, not any_present, not any_predicted, segmented_px))
+        scoring.score_abstention(record, sample, item.answers, any_present, results)
 
 
 def _baseline_mask(baseline, kind: str, entity: str, item: _EvalItem, masks: dict) -> np.ndarray:

@@ -64,6 +64,8 @@ def score_table(score: dict) -> list[str]:
         if score[kind] is not None:
             flat = score[kind] | score[kind]["uncertain"]
             lines.append(f"{kind:34}" + "".join(f"{_cell(flat[name]):>16}" for name in _SCORE.values()))
+    if score["calibrated"] is not None and score.get("in_sample"):
+        lines.append("in-sample: the calibration was fitted on patients or cases of these data; other data show its quality")
     return lines
 
 

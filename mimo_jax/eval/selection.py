@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -68,16 +68,20 @@ def group_of(records: Sequence[Record], number: int) -> str:
     return records.group(number) if isinstance(records, ConcatSource) else records.index.groups[number].decode()
 
 
-def select_samples(records: Sequence[Record], limit: int | None, perspectives: Sequence[str] = PERSPECTIVES) -> dict[int, list[int]]:
+def select_samples(
+    records: Sequence[Record], limit: int | None, perspectives: Sequence[str] = PERSPECTIVES, without: Collection[str] = ()
+) -> dict[int, list[int]]:
     """Returns record index → indices of its samples to ask. With a limit: one sample per perspective from every image in a fixed random
     order, then a second one, and so on, so that even few samples cover many images and all perspectives. Of a source only the index is
-    read, and no more of it than the limit needs."""
+    read, and no more of it than the limit needs. without: patients or cases (groups) whose samples are not asked."""
     rng = np.random.default_rng(0)
     ranked = []
     num_first = 0  # samples that are the first of their perspective in their image
     for position, number in enumerate(rng.permutation(len(records)).tolist()):
         if limit is not None and num_first >= limit:
             break
+        if without and group_of(records, number) in without:
+            continue
         counts: dict[str, int] = defaultdict(int)
         offered = perspectives_of(records, number)
         for index in rng.permutation(len(offered)).tolist():

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from mimo_jax.cli.arg_types import box, point, scribble
 from mimo_jax.errors import UserError
-from mimo_jax.infer.answers.answer import NO_MASKS, Entity
+from mimo_jax.infer.answers.answer import Entity
 from mimo_jax.infer.predictor import Chat
 
 HELP = """/point X,Y,LABEL     add a point to the next question; label 1: inside, 0: outside
@@ -56,11 +56,11 @@ class ChatSession:
             entities += [event.entity] if event.entity else []
         self.prompts = {}
         answer = self.chat.answers[-1]
-        self.print("\n(cut off at the token limit)" if answer.truncated else "")
+        self.print("")
         for entity in answer.entities:
             self.print(f"  {entity.describe()}")
-        if not answer.entities:
-            self.print(NO_MASKS)
+        for note in answer.notes():
+            self.print(note)
 
     def command(self, line: str) -> None:
         name, _, rest = line.partition(" ")

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from mimo_jax.data.images.image import Volume
 from mimo_jax.data.overlay import draw_sheet
-from mimo_jax.infer.answers.answer import Answer
+from mimo_jax.infer.answers.answer import Answer, left_out_notes
+from mimo_jax.infer.answers.asked import unanswered
 from mimo_jax.infer.answers.calibration import Calibration
 from mimo_jax.infer.answers.outputs import check_outputs, write_all, write_json
 from mimo_jax.infer.answers.write_masks import on_grid, write_nifti, write_seg
@@ -84,7 +85,8 @@ class VolumeAnswer:
     """The merged answers for all slices of a volume.
 
     texts: the answer for each slice. structures: in the order in which the slices name them. truncated: slices whose answer reached the
-    token limit. calibrated: whether scores are expected IoUs of a slice's mask. Masks and RLEs are in pixels of each slice as shown."""
+    token limit. calibrated: whether scores are expected IoUs of a slice's mask. max_segs: as in `Answer`. Masks and RLEs are in pixels
+    of each slice as shown."""
 
     question: str
     texts: list[str]
@@ -92,6 +94,12 @@ class VolumeAnswer:
     truncated: list[int]
     volume: Volume = field(repr=False)
     calibrated: bool = False
+    max_segs: int | None = None
+
+    @property
+    def unanswered(self) -> list[str]:
+        """Names of the structures that the question asks to be segmented and that the answer for no slice mentions or marks."""
+        return unanswered(self.question, "\n".join(dict.fromkeys(self.texts)), [s.phrase for s in self.structures])
 
     def segmented_slices(self) -> list[int]:
         """Indices of the slices with any mask."""
@@ -107,6 +115,7 @@ class VolumeAnswer:
             lines.append(f"{s.phrase or 'unnamed'}: {size}, {where}, score {s.score:.2f}{', uncertain' * s.uncertain}")
         empty = len(self.texts) - len(self.segmented_slices())
         lines.append(f"nothing segmented on {empty} of {len(self.texts)} slices")
+        lines += left_out_notes(self.question, self.unanswered, self.max_segs)
         if self.truncated:
             lines.append(f"cut off at the token limit on {len(self.truncated)} of {len(self.texts)} slices")
         return "\n".join(lines)
@@ -119,6 +128,7 @@ class VolumeAnswer:
             "size": list(self.volume.size),
             **({} if spacing is None else {"spacing_mm": [round(s, 4) for s in spacing]}),
             "texts": self.texts,
+            "unanswered": self.unanswered,
             "truncated": self.truncated,
             "calibrated": self.calibrated,
             "structures": [s.to_json() for s in self.structures],
@@ -180,7 +190,7 @@ def ask_volume(mimo: Mimo, volume: Volume, question: str, *, max_new_tokens: int
             for k, answer in zip(batch.tolist(), mimo.predict(requests), strict=True):
                 merged.add(k, answer)
             bar.update(len(batch))
-    return VolumeAnswer(question, merged.texts, merged.structures(), merged.truncated, volume, bool(mimo.calibration))
+    return VolumeAnswer(question, merged.texts, merged.structures(), merged.truncated, volume, bool(mimo.calibration), merged.max_segs)
 
 
 class _VolumeMerger:
@@ -190,6 +200,7 @@ class _VolumeMerger:
         self.volume, self.calibration = volume, calibration
         self.texts: list[str] = []
         self.truncated: list[int] = []
+        self.max_segs: int | None = None
         # By canonical name:
         self.phrases: dict[str, str] = {}
         self.bits: dict[str, dict[int, np.ndarray]] = {}
@@ -198,6 +209,7 @@ class _VolumeMerger:
     def add(self, k: int, answer: Answer) -> None:
         self.texts.append(answer.text)
         self.truncated += [k] * answer.truncated
+        self.max_segs = answer.max_segs
         for e in answer.entities:
             self.phrases.setdefault(e.entity, e.phrase)
             self.scores.setdefault(e.entity, []).append((e.score, e.area_px))

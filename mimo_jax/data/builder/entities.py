@@ -20,6 +20,7 @@ _SPELLING = {
     "oedema": "edema", "foetal": "fetal", "foetus": "fetus", "ischaemic": "ischemic", "caecum": "cecum", "grey": "gray", "disk": "disc",
     "haematoma": "hematoma", "naevus": "nevus", "leucocyte": "leukocyte", "glioblastomas": "glioblastoma",
 }  # fmt: skip
+_LONGEST = 6  # words of a name that `mentions` looks for
 _NAMELESS = re.compile(
     r"((left|right)\b)? *((class|label|segment|mask|region|structure|object|target|foreground|background|roi|other)e?s?)?[ -]*\d*"
     r"|benign|malignant|(ab)?normal|positive|negative"
@@ -42,6 +43,15 @@ class CanonicalEntity:
     cui: str = ""
     kind: str = ""
     known: bool = True
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A structure that a text names at text[start:end]."""
+
+    start: int
+    end: int
+    entity: CanonicalEntity
 
 
 def is_union(class_raw: str) -> bool:
@@ -76,6 +86,24 @@ def is_nameless(class_raw: str, dataset: str = "") -> bool:
     """Whether a class name identifies no structure: "left", "class3" or "benign" in a data set that says nothing more."""
     entity = canonical(class_raw, dataset)
     return not entity.known and _NAMELESS.fullmatch(entity.name) is not None
+
+
+def mentions(text: str) -> list[Mention]:
+    """The structures of the table that a text names, in any spelling, from left to right; of overlapping names the longer one, the first
+    of equally long ones."""
+    words = [word for word in re.finditer(r"[^\W_]+", text) if word[0].casefold() not in ("the", "union")]
+    found: list[Mention] = []
+    first = 0
+    while first < len(words):
+        for last in range(min(first + _LONGEST, len(words)) - 1, first - 1, -1):
+            start, end = words[first].start(), words[last].end()
+            named = text[start:end]
+            if not re.search(r"[^\w\s'/+-]", named) and (entity := canonical(named)).known:  # no name reaches over a comma
+                found.append(Mention(start, end, entity))
+                first = last
+                break
+        first += 1
+    return found
 
 
 def ancestors(name: str) -> tuple[str, ...]:

@@ -15,21 +15,12 @@ from pycocotools import mask as coco
 from mimo_jax.data.images.image import Grid
 from mimo_jax.data.overlay import draw_overlay
 from mimo_jax.data.prompts import Prompts
+from mimo_jax.infer.answers.asked import asked_names, canonical_name, unanswered
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, ConfidenceFeatures
 from mimo_jax.infer.answers.outputs import check_outputs, write_all, write_json
 from mimo_jax.infer.answers.write_masks import write_nifti, write_seg
 
 NO_MASKS = "(no structure is marked in this answer)"
-_ARTICLES = {"a", "an", "the"}
-_OUTER = " \t\r\n.,;:!?\"'()[]"
-
-
-def canonical_name(phrase: str) -> str:
-    """An entity's name normalised for comparison: lower case, no leading article, no outer punctuation, single spaces."""
-    words = " ".join(phrase.casefold().split()).strip(_OUTER).split()
-    while len(words) > 1 and words[0] in _ARTICLES:
-        words = " ".join(words[1:]).strip(_OUTER).split()
-    return " ".join(words)
 
 
 @dataclass
@@ -95,13 +86,23 @@ class Entity:
         }
 
 
+def left_out_notes(question: str, names: list[str], max_segs: int | None) -> list[str]:
+    """The line about structures that were asked for and that the answer leaves out; none if there are no `names`."""
+    if not names:
+        return []
+    too_many = max_segs is not None and len(asked_names(question)) > max_segs
+    why = f"; this model marks {max_segs} structures in one answer at most (max_segs): ask for the others in another question"
+    return [f"(not answered: {', '.join(names)}{why * too_many})"]
+
+
 @dataclass
 class Answer:
     """The answer to one question.
 
     text: the answer without tags. parts: the same text in pieces, in order, {"text"} or {"text", "entity_id"}. truncated: the token
     limit was reached before the end of the answer. image uint8 [H, W, 3], question, prompts: the request, which the overlay shows.
-    grid: the position of the image in the medical file that it comes from. calibrated: whether scores are expected IoUs."""
+    grid: the position of the image in the medical file that it comes from. calibrated: whether scores are expected IoUs. max_segs: the
+    number of structures that an answer of the model's training may mark; None if it is unknown."""
 
     text: str
     parts: list[dict]
@@ -112,17 +113,28 @@ class Answer:
     prompts: Prompts = field(repr=False)
     grid: Grid | None = field(default=None, repr=False)
     calibrated: bool = False
+    max_segs: int | None = None
+
+    @property
+    def unanswered(self) -> list[str]:
+        """Names of the structures that the question asks to be segmented and that the answer neither mentions nor marks."""
+        return unanswered(self.question, self.text, [e.phrase for e in self.entities])
 
     def describe(self) -> str:
-        """The text, with a note if nothing is segmented or the answer was truncated."""
-        notes = [NO_MASKS] * (not self.entities) + ["(cut off at the token limit)"] * self.truncated
-        return "\n".join([self.text, *notes])
+        """The text, with the notes of `notes`."""
+        return "\n".join([self.text, *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What is to be known about the answer, a line each: that nothing is segmented, what is left out and why, that it was cut off."""
+        cut_off = ["(cut off at the token limit)"] * self.truncated
+        return [NO_MASKS] * (not self.entities) + left_out_notes(self.question, self.unanswered, self.max_segs) + cut_off
 
     def to_json(self) -> dict:
         return {
             "text": self.text,
             "parts": self.parts,
             "entities": [e.to_json() for e in self.entities],
+            "unanswered": self.unanswered,
             "truncated": self.truncated,
             "calibrated": self.calibrated,
         }

@@ -123,8 +123,9 @@ class BatchJob:
 
 
 def write_summary(out: Path) -> None:
-    """Write summary.csv from answers.jsonl: one row per segmented structure with the columns COLUMNS, and a row that says so for an answer
-    without masks. box: x0,y0,x1,y1, half-open; slices: the first and the last."""
+    """Write summary.csv from answers.jsonl: one row per segmented structure with the columns COLUMNS, one per structure that was asked
+    for and not answered, and a row that says so for an answer without masks. box: x0,y0,x1,y1, half-open; slices: the first and the
+    last."""
     with disk_errors(out), files.atomic_write(out / SUMMARY) as part:
         with open(out / ANSWERS, encoding="utf-8") as answers, open(part, "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
@@ -134,6 +135,8 @@ def write_summary(out: Path) -> None:
                     head = (answer["id"], answer["image"], turn["question"])
                     entities = turn.get("entities", turn.get("structures"))
                     rows.writerows(_row(*head, entity) for entity in entities)
+                    left_out = [f"{name} (not answered)" for name in turn.get("unanswered", ())]
+                    rows.writerows(map(_cell, (*head, name, *[""] * (len(COLUMNS) - 4))) for name in left_out)
                     if not entities:
                         rows.writerow(map(_cell, (*head, NO_MASKS, *[""] * (len(COLUMNS) - 4))))
 

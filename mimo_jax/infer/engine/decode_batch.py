@@ -210,7 +210,7 @@ class DecodeBatch:
             parts = [{"text": p["text"]} if p["seg"] is None else {"text": p["text"], "entity_id": p["seg"]} for p in pieces]
             truncated = not self.ended[b] and self.stopped[b] is None
             context = (request.question, image.pixels, turn.prompts, image.picture.grid)
-            answer = Answer(text, parts, self.entities[b], truncated, *context, bool(self.calibration))
+            answer = Answer(text, parts, self.entities[b], truncated, *context, bool(self.calibration), self.config.model.max_segs)
             results.append((answer, self._turn_history(b)))
         turn_cache = self.requests[0].cache if self.rows == 1 else None
         if turn_cache:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mimo_jax.config import MODALITIES
 from mimo_jax.data.builder import entities
-from mimo_jax.data.builder.entities import ENTITIES, ancestors, canonical, is_nameless, is_union
+from mimo_jax.data.builder.entities import ENTITIES, ancestors, canonical, is_nameless, is_union, mentions
 from mimo_jax.data.builder.knowledge import KNOWLEDGE
 from mimo_jax.data.builder.readers.label_tables import TOTALSEGMENTATOR
 
@@ -160,3 +160,13 @@ def test_table_travels_with_the_package():
     lines = resources.files("mimo_jax.data.builder").joinpath(entities.TABLE).read_text().splitlines()
     rows = list(csv.reader(line for line in lines if not line.startswith("#")))
     assert {len(row) for row in rows} == {6} and len({row[0] for row in rows}) == len(rows)
+
+
+def test_mentions_of_structures_in_a_text():
+    def named(text):
+        return [(text[m.start : m.end], m.entity.name) for m in mentions(text)]
+
+    assert named("Where are the LUNGS, and a brain tumour?") == [("LUNGS", "lung"), ("brain tumour", "brain tumor")]
+    assert named("the left lung upper lobe") == [("left lung upper lobe", "left lung upper lobe")]
+    assert named("Is it on the left, heart?") == [("heart", "heart")]
+    assert named("What is this?") == named("") == named("请分割肝脏") == []

@@ -1,25 +1,9 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from mimo_jax.infer.answers.answer import Entity, canonical_name
+from mimo_jax.data.prompts import Prompts
+from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import Calibration, ConfidenceFeatures
-
-
-@pytest.mark.parametrize(
-    "phrase, name",
-    [("The Liver.", "liver"), (" the  left \n lung ", "left lung"), ("(cyst),", "cyst"), ("a", "a"), ("", ""), ("A the", "the")],
-)
-def test_canonical_name(phrase, name):
-    assert canonical_name(phrase) == name
-
-
-@given(st.one_of(st.text(max_size=20), st.text("aAthe .,()'", max_size=12)))
-def test_canonical_name_is_idempotent(text):
-    once = canonical_name(text)
-    assert canonical_name(once) == once
-
 
 SURE = ConfidenceFeatures(0.9, 0.9, 0.9, 0.9)
 
@@ -42,3 +26,15 @@ def test_a_score_is_that_of_the_calibration_and_uncertain_below_its_bound():
     half, most = (Entity.of(0, "cyst", mask, ConfidenceFeatures(0.9, 0.9, 0.9, p), fitted) for p in (0.5, 0.99))
     assert half.score == pytest.approx(0.5) and half.uncertain and half.iou == 0.9
     assert most.score == 0.8 and not most.uncertain
+
+
+def test_structures_that_were_asked_for_and_are_left_out_are_named():
+    mask, image = np.ones((4, 4), bool), np.zeros((4, 4, 3), np.uint8)
+    entities = [Entity.of(0, "spleen", mask, SURE), Entity.of(1, "left kidney", mask, SURE)]
+    question, text = "Segment the liver, the spleen and the left kidney.", "The spleen and the left kidney are outlined."
+    answer = Answer(text, [], entities, False, question, image, Prompts(), max_segs=2)
+    assert answer.unanswered == answer.to_json()["unanswered"] == ["liver"]
+    assert "(not answered: liver; this model marks 2 structures in one answer at most (max_segs)" in answer.describe()
+    two = Answer(text, [], entities[:1], False, "Segment the liver and the spleen.", image, Prompts(), max_segs=2)
+    assert two.unanswered == ["liver"] and "(not answered: liver)" in two.describe()
+    assert not Answer(text, [], entities, False, "Segment the spleen.", image, Prompts()).unanswered

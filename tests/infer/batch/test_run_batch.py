@@ -133,15 +133,21 @@ def test_the_table_has_a_row_for_each_structure_and_says_where_there_is_none(tmp
         "uncertain": True,
     }
     empty = {"phrase": "", "entity": "", "box_xyxy": None, "area_px": 0, "score": 0.9, "uncertain": False}
+    nothing = {"question": "Q1", "entities": [], "unanswered": ["spleen"]}
     lines = [
         {"id": "a", "image": "=1+1.png", "question": 'Which, "there"?', "entities": [entity, empty]},
-        {"id": "b", "image": "b.png", "turns": [{"question": "Q1", "entities": []}, {"question": "Q2\nmore", "entities": [entity]}]},
+        {
+            "id": "b",
+            "image": "b.png",
+            "turns": [{"question": "Q1", "entities": [], "unanswered": ["spleen"]}, {"question": "Q2\nmore", "entities": [entity]}],
+        },
     ]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_summary(tmp_path)
     assert [list(row.values()) for row in table(tmp_path)] == [
         ["a", "'=1+1.png", 'Which, "there"?', "'-liver", "liver", "5", "2.5", "1,2,3,4", "", "", "", "0.25", "yes"],
         ["a", "'=1+1.png", 'Which, "there"?', "unnamed", "", "0", "", "", "", "", "", "0.9", "no"],
+        ["b", "b.png", "Q1", "spleen (not answered)", *[""] * 9],
         ["b", "b.png", "Q1", NO_MASKS, *[""] * 9],
         ["b", "b.png", "Q2\nmore", "'-liver", "liver", "5", "2.5", "1,2,3,4", "", "", "", "0.25", "yes"],
     ]

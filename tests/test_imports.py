@@ -132,7 +132,7 @@ def test_every_library_that_the_package_imports_is_declared():
     setup = (ROOT / "setup.py").read_text()
     core, medical = (set(re.findall(r'"([\w-]+)>=', setup.split(start)[1].split("]")[0])) for start in ("CORE = [", '"medical": ['))
     names = {"PIL": "pillow", "orbax": "orbax-checkpoint", "ml_collections": "ml-collections", "absl": "absl-py", "google": "protobuf"}
-    names["tensorflow_datasets"] = "tensorflow-datasets"
+    names |= {"tensorflow_datasets": "tensorflow-datasets", "rouge_score": "rouge-score"}
     later = core | medical | {"jaxlib", "wandb"}  # what runs later may come with an extra
     for deep, declared in ((False, core | {"jaxlib"}), (True, later)):
         imported = {name.split(".")[0] for path in sources("mimo_jax") for name in imports(path, deep)}

@@ -31,7 +31,7 @@ from mimo_jax.data.schema import Record, Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.eval import scoring
-from mimo_jax.eval.accumulator import Accumulator, GroundTruth, ground_truths
+from mimo_jax.eval.accumulator import Accumulator, GroundTruth, SampleResult, ground_truths
 from mimo_jax.eval.baselines import fit_baselines
 from mimo_jax.eval.report import make_report, table, write_comparison
 from mimo_jax.eval.selection import ConcatSource, select_samples, windows_of
@@ -274,6 +274,7 @@ def _score(
     extra = item.ablate != ablate
     if not extra:
         results.samples[sample.perspective] += 1
+        results.scored.append(SampleResult(sample.sample_id, record.group, scoring.digest(record, sample)))
     if sample.perspective == "vqa":
         scoring.score_vqa(record, sample, item.answers, extra, results)
         return

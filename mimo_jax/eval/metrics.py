@@ -9,19 +9,13 @@ sum of intersections / sum of unions), so one `ratio` and one bootstrap, `bootst
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata, spearmanr
-
-_ARTICLES = {"a", "an", "the"}
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_NUMBER_OF = {word: str(value) for value, word in enumerate(_NUMBERS)}
-_YES_NO = {"yes": "yes", "no": "no"}
-
 
 # --- masks -----------------------------------------------------------------------------------------------------------
 
@@ -49,17 +43,13 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def match(
-    true_names: Sequence[str],
-    true_masks: Sequence[np.ndarray],
-    pred_names: Sequence[str],
-    pred_masks: Sequence[np.ndarray],
-    by_name: bool = True,
+    true_names: Sequence[str], pred_names: Sequence[str], ious: Sequence[Sequence[float]], by_name: bool = True
 ) -> list[tuple[int | None, float]]:
-    """Which prediction of a turn answers each true entity: T pairs (index of the prediction or None, IoU).
+    """Which prediction of a turn answers each true entity: T pairs (index of the prediction or None, IoU). ious: [T][P].
 
     Only equal canonical names can match; several of a name are assigned one to one so that their summed IoU is
     greatest. `by_name=False` (perspective II, whose single target is not named in the question) lets any prediction
-    match. An entity without a prediction has IoU 0; unmatched predictions are not penalised here but in `f1`.
+    match. An entity without a prediction has IoU 0; predictions that are left over do not count here.
     """
     pairs: list[tuple[int | None, float]] = [(None, 0.0)] * len(true_names)
     for name in dict.fromkeys(true_names) if by_name else [None]:
@@ -67,10 +57,41 @@ def match(
         cols = [j for j, n in enumerate(pred_names) if name is None or n == name]
         if not cols or not rows:
             continue
-        values = np.array([[iou(true_masks[i], pred_masks[j]) for j in cols] for i in rows])
+        values = np.array([[ious[i][j] for j in cols] for i in rows])
         for r, c in zip(*linear_sum_assignment(values, maximize=True), strict=True):
             pairs[rows[r]] = (cols[c], float(values[r, c]))
     return pairs
+
+
+def strict_match(true_names: Sequence[str], pred_names: Sequence[str], ious: Sequence[Sequence[float]]) -> tuple[list[float], int]:
+    """(IoUs of the one-to-one pairs, number of masks that are in no pair: missed entities and extra predictions).
+
+    A pair has equal names, in perspective II as well, and an IoU above 0."""
+    pairs = [value for _, value in match(true_names, pred_names, ious) if value > 0]
+    return pairs, len(true_names) + len(pred_names) - 2 * len(pairs)
+
+
+def count_pairs(true_names: Sequence[str], pred_names: Sequence[str], ious: Sequence[Sequence[float]], threshold: float = 0.5) -> int:
+    """The greatest number of one-to-one pairs with equal names and an IoU of at least `threshold`."""
+    allowed = np.array([[t == p and ious[i][j] >= threshold for j, p in enumerate(pred_names)] for i, t in enumerate(true_names)])
+    return int(allowed[linear_sum_assignment(allowed, maximize=True)].sum()) if allowed.size else 0
+
+
+def match_instances(instances: Iterable[np.ndarray], predicted: Sequence[np.ndarray]) -> tuple[float, int, int, int]:
+    """(summed IoU of the pairs, tp, fp, fn) of the true instances of an entity, bool [H, W] each, and of the 8-connected components of
+    the masks predicted for it. A pair has an IoU above 0.5, so that it is unique unless instances overlap (panoptic quality,
+    arXiv 1801.00868); then the summed IoU is greatest."""
+    labelled = [ndimage.label(mask, np.ones((3, 3))) for mask in predicted]
+    areas = np.concatenate([np.zeros(0, int), *(np.bincount(labels.ravel(), minlength=n + 1)[1:] for labels, n in labelled)])
+    rows = []
+    for instance in instances:
+        shared = np.concatenate([np.zeros(0, int), *(np.bincount(labels[instance], minlength=n + 1)[1:] for labels, n in labelled)])
+        rows.append(shared / (np.count_nonzero(instance) + areas - shared))
+    ious = np.array(rows).reshape(len(rows), len(areas))
+    ious[ious <= 0.5] = 0
+    pairs = ious[linear_sum_assignment(ious, maximize=True)]
+    tp = int(np.count_nonzero(pairs))
+    return float(pairs.sum()), tp, len(areas) - tp, len(rows) - tp
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -88,39 +109,6 @@ def f1(tp: float, fp: float, fn: float) -> float:
     return ratio(2 * tp, 2 * tp + fp + fn)
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
-
-
-def closed_answer(text: str, choices: Sequence[str] = ()) -> str:
-    """The short answer in a sentence, for comparison by equality.
-
-    With `choices`: the choice that the text contains as complete words (the longest if one contains another); "" if there are
-    none or several. Otherwise the first yes or no; else the first number, including number words up to twelve; else the full
-    text without articles and punctuation.
-    """
-    words = [_NUMBER_OF.get(w, w) for w in re.findall(r"[^\W_]+(?:[.'-][^\W_]+)*", text.casefold()) if w not in _ARTICLES]
-    plain = f" {' '.join(words)} "
-    if choices:
-        found = [c for c in dict.fromkeys(closed_answer(c) for c in choices) if f" {c} " in plain]
-        found = [c for c in found if not any(c != other and f" {c} " in f" {other} " for other in found)]
-        return found[0] if len(found) == 1 else ""
-    for word in words:
-        if word in _YES_NO:
-            return _YES_NO[word]
-    for word in words:
-        if re.fullmatch(r"\d+(\.\d+)?", word):
-            return word
-    return plain.strip()
-
-
-def closed_correct(text: str, references: Sequence[str], choices: Sequence[str] = ()) -> bool:
-    """True if the short answer in `text` equals that in any reference (normalised exact match). References that are missing from
-    `choices` are added to them."""
-    choices = [*choices, *references] if choices else ()
-    given = closed_answer(text, choices)
-    return bool(given) and any(given == closed_answer(r, choices) for r in references)
-
-
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +122,11 @@ def expected_calibration_error(scores: Sequence[float], values: Sequence[float],
     values = (np.bincount(same, weights=values) / np.bincount(same))[same]
     parts = np.array_split(np.argsort(scores), bins)
     return float(np.mean([abs(scores[part].mean() - values[part].mean()) for part in parts]))
+
+
+def brier(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """Mean squared difference of score and outcome (1 if positive, else 0); nan without items."""
+    return ratio((np.asarray(scores, float) - np.asarray(positive, float)) ** 2, np.ones(len(scores)))
 
 
 def spearman(scores: Sequence[float], values: Sequence[float]) -> float:
@@ -176,12 +169,20 @@ def bootstrap_ci(
     """
     if not len(clusters) or not np.sum(denominator):
         return float("nan"), float("nan")
-    names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    above = np.bincount(index, weights=np.asarray(numerator, float), minlength=len(names))
-    below = np.bincount(index, weights=np.asarray(denominator, float), minlength=len(names))
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)  # [draws, C]
+    counts, index = cluster_draws(clusters, draws, seed)
+    above, below = (np.bincount(index, weights=np.asarray(part, float)) for part in (numerator, denominator))
     sums = counts @ below
-    values = (counts @ above)[sums > 0] / sums[sums > 0]
+    return percentiles((counts @ above)[sums > 0] / sums[sums > 0], level)
+
+
+def cluster_draws(clusters: Sequence[str], draws: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(how often each cluster is drawn [draws, C], the cluster of each item [items]) for a bootstrap over whole clusters."""
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws), index
+
+
+def percentiles(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The interval that holds the middle `level` of the bootstrapped values."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

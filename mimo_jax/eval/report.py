@@ -20,20 +20,20 @@ from mimo_jax.infer.answers.answer import Answer
 
 _SCORE = {  # column heading in the block of confidence scores -> key of its value
     "ECE": "expected_calibration_error",
-    **{name: name for name in ("spearman", "auroc", "below", "precision", "recall")},
+    **{name: name for name in ("brier", "spearman", "auroc", "below", "precision", "recall")},
 }
 
 
 def make_report(results: Accumulator) -> dict:
     """The metrics as plain JSON values; None if there was nothing to measure."""
     values, intervals = compute_metrics(results)
-    rows = (*results.entities, *results.closed_ended, *(a for a in results.abstentions if a.no_target))
     counts = {
         "samples": {p: results.samples[p] for p in PERSPECTIVES},
         "entities": {p: sum(e.perspective == p for e in results.entities) for p in GROUNDED},
         "no_target": sum(a.no_target for a in results.abstentions),
         "vqa_closed": len(results.closed_ended),
-        "groups": len({row.group for row in rows}),
+        "vqa_open": len(results.open_ended),
+        "groups": len({row.group for row in results.scored}),
         "unusable": len(results.unusable),
     }
     return {**values, "intervals": intervals, "n": counts, "unusable": results.unusable, "conventions": conventions()}

@@ -2,7 +2,7 @@
 
 train-00000-of-00003.array_record   records of one split, one per ArrayRecord group: a random read takes 0.07 ms
 train.samples.array_record          only the samples of the same records, so that texts can be read without images
-train.index.npz                     per record: id, group; per sample: perspective, words, bytes of text
+train.index.npz                     per record: id, group; per sample: perspective, words, bytes of text, user turns
 dataset_info.json                   counts, licences, SHA-256 of every file, and information about the builder
 """
 
@@ -44,15 +44,18 @@ class Index:
     perspective: np.ndarray  # int8 [m], index into config.PERSPECTIVES
     words: np.ndarray  # int32 [m], of all turns
     text_bytes: np.ndarray  # int32 [m], UTF-8; no text has more tokens than bytes
+    turns: np.ndarray  # int32 [m], user turns
 
     def save(self, path: Path) -> None:
         np.savez(path, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
     @staticmethod
     def load(path: Path) -> Index:
+        """Raises DataError if the file cannot be read. In an index of an earlier version, which has no turns, they are all -1."""
         try:
             with np.load(path, allow_pickle=False) as columns:
-                return Index(**{f.name: columns[f.name] for f in dataclasses.fields(Index)})
+                earlier = {} if "turns" in columns else {"turns": np.full(len(columns["words"]), -1, np.int32)}
+                return Index(**earlier, **{f.name: columns[f.name] for f in dataclasses.fields(Index) if f.name not in earlier})
         except (OSError, KeyError, ValueError, EOFError) as error:
             raise DataError(f"{path}: index cannot be read ({error}); build the dataset again") from None
 
@@ -68,7 +71,7 @@ class IndexBuilder:
     ids: list[str] = dataclasses.field(default_factory=list)
     groups: list[str] = dataclasses.field(default_factory=list)
     num_samples: list[int] = dataclasses.field(default_factory=list)  # per record
-    sample_rows: list[list[int]] = dataclasses.field(default_factory=list)  # per sample: perspective, words, bytes of text
+    sample_rows: list[list[int]] = dataclasses.field(default_factory=list)  # per sample: perspective, words, bytes of text, user turns
 
     def add(self, record_id: str, group: str, samples: list[Sample]) -> None:
         self.ids.append(record_id)
@@ -77,14 +80,14 @@ class IndexBuilder:
         for sample in samples:
             texts = [turn.text for turn in sample.turns]
             words, text_bytes = sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts)
-            self.sample_rows.append([PERSPECTIVES.index(sample.perspective), words, text_bytes])
+            self.sample_rows.append([PERSPECTIVES.index(sample.perspective), words, text_bytes, len(texts) // 2])
 
     def extend(self, other: IndexBuilder) -> None:
         for field in dataclasses.fields(self):
             getattr(self, field.name).extend(getattr(other, field.name))
 
     def build(self) -> Index:
-        columns = np.array(self.sample_rows, np.int64).reshape(-1, 3).T
+        columns = np.array(self.sample_rows, np.int64).reshape(-1, 4).T
         return Index(
             ids=np.array([record_id.encode() for record_id in self.ids], np.bytes_),
             groups=np.array([group.encode() for group in self.groups], np.bytes_),
@@ -92,6 +95,7 @@ class IndexBuilder:
             perspective=columns[0].astype(np.int8),
             words=columns[1].astype(np.int32),
             text_bytes=columns[2].astype(np.int32),
+            turns=columns[3].astype(np.int32),
         )
 
 
@@ -229,6 +233,11 @@ def read_info(path: str | os.PathLike) -> dict:
         raise DataError(f"{Path(path) / INFO}: cannot be read ({error}); copy or build the dataset again") from None
 
 
+def samples_digest(path: str | os.PathLike, split: str) -> str:
+    """The recorded SHA-256 of the samples of a split. Raises DataError as `read_info` does."""
+    return next(entry["sha256"] for entry in read_info(path)["splits"][split]["files"] if entry["file"].startswith(f"{split}.samples"))
+
+
 def damaged_files(path: str | os.PathLike) -> list[str]:
     """One line for each file of a record folder that is missing or whose SHA-256 differs from the recorded one. Reads every byte."""
     problems, info = [], read_info(path)
@@ -283,12 +292,15 @@ class RecordFolder:
 
     def samples(self, position: int) -> list[Sample]:
         """The samples of one record, without its image."""
-        position = self._checked(position)
+        return self.samples_of([position])[0]
+
+    def samples_of(self, positions: Sequence[int]) -> list[list[Sample]]:
+        """The samples of several records, without their images, in one read."""
+        positions = [self._checked(position) for position in positions]
         try:
-            rows = msgpack.unpackb(self._samples[position])
-            return [Sample(**{**s, "turns": [Turn(**t) for t in s["turns"]], "targets": [Target(**t) for t in s["targets"]]}) for s in rows]
+            return [_samples(data) for data in self._samples.__getitems__(positions)]
         except Exception as error:
-            where = f"{self.path}/{self.split}.samples.array_record, record {position}"
+            where = f"{self.path}/{self.split}.samples.array_record, records {positions[0]} … {positions[-1]}"
             raise DataError(f"{where}: cannot be read ({_first_line(error)}); copy or build the dataset again") from error
 
     def _checked(self, position: int) -> int:
@@ -296,6 +308,11 @@ class RecordFolder:
         if not 0 <= position < len(self):
             raise IndexError(f"{self.path}: record {position} of {len(self)}")
         return position
+
+
+def _samples(data: bytes) -> list[Sample]:
+    rows = msgpack.unpackb(data)
+    return [Sample(**{**s, "turns": [Turn(**t) for t in s["turns"]], "targets": [Target(**t) for t in s["targets"]]}) for s in rows]
 
 
 def open_records(path: str | os.PathLike, split: str) -> RecordFolder:

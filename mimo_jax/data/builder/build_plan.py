@@ -19,7 +19,7 @@ from mimo_jax.data.builder.question_generation import QuestionGeneration
 from mimo_jax.data.builder.splits import SHARES, NearDuplicates, check_shares, split_groups
 from mimo_jax.data.records import SHARD_BYTES, DataError
 
-BUILDER_VERSION = "1.0"  # increased whenever the same items would give different records
+BUILDER_VERSION = "1.1"  # increased whenever the same items would give different records or another index
 WARNINGS, NEAR_DUPLICATES = "warnings.jsonl", "near_duplicates.jsonl"
 DUPLICATES = ("error", "group", "drop")
 QA = ("templates", "llm")

@@ -106,5 +106,7 @@ def _fits(index: Index, i: int, record: Record) -> bool:
     own = dataclasses.asdict(builder.build())
     part = slice(index.first[i], index.first[i + 1])
     stored = {"ids": index.ids[i : i + 1], "groups": index.groups[i : i + 1]}
-    stored |= {name: getattr(index, name)[part] for name in ("perspective", "words", "text_bytes")}
+    stored |= {name: getattr(index, name)[part] for name in ("perspective", "words", "text_bytes", "turns")}
+    if (stored["turns"] < 0).all():  # an index of an earlier version
+        del stored["turns"]
     return all(np.array_equal(own[name], values) for name, values in stored.items())

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,17 +23,14 @@ import numpy as np
 from absl import flags
 
 from mimo_jax.config import PERSPECTIVES, Config
-from mimo_jax.data.conversation import encode_user_turn, render
-from mimo_jax.data.loading.collate import (
-    smallest_bucket,
-    stack_batch,
-)
+from mimo_jax.data.loading.collate import smallest_bucket, stack_batch
 from mimo_jax.data.loading.example_builder import ExampleBuilder, SampledImage
 from mimo_jax.data.loading.features import open_features
 from mimo_jax.data.loading.sources import Manifest
+from mimo_jax.data.loading.split_conversations import split_conversations
+from mimo_jax.data.loading.token_counts import token_counts
 from mimo_jax.data.records import DataError, RecordFolder
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.errors import UserError
 
 _REPORT = "unusable"  # key of a batch under which the process that made it reports unusable samples
 _IMAGES_AHEAD = 64  # maximum number of images that are made in advance
@@ -44,7 +42,9 @@ def make_loader(
     """An endless iterator of batches. sources: by name, from `open_sources`; local_images: the indices, ascending, of those of the N images
     of every global batch that this process makes; None: all.
 
-    Raises DataError for a perspective with a weight that no source has."""
+    Conversations of more than `model.max_turns` user turns become several samples. Raises DataError for a perspective with a weight that
+    no source has."""
+    sources = {name: split_conversations(source, config.model.max_turns) for name, source in sources.items()}
     order = GlobalOrder(config, tokenizer, sources)
     builder = ExampleBuilder(config, tokenizer, list(sources.values()))
     return Loader(_BatchSource(order, builder, range(order.images) if local_images is None else local_images))
@@ -54,8 +54,8 @@ class Loader:
     """Iterator of batches (dicts of arrays, with K samples of each image that this process makes).
 
     state() -> {"batch": number of the next global batch}; restore(state) resumes there, bit-identically.
-    bad: {"record", "sample", "reason"} of every unusable sample so far; its place in a batch is filled with padding of
-    weight 0. Raises DataError if more than the fraction `train.max_bad_samples` of all samples is unusable.
+    bad: {"record", "sample", "reason"} of every unusable sample that this process met so far; its place in a batch is filled with padding
+    of weight 0. total: number of samples that batches are drawn from.
     """
 
     def __init__(self, batches: _BatchSource):
@@ -74,6 +74,10 @@ class Loader:
     def bad(self) -> list[dict]:
         return list(self._bad.values())
 
+    @property
+    def total(self) -> int:
+        return self._batches.order.total
+
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
@@ -85,7 +89,7 @@ class Loader:
         else:
             batch = next(self._iterator)
         self._next += 1
-        self._count(json.loads(batch.pop(_REPORT).tobytes()))
+        self._bad.update((row["sample"], row) for row in json.loads(batch.pop(_REPORT).tobytes()))
         return batch
 
     def state(self) -> dict[str, int]:
@@ -118,16 +122,6 @@ class Loader:
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
         return iter(batches)
 
-    def _count(self, rows: list[dict]) -> None:
-        self._bad.update((row["sample"], row) for row in rows)
-        config, total = self._batches.order.config, self._batches.order.total
-        if len(self._bad) > config.train.max_bad_samples * total:
-            shown = "; ".join(row["reason"] for row in self.bad[:3])
-            raise DataError(
-                f"{len(self._bad)} of {total} samples are unusable, more than config.train.max_bad_samples "
-                f"({config.train.max_bad_samples:g}): {shown}"
-            )
-
 
 @contextlib.contextmanager
 def _absl_flags_readable() -> Iterator[None]:
@@ -146,13 +140,13 @@ class GlobalOrder:
     """The endless global sequence of images, divided into batches of one bucket each."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: dict[str, RecordFolder | Manifest]):
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
         self.sources = list(sources.values())
         self.images = config.data.batch_size // config.data.samples_per_image
         self.sequence, self.total = _mixture(config, sources)
-        self._lengths = [np.zeros(len(source.index.perspective), np.int32) for source in self.sources]  # 0: not yet known
-        self._overhead = _overhead(config, tokenizer)
+        self._lengths = [token_counts(source, tokenizer, config) for source in self.sources]
         self._windows: dict[int, list[tuple[int, list[SampledImage]]]] = {}
+        self._lock = threading.Lock()  # held while a window is made, so that several threads make it once
 
     def batch(self, number: int) -> tuple[int, list[SampledImage]]:
         """(bucket, N images) of a global batch.
@@ -161,11 +155,11 @@ class GlobalOrder:
         they stay mixed), and the batches are shuffled: the images are the same, but few batches need a long bucket."""
         window = self.config.data.length_grouping if len(self.config.buckets()) > 1 else 1
         at, within = divmod(number, window)
-        if at not in self._windows:
-            made = self._window(at, window)
-            self._windows = {key: value for key, value in self._windows.items() if abs(key - at) < 4} | {at: made}
-            return made[within]
-        return self._windows[at][within]
+        with self._lock:
+            if at not in self._windows:
+                made = self._window(at, window)
+                self._windows = {key: value for key, value in self._windows.items() if abs(key - at) < 4} | {at: made}
+            return self._windows[at][within]
 
     def _window(self, at: int, window: int) -> list[tuple[int, list[SampledImage]]]:
         size = window * self.images
@@ -176,25 +170,16 @@ class GlobalOrder:
         return [(int(needs[row].max()), [sampled[i] for i in row]) for row in rows]
 
     def _bucket(self, image: SampledImage) -> int:
-        """The smallest bucket for its samples. Texts are not tokenised if even one token per byte would fit in the first bucket."""
+        """The smallest bucket for its samples."""
+        places = self.sources[image.source].index.first[image.record] + np.array(image.samples)
         buckets = self.config.buckets()
-        if len(buckets) == 1:
-            return buckets[0]
-        index, lengths = self.sources[image.source].index, self._lengths[image.source]
-        places = index.first[image.record] + np.array(image.samples)
-        if index.text_bytes[places].max() + self._overhead <= buckets[0]:
-            return buckets[0]
-        if not lengths[places].all():
-            samples = self.sources[image.source].samples(image.record)
-            for place, number in zip(places, image.samples, strict=True):
-                try:
-                    lengths[place] = len(render(samples[number], self.tokenizer, self.config).input_ids)
-                except UserError:  # the sample will be replaced by padding
-                    lengths[place] = 1
-        return smallest_bucket(int(lengths[places].max()), buckets)
+        return smallest_bucket(int(self._lengths[image.source][places].max()), buckets) if len(buckets) > 1 else buckets[0]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_windows": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_windows", "_lock")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _windows={}, _lock=threading.Lock())
 
 
 def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tuple[grain.MapDataset, int]:
@@ -287,14 +272,6 @@ class _SampleGroup(grain.transforms.RandomMap):
         candidates = np.flatnonzero(self.perspectives[self.first[record] : self.first[record + 1]] == self.perspective)
         picked = candidates[(group * self.group_size + np.arange(self.group_size)) % len(candidates)]
         return SampledImage(source, record, tuple(picked.tolist()), int(rng.integers(2**62)))
-
-
-def _overhead(config: Config, tokenizer: Tokenizer) -> int:
-    """Upper bound on the tokens of a sample in addition to one per byte of its texts."""
-    # A question of one letter is used, because after an image token the "▁" before the question is a separate token.
-    turns = [len(encode_user_turn(tokenizer, config, "?", turn, turn == 0)[0]) for turn in range(config.model.max_turns)]
-    grounding = len(config.model.grounding_tokens()) * config.model.max_segs
-    return sum(turns) + 2 * len(turns) + grounding  # "▁" and </s> of each answer
 
 
 class _BatchSource:

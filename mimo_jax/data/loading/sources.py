@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -120,6 +120,10 @@ class Manifest:
     def samples(self, position: int) -> list[Sample]:
         """The samples of one record, without its image."""
         return self._records[position].samples
+
+    def samples_of(self, positions: Sequence[int]) -> list[list[Sample]]:
+        """The samples of several records, without their images."""
+        return [self._records[position].samples for position in positions]
 
     def _load(self, line: dict, outline: Record) -> Record | str:
         """The record without image bytes and samples, or the reason why it is unusable."""

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from scipy.sparse import csr_array
 from scipy.special import ndtri
 
+from mimo_jax.data.mask_levels import MaskLevelsError, pixels_in_mask
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, sam_frame, vision_frame
 from mimo_jax.model_config import ModelConfig
@@ -27,7 +28,6 @@ _LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: JPEG of a phone, followed by a second i
 _COLOUR = ("LA", "RGB", "RGBA")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MAX_FULL_RESIZE = 64  # maximum ratio of content to frame side at which an image is resized before it is cropped
-_MAX_LABELS = 8  # a lossless mask with more grey levels than this is a soft edge or decoded JPEG, not a label map
 
 
 class ImageError(UserError):
@@ -60,27 +60,33 @@ def decode_image(
     return np.array(image.convert("RGB"))
 
 
-def decode_mask(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndarray:
+def decode_mask(source: bytes | str | os.PathLike, *, threshold: float | None = None, name: str = "") -> np.ndarray:
     """Encoded bytes or a path -> bool [H, W].
 
-    Pixels in the mask are, in palette files: index != 0, whatever the colour of 0; in lossy files, and lossless ones with many grey levels
-    (soft edges, a decoded JPEG): values of at least 128; in others: nonzero values in any channel. Raises ImageError.
-    """
+    Pixels in the mask are, in palette files: index != 0, whatever the colour of 0; in others: those that `pixels_in_mask` takes of the
+    grey levels, or of the largest channel; threshold: the least value in the mask. Raises ImageError, also for levels that may be
+    ids or soft edges."""
     image, name = _open(source, name)
-    if image.mode in ("P", "1") or image.mode.startswith(("I", "F")):
-        return np.nan_to_num(np.asarray(image)) != 0
+    lossy = image.format in _LOSSY
+    if image.mode in ("P", "1"):
+        return np.asarray(image) != 0
     if image.mode == "PA":
         return np.asarray(image.getchannel("P")) != 0
     if "A" in image.getbands():
         image = image.convert("RGBA")
+        alpha = image.getchannel("A")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-    elif image.mode not in ("L", "RGB"):
+        if image.getbbox() is None and alpha.getextrema()[0] == 0:  # black on a transparent ground
+            image = alpha
+    elif image.mode not in ("L", "RGB") and not image.mode.startswith(("I", "F")):
         image = image.convert("RGB")
-    values = np.asarray(image)
+    values = np.nan_to_num(np.asarray(image))
     if values.ndim == 3:
         values = values.max(2)
-    soft = image.format in _LOSSY or np.count_nonzero(Image.fromarray(values).histogram()) > _MAX_LABELS
-    return values >= 128 if soft else values != 0
+    try:
+        return pixels_in_mask(values, lossy, threshold)
+    except MaskLevelsError as error:
+        raise ImageError(f"{name}: {error}") from None
 
 
 def decode_labels(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndarray:

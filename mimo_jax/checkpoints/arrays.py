@@ -122,19 +122,17 @@ def files_read(folder: Path, wanted: dict[str, Any]) -> Callable[[str], bool]:
     return lambda name: name in needed or not re.search(r"/c(/\d+)*$", name)
 
 
-def on_first_process(tree: dict, place: Callable[[dict], Any] | None = None) -> dict | None:
-    """Arrays (nested dict) of which several processes hold parts -> the same arrays on devices of process 0, None in the others. All
-    processes must call this; the arrays are gathered one by one in the host memory of each. place: as in `with_shardings`."""
+def on_every_process(tree: dict, place: Callable[[dict], Any] | None = None) -> dict:
+    """Arrays (nested dict) of which several processes hold parts -> the same arrays on devices of each process. All processes must call
+    this; the arrays are gathered one by one in the host memory of each. place: as in `with_shardings`, with devices of this process."""
     if jax.process_count() == 1:
         return tree
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     wanted = pathtree.flatten(with_shardings(abstract, place))
     gathered = {}
     for path, leaf in pathtree.flatten(tree).items():
-        value = storage.gather_to_host(leaf)
-        if jax.process_index() == 0:
-            gathered[path] = jax.device_put(value, wanted[path].sharding)
-    return pathtree.unflatten(gathered) if jax.process_index() == 0 else None
+        gathered[path] = jax.device_put(storage.gather_to_host(leaf), wanted[path].sharding)
+    return pathtree.unflatten(gathered)
 
 
 # --- trees by name

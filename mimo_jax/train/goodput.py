@@ -104,7 +104,7 @@ class Goodput:
             if torn:  # the process was killed while writing a line; the next event must start on a new one
                 self.file.write("\n")
         self.step = self.first = step
-        self.total = total
+        self.total, self.stopped = total, False  # stopped: the run was asked to stop
         self.since = self.wait = self.compile = self.paused = 0.0
         self.lengths: set[int] = set()
         self._record("start", at=began, step=step)
@@ -147,7 +147,7 @@ class Goodput:
     def __exit__(self, failed: type[BaseException] | None, *_) -> None:
         if self.step > self.first:
             self.interval()
-        reason = failed.__name__ if failed else "stopped" if self.step < self.total else "done"
+        reason = failed.__name__ if failed else "stopped" if self.stopped or self.step < self.total else "done"
         self._record("stop", step=self.step, reason=reason)
         if self.file:
             self.file.close()

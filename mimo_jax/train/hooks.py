@@ -29,32 +29,17 @@ class StepInfo:
 
 @dataclass
 class Save:
-    """Saves a checkpoint every `every` steps and at the end."""
+    """Saves a checkpoint every n steps, for each n of `every` (0: never), and at the end."""
 
     checkpoints: Checkpoints
-    every: int
+    every: tuple[int, ...]
     goodput: Goodput
 
     def __call__(self, info: StepInfo) -> None:
-        if info.step % self.every == 0 or info.last:
+        if info.last or any(every and info.step % every == 0 for every in self.every):
             with self.goodput.during("save"):
                 self.checkpoints.save(info.step, info.state, info.position())
 
     def close(self) -> None:
         with self.goodput.during("save"):
             self.checkpoints.wait()
-
-
-@dataclass
-class Periodic:
-    """Calls `run(info)` every `every` steps (0: never)."""
-
-    every: int
-    run: Callable[[StepInfo], None]
-
-    def __call__(self, info: StepInfo) -> None:
-        if self.every and info.step % self.every == 0 and not info.last:
-            self.run(info)
-
-    def close(self) -> None:
-        pass

@@ -6,13 +6,12 @@ bit-identical to that of an uninterrupted run.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from mimo_jax import distributed, files, pathtree, sharding
 from mimo_jax.analysis import run_summary
-from mimo_jax.checkpoints import arrays, checkpoint, frozen_params, loading
+from mimo_jax.checkpoints import checkpoint, frozen_params, loading
 from mimo_jax.checkpoints.checkpoint import CheckpointError, Checkpoints
 from mimo_jax.config import Config, ConfigError
 from mimo_jax.data import conversation
@@ -31,16 +30,16 @@ from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mimo_jax.distributed import PreemptionGuard
 from mimo_jax.errors import EXIT_OK, EXIT_TEMPFAIL, config_path
-from mimo_jax.eval import calibrate, evaluate
-from mimo_jax.eval.calibrate import UNCALIBRATED, Calibration
 from mimo_jax.models import llama, mimo
 from mimo_jax.train import global_batch
+from mimo_jax.train.evaluations import Evaluations
 from mimo_jax.train.goodput import Goodput
 from mimo_jax.train.guard import NonFiniteGuard
-from mimo_jax.train.hooks import Periodic, Save, StepInfo
+from mimo_jax.train.hooks import Save, StepInfo
 from mimo_jax.train.metrics import Metrics
 from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.step import make_step
+from mimo_jax.train.unusable import UnusableSamples
 from mimo_jax.train.writers import MetricWriters, check_writers
 
 
@@ -50,11 +49,23 @@ def train(config: Config, workdir: str | Path) -> int:
 
     Raises UserError subclasses (exit 2) before any work if the config, the data or a checkpoint cannot be used."""
     began = time.time()
+    stop = PreemptionGuard()
+    try:
+        return _train(config, workdir, began, stop)
+    finally:
+        distributed.send_heartbeat(0)
+        stop.restore()
+
+
+def _train(config: Config, workdir: str | Path, began: float, stop: PreemptionGuard) -> int:
+    if any(distributed.gather(stop.requested())):
+        print("stopped before anything was done; run the same command again", file=sys.stderr)
+        return EXIT_TEMPFAIL
     resumed = prepare(config, workdir)
     run_summary.print_summary(resumed.setup, resumed.sources, resumed.checkpoints.workdir, resumed.first)
     workdir, first, total = resumed.checkpoints.workdir, resumed.first, config.train.steps
     with Goodput(workdir, began, first, total, resumed.restored) as goodput, MetricWriters(config, workdir, first) as writers:
-        code = run_steps(resumed, goodput, writers)
+        code = run_steps(resumed, goodput, writers, stop)
     print(goodput.summary())
     return code
 
@@ -103,43 +114,42 @@ def prepare(config: Config, workdir: str | Path) -> ResumedTraining:
     return ResumedTraining(setup, state, frozen, loader, tokenizer, sources, checkpoints, _num_steps_done(loader), restored)
 
 
-def run_steps(resumed: ResumedTraining, goodput: Goodput, writers: MetricWriters) -> int:
-    """Run all remaining steps, then the final calibration and evaluation; returns the exit code."""
-    setup, frozen, loader, workdir = resumed.setup, resumed.frozen, resumed.loader, resumed.checkpoints.workdir
+def run_steps(resumed: ResumedTraining, goodput: Goodput, writers: MetricWriters, stop: PreemptionGuard) -> int:
+    """Run all remaining steps and evaluations, then the final calibration and evaluation; returns the exit code. A request to stop is
+    followed before the first step, after each step, and within an evaluation; what was interrupted is made up by the same command."""
+    setup, frozen, loader, checkpoints = resumed.setup, resumed.frozen, resumed.loader, resumed.checkpoints
     config = setup.config
-
-    def evaluate_with(state: dict, work: Callable[[dict], None]) -> None:
-        with goodput.during("evaluate"):
-            _with_params(setup, state, frozen, work)
-
-    def evaluate_at(info: StepInfo) -> None:
-        evaluate_with(info.state, lambda params: _evaluate(config, params, resumed.tokenizer, workdir, info.step, writers))
-
-    hooks = [
-        NonFiniteGuard(config.train, resumed.checkpoints, loader.records),
-        Metrics(config, goodput, writers),
-        Save(resumed.checkpoints, config.train.checkpoint_every, goodput),
-        Periodic(config.train.eval_every, evaluate_at),
-    ]
-    stop = PreemptionGuard()
-    info = None
+    evaluations = Evaluations(setup, frozen, resumed.tokenizer, checkpoints, goodput, writers, stop)
+    guard, metrics = NonFiniteGuard(config.train, checkpoints, loader.records), Metrics(config, goodput, writers)
+    unusable = UnusableSamples(config.train, loader, checkpoints.workdir / "bad_samples.jsonl")
+    save = Save(checkpoints, (config.train.checkpoint_every, config.train.eval_every), goodput)
+    state, done = resumed.state, resumed.first
+    last = ExitStack()  # from the last step on
     try:
-        for info in steps(setup, resumed.state, frozen, loader, stop, config.train.steps):
-            for hook in hooks:
-                hook(info)
+        stopped = any(distributed.gather(stop.requested()))
+        if done < config.train.steps and not stopped:
+            stopped = not evaluations.at(done, state)  # one that was interrupted
+        if done < config.train.steps and not stopped:
+            for info in steps(setup, state, frozen, loader, stop, config.train.steps):
+                if info.last:
+                    last.enter_context(stop.last_save())
+                for hook in (guard, metrics, unusable, save):
+                    hook(info)
+                state, done = info.state, info.step
+                if not info.last and not evaluations.at(done, state):
+                    metrics.flush()
+                    break
+            stopped = done < config.train.steps
     finally:
         distributed.send_heartbeat(0)
-        stop.restore()
-        for hook in hooks:
-            hook.close()
-        loader.close()
-    _write_bad_samples(workdir / "bad_samples.jsonl", loader.bad)
-    done = _num_steps_done(loader)
-    if done < config.train.steps:
+        with last:
+            for hook in (guard, metrics, unusable, save):
+                hook.close()
+            loader.close()
+    if stopped or not evaluations.finish(done, state):
+        goodput.stopped = True
         print(f"stopped at step {done}, state saved; run the same command to resume", file=sys.stderr)
         return EXIT_TEMPFAIL
-    if info is not None:
-        evaluate_with(info.state, lambda params: _finish(config, params, resumed.tokenizer, workdir, done, writers))
     return EXIT_OK
 
 
@@ -255,53 +265,3 @@ def _restore(setup: TrainSetup, checkpoints: Checkpoints, loader: Loader):
     frozen = frozen_params.load(checkpoints.workdir, setup.frozen, setup.frozen_shardings)
     loader.restore(position)
     return state, frozen
-
-
-def _with_params(setup: TrainSetup, state: dict, frozen: dict, work: Callable[[dict], None]) -> None:
-    """Call `work` with all parameters in process 0, on its own devices, while the other processes wait."""
-    distributed.send_heartbeat(0)
-    mesh = sharding.inference_mesh(setup.config.model.llm)
-    place = partial(sharding.param_shardings, mesh=mesh) if mesh else None
-    params = arrays.on_first_process(pathtree.merge(state["params"], frozen), place)
-    if params is not None:
-        work(params)
-    distributed.gather(None)
-
-
-def _finish(config: Config, params: dict, tokenizer: Tokenizer, workdir: Path, step: int, writers: MetricWriters) -> None:
-    """Fit the confidence calibration on validation samples, save it with the last step, and evaluate with it."""
-    calibration = UNCALIBRATED
-    if config.train.calibrate_samples:
-        calibration = calibrate.calibrate_params(config, params, tokenizer)
-        if calibration:
-            calibration.write(checkpoint.calibration_path(workdir, step))
-    if config.train.eval_samples:
-        _evaluate(config, params, tokenizer, workdir, step, writers, calibration)
-
-
-def _evaluate(
-    config: Config,
-    params: dict,
-    tokenizer: Tokenizer,
-    workdir: Path,
-    step: int,
-    writers: MetricWriters,
-    calibration: Calibration = UNCALIBRATED,
-) -> None:
-    """Evaluate `eval_samples` validation samples by free-running generation; write the report and overlays to `eval/<step>/`."""
-    out = workdir / "eval" / f"{step:08d}"
-    samples, overlays = config.train.eval_samples, config.train.num_overlays
-    report = evaluate.evaluate_params(
-        config, params, tokenizer, split="val", limit=samples, overlays=out, overlay_count=overlays, calibration=calibration
-    )
-    if report is not None:
-        files.write_json(out / "report.json", report)
-        writers.write_images(step, out)
-
-
-def _write_bad_samples(path: Path, bad_samples: list[dict]) -> None:
-    """Write the samples that could not be used in any process, if there are any."""
-    rows = {row["sample"]: row for rows in distributed.gather(bad_samples) for row in rows}
-    if rows and jax.process_index() == 0:
-        print(f"{len(rows)} samples could not be used; listed in {path}", file=sys.stderr)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))

@@ -51,6 +51,7 @@ class Metrics:
         self.bar.update(1)
         if info.step % self.every == 0 or info.last:
             self._report(info.step, info.samples)
+        self.latest = info
 
     def _report(self, step: int, samples: int) -> None:
         row = finite_means(jax.device_get(self.pending))
@@ -74,6 +75,11 @@ class Metrics:
 
     def close(self) -> None:
         self.bar.close()
+
+    def flush(self) -> None:
+        """Write the row of the steps since the last one, if there are any: the run stops here."""
+        if self.pending:
+            self._report(self.latest.step, self.latest.samples)
 
 
 def finite_means(rows: list[dict[str, Any]]) -> dict[str, float | None]:

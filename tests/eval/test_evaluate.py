@@ -141,6 +141,28 @@ def test_masks_where_nothing_is_are_false_positives():
     assert report["ciou"] < 0.7
 
 
+def test_extra_masks_cost_all_but_the_papers_convention():
+    records = [record(i) for i in range(2)]
+
+    def scattershot(known, sample, turn, request):
+        text, named = truth(known, sample, turn, request)
+        extra = [np.eye(known.height, known.width, k, bool) for k in range(5)]
+        return text, [*named, *((named[0][0], mask) for mask in extra)] if named else named
+
+    report = ev.evaluate(Oracle(records, scattershot), records)
+    ones = {"I": 1, "II": 1, "III": 1, "IV": 1}
+    assert report["miou"] == report["success_50"] == ones and report["dice"] == 1
+    assert all(report["miou_strict"][p] == pytest.approx(1 / 6, abs=1e-4) for p in ("I", "II", "IV"))
+    assert all(report["f1_50"][p] == pytest.approx(2 / 7, abs=1e-4) for p in ("I", "II", "IV"))
+    assert report["dice_strict"] < 0.3 and report["ciou"] < 0.95 and report["giou"] < 0.95
+    assert "miou_strict" in table(report) and report["intervals"]["ap50"]["I"]
+
+    exact = ev.evaluate(Oracle(records, truth), records)
+    assert exact["miou_strict"] == exact["f1_50"] == exact["ap50"] == ones
+    assert exact["ciou"] == exact["giou"] == exact["dice_strict"] == 1
+    assert set(exact["ap50_by_modality"]) == {"CT with prompt", "CT without prompt"}
+
+
 def test_silence_is_no_hit_and_no_false_alarm():
     records = [record()]
     report = ev.evaluate(Oracle(records, lambda *_: ("", [])), records)

@@ -145,3 +145,33 @@ def test_expected_calibration_error_is_the_gap_of_each_bin_whatever_the_order_of
     order = rng.permutation(20)
     assert metrics.expected_calibration_error(scores[order], values[order]) == pytest.approx(0.3)
     assert math.isnan(metrics.expected_calibration_error(scores[:9], values[:9]))
+
+
+def test_scores_are_measured_as_by_hand_on_random_cases():
+    """ECE over 10 bins of equal count, Brier, AUROC as the share of ordered pairs, Spearman as the correlation of mean ranks."""
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        scores, values = rng.random(23), rng.random(23)
+        bins = np.array_split(sorted(zip(scores, values, strict=True)), 10)
+        wanted = np.mean([abs(np.mean([s for s, _ in part]) - np.mean([v for _, v in part])) for part in bins])
+        assert metrics.expected_calibration_error(scores, values) == pytest.approx(wanted, abs=1e-9)
+        positive = values > 0.5
+        assert metrics.brier(scores, positive) == pytest.approx(sum((s - (v > 0.5)) ** 2 for s, v in zip(scores, values, strict=True)) / 23)
+        pairs = [a > b for a in scores[positive] for b in scores[~positive]]
+        assert metrics.auroc(scores, positive) == pytest.approx(np.mean(pairs) if pairs else math.nan, abs=1e-9, nan_ok=True)
+        ranks = [np.argsort(np.argsort(part)) for part in (scores, values)]
+        assert metrics.spearman(scores, values) == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
+
+
+def test_interval_is_the_percentiles_of_whole_clusters_drawn_again():
+    rng = np.random.default_rng(3)
+    for trial in range(20):
+        above, below = rng.random(12), rng.random(12) + 0.1
+        clusters = [f"p{i // 3}" for i in range(12)]
+        counts, _ = metrics.cluster_draws(clusters, draws=50, seed=trial)
+        values = []
+        for count in counts:
+            items = [i for cluster, n in enumerate(count) for _ in range(n) for i in range(3 * cluster, 3 * cluster + 3)]
+            values.append(sum(above[items]) / sum(below[items]))
+        low, high = metrics.bootstrap_ci(above, below, clusters, draws=50, seed=trial)
+        assert (low, high) == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=1e-9)

@@ -1,11 +1,12 @@
 """Fault tolerance of runs: real processes are killed, preempted, and their files damaged; the results are compared with an uninterrupted
 run.
 
-    python benchmarks/survival.py [--parts kill,preempt,flip] [--config FILE] [--kills 20] [--seed 0]
+    python benchmarks/survival.py [--parts kill,preempt,flip,signals] [--config FILE] [--kills 20] [--signals 100] [--seed 0]
 
 kill: SIGKILL at random times, every other one during a save; the final parameters must be bit-identical.
 preempt: SIGTERM to one of two processes; then one process with one device, and one with four virtual devices, resume.
 flip: one random bit of a step's checkpoint (50 trials) or of the frozen base (10) is flipped.
+signals: SIGTERM, every other time two of them, at random moments of the start, the steps, the saves, the evaluations and the end of a run.
 
 Without --config, the model is that of tests/tiny_config.py, so that a process starts in seconds.
 """
@@ -24,7 +25,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +38,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mimo_jax import pathtree, sharding  # noqa: E402
+from mimo_jax import files, pathtree, sharding  # noqa: E402
 from mimo_jax.checkpoints import checkpoint, frozen_params, loading  # noqa: E402
 from mimo_jax.checkpoints.checkpoint import CheckpointError, Checkpoints, CheckpointWarning  # noqa: E402
 from mimo_jax.config import MeshConfig  # noqa: E402
@@ -43,6 +46,7 @@ from mimo_jax.data.builder.phantom_set import build_phantoms  # noqa: E402
 from mimo_jax.data.loading.loader import make_loader  # noqa: E402
 from mimo_jax.data.loading.sources import open_sources  # noqa: E402
 from mimo_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from mimo_jax.train.goodput import read_events  # noqa: E402
 from mimo_jax.train.state import TrainSetup  # noqa: E402
 
 SMALL = """
@@ -55,6 +59,7 @@ def get_config():
     return config
 """
 EVERY_STEP = {"train.log_every": 1, "train.eval_samples": 0, "train.calibrate_samples": 0}
+EVALUATED = {"train__eval_every": 4, "train__eval_samples": 8, "train__num_overlays": 2, "train__calibrate_samples": 24}
 
 
 class Runs:
@@ -69,7 +74,7 @@ class Runs:
 
     def start(self, workdir: Path, devices: int = 1, place: tuple[str, int, int] | None = None, **settings) -> subprocess.Popen:
         """A process of the run in `workdir`. place: (coordinator, process, processes); settings: `train__steps=3`."""
-        flags = {name.replace("__", "."): value for name, value in settings.items()} | EVERY_STEP
+        flags = EVERY_STEP | {name.replace("__", "."): value for name, value in settings.items()}
         command = [sys.executable, "-m", "mimo_jax.cli", "train", "--config", self.config, "--data", str(self.data)]
         command += ["--workdir", str(workdir), *(f"--config.{name}={value}" for name, value in flags.items())]
         environment = dict(zip(("MIMO_COORDINATOR", "MIMO_PROCESS", "MIMO_PROCESSES"), map(str, place), strict=True)) if place else {}
@@ -184,6 +189,88 @@ def same_samples(run: Path, step: int) -> bool:
     return True
 
 
+def signals(runs: Runs, count: int, rng: random.Random) -> Iterator[str]:
+    settings = EVALUATED | {"train__steps": 10, "train__checkpoint_every": 4}
+    last = settings["train__steps"]
+    alone = runs.folder / "undisturbed"
+    since = time.monotonic()
+    runs.finish(alone, **settings)
+    lasts = time.monotonic() - since
+    moments = [(begun_start, lasts / 3), (begun_step, 0.5), (begun_save, 0.02), (begun_evaluation, 2.0), (begun_end, 0.5)]
+    ended: Counter[str] = Counter()
+    finished = same = sent = 0
+    while sent < count:
+        run = runs.folder / f"signalled{finished}"
+        begun, delay = moments[sent % len(moments)]
+        name, before = begun.__name__.removeprefix("begun_"), listing(run)
+        process = runs.start(run, **settings)
+        wait_until(partial(begun, run, written(run)), process, 600, 0.01)
+        time.sleep(rng.uniform(0, delay))
+        if process.poll() is None:  # else the run was over before this moment came
+            process.send_signal(signal.SIGTERM)
+            if sent % 2:
+                time.sleep(rng.uniform(0, 0.5))
+                process.send_signal(signal.SIGTERM)
+            sent += 1
+            ended[f"{name} {process.wait()}"] += 1
+            print(f"signal {sent} of {count}: {name}, exit code {process.returncode}", file=sys.stderr)
+        code = process.returncode
+        before_main = code == -signal.SIGTERM and listing(run) == before
+        if code not in (0, 75) and not before_main:
+            raise SystemExit(f"signal {sent}, {name}: the run ended with {code}; see {run}.log")
+        if code and sent == count:
+            runs.finish(run, **settings)
+        if not code or sent == count:
+            finished, same = finished + 1, same + same_end(alone, run, last)
+    codes = ", ".join(f"{name}: {number}" for name, number in sorted(ended.items()))
+    yield f"signals: {sent} times SIGTERM, every other time twice; moment and exit code: {codes}"
+    yield f"signals: {finished} runs made of these starts; steps, reports and final parameters bit-identical: {same} of {finished}"
+
+
+def written(run: Path) -> tuple[int, int]:
+    """Number of rows of metrics and of starts that a run has written."""
+    return len(rows(run)), sum(event["event"] == "start" for event in read_events(run / "goodput.jsonl"))
+
+
+# Whether what a signal is to interrupt has begun, given what was written before the process started.
+
+
+def begun_start(run: Path, before: tuple[int, int]) -> bool:
+    return True
+
+
+def begun_step(run: Path, before: tuple[int, int]) -> bool:
+    return written(run)[0] > before[0]
+
+
+def begun_save(run: Path, before: tuple[int, int]) -> bool:
+    return unfinished(run)
+
+
+def begun_evaluation(run: Path, before: tuple[int, int]) -> bool:
+    evaluated = [int(folder.name) for folder in (run / "eval").glob("*")]
+    stages = files.read_json(run / "stages.json") or {}
+    return written(run)[1] > before[1] and bool(evaluated) and max(evaluated) not in stages.values()
+
+
+def begun_end(run: Path, before: tuple[int, int]) -> bool:
+    return "final evaluation" in (files.read_json(run / "stages.json") or {})
+
+
+def listing(run: Path) -> list[tuple[str, int]]:
+    """Name and time of change of every file of a run."""
+    return sorted((str(path), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file())
+
+
+def same_end(a: Path, b: Path, last: int) -> bool:
+    """Whether two runs have the same losses at every step, the same report of every evaluation and the same final parameters."""
+    losses = [{step: row["loss"] for step, row in rows(run).items()} for run in (a, b)]
+    reports = [{path.parent.name: path.read_text() for path in run.glob("eval/*/report.json")} for run in (a, b)]
+    one, other = (pathtree.flatten(loading.load_params(run / "steps" / str(last))) for run in (a, b))
+    arrays_equal = one.keys() == other.keys() and all(np.array_equal(np.asarray(one[path]), np.asarray(other[path])) for path in one)
+    return losses[0] == losses[1] and reports[0] == reports[1] and arrays_equal
+
+
 def flip(runs: Runs, rng: random.Random) -> Iterator[str]:
     run, copy = runs.folder / "flipped", runs.folder / "copy"
     runs.finish(run, train__steps=4, train__checkpoint_every=2)
@@ -214,8 +301,8 @@ def flip(runs: Runs, rng: random.Random) -> Iterator[str]:
 
 def flip_bit(folder: Path, rng: random.Random):
     """Flip one bit of a folder's files, each with equal probability; returns a function that restores it, with the `name` of the file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    (file,) = rng.choices(files, [path.stat().st_size for path in files])
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    (file,) = rng.choices(paths, [path.stat().st_size for path in paths])
     data = file.read_bytes()
     at = rng.randrange(8 * len(data))
     changed = bytearray(data)
@@ -231,15 +318,21 @@ def flip_bit(folder: Path, rng: random.Random):
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--parts", default="kill,preempt,flip")
+    flags.add_argument("--parts", default="kill,preempt,flip,signals")
     flags.add_argument("--config", help="default: the model of tests/tiny_config.py")
     flags.add_argument("--kills", type=int, default=20)
+    flags.add_argument("--signals", type=int, default=100)
     flags.add_argument("--seed", type=int, default=0)
     args = flags.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(args.config, Path(folder))
-        parts = {"kill": lambda: kill(runs, args.kills, rng), "preempt": lambda: preempt(runs, rng), "flip": lambda: flip(runs, rng)}
+        parts = {
+            "kill": lambda: kill(runs, args.kills, rng),
+            "preempt": lambda: preempt(runs, rng),
+            "flip": lambda: flip(runs, rng),
+            "signals": lambda: signals(runs, args.signals, rng),
+        }
         for part in args.parts.split(","):
             for line in parts[part]():
                 print(line, flush=True)

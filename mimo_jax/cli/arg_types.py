@@ -65,6 +65,16 @@ def window(text: str) -> str | tuple[float, float]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def threshold(text: str) -> float:
+    """Like `data.mask_levels.parse_threshold`, but with argparse's error."""
+    from mimo_jax.data.mask_levels import parse_threshold
+
+    try:
+        return parse_threshold(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def scribble(text: str) -> list[list[float]]:
     points = [numbers(pair, (2,), 'X,Y pairs such as "20,30 24,33"') for pair in text.split()]
     if not points:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mimo_jax.cli.arg_types import InputPath, OutputPath, fraction, index, named_paths, positive, ratios, shard
+from mimo_jax.cli.arg_types import InputPath, OutputPath, fraction, index, named_paths, positive, ratios, shard, threshold
 from mimo_jax.errors import EXIT_OK, EXIT_PARTIAL, EXIT_TEMPFAIL, EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ are listed in OUT/rejects.jsonl (exit code 3), suspicious ones in OUT/warnings.j
     build.add_argument(
         "--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="another option of the source; repeatable"
     )
+    threshold_help = "least value in a mask, such as 1 for masks of ids or 128 for soft edges; default: decided for each file"
+    build.add_argument("--mask-threshold", type=threshold, metavar="VALUE", help=threshold_help)
     build.add_argument(
         "--perspectives", type=_names, metavar="LIST", help="perspectives to generate, such as I,II; default: vqa,I,II,III,IV"
     )
@@ -229,7 +231,7 @@ def _build(args: argparse.Namespace) -> int:
     from mimo_jax.data.builder.readers import open_reader
     from mimo_jax.data.builder.workers import Beam
 
-    metadata = {name: value for name in ("dataset", "modality", "licence") if (value := getattr(args, name)) is not None}
+    metadata = {name: value for name in ("dataset", "modality", "licence", "mask_threshold") if (value := getattr(args, name)) is not None}
     reader = open_reader(args.source, args.source_path, **metadata, **dict(args.option))
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     options = _options(

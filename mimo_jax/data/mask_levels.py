@@ -18,6 +18,17 @@ _OFFSET = 8  # grey levels by which compression may shift black and white
 _REACH = 8  # pixels; side of a JPEG block, which is wider than the filters that resize
 
 
+def parse_threshold(text: str | float) -> float:
+    """A mask threshold, a number above 0. Raises UserError for anything else."""
+    try:
+        threshold = float(text)
+    except (TypeError, ValueError):
+        threshold = 0.0
+    if not 0 < threshold < float("inf"):
+        raise UserError(f"{text} is not a number above 0, such as 128")
+    return threshold
+
+
 class MaskLevelsError(UserError):
     """Grey levels that may be ids or soft edges."""
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from scipy.sparse import csr_array
 from scipy.special import ndtri
 
+from mimo_jax.data.label_values import LabelValueError, whole_labels
 from mimo_jax.data.mask_levels import MaskLevelsError, pixels_in_mask
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, sam_frame, vision_frame
@@ -91,7 +92,7 @@ def decode_mask(source: bytes | str | os.PathLike, *, threshold: float | None = 
 
 def decode_labels(source: bytes | str | os.PathLike, *, name: str = "") -> np.ndarray:
     """Encoded bytes or a path -> int32 [H, W], the label of each pixel: palette index or grey level. Raises ImageError for
-    a lossy file, and for one whose channels differ."""
+    a lossy file, for one whose channels differ, and for values that are no whole numbers."""
     image, name = _open(source, name)
     if image.format in _LOSSY:
         raise ImageError(f"{name}: lossy compression changes labels; give a PNG or TIFF")
@@ -101,7 +102,10 @@ def decode_labels(source: bytes | str | os.PathLike, *, name: str = "") -> np.nd
         if (colours != colours[..., :1]).any():
             raise ImageError(f"{name}: is a colour image; give labels as grey levels or palette indices")
         values = colours[..., 0]
-    return values.astype(np.int32)
+    try:
+        return whole_labels(values, name)
+    except LabelValueError as error:
+        raise ImageError(str(error)) from None
 
 
 def _open(source: bytes | str | os.PathLike, name: str) -> tuple[Image.Image, str]:

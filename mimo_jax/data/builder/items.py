@@ -14,6 +14,8 @@ class MaskRef:
     class_raw: str  # the class name in the source
     file: str = ""  # path of an image file, NIfTI or DICOM SEG
     value: int | None = None  # label in an indexed file; None: all pixels that `decode_mask` counts
+    labels: tuple[int, ...] = ()  # all labels that the source names, if it names them; a file with others is refused
+    threshold: float | None = None  # without `value`: the least value in the mask; None: as `pixels_in_mask` decides
     rle: dict | None = None  # COCO RLE {"size": [height, width], "counts"}
     polygon: tuple[tuple[float, ...], ...] | None = None  # rings of x0, y0, x1, y1, … in pixels
     instance: int = 0

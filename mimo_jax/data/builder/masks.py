@@ -15,6 +15,7 @@ from scipy import ndimage
 from mimo_jax.data.builder.items import MaskRef
 from mimo_jax.data.images.dicom import reading
 from mimo_jax.data.images.image import DicomGrid, MedicalImage, NiftiGrid, file_kind, import_medical
+from mimo_jax.data.label_values import LabelValueError, check_labels, whole_labels
 from mimo_jax.data.prompt_files import decode_segmentation
 from mimo_jax.data.transforms import decode_labels, decode_mask
 from mimo_jax.errors import UserError
@@ -28,28 +29,32 @@ def read_mask(ref: MaskRef, image: MedicalImage) -> np.ndarray:
     if ref.rle is not None or ref.polygon is not None:
         mask = decode_segmentation(ref.rle if ref.rle is not None else [list(ring) for ring in ref.polygon], height, width)
     else:
-        mask = _of_file(Path(ref.file), ref.value, image)
+        mask = _of_file(ref, image)
     if mask.shape != (height, width):
         raise UserError(f"{ref.file}: is {mask.shape[1]}x{mask.shape[0]}, the image is {width}x{height}")
     return ~mask if ref.inverted else mask
 
 
-def _of_file(path: Path, value: int | None, image: MedicalImage) -> np.ndarray:
+def _of_file(ref: MaskRef, image: MedicalImage) -> np.ndarray:
+    path = Path(ref.file)
     kind = file_kind(path)
     if kind == "DICOM":
-        return _of_seg(path, value, image.grid)
+        return _of_seg(path, ref.value, image.grid)
     if kind == "NIfTI":
-        return _of_nifti(path, value, image.grid)
-    return decode_mask(path) if value is None else _labels(path) == value
+        return _of_nifti(path, ref, image.grid)
+    return decode_mask(path, threshold=ref.threshold) if ref.value is None else _labels(path, ref.labels) == ref.value
 
 
 @lru_cache(maxsize=2)  # the classes of one image are often in one file
-def _labels(path: Path) -> np.ndarray:
-    return decode_labels(path)
+def _labels(path: Path, known: tuple[int, ...]) -> np.ndarray:
+    labels = decode_labels(path)
+    if known:
+        check_labels(labels, known, str(path))
+    return labels
 
 
-def _of_nifti(path: Path, value: int | None, grid: Any) -> np.ndarray:
-    shape, affine, corner, crop = _nifti_labels(path)
+def _of_nifti(path: Path, ref: MaskRef, grid: Any) -> np.ndarray:
+    shape, affine, corner, crop = _nifti_labels(path, ref.labels, ref.threshold if ref.value is None else None)
     if not isinstance(grid, NiftiGrid):
         raise UserError(f"{path}: labels of a NIfTI volume need a NIfTI image")
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
@@ -61,23 +66,31 @@ def _of_nifti(path: Path, value: int | None, grid: Any) -> np.ndarray:
     if 0 <= index < crop.shape[grid.axis]:
         part = np.take(crop, index, axis=grid.axis)
         inside = np.s_[corner[rows] : corner[rows] + part.shape[0], corner[columns] : corner[columns] + part.shape[1]]
-        plane[inside] = part != 0 if value is None else part == value
+        plane[inside] = part != 0 if ref.value is None else part == ref.value
     return grid.to_display(plane)
 
 
 @lru_cache(maxsize=128)  # slices of one volume are consecutive, and each structure may have its own file
-def _nifti_labels(path: Path) -> tuple[tuple[int, ...], np.ndarray, tuple[int, ...], np.ndarray]:
-    """(shape [i, j, k], affine [4, 4], corner of the box that contains all labels, integer labels of that box)."""
+def _nifti_labels(
+    path: Path, known: tuple[int, ...], threshold: float | None
+) -> tuple[tuple[int, ...], np.ndarray, tuple[int, ...], np.ndarray]:
+    """(shape [i, j, k], affine [4, 4], corner of the box that contains all labels, integer labels of that box). known: all labels that may
+    occur; empty: any. threshold: the label is 1 where a value is at least this, and 0 elsewhere."""
     nibabel = import_medical("nibabel")
     try:
         image = nibabel.load(path)
-        labels = np.rint(np.asarray(image.dataobj)).astype(np.int32)
+        values = np.asarray(image.dataobj)
+        labels = whole_labels(values, str(path)) if threshold is None else (values >= threshold).astype(np.int32)
+        if known:
+            check_labels(labels, known, str(path))
         labels = labels.reshape((*labels.shape, 1)[:3])
         box = ndimage.find_objects((labels != 0).astype(np.int8))
         box = box[0] if box else (slice(0, 0),) * 3
         crop = labels[box]
         crop = crop.astype(np.min_scalar_type(int(crop.max(initial=0)))) if crop.min(initial=0) >= 0 else crop.copy()
         return labels.shape, image.affine, tuple(side.start for side in box), crop
+    except LabelValueError:
+        raise
     except Exception as error:  # nibabel, gzip and numpy raise various errors
         raise UserError(f"{path}: a damaged or truncated NIfTI file ({type(error).__name__})") from None
 
@@ -89,10 +102,12 @@ def _of_seg(path: Path, value: int | None, grid: Any) -> np.ndarray:
     dataset, frames = _seg(path)
     with reading(path):
         mask = np.zeros((int(dataset.Rows), int(dataset.Columns)), bool)
+        segments = [int(segment.SegmentNumber) for segment in dataset.SegmentSequence]
         for number, functions in enumerate(dataset.PerFrameFunctionalGroupsSequence):
             if _refers(functions, grid):
                 pixels = frames[number]
                 if dataset.SegmentationType == "LABELMAP":
+                    check_labels(pixels, segments, str(path))
                     mask |= pixels != 0 if value is None else pixels == value
                 elif value in (None, int(functions.SegmentIdentificationSequence[0].ReferencedSegmentNumber)):
                     mask |= pixels * 2 >= int(dataset.get("MaximumFractionalValue") or 1)

@@ -132,7 +132,7 @@ class Manifest:
             height, width = decode_image(folder / line["image"]).shape[:2]
             masks = []
             for entry, light in zip(line["masks"], outline.masks, strict=True):
-                mask = decode_mask(folder / entry["file"])
+                mask = decode_mask(folder / entry["file"], threshold=line.get("mask_threshold"))
                 if mask.shape != (height, width):
                     return f"{folder / entry['file']}: is {mask.shape[1]}x{mask.shape[0]}, the image is {width}x{height}"
                 masks.append(

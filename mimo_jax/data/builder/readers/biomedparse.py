@@ -39,7 +39,8 @@ class BiomedParse(DatasetReader):
                     continue
                 target = full_stem[len(stem) + 1 :].replace("+", " ")
                 path = f"{self.folder}/{part.name}_mask/{file}"
-                masks[stem].append(MaskRef(target, path, instance=sum(mask.class_raw == target for mask in masks[stem])))
+                instance = sum(mask.class_raw == target for mask in masks[stem])
+                masks[stem].append(MaskRef(target, path, instance=instance, threshold=self.mask_threshold))
             for stem, file in images.items():
                 name, *suffix = stem.rsplit("_", 2)
                 modality = next(

@@ -1,5 +1,6 @@
 """Reads images/x.png with masks/ENTITY/x.png, or with masks/x.png that shows one entity (option entity) or whose values a table names
-(option labels, a JSON such as {"1": "liver"}). A folder in between, images/CASE/x.png, groups the images of one patient or case."""
+(option labels, a JSON such as {"1": "liver", "2": null}; null leaves a label out). A folder in between, images/CASE/x.png, groups the
+images of one patient or case."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Folders(DatasetReader):
             if place in images:
                 masks[place] += self._unnamed(f"{self.masks}/{file}")
             elif within in images:
-                masks[within].append(MaskRef(entity, f"{self.masks}/{file}"))
+                masks[within].append(MaskRef(entity, f"{self.masks}/{file}", threshold=self.mask_threshold))
             else:
                 self.skip(f"masks/{file}", "belongs to no image")
         for place, file in images.items():
@@ -47,9 +48,10 @@ class Folders(DatasetReader):
 
     def _unnamed(self, file: str) -> list[MaskRef]:
         if self.values["entity"]:
-            return [MaskRef(self.values["entity"], file)]
+            return [MaskRef(self.values["entity"], file, threshold=self.mask_threshold)]
         if not self.table:
             raise DataError(
                 f"{self.masks}: does not say what its masks show; move them to masks/ENTITY/, or give entity=NAME or labels=TABLE"
             )
-        return [MaskRef(name, file, value=value) for value, name in self.table.items()]
+        named = {value: name for value, name in self.table.items() if name is not None}
+        return [MaskRef(name, file, value=value, labels=tuple(self.table)) for value, name in named.items()]

@@ -68,7 +68,7 @@ def _grounding(where: str, grounding: Any) -> tuple[list[list[int]], list[dict]]
     try:
         spans, rles = grounding["token_positives"], grounding["rle_masks"]
         spans = [spans] if spans and isinstance(spans[0], int) else list(spans)
-        spans = [[int(start), int(end)] for start, end in spans]
+        spans = [[int(str(start)), int(str(end))] for start, end in spans]  # not 1.5
         for place, rle in enumerate(rles):
             if isinstance(rle["counts"], list):
                 rle = coco.frPyObjects(rle, *rle["size"])

@@ -25,24 +25,28 @@ TOTALSEGMENTATOR = (
 )  # fmt: skip
 
 
-def label_table(source: str | Path) -> dict[int, str]:
-    """Value -> name: from "totalsegmentator" or a JSON file. Raises DataError if it is not a table of labels."""
+def label_table(source: str | Path) -> dict[int, str | None]:
+    """Value -> name, None for a label that is left out: from "totalsegmentator" or a JSON file. Raises DataError if it is not a table
+    of labels."""
     if str(source).casefold() == "totalsegmentator":
         return dict(enumerate(TOTALSEGMENTATOR, 1))
     return parse_table(str(source), read(Path(source)))
 
 
-def parse_table(where: str, table: object) -> dict[int, str]:
-    """Value -> name of {"1": "liver"} or {"liver": 1}, without the background. where: its name in errors."""
+def parse_table(where: str, table: object) -> dict[int, str | None]:
+    """Value -> name of {"1": "liver"} or {"liver": 1}, without the background; {"2": null} leaves a label out. where: its name in
+    errors."""
     if not isinstance(table, dict):
         raise DataError(f'{where}: is not a table of labels, such as {{"1": "liver"}}')
-    values: dict[int, str] = {}
+    values: dict[int, str | None] = {}
     for key, value in table.items():
         number, name = (value, key) if isinstance(value, int) else (key, value)
-        if not str(number).isdecimal() or not isinstance(name, str) or name.isdecimal():
+        if not str(number).isdecimal() or not isinstance(name, str | None) or (name or "").isdecimal():
             raise DataError(f'{where}: {key}: {value} is not a label with its name, such as "1": "liver"')
+        if int(number) in values:
+            raise DataError(f"{where}: names the label {number} twice")
         if int(number):
             values[int(number)] = name
-    if not values:
+    if not any(values.values()):
         raise DataError(f"{where}: names no label except the background")
     return values

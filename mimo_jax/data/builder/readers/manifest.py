@@ -1,5 +1,5 @@
 """Reads one JSON line per image: {id, image, masks: [{file, entity, annotation}], modality, group}, and optionally
-dataset (or source_repo), split, licence, source_path, pixel_spacing_mm, absent_entities. Paths are relative to the file."""
+dataset (or source_repo), split, licence, source_path, pixel_spacing_mm, absent_entities, mask_threshold. Paths are relative to the file."""
 
 from __future__ import annotations
 
@@ -49,6 +49,9 @@ def _wrong(line: object) -> str:
             return f"{key} is not a text"
     if line.get("split") and line["split"] not in SPLITS:
         return f"split {line['split']!r}; use train, val or test, or omit it"
+    threshold = line.get("mask_threshold")
+    if threshold is not None and not (isinstance(threshold, int | float) and not isinstance(threshold, bool) and threshold > 0):
+        return "mask_threshold is not a number above 0"
     absent, spacing = line.get("absent_entities") or [], line.get("pixel_spacing_mm")
     if not isinstance(absent, list) or not all(isinstance(entity, str) for entity in absent):
         return "absent_entities is not a list of texts"
@@ -72,7 +75,12 @@ class ManifestReader(DatasetReader):
             masks = []
             for mask in line["masks"]:
                 entity = mask["entity"]
-                masks.append(MaskRef(entity, self._at(mask["file"]), instance=count[entity], annotation=mask.get("annotation") or ""))
+                masks.append(
+                    MaskRef(
+                        entity, self._at(mask["file"]), instance=count[entity], annotation=mask.get("annotation") or "",
+                        threshold=line.get("mask_threshold") or self.mask_threshold,
+                    )
+                )  # fmt: skip
                 count[entity] += 1
             spacing = line.get("pixel_spacing_mm")
             # Labels of a manifest are rarely complete: only the entities listed as absent are known to be absent.

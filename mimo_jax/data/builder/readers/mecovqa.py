@@ -31,7 +31,7 @@ class MeCoVqa(Conversations):
         self.root = next((place for place in places if (place / CLASSES).is_file()), None)
         if not self.indices or self.root is None:
             raise self.layout_error()
-        self.classes = Classes(self.root / CLASSES)
+        self.classes = Classes(self.root / CLASSES, self.mask_threshold)
 
     def entries(self) -> Iterator[Entry]:
         for index in self.indices:

@@ -21,6 +21,7 @@ from mimo_jax.data.builder.readers.index_files import read
 from mimo_jax.data.builder.readers.label_tables import label_table, parse_table
 from mimo_jax.data.builder.readers.reader import SPLITS, DatasetReader
 from mimo_jax.data.images.image import PLANES, import_medical
+from mimo_jax.data.label_values import LabelValueError, check_labels, whole_labels
 from mimo_jax.data.records import DataError
 from mimo_jax.errors import UserError
 
@@ -30,11 +31,11 @@ _SAME_MM = 0.1  # tolerance for voxel positions of two files with the same grid
 
 @dataclass(frozen=True)
 class _Volume:
-    """labels: file -> value -> structure; the value None stands for all nonzero values."""
+    """labels: file -> value -> structure, None for one that is left out; the value None stands for all nonzero values."""
 
     case: str
     image: Path
-    labels: dict[Path, dict[int | None, str]]
+    labels: dict[Path, dict[int | None, str | None]]
     modality: str
     split: str = ""
 
@@ -65,6 +66,9 @@ class Nifti(DatasetReader):
         for volume in self.volumes:
             try:
                 areas, slices = self._areas(volume)
+            except LabelValueError:  # reading its masks says what is wrong with them, so that the volume is counted among the rejects
+                yield self._item(volume, 0, [self._mask(volume, *key) for key in _named(volume)], True)
+                continue
             except UserError as error:
                 self.skip(volume.case, str(error))
                 continue
@@ -73,16 +77,22 @@ class Nifti(DatasetReader):
                 small = False
                 for (file, value, name), counts in areas.items():
                     if counts[index] >= self.min_area:
-                        masks.append(MaskRef(name, str(file), value=value))
+                        masks.append(self._mask(volume, file, value, name))
                     small |= 0 < counts[index] < self.min_area
                 if masks:
-                    window = self.values["window"] or ("soft" if volume.modality == "CT" else None)
-                    yield Item(
-                        id=f"{volume.case}/{self.axis}_{index:04d}", image=str(volume.image), modality=volume.modality,
-                        dataset=self.dataset, group=f"{self.dataset}/{volume.case}", masks=tuple(masks), split=volume.split,
-                        slice=f"{self.axis}:{index}", window=window, slice_axis=self.axis, slice_index=index, complete=not small,
-                        licence=self.licence,
-                    )  # fmt: skip
+                    yield self._item(volume, index, masks, not small)
+
+    def _item(self, volume: _Volume, index: int, masks: list[MaskRef], complete: bool) -> Item:
+        window = self.values["window"] or ("soft" if volume.modality == "CT" else None)
+        return Item(
+            id=f"{volume.case}/{self.axis}_{index:04d}", image=str(volume.image), modality=volume.modality, dataset=self.dataset,
+            group=f"{self.dataset}/{volume.case}", masks=tuple(masks), split=volume.split, slice=f"{self.axis}:{index}", window=window,
+            slice_axis=self.axis, slice_index=index, complete=complete, licence=self.licence,
+        )  # fmt: skip
+
+    def _mask(self, volume: _Volume, file: Path, value: int | None, name: str) -> MaskRef:
+        table = () if value is None else tuple(volume.labels[file])
+        return MaskRef(name, str(file), value=value, labels=table, threshold=self.mask_threshold)
 
     def _found(self) -> Iterator[_Volume]:
         if self.path.is_file():
@@ -120,6 +130,10 @@ class Nifti(DatasetReader):
             raise DataError(f"{where}: has no labels")
         single = {key: value for key, value in content["labels"].items() if not isinstance(value, list)}  # nnU-Net may also list unions
         table = self.table or parse_table(where, single)
+        if not self.table:  # what only unions contain has no name of its own
+            unions = [value for value in content["labels"].values() if isinstance(value, list)]
+            table |= {value: None for union in unions for value in union if isinstance(value, int) and value and value not in table}
+            table |= {value: None for value, name in table.items() if name and name.casefold() == "ignore"}
         channels = content.get("modality") or content.get("channel_names") or {}
         first = str(next(iter(channels.values()), "")) if isinstance(channels, dict) else ""
         kind = "CT" if first.casefold() == "ct" else "MR" if re.match(r"(mr|t1|t2|flair|adc|dwi|lge)", first, re.IGNORECASE) else ""
@@ -127,7 +141,7 @@ class Nifti(DatasetReader):
             if (self.folder / f"labels{part}").is_dir():
                 yield from self._pairs(f"images{part}", f"labels{part}", table, kind or self.required_modality(), split)
 
-    def _pairs(self, images: str, labels: str, table: dict[int, str], modality: str, split: str) -> Iterator[_Volume]:
+    def _pairs(self, images: str, labels: str, table: dict[int, str | None], modality: str, split: str) -> Iterator[_Volume]:
         for label in sorted((self.folder / labels).glob("[!.]*.nii*")):
             case = _stem(label)
             names = [f"{case}{channel}{end}" for channel in ("", "_0000") for end in (".nii.gz", ".nii")]
@@ -156,18 +170,25 @@ class Nifti(DatasetReader):
                     raise UserError(f"{file.name} is not on the grid of its image; resample the labels onto it")
                 stored = np.moveaxis(np.asarray(label.dataobj).reshape(shape), axis, 0)
                 if None in names:
-                    areas[file, None, names[None]] = (stored != 0).reshape(len(stored), -1).sum(1)
+                    whole = whole_labels(stored, file.name) if self.mask_threshold is None else stored >= self.mask_threshold
+                    areas[file, None, names[None]] = (whole != 0).reshape(len(stored), -1).sum(1)
                     continue
                 counts = np.zeros((len(stored), max(names) + 1), np.int64)
                 for index, plane in enumerate(stored):
-                    values = np.rint(plane).astype(np.int64).ravel()
-                    counts[index] = np.bincount(values[(values >= 0) & (values <= max(names))], minlength=max(names) + 1)
-                areas.update({(file, value, name): counts[:, value] for value, name in names.items() if counts[:, value].any()})
+                    values = whole_labels(plane, file.name)
+                    check_labels(values, names, file.name)
+                    counts[index] = np.bincount(values.ravel(), minlength=max(names) + 1)
+                areas.update({key: counts[:, key[1]] for key in _named(volume) if key[0] == file and counts[:, key[1]].any()})
         except UserError:
             raise
         except Exception as error:  # nibabel, gzip and numpy raise various errors
             raise UserError(f"a damaged or truncated NIfTI file ({type(error).__name__})") from None
         return areas, shape[axis]
+
+
+def _named(volume: _Volume) -> Iterator[tuple[Path, int | None, str]]:
+    """(file, value, name) of the structures that are not left out."""
+    return ((file, value, name) for file, names in volume.labels.items() for value, name in names.items() if name is not None)
 
 
 def _stem(path: Path) -> str:

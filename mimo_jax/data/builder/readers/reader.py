@@ -13,17 +13,19 @@ from typing import Any, ClassVar
 from mimo_jax.config import MODALITIES
 from mimo_jax.data.builder.items import Item
 from mimo_jax.data.images.image import check_window
+from mimo_jax.data.mask_levels import parse_threshold
 from mimo_jax.data.records import DataError
 from mimo_jax.errors import UserError
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "test": "test"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-_OPTIONS = {"dataset": "", "modality": "", "licence": ""}
+_OPTIONS = {"dataset": "", "modality": "", "licence": "", "mask_threshold": None}
 
 
 class DatasetReader(ABC):
     """A source of one kind at a path; each kind is a subclass. All kinds accept the options dataset (default: the name of the folder),
-    modality and licence, for what the source does not say. Values may be texts, as on a command line.
+    modality and licence, for what the source does not say, and mask_threshold, the least value in a mask (`MaskRef.threshold`). Values
+    may be texts, as on a command line.
 
     skip_counts: how often something (an image, a line, a data set) was skipped, by (what, reason); `items` fills it."""
 
@@ -43,6 +45,7 @@ class DatasetReader(ABC):
         self.dataset: str = self.values["dataset"] or self.folder.resolve().name
         self.modality: str = self.values["modality"]
         self.licence: str = self.values["licence"]
+        self.mask_threshold: float | None = self.values["mask_threshold"]
         if self.modality and self.modality not in MODALITIES:
             raise DataError(f"modality {self.modality!r}: use one of {', '.join(MODALITIES)}")
         self.skip_counts: Counter[tuple[str, str]] = Counter()
@@ -82,7 +85,8 @@ class DatasetReader(ABC):
 
 
 def _typed(name: str, value: object, default: object) -> Any:
-    """The value of an option, a text if it comes from a command line, converted to the type of its default; "window" to `Window`."""
+    """The value of an option, a text if it comes from a command line, converted to the type of its default; "window" to `Window`, and
+    "mask_threshold" to a number."""
     if value is None:
         return default
     try:
@@ -90,6 +94,10 @@ def _typed(name: str, value: object, default: object) -> Any:
             window = tuple(float(part) for part in value.split(",")) if isinstance(value, str) and "," in value else value
             check_window(window)
             return window
+        if name == "mask_threshold":
+            return parse_threshold(value)
+        if isinstance(default, int) and int(value) != value and not isinstance(value, str):
+            raise ValueError
         return int(value) if isinstance(default, int) else value
     except UserError as error:
         raise DataError(f"option {name}={value}: {error}") from None

@@ -70,12 +70,14 @@ class Name:
 class Classes:
     """The class names by data set and id."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threshold: float | None):
+        """threshold: of all masks."""
+        self.threshold = threshold
         mapping = read(path)
         if not isinstance(mapping, dict) or not all(isinstance(classes, dict) for classes in mapping.values()):
             raise DataError(f"{path}: is not {{dataset: {{class: id}}}}")
         try:
-            self.of = {dataset: {int(number): name for name, number in classes.items()} for dataset, classes in mapping.items()}
+            self.of = {dataset: {int(str(number)): name for name, number in classes.items()} for dataset, classes in mapping.items()}
         except (TypeError, ValueError):
             raise DataError(f"{path}: is not {{dataset: {{class: id}}}}, an id is not a whole number") from None
 
@@ -91,7 +93,7 @@ class Classes:
             return f"{dataset}, class {name}", "does not name a structure"
         if is_union(name) and not canonical(name, dataset).known:
             return f"{dataset}, class {name}", UNION_CLASS
-        return MaskRef(name, path, instance=int(label[2]), inverted=dataset in INVERTED)
+        return MaskRef(name, path, instance=int(label[2]), inverted=dataset in INVERTED, threshold=self.threshold)
 
 
 class SaMed2d(DatasetReader):
@@ -106,7 +108,7 @@ class SaMed2d(DatasetReader):
         if self.is_full:
             if not (self.folder / CLASSES).is_file():
                 raise DataError(f"{self.folder / CLASSES}: no such file; it maps class ids to names")
-            self.classes = Classes(self.folder / CLASSES)
+            self.classes = Classes(self.folder / CLASSES, self.mask_threshold)
         elif self.indices:
             self.required_modality()
         else:
@@ -160,7 +162,7 @@ class SaMed2d(DatasetReader):
                     if label is None:
                         self.skip(file, "its name is not IMAGE_CLASS_INSTANCE")
                         continue
-                    masks.append(MaskRef(label[1], self._at(file), instance=int(label[2] or 0)))
+                    masks.append(MaskRef(label[1], self._at(file), instance=int(label[2] or 0), threshold=self.mask_threshold))
                 yield Item(
                     id=stem, image=self._at(image), modality=self.modality, dataset=self.dataset, 
                     group=f"{self.dataset}/{case_of(stem)}",

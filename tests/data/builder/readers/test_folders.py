@@ -1,7 +1,10 @@
 """A user's own pairs of images and masks."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from mimo_jax.data.builder.record import make_record
 from mimo_jax.data.records import DataError
 from tests.data.builder.readers.trees import image, listed, write_json
 
@@ -35,7 +38,29 @@ def test_masks_without_a_name(tmp_path):
         listed("folders", tmp_path, modality="CT", labels=str(table), entity="polyp")
 
 
+def test_labels_outside_the_table_are_rejected(tmp_path):
+    image(tmp_path / "images/a.png")
+    image(tmp_path / "masks/a.png", 2)
+    table = write_json(tmp_path / "labels.json", {"1": "liver"})
+    (item,), _ = listed("folders", tmp_path, modality="CT", labels=str(table))
+    assert "a.png: has labels that its table does not name: 2;" in make_record(item).reason
+    table = write_json(tmp_path / "labels.json", {"1": "liver", "2": None})
+    (item,), _ = listed("folders", tmp_path, modality="CT", labels=str(table))
+    assert [mask.class_raw for mask in item.masks] == ["liver"] and not make_record(item).record.masks
+
+
+def test_ids_and_a_threshold(tmp_path):
+    image(tmp_path / "images/a.png", size=(40, 40))
+    ids = np.kron(np.arange(100, dtype=np.uint8).reshape(10, 10), np.ones((4, 4), np.uint8))
+    (tmp_path / "masks/nucleus").mkdir(parents=True)
+    Image.fromarray(ids).save(tmp_path / "masks/nucleus/a.png")
+    for threshold, area in ((None, 99 * 16), (1, 99 * 16), ("50", 50 * 16)):
+        (item,), _ = listed("folders", tmp_path, modality="pathology", mask_threshold=threshold)
+        assert make_record(item).record.masks[0].area_px == area
+
+
 @pytest.mark.parametrize("table, message", [
+    ({"a": 1, "b": 1}, "names the label 1 twice"), ({"1": None}, "names no label except the background"),
     ([], "is not a table of labels"), ({"0": "background"}, "names no label except the background"),
     ({"one": "liver"}, "is not a label with its name"),
     ({"1": 2}, "is not a label with its name"), ({"-1": "liver"}, "is not a label with its name"),

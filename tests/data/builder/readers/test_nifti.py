@@ -6,9 +6,13 @@ import nibabel
 import numpy as np
 import pytest
 
+from mimo_jax.data.builder.build_plan import Options
 from mimo_jax.data.builder.items import Item
 from mimo_jax.data.builder.masks import read_mask
+from mimo_jax.data.builder.pipeline import build
+from mimo_jax.data.builder.readers import open_reader
 from mimo_jax.data.builder.readers.label_tables import TOTALSEGMENTATOR, label_table
+from mimo_jax.data.builder.record import Reject, make_record
 from mimo_jax.data.images.image import PLANES
 from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.records import DataError
@@ -124,7 +128,7 @@ def test_unusable_volumes_are_skipped(tmp_path):
     cut = tmp_path / "labels/cut.nii.gz"
     cut.write_bytes((tmp_path / "labels/good.nii.gz").read_bytes()[:-30])
     save(tmp_path / "images/cut.nii.gz", np.zeros(SHAPE, np.int16))
-    table = write_json(tmp_path / "table.json", {"liver": 1})
+    table = write_json(tmp_path / "table.json", {"1": "liver", "2": None})
     items, skipped = listed("nifti", tmp_path, labels=str(table), modality="CT", min_area=4)
     assert {item.group.split("/")[1] for item in items} == {"good"}
     reasons = dict(skipped)
@@ -132,6 +136,55 @@ def test_unusable_volumes_are_skipped(tmp_path):
     assert all("is not on the grid" in reasons[case] for case in ("moved", "size"))
     with pytest.raises(DataError, match="give labels=NAMES"):
         listed("nifti", tmp_path, modality="CT")
+
+
+def kidneys(tmp_path, values, table):
+    """A reader of one volume with these values of labels, and a table."""
+    volume = np.zeros(SHAPE, np.float32)
+    volume[:3, :4, 2:6], volume[5:9, :4, 2:6] = values
+    ct, seg = save(tmp_path / "ct.nii.gz", np.zeros(SHAPE, np.int16)), save(tmp_path / "seg.nii.gz", volume)
+    names = write_json(tmp_path / "names.json", table)
+    return open_reader("nifti", ct, label=str(seg), labels=str(names), modality="CT", min_area=4)
+
+
+@pytest.mark.parametrize("values, message", [
+    ((1.5, 3.0), "has values that are no whole numbers: 1.5;"), ((1.98, 3.0), "has values that are no whole numbers: 1.98;"),
+    ((2.0, 3.0), "has labels that its table does not name: 3;"), ((-1.0, 2.0), "has values below 0: -1;"),
+])  # fmt: skip
+def test_volumes_whose_values_are_no_labels_are_rejected(tmp_path, values, message):
+    """1.5 used to become 2, so that every left kidney was called a right one."""
+    reader = kidneys(tmp_path, values, {"left kidney": 1, "right kidney": 2})
+    (item,) = reader.items()
+    reject = make_record(item)
+    assert isinstance(reject, Reject) and f"seg.nii.gz: {message}" in reject.reason
+    with pytest.raises(DataError, match=f"1 of 1 items have no record, .*{message}"):
+        build(reader, tmp_path / "out", Options(), progress=False)
+
+
+def test_labels_within_a_hundredth_are_rounded_and_null_leaves_one_out(tmp_path):
+    items = list(kidneys(tmp_path, (1.995, 3.0), {"1": "left kidney", "2": "right kidney", "3": None}).items())
+    assert [(mask.class_raw, mask.value) for mask in items[0].masks] == [("right kidney", 2)] and len(items) == 4
+    mask = read_mask(items[0].masks[0], open_image(items[0].image, slice=items[0].slice))
+    assert mask.sum() == 12
+
+
+def test_masks_of_one_structure_may_be_probabilities_if_a_threshold_is_given(tmp_path):
+    save(tmp_path / "s1/ct.nii.gz", np.zeros(SHAPE, np.int16))
+    save(tmp_path / "s1/segmentations/liver.nii.gz", labels().astype(np.float32) * 0.4)
+    (item,) = open_reader("nifti", tmp_path, min_area=4).items()
+    assert "no whole numbers: 0.4, 0.8;" in make_record(item).reason
+    items, _ = listed("nifti", tmp_path, min_area=4, mask_threshold=0.5)
+    assert {item.slice for item in items} == {"axial:4", "axial:5"}
+    assert read_mask(items[0].masks[0], open_image(items[0].image, slice="axial:4")).sum() == 12
+
+
+def test_labels_of_nnunet_that_only_unions_contain_are_left_out(tmp_path):
+    regions = {"background": 0, "whole tumor": [1, 2, 3], "enhancing tumor": 2, "ignore": 3}
+    write_json(tmp_path / "dataset.json", {"labels": regions, "channel_names": {"0": "T1"}})
+    save(tmp_path / "imagesTr/a_0000.nii.gz", np.zeros(SHAPE, np.int16))
+    save(tmp_path / "labelsTr/a.nii.gz", labels())
+    items, skipped = listed("nifti", tmp_path, min_area=4)
+    assert {mask.class_raw for item in items for mask in item.masks} == {"enhancing tumor"} and skipped == []
 
 
 def test_table_of_totalsegmentator():

@@ -39,7 +39,7 @@ def test_paths_with_another_layout(tmp_path, kind):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"labls": "x"}, "source folders has no option labls; its options are dataset, entity, labels, licence, modality"),
+    ({"labls": "x"}, "source folders has no option labls; its options are dataset, entity, labels, licence, mask_threshold, modality"),
     ({"modality": "ct"}, "modality 'ct': use one of CT, MR"),
 ])  # fmt: skip
 def test_options(tmp_path, options, message):
@@ -51,6 +51,7 @@ def test_options(tmp_path, options, message):
     ({"every": "two"}, "option every=two: is not a number"), ({"every": "0"}, "must be 1 or more"),
     ({"min_area": "-3"}, "must be 1 or more"),
     ({"window": "blue"}, "option window=blue: window blue: is unknown"), ({"window": "5,x"}, "is not a number"),
+    ({"mask_threshold": "0"}, "option mask_threshold=0: 0 is not a number above 0"), ({"every": 1.5}, "every=1.5: is not a number"),
     ({"window": "5,1"}, "LOW < HIGH"), ({"axis": "top"}, "axis top: give i, j, k, axial"),
 ])  # fmt: skip
 def test_options_as_texts(tmp_path, options, message):

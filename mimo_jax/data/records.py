@@ -20,6 +20,7 @@ import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
 from mimo_jax.config import PERSPECTIVES
+from mimo_jax.data.open_files import OpenFiles, remedy_for
 from mimo_jax.data.schema import Record, Sample, Target, Turn
 from mimo_jax.errors import UserError
 from mimo_jax.files import atomic_folder, disk_errors, sha256
@@ -268,10 +269,7 @@ class RecordFolder:
             raise DataError(f"{path}: lacks {', '.join(missing)}; build the dataset again")
         if self._ends[-1] != len(self.index.ids):
             raise DataError(f"{path}: {INFO} has {self._ends[-1]} records of {split}, the index {len(self.index.ids)}; build it again")
-        # With the number of records in brackets, a shard is opened only when one of its records is read.
-        self._records = array_record_data_source.ArrayRecordDataSource(
-            [f"{self.path / shard['file']}[0:{shard['records']}]" for shard in self._shards]
-        )
+        self._files = OpenFiles(_open_shard)
         self._samples = array_record_data_source.ArrayRecordDataSource([f"{self.path}/{split}.samples.array_record[0:{len(self)}]"])
 
     def __len__(self) -> int:
@@ -281,14 +279,21 @@ class RecordFolder:
         """The record at `position`. Raises IndexError past the end, DataError naming shard and record if it cannot be read."""
         position = self._checked(position)
         try:
-            return Record.from_bytes(self._records[position])
+            shard, place = self._place(position)
+            return Record.from_bytes(self._files[self.path / self._shards[shard]["file"]][place])
         except Exception as error:  # the reader's C++ raises various errors; a damaged record fails in msgpack or the dataclass
-            raise DataError(f"{self.where(position)}: cannot be read ({_first_line(error)})") from error
+            remedy = remedy_for(error, "copy or build the dataset again")
+            raise DataError(f"{self.where(position)}: cannot be read ({_first_line(error)}); {remedy}") from error
 
     def where(self, position: int) -> str:
         """The shard and the record's position in it, for errors."""
+        shard, place = self._place(position)
+        return f"{self.path / self._shards[shard]['file']}, record {place}"
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """(number of the shard, place in it) of a record."""
         shard = int(np.searchsorted(self._ends, position, side="right"))
-        return f"{self.path / self._shards[shard]['file']}, record {position - (int(self._ends[shard - 1]) if shard else 0)}"
+        return shard, position - (int(self._ends[shard - 1]) if shard else 0)
 
     def samples(self, position: int) -> list[Sample]:
         """The samples of one record, without its image."""
@@ -308,6 +313,10 @@ class RecordFolder:
         if not 0 <= position < len(self):
             raise IndexError(f"{self.path}: record {position} of {len(self)}")
         return position
+
+
+def _open_shard(path: Path) -> array_record_data_source.ArrayRecordDataSource:
+    return array_record_data_source.ArrayRecordDataSource([str(path)])
 
 
 def _samples(data: bytes) -> list[Sample]:

@@ -17,16 +17,20 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from mimo_jax import files
 from mimo_jax.data.loading.sources import Manifest
+from mimo_jax.data.open_files import OpenFiles, remedy_for
 from mimo_jax.data.records import DataError, RecordFolder
 from mimo_jax.data.schema import Record
 
 SHARD_BYTES = 128 << 20  # buffered in memory before a shard is written
+_READERS = 16  # threads that read the .json files of shards
+_ENCODE_AGAIN = "mimo data encode again"
 
 
 def feature_folder(source: RecordFolder | Manifest, fingerprint: str) -> Path:
@@ -51,42 +55,66 @@ def _features_root(source: RecordFolder | Manifest) -> Path:
 
 
 class FeatureFolder:
-    """The features of the records of one source, by their ids. It can be pickled and read from several threads."""
+    """The features of the records of one source, by their ids. It can be pickled and read from several threads. A few tens of bytes per
+    image are kept in memory, and a bounded number of files is open."""
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]):
         """shapes: shapes of the features of one image, by name in a batch (`mimo.feature_shapes`)."""
         self.path, self.shapes = path, dict(shapes)
-        self._rows: dict[str, tuple[str, int, str, dict[str, int]]] = {}  # id -> shard, row, SHA-256 of the image, CRC-32 by key
-        self._open: dict[str, np.ndarray] = {}
-        for about in sorted(path.glob("*.json")):
-            try:
-                rows = json.loads(about.read_text(encoding="utf-8"))
-                self._rows.update((row["id"], (about.stem, at, row["picture"], row["crc32"])) for at, row in enumerate(rows))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{about}: cannot be read ({error}); remove it and run mimo data encode again") from None
+        abouts = sorted(path.glob("*.json"))
+        self._shards = [about.stem for about in abouts]
+        with ThreadPoolExecutor(_READERS) as pool:
+            tables = list(pool.map(self._table, abouts))
+        counts = np.array([len(ids) for ids, _ in tables], np.int64)
+        ids = np.concatenate([ids for ids, _ in tables] or [np.zeros(0, np.bytes_)])
+        order = np.argsort(ids, kind="stable")  # of equal ids, the last is used
+        self._ids = ids[order]
+        starts = np.cumsum(counts) - counts
+        rows = np.concatenate([values for _, values in tables] or [np.zeros(0, self._row_type())])
+        rows["shard"] = np.repeat(np.arange(len(counts)), counts)
+        rows["row"] = np.arange(len(ids)) - np.repeat(starts, counts)
+        self._rows = rows[order]
+        self._files = OpenFiles(_open_array)
+
+    def _row_type(self) -> np.dtype:
+        """Of an image: its shard, its row in it, the SHA-256 of its image, and the CRC-32 of its features in the order of `shapes`."""
+        return np.dtype([("shard", np.int32), ("row", np.int32), ("image", np.bytes_, 32), ("crc32", np.uint32, len(self.shapes))])
+
+    def _table(self, about: Path) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, bytes [n]; rows [n] without shard and row) of a shard."""
+        try:
+            rows = json.loads(about.read_text(encoding="utf-8"))
+            values = [(0, 0, row["picture"].encode(), [row["crc32"][key] for key in self.shapes]) for row in rows]
+            return np.array([row["id"].encode() for row in rows], np.bytes_), np.array(values, self._row_type())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            remedy = remedy_for(error, f"remove it and run {_ENCODE_AGAIN}")
+            raise DataError(f"{about}: cannot be read ({error}); {remedy}") from None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(np.unique(self._ids))
 
     def __contains__(self, record_id: str) -> bool:
-        return record_id in self._rows
+        return self._find(record_id) is not None
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+    def _find(self, record_id: str) -> np.void | None:
+        name = record_id.encode()
+        place = int(np.searchsorted(self._ids, name, side="right")) - 1
+        return self._rows[place] if place >= 0 and self._ids[place] == name else None
 
     def read(self, record: Record) -> dict[str, np.ndarray]:
         """Features by name in a batch: uint16, the bits of bfloat16. Raises DataError if there are none, if
         they belong to another image, or if they are damaged."""
-        if record.id not in self._rows:
-            raise DataError(f"record {record.id}: has no features in {self.path}; run mimo data encode again")
-        shard, row, digest, checksums = self._rows[record.id]
-        if digest != image_digest(record):
-            raise DataError(f"record {record.id}: its features are of another image; remove {self.path} and run mimo data encode again")
-        found = {key: np.array(self._array(shard, key)[row]) for key in self.shapes}
-        for key, values in found.items():
-            if values.shape != self.shapes[key] or zlib.crc32(values) != checksums[key]:
-                raise DataError(f"{self._file(shard, key)}, row {row}: is damaged; remove {shard}.json and run mimo data encode again")
-        return found
+        found = self._find(record.id)
+        if found is None:
+            raise DataError(f"record {record.id}: has no features in {self.path}; run {_ENCODE_AGAIN}")
+        shard, row = self._shards[found["shard"]], int(found["row"])
+        if found["image"].decode() != image_digest(record):
+            raise DataError(f"record {record.id}: its features are of another image; remove {self.path} and run {_ENCODE_AGAIN}")
+        features = {key: self._read(shard, key, row) for key in self.shapes}
+        for (key, values), checksum in zip(features.items(), found["crc32"].tolist(), strict=True):
+            if values.shape != self.shapes[key] or zlib.crc32(values) != checksum:
+                raise DataError(f"{self._file(shard, key)}, row {row}: is damaged; remove {shard}.json and run {_ENCODE_AGAIN}")
+        return features
 
     def padding(self) -> dict[str, np.ndarray]:
         """Zeros instead of the features of an image that has none."""
@@ -95,14 +123,17 @@ class FeatureFolder:
     def _file(self, shard: str, key: str) -> Path:
         return self.path / f"{shard}.{_file_name(key)}.npy"
 
-    def _array(self, shard: str, key: str) -> np.ndarray:
+    def _read(self, shard: str, key: str, row: int) -> np.ndarray:
         file = self._file(shard, key)
-        if file.name not in self._open:
-            try:
-                self._open[file.name] = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise DataError(f"{file}: cannot be read ({error}); remove {shard}.json and run mimo data encode again") from None
-        return self._open[file.name]
+        try:
+            return np.array(self._files[file][row])
+        except (OSError, ValueError, EOFError, IndexError) as error:
+            remedy = remedy_for(error, f"remove {shard}.json and run {_ENCODE_AGAIN}")
+            raise DataError(f"{file}: cannot be read ({error}); {remedy}") from None
+
+
+def _open_array(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 class FeatureWriter:

@@ -1,6 +1,7 @@
 """Features beside the records: what is written comes back, of the right picture, or an error says what to do; loaders take them."""
 
 import dataclasses
+import json
 import pickle
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.data import handmade
 from tests.tiny_config import tiny_config
 
 FINGERPRINT = "ab" * 32
+SHAPES = mimo.feature_shapes(tiny_config())
 
 
 def features_of(number: int) -> dict[str, np.ndarray]:
@@ -138,3 +140,21 @@ def test_features_and_augmentation_are_refused(config):
     config.data.augment = True
     with pytest.raises(ConfigError, match="config.data.features: .*set data.augment=False, or data.features=False"):
         config.validate()
+
+
+def test_a_million_images_take_little_memory(tmp_path):
+    """A tenth of the shards of a million images."""
+    ids = [f"dataset/patient{number:07d}/slice" for number in range(100_000)]
+    for shard in range(0, len(ids), 1000):
+        rows = [{"id": name, "picture": 32 * "f", "crc32": dict.fromkeys(SHAPES, 7)} for name in ids[shard : shard + 1000]]
+        (tmp_path / f"{shard:016x}.json").write_text(json.dumps(rows))
+    folder = FeatureFolder(tmp_path, SHAPES)
+    assert len(folder) == len(ids) and ids[0] in folder and ids[-1] in folder and "dataset/patient" not in folder
+    assert len(pickle.dumps(folder)) < 100 * len(ids)  # bytes; a dict of tuples takes six times as many
+
+
+def test_of_two_shards_with_an_image_one_is_used(tmp_path):
+    for values in ([0, 1], [1, 2]):
+        written(tmp_path, values).flush()
+    folder = FeatureFolder(tmp_path, SHAPES)
+    assert len(folder) == 3 and all(np.array_equal(folder.read(handmade.record(1))[key], features_of(1)[key]) for key in SHAPES)

@@ -20,7 +20,7 @@ from mimo_jax.infer.answers.answer import Answer, left_out_notes
 from mimo_jax.infer.answers.asked import unanswered
 from mimo_jax.infer.answers.calibration import Calibration
 from mimo_jax.infer.answers.outputs import check_outputs, write_all, write_json
-from mimo_jax.infer.answers.write_masks import on_grid, write_nifti, write_seg
+from mimo_jax.infer.answers.write_masks import file_shape, on_grid, write_nifti, write_seg
 from mimo_jax.infer.engine.requests import Request
 from mimo_jax.infer.predictor import Mimo
 
@@ -136,8 +136,8 @@ class VolumeAnswer:
 
     def save(self, *paths: str | Path) -> None:
         """Write the answer to each path by its ending: .png a contact sheet of at most 25 segmented slices; .json `to_json`; .npy the
-        masks bool [S, …] on the file's own axes (NIfTI) or [S, F, H, W] (DICOM); .nii and .nii.gz a label map on the input's grid, in
-        which later structures overwrite earlier ones; .dcm one DICOM SEG for all slices.
+        masks bool [S, …] on the file's own axes (NIfTI) or [S, F, rows, columns] as the frames are stored (DICOM); .nii and .nii.gz a
+        label map on the input's grid, in which later structures overwrite earlier ones; .dcm one DICOM SEG for all slices.
 
         Either all files are written or none. Raises UserError as `check_outputs` does, and for a .dcm if all masks are empty."""
         grids = self.volume.grids
@@ -159,7 +159,7 @@ class VolumeAnswer:
 
     def _write_masks(self, file: BinaryIO) -> None:
         """Like `np.save`, but with only one mask in memory at a time."""
-        shape = getattr(self.volume.grids[0], "shape", (len(self.volume), *self.volume.size))
+        shape = file_shape(self.volume.grids)
         header = {"descr": "|b1", "fortran_order": False, "shape": (len(self.structures), *shape)}
         np.lib.format.write_array_header_1_0(file, header)
         for mask in self._masks():

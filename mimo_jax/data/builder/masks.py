@@ -24,12 +24,16 @@ _AFFINE_MM = 0.1  # tolerance for the corners of two equal grids
 
 
 def read_mask(ref: MaskRef, image: MedicalImage) -> np.ndarray:
-    """The mask `ref` of `image`, bool [H, W]. Raises UserError if it cannot be read or has another size."""
+    """The mask `ref` of `image`, bool [H, W] as the image is displayed. A mask of a DICOM image has the pixels of the frame as it is
+    stored, whatever its format. Raises UserError if it cannot be read or has another size."""
     height, width = image.pixels.shape[:2]
+    dicom = image.grid if isinstance(image.grid, DicomGrid) else None
     if ref.rle is not None or ref.polygon is not None:
-        mask = decode_segmentation(ref.rle if ref.rle is not None else [list(ring) for ring in ref.polygon], height, width)
+        size = dicom.stored_size if dicom else (height, width)
+        mask = decode_segmentation(ref.rle if ref.rle is not None else [list(ring) for ring in ref.polygon], *size)
     else:
         mask = _of_file(ref, image)
+    mask = dicom.display.turn(mask) if dicom else mask
     if mask.shape != (height, width):
         raise UserError(f"{ref.file}: is {mask.shape[1]}x{mask.shape[0]}, the image is {width}x{height}")
     return ~mask if ref.inverted else mask
@@ -67,7 +71,7 @@ def _of_nifti(path: Path, ref: MaskRef, grid: Any) -> np.ndarray:
         part = np.take(crop, index, axis=grid.axis)
         inside = np.s_[corner[rows] : corner[rows] + part.shape[0], corner[columns] : corner[columns] + part.shape[1]]
         plane[inside] = part != 0 if ref.value is None else part == ref.value
-    return grid.to_display(plane)
+    return grid.display.turn(plane)
 
 
 @lru_cache(maxsize=128)  # slices of one volume are consecutive, and each structure may have its own file

@@ -24,6 +24,7 @@ from mimo_jax.data.builder.items import Item
 from mimo_jax.data.builder.masks import read_mask
 from mimo_jax.data.images.image import DicomGrid, MedicalImage, NiftiGrid, Volume, Window, file_kind, window_limits
 from mimo_jax.data.images.open_image import open_image
+from mimo_jax.data.images.series import ALONE
 from mimo_jax.data.images.volume import open_volume
 from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn, encode_mask
 from mimo_jax.data.transforms import FORMATS, decode_image
@@ -39,7 +40,7 @@ _FLAT = 2.0  # standard deviation in grey levels; the perceptual hash of a flatt
 EMPTY_MASK, DUPLICATE_MASK = "empty mask, left out", "duplicate mask, left out"
 LARGE_MASK = "mask of more than 90 % of the image"
 SAME_PIXELS = "masks of several names with the same pixels"
-BURNED_IN = "may contain burned-in text"
+BURNED_IN = "may contain burned-in text"  # and ALONE
 EMPTY_MASK_SAMPLE = "sample about an empty mask, left out"
 
 
@@ -77,7 +78,7 @@ def _build_record(item: Item) -> BuiltRecord:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         source = _read(item)
-    messages += [BURNED_IN] * any("burned-in" in str(warning.message) for warning in caught)
+    messages += [text for text in (BURNED_IN, ALONE) if any(text in str(warning.message) for warning in caught)]
     pixels = source.image.pixels
     masks = _masks(item, source.image, messages)
     phash, fine_hash = perceptual_hash(pixels)
@@ -90,8 +91,8 @@ def _build_record(item: Item) -> BuiltRecord:
         group=item.group, masks=list(unique.values()), slice_axis=item.slice_axis, slice_index=item.slice_index,
         pixel_spacing_mm=None if spacing is None else [float(mm) for mm in spacing],
         window=None if limits is None else [float(value) for value in limits],
-        # A slice of a volume is shown as a radiologist sees it; the orientation of any other image is unknown.
-        orientation="radiological" if item.slice and item.slice_axis in ("axial", "coronal") else "",
+        # The patient's left is on the right of these planes; the orientation of any other image is unknown.
+        orientation="radiological" if _plane(source.image) in ("axial", "coronal") else "",
         phash64=phash, licence=item.licence, source=item.source or item.id,
     )  # fmt: skip
     record.samples = [sample for i, given in enumerate(item.samples) if (sample := _sample(given, i, masks, messages)) is not None]
@@ -161,8 +162,13 @@ def _bits(image: MedicalImage) -> int:
     return 8
 
 
+def _plane(image: MedicalImage) -> str:
+    """The nearest plane of the patient, "" if it is unknown."""
+    return "" if image.grid is None else image.grid.display.plane
+
+
 def _slice(path: Path, slice: str, window: Window) -> MedicalImage:
-    """One slice, windowed like its neighbours; a compressed volume is decompressed once for consecutive slices."""
+    """One slice; a compressed volume is decompressed once for consecutive slices."""
     axis, _, index = slice.partition(":")
     if not index.isdecimal():
         return open_image(path, slice=slice, window=window)  # raises an error that explains what is wrong

@@ -1,5 +1,7 @@
 """Reads images from DICOM files: modality LUT, window, inversion, colour, and the position of every frame in the patient.
 
+How a frame is turned for display is defined in `orientation.py`, which values are black and white in `grey_values.py`.
+
 Axis letters: F frames, H, W height and width of a frame in pixels.
 """
 
@@ -7,25 +9,28 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mimo_jax.data.images.image import PERCENTILES, DicomGrid, MedicalImage, Window, import_medical, window_limits
-from mimo_jax.data.transforms import MAX_PIXELS, windowed
+from mimo_jax.data.images.grey_values import Limits, ValueCounts, grey_levels
+from mimo_jax.data.images.image import DicomGrid, MedicalImage, Window, import_medical, window_limits
+from mimo_jax.data.images.orientation import Display, display_of, display_of_letters
+from mimo_jax.data.transforms import MAX_PIXELS
 from mimo_jax.errors import UserError
 
 # Attributes that determine the look and position of a frame; enhanced DICOM stores them per frame in these functional groups.
 _GROUPS = ("PixelMeasures", "PlanePosition", "PlaneOrientation", "PixelValueTransformation", "FrameVOILUT")
 _ATTRIBUTES = (
     "Modality", "PhotometricInterpretation", "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "VOILUTFunction",
-    "WindowCenter", "WindowWidth", "PixelSpacing", "ImagerPixelSpacing", "SliceThickness", "SpacingBetweenSlices",
-    "ImageOrientationPatient", "ImagePositionPatient",
+    "WindowCenter", "WindowWidth", "PixelSpacing", "ImagerPixelSpacing", "EstimatedRadiographicMagnificationFactor", "SliceThickness",
+    "SpacingBetweenSlices", "ImageOrientationPatient", "ImagePositionPatient", "PatientOrientation",
 )  # fmt: skip
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_PROJECTIONS = ("CR", "DX", "RG", "RF", "XA")  # modalities of radiographs; mammograms have conventions of their own
 STEP_TOLERANCE = 0.05  # share of a step by which a slice may deviate from even spacing
 
 
@@ -33,22 +38,8 @@ class DamagedError(UserError):
     """A file that is not a DICOM image, or not a complete one."""
 
 
-def open_frame(path: Path, frame: int | None, window: Window) -> MedicalImage:
-    """One frame of a DICOM file; see `open_image`."""
-    file = DicomFile(path)
-    if frame is None and file.frames > 1:
-        raise UserError(f"{path}: has {file.frames} frames; choose one, frame 0 to {file.frames - 1}")
-    frame = frame or 0
-    if not 0 <= frame < file.frames:
-        raise UserError(f"{path}: frame {frame} does not exist; it has {file.frames}, counted from 0")
-    image = file.image(frame, window)
-    if file.may_have_burned_in_text():
-        warnings.warn("the image may contain burned-in text, such as a patient's name", stacklevel=3)
-    return image
-
-
 class DicomFile:
-    """A DICOM file in memory, with its pixels as stored. header: pydicom's dataset without pixels. size: (H, W).
+    """A DICOM file in memory, with its pixels as stored. header: pydicom's dataset without pixels. size: (rows, columns) as stored.
     Raises DamagedError if it is not a complete image, UserError if it is too large or no decoder is available."""
 
     def __init__(self, path: Path):
@@ -63,25 +54,58 @@ class DicomFile:
             if self.size[0] * self.size[1] > MAX_PIXELS:
                 raise UserError(f"{path}: {self.size[1]}x{self.size[0]} pixels; the limit is {MAX_PIXELS} in all")
             _check_compression(self._pixels, path, self._dataset)
+            self._last: tuple[int, np.ndarray] | None = None
             self.header = pydicom.Dataset()
             self.header.update({tag: element for tag, element in self._dataset.items() if tag not in map(pydicom.tag.Tag, _PIXELS)})
 
-    def image(self, frame: int, window: Window) -> MedicalImage:
+    def image(self, frame: int, window: Window, scan_limits: Callable[[], Limits]) -> MedicalImage:
+        """One frame. scan_limits: gives the values of black and white if neither `window` nor the file does; see `grey_values.py`."""
         with reading(self.path):
-            values = self._pixels.pixel_array(self._dataset, index=frame)
             view = _at_frame(self.header, frame)
-            if self.header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2"):
-                rgb = np.repeat(_grey(self.path, view, values, window)[:, :, None], 3, axis=2)
+            grid = self.grid(frame)
+            if self.is_grey:
+                rgb = np.repeat(self._grey(frame, view, window, scan_limits)[:, :, None], 3, axis=2)
             elif window is not None:
                 raise UserError(f"{self.path}: a colour image has no window; omit the window")
             else:
-                rgb = _colour(self._pixels, self.header, values)
-            return MedicalImage(rgb, _spacing(view), self.grid(frame))
+                rgb = _colour(self._pixels, self.header, self._stored(frame))
+            spacing = _spacing(view)
+            return MedicalImage(np.ascontiguousarray(grid.display.turn(rgb)), spacing and grid.display.swap(spacing), grid)
 
     def grid(self, frame: int) -> DicomGrid:
         with reading(self.path):
             view = _at_frame(self.header, frame)
-            return DicomGrid(self.header, frame, self.frames, _affine(view, _spacing(view)))
+            return DicomGrid(self.header, frame, self.frames, _affine(view, _spacing(view)), _display(view))
+
+    @property
+    def is_grey(self) -> bool:
+        return self.header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
+
+    def count_values(self, frame: int, counts: ValueCounts) -> None:
+        """Add the rescaled values of a frame of a grey image to `counts`, without its padding."""
+        with reading(self.path):
+            view, stored = _at_frame(self.header, frame), self._stored(frame)
+            padding = _padding(self.header, stored)
+            counts.add(stored if padding is None else stored[~padding], lambda values: _rescaled(view, values))
+
+    def _stored(self, frame: int) -> np.ndarray:
+        """The stored values of a frame; those of the last one are kept, because a frame is often counted and then shown."""
+        if self._last is None or self._last[0] != frame:
+            self._last = frame, self._pixels.pixel_array(self._dataset, index=frame)
+        return self._last[1]
+
+    def _grey(self, frame: int, view: dict[str, Any], window: Window, scan_limits: Callable[[], Limits]) -> np.ndarray:
+        """uint8 [rows, columns]: rescaled, windowed, inverted if small values are bright; padding is black."""
+        if isinstance(window, str) and view.get("Modality") not in ("CT", None, ""):
+            raise UserError(f"{self.path}: window {window} is in Hounsfield units, which only CT has; give LOW,HIGH or omit it")
+        stored = self._stored(frame)
+        values, limits = _rescaled(view, stored), window_limits(window)
+        if limits is None:
+            values, limits = _by_own_window(view, values) or (values, scan_limits())
+        grey = grey_levels(values, limits)
+        grey = 255 - grey if view["PhotometricInterpretation"] == "MONOCHROME1" else grey
+        padding = _padding(self.header, stored)
+        return grey if padding is None else np.where(padding, np.uint8(0), grey)
 
     def may_have_burned_in_text(self) -> bool:
         """True unless the file rules out burned-in text."""
@@ -173,29 +197,39 @@ def _at_frame(dataset: Any, frame: int) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _grey(path: Path, view: dict[str, Any], stored: np.ndarray, window: Window) -> np.ndarray:
-    """Stored values [H, W] -> uint8 [H, W]: modality LUT or rescale, window, inversion if small values are bright."""
+def _rescaled(view: dict[str, Any], stored: np.ndarray) -> np.ndarray:
+    """Stored values -> float64: by the modality LUT, or the rescale slope and intercept."""
     if view.get("ModalityLUTSequence"):
-        values = _lookup(view["ModalityLUTSequence"][0], stored)[0]
-    else:
-        values = stored * _number(view, "RescaleSlope", 1.0) + _number(view, "RescaleIntercept", 0.0)
-    if isinstance(window, str) and view.get("Modality") not in ("CT", None, ""):
-        raise UserError(f"{path}: window {window} is in Hounsfield units, which only CT has; give LOW,HIGH or omit it")
-    limits = window_limits(window)
+        return _lookup(view["ModalityLUTSequence"][0], stored)[0]
+    return stored * _number(view, "RescaleSlope", 1.0) + _number(view, "RescaleIntercept", 0.0)
+
+
+def _by_own_window(view: dict[str, Any], values: np.ndarray) -> tuple[np.ndarray, Limits] | None:
+    """(values, limits) by the first window, else the VOI LUT of the frame; None if it has neither."""
     center, width = _number(view, "WindowCenter"), _number(view, "WindowWidth")
     rule = str(view.get("VOILUTFunction") or "LINEAR").upper()
-    if limits is None and np.isfinite(center) and width >= (1 if rule == "LINEAR" else 1e-6):
+    if np.isfinite(center) and width >= (1 if rule == "LINEAR" else 1e-6):
         if rule == "SIGMOID":
-            values, limits = 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))), (0.0, 1.0)
-        else:
-            # PS3.3 C.11.2.1.2: LINEAR spans from the first grey level to the last, LINEAR_EXACT from edge to edge.
-            middle, half = (center - 0.5, (width - 1) / 2) if rule == "LINEAR" else (center, width / 2)
-            limits = (middle - half, max(middle + half, middle - half + 1e-6))  # a width of 1 is a threshold
-    elif limits is None and view.get("VOILUTSequence"):
+            return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))), (0.0, 1.0)
+        # PS3.3 C.11.2.1.2: LINEAR spans from the first grey level to the last, LINEAR_EXACT from edge to edge.
+        middle, half = (center - 0.5, (width - 1) / 2) if rule == "LINEAR" else (center, width / 2)
+        return values, (middle - half, max(middle + half, middle - half + 1e-6))  # a width of 1 is a threshold
+    if view.get("VOILUTSequence"):
         values, bits = _lookup(view["VOILUTSequence"][0], values)
-        limits = (0.0, float(2**bits - 1))
-    grey = windowed(values, limits, PERCENTILES, str(path))
-    return 255 - grey if view["PhotometricInterpretation"] == "MONOCHROME1" else grey
+        return values, (0.0, float(2**bits - 1))
+    return None
+
+
+def _padding(header: Any, stored: np.ndarray) -> np.ndarray | None:
+    """Which stored values are padding, bool like `stored`; None if the file has none. PS3.3 C.7.5.1.1.2."""
+    ends = [get_value(header, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    values = [int(end) for end in ends if isinstance(end, int)]
+    if not isinstance(ends[0], int) or stored.dtype.kind not in "iu":
+        return None
+    wrap = 2 ** (8 * stored.dtype.itemsize)
+    if stored.dtype.kind == "i":  # a value that was written as unsigned
+        values = [value - wrap if value >= wrap // 2 else value for value in values]
+    return (stored >= min(values)) & (stored <= max(values))
 
 
 def _lookup(item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -226,8 +260,27 @@ def _number(view: dict[str, Any], name: str, default: float = np.nan) -> float:
 
 
 def _spacing(view: dict[str, Any]) -> tuple[float, float] | None:
-    both = (_numbers(view, name) for name in ("PixelSpacing", "ImagerPixelSpacing"))
-    return next(((s[0], s[1]) for s in both if len(s) == 2 and np.isfinite(s).all() and min(s) > 0), None)
+    """Distance of rows and of columns in the patient, mm; None if it is unknown. That of a radiograph is measured at the detector, where
+    the patient appears larger by a factor that few files give. PS3.3 10.7.1.3: an equal PixelSpacing is not corrected for it."""
+    pixels, detector = (_numbers(view, name) for name in ("PixelSpacing", "ImagerPixelSpacing"))
+    if not pixels or pixels == detector:
+        factor = _number(view, "EstimatedRadiographicMagnificationFactor")
+        pixels = [spacing / factor for spacing in detector] if factor > 0 else []
+    return (pixels[0], pixels[1]) if len(pixels) == 2 and np.isfinite(pixels).all() and min(pixels) > 0 else None
+
+
+def _display(view: dict[str, Any]) -> Display:
+    """How a frame is turned: by its orientation in the patient, or that of a radiograph by PatientOrientation; else as it is stored."""
+    directions = np.array(_numbers(view, "ImageOrientationPatient"))
+    if len(directions) == 6 and np.isfinite(directions).all():
+        along_row, along_column = directions[:3], directions[3:]
+        normal = np.cross(along_row, along_column)
+        if np.linalg.norm(normal) > 0.5:
+            affine = np.eye(4)
+            affine[:3, :3] = np.stack([along_row, along_column, normal], axis=1) * [[-1], [-1], [1]]
+            return display_of(import_medical("nibabel").io_orientation(affine), 1, 0)
+    letters = [str(value)[:1] for value in np.atleast_1d(view.get("PatientOrientation", []))]
+    return display_of_letters(*letters) if len(letters) == 2 and view.get("Modality") in _PROJECTIONS else Display()
 
 
 def _affine(view: dict[str, Any], spacing: tuple[float, float] | None) -> np.ndarray | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mimo_jax.data.images.orientation import Display
 from mimo_jax.errors import UserError
 
 Window = str | tuple[float, float] | None
@@ -24,45 +27,43 @@ WINDOWS = {
     "lung": (-1350.0, 150.0), "bone": (-450.0, 1050.0), "soft": (-160.0, 240.0),
     "brain": (0.0, 80.0), "abdomen": (-140.0, 260.0), "mediastinum": (-125.0, 225.0),
 }  # fmt: skip
-PERCENTILES = (0.5, 99.5)  # values shown as black and white by default
-PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the world axis that is normal to each plane
 MAX_SLICES, MAX_VOXELS = 4096, 2**29  # of a volume; a whole body of 512 x 512 x 2000 is accepted
 
 
 @dataclass(frozen=True)
 class NiftiGrid:
     """The position of an image in a NIfTI file. shape: that of the file. header: nibabel's. affine: [4, 4], voxel (i, j, k) to world in
-    the file's unit. The image is the plane `index` of the file axis `axis`, transposed, then with rows and columns flipped."""
+    the file's unit. The image is the plane `index` of the file axis `axis`, turned by `display`."""
 
     shape: tuple[int, ...]
     header: Any = field(repr=False)
     affine: np.ndarray
     axis: int
     index: int
-    transpose: bool
-    flip_rows: bool
-    flip_columns: bool
+    display: Display
 
     def display_view(self, volume: np.ndarray) -> np.ndarray:
         """The image's plane [H, W] of an array of the file's shape, as a view: writing to it changes the array."""
         planes = np.moveaxis(volume.reshape((*self.shape, 1)[:3]), self.axis, 0)
-        return self.to_display(planes[self.index])
-
-    def to_display(self, plane: np.ndarray) -> np.ndarray:
-        """A plane of the file, indexed by file axes, in the orientation of the image; a view."""
-        plane = plane.T if self.transpose else plane
-        return plane[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+        return self.display.turn(planes[self.index])
 
 
 @dataclass(frozen=True)
 class DicomGrid:
     """The position of an image in a DICOM file. dataset: pydicom's, without pixels. frame: index from 0, of `frames`. affine: [4, 4],
-    (column, row, 0) of the frame to world in mm, None if the file does not give the position in the patient."""
+    (column, row, 0) of the frame as it is stored to world in mm, None if the file does not give the position in the patient. The image
+    is the frame, turned by `display`."""
 
     dataset: Any = field(repr=False)
     frame: int
     frames: int
     affine: np.ndarray | None
+    display: Display
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(rows, columns) of the frame as it is stored."""
+        return int(self.dataset.Rows), int(self.dataset.Columns)
 
 
 Grid = NiftiGrid | DicomGrid
@@ -133,6 +134,13 @@ def check_size(path: Path, slices: int, height: int, width: int) -> None:
         raise UserError(f"{path}: {slices} slices of {width}x{height}; the limits are {MAX_SLICES} slices and {MAX_VOXELS} voxels")
 
 
+def local_path(path: str | os.PathLike) -> Path:
+    """The path of a file or folder. Raises UserError for a URL."""
+    if re.match("(https?|ftp)://", os.fspath(path)):
+        raise UserError(f"{path}: is a URL; download the file first, then name it")
+    return Path(path)
+
+
 def file_kind(path: Path) -> str:
     """ "DICOM", "NIfTI" or "picture" (any other), by the first bytes. Raises UserError if the file cannot be read."""
     try:
@@ -155,6 +163,15 @@ def open_unpacked(path: Path) -> BinaryIO:
     with open(path, "rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if compressed else open(path, "rb")
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """What changes if a file is written again, for caches. Raises UserError if the file cannot be read."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return stat.st_mtime_ns, stat.st_size
 
 
 def import_medical(name: str) -> Any:

@@ -6,30 +6,33 @@ Axis letters: F slices, H, W height and width of the image in pixels; i, j, k ax
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mimo_jax.data.images.grey_values import Limits, ValueCounts, grey_levels
 from mimo_jax.data.images.image import (
-    PERCENTILES,
-    PLANES,
     MedicalImage,
     NiftiGrid,
     Volume,
     Window,
     check_size,
+    file_stamp,
     import_medical,
     open_unpacked,
     window_limits,
 )
-from mimo_jax.data.transforms import MAX_PIXELS, windowed
+from mimo_jax.data.images.orientation import PLANES, display_of
+from mimo_jax.data.transforms import MAX_PIXELS
 from mimo_jax.errors import UserError
 
 _AXES = "ijk"
+_PART = 2**22  # voxels read at once where only their grey values count
 _MM = {"meter": 1000.0, "micron": 0.001}  # length units of NIfTI files; all others are treated as mm
 
 
@@ -42,7 +45,8 @@ def open_slice(path: Path, slice: str | None, window: Window) -> MedicalImage:
         where[axis] = index
         plane = np.asarray(image.dataobj[tuple(where[: len(image.shape)])], np.float64)  # nibabel applies slope and intercept
         plane = plane.reshape(np.delete((*image.shape, 1)[:3], axis))
-        return _to_image(path, grid, plane, _steps(image), window_limits(window))
+        limits = window_limits(window) or _limits_of_file(path, file_stamp(path))
+        return _to_image(grid, plane, _steps(image), limits)
 
 
 def open_slices(path: Path, axis: str | None, window: Window) -> Volume:
@@ -53,18 +57,16 @@ def open_slices(path: Path, axis: str | None, window: Window) -> Volume:
         if across is None:
             raise UserError(f"axis {axis}: give i, j, k, {', '.join(reversed(PLANES))}")
         grid = _grid(path, image, across, 0)
-        height, width = grid.to_display(np.empty(np.delete(shape, across), bool)).shape
+        height, width = grid.display.swap(tuple(np.delete(shape, across).tolist()))
         check_size(path, shape[across], height, width)
         stored = np.moveaxis(image.dataobj.get_unscaled().reshape(shape), across, 0)
         scaling, steps = (image.dataobj.slope, image.dataobj.inter), _steps(image)
         scaled = import_medical("nibabel.volumeutils").apply_read_scaling
-        limits = window_limits(window) or _limits(path, stored, lambda values: scaled(values, *scaling))
+        limits = window_limits(window) or _limits(path, stored, scaling)
 
     def load_slice(k: int) -> MedicalImage:
         values = np.asarray(scaled(stored[k], *scaling), np.float64)
-        if not np.isfinite(values).any():  # outside the field of view of a scan that was resampled to a larger grid
-            values = np.full_like(values, limits[0])
-        return _to_image(path, replace(grid, index=k), values, steps, limits)
+        return _to_image(replace(grid, index=k), values, steps, limits)
 
     between, rows, columns = steps[across], *_spacing(grid, steps)
     voxel = float(abs(np.linalg.det(grid.affine[:3, :3])) * np.prod(steps / np.linalg.norm(grid.affine[:3, :3], axis=0)))
@@ -89,20 +91,32 @@ def _reading(path: Path) -> Iterator[Any]:
             raise UserError(f"{path}: a damaged or truncated NIfTI file ({type(error).__name__})") from None
 
 
-def _limits(path: Path, stored: np.ndarray, scaled: Any) -> tuple[float, float]:
-    """(low, high) of a whole volume: its percentiles, or its extremes if it is nearly constant."""
-    finite = stored[np.isfinite(stored)] if stored.dtype.kind == "f" else stored
-    if not finite.size:
+@lru_cache(maxsize=64)
+def _limits_of_file(path: Path, stamp: object) -> Limits:
+    """The limits of all voxels of a file, read in parts. stamp: `file_stamp` of the file, so that a changed one is read again."""
+    fileslice = import_medical("nibabel.fileslice").fileslice
+    with _reading(path) as image:
+        data = image.dataobj
+        step = max(1, _PART // max(1, int(np.prod(data.shape[:-1]))))
+        parts = (np.s_[..., start : start + step] for start in range(0, data.shape[-1], step))
+        stored = (fileslice(data.file_like, part, data.shape, data.dtype, data.offset, order="F") for part in parts)
+        return _limits(path, stored, (data.slope, data.inter))
+
+
+def _limits(path: Path, parts: Iterable[np.ndarray], scaling: tuple[float, float]) -> Limits:
+    """The limits of stored values."""
+    scaled, counts = import_medical("nibabel.volumeutils").apply_read_scaling, ValueCounts()
+    for part in parts:
+        counts.add(part, lambda values: scaled(values, *scaling))
+    limits = counts.limits()
+    if limits is None:
         raise UserError(f"{path}: has no finite value")
-    low, high = sorted(float(v) for v in scaled(np.percentile(finite, PERCENTILES)))
-    if low >= high:
-        low, high = sorted(float(v) for v in scaled(np.array([finite.min(), finite.max()])))
-    return low, max(high, np.nextafter(low, np.inf))
+    return limits
 
 
-def _to_image(path: Path, grid: NiftiGrid, plane: np.ndarray, steps: np.ndarray, limits: tuple[float, float] | None) -> MedicalImage:
+def _to_image(grid: NiftiGrid, plane: np.ndarray, steps: np.ndarray, limits: Limits) -> MedicalImage:
     """The image of a plane of the file, float64 and scaled."""
-    grey = windowed(grid.to_display(plane), limits, PERCENTILES, str(path))
+    grey = grid.display.turn(grey_levels(plane, limits))
     return MedicalImage(np.repeat(grey[:, :, None], 3, axis=2), _spacing(grid, steps), grid)
 
 
@@ -114,7 +128,7 @@ def _steps(image: Any) -> np.ndarray:
 def _spacing(grid: NiftiGrid, steps: np.ndarray) -> tuple[float, float]:
     """Distance of neighbouring rows and of neighbouring columns of an image in mm."""
     first, second = np.delete(steps, grid.axis).tolist()
-    return (second, first) if grid.transpose else (first, second)
+    return grid.display.swap((first, second))
 
 
 def _check_nifti(path: Path, image: Any) -> None:
@@ -134,13 +148,13 @@ def _axes(image: Any) -> tuple[tuple[int, ...], list[int]]:
 
 
 def _grid(path: Path, image: Any, axis: int, index: int) -> NiftiGrid:
-    shape, worlds = _axes(image)
-    rows, columns = sorted((a for a in range(3) if a != axis), key=lambda a: -worlds[a])
-    if shape[rows] * shape[columns] > MAX_PIXELS:
-        raise UserError(f"{path}: a slice of {shape[columns]}x{shape[rows]} pixels; the limit is {MAX_PIXELS} in all")
-    # z, or else y, decreases downwards; x, or else y, decreases to the right: an axis that runs along its world axis is flipped.
-    along = import_medical("nibabel").io_orientation(image.affine)[:, 1] > 0
-    return NiftiGrid(image.shape, image.header, image.affine, axis, index, rows > columns, bool(along[rows]), bool(along[columns]))
+    shape = (*image.shape, 1)[:3]
+    first, second = (a for a in range(3) if a != axis)
+    display = display_of(import_medical("nibabel").io_orientation(image.affine), first, second)
+    height, width = display.swap((shape[first], shape[second]))
+    if height * width > MAX_PIXELS:
+        raise UserError(f"{path}: a slice of {width}x{height} pixels; the limit is {MAX_PIXELS} in all")
+    return NiftiGrid(image.shape, image.header, image.affine, axis, index, display)
 
 
 def _axis(name: str, worlds: list[int]) -> int | None:

@@ -1,18 +1,18 @@
 """Opens a DICOM, NIfTI or other image file as one MedicalImage, with the position that is needed to write a mask back to the file.
 
-A DICOM frame is shown as it is stored. A NIfTI slice is shown as a radiologist sees it, whatever the file's orientation:
-the patient's left on the right side of the image, anterior up (axial) or left (sagittal), head up (coronal, sagittal).
+A DICOM frame and a NIfTI slice are displayed as a radiologist sees them, however they are stored (`orientation.py`): the patient's left
+on the right side of the image, anterior up (axial) or left (sagittal), head up (coronal, sagittal). A DICOM frame that does not say its
+orientation in the patient, such as of ultrasound, is displayed as it is stored. Grey values are defined in `grey_values.py`.
 No message contains header values about a patient.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from mimo_jax.data.images.dicom import open_frame
-from mimo_jax.data.images.image import MedicalImage, Window, check_window, file_kind
+from mimo_jax.data.images.image import MedicalImage, Window, check_window, file_kind, local_path
 from mimo_jax.data.images.nifti import open_slice
+from mimo_jax.data.images.series import open_frame
 from mimo_jax.data.transforms import decode_image
 from mimo_jax.errors import UserError
 
@@ -23,11 +23,12 @@ def open_image(path: str | os.PathLike, *, frame: int | None = None, slice: str 
     frame: index in a multi-frame DICOM file, from 0. slice: of a NIfTI volume, "AXIS:INDEX" with AXIS i, j or k (file axes) or axial,
     coronal or sagittal (the nearest file axis); INDEX counts along that file axis, from 0. window: (low, high), the values shown as
     black and white, in the file's units (CT: HU), or a name of WINDOWS; the default is the file's first window or VOI LUT, else the
-    0.5 and 99.5 percentiles. Warns if a DICOM file may contain burned-in text.
+    0.5 and 99.5 percentiles of the whole scan, also of the other slices. Warns if a DICOM slice needs them and its scan is not in the
+    same folder, and if a DICOM file may contain burned-in text.
     Raises UserError, one line, for a file that cannot be read or a missing or wrong choice.
     """
     check_window(window)
-    path = Path(path)
+    path = local_path(path)
     kind = file_kind(path)
     if slice is not None and kind != "NIfTI":
         raise UserError(f"{path}: is not a NIfTI volume; omit slice {slice}" + " and give a frame" * (kind == "DICOM"))

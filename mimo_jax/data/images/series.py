@@ -5,17 +5,30 @@ Files that are not images to ask about (other formats, a DICOMDIR, reports, segm
 
 from __future__ import annotations
 
+import itertools
+import os
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mimo_jax.data.images.dicom import STEP_TOLERANCE, DamagedError, DicomFile, directions_and_position, get_value, reading, stack_affine
-from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, check_size, file_kind, import_medical
+from mimo_jax.data.images.grey_values import Limits, ValueCounts
+from mimo_jax.data.images.image import (
+    DicomGrid,
+    MedicalImage,
+    Volume,
+    Window,
+    check_size,
+    file_kind,
+    file_stamp,
+    import_medical,
+)
 from mimo_jax.errors import UserError
 
 _TAGS = (
@@ -23,6 +36,10 @@ _TAGS = (
     "ImagePositionPatient",
 )  # fmt: skip
 _DERIVED_MODALITIES = ("SEG", "RTDOSE")  # modalities whose pixels are derived from an image
+_SLICES = ("CT", "MR", "PT")  # modalities of which one file is a part of a scan
+ALONE = "the grey values follow this slice alone: no window is in the file"
+_MAX_KNOWN = 64
+_known_limits: dict[tuple, Limits] = {}  # of the scans of single images, by their files and stamps
 _SKIP_REASONS = {"other": "not DICOM", "no image": "without an image to ask about", "damaged": "damaged or unreadable"}
 
 
@@ -60,7 +77,10 @@ def open_series(folder: Path, number: int | None, window: Window) -> Volume:
     found, skipped = _scan(folder)
     if not found:
         reasons = ", ".join(f"{count} {_SKIP_REASONS[kind]}" for kind, count in skipped.items())
-        raise UserError(f"{folder}: has no DICOM image that can be read ({reasons or 'no file at all'}); give the folder of one series")
+        pictures = f", or ask about a folder of pictures with mimo batch --in {folder}" * (skipped["other"] > 0)
+        raise UserError(
+            f"{folder}: has no DICOM image that can be read ({reasons or 'no file at all'}); give the folder of one series{pictures}"
+        )
     if number is None and len(found) > 1:
         head = f"{folder}: has {len(found)} series, sizes or directions; choose one with series=N (--series N)"
         raise SeriesError("\n  ".join([head, *(f"{n}: {series.describe()}" for n, series in enumerate(found, 1))]))
@@ -71,11 +91,34 @@ def open_series(folder: Path, number: int | None, window: Window) -> Volume:
         volume = open_frames(chosen.files[0], window)
     else:
         check_size(folder, len(chosen.files), *chosen.size)
-        slices = _read(folder, chosen.files, window, skipped)
-        volume = _volume([path for path, _ in slices], [grid for _, grid in slices], window)
+        slices, limits = _read(folder, chosen.files, window, skipped)
+        volume = _volume([path for path, _ in slices], [grid for _, grid in slices], window, limits)
     if skipped["damaged"]:
         warnings.warn(f"skipped damaged or unreadable files: {skipped['damaged']}; slices may be missing", stacklevel=3)
     return replace(volume, num_skipped=skipped.total())
+
+
+def open_frame(path: Path, frame: int | None, window: Window) -> MedicalImage:
+    """One frame of a DICOM file; see `open_image`."""
+    file = DicomFile(path)
+    if frame is None and file.frames > 1:
+        raise UserError(f"{path}: has {file.frames} frames; choose one, frame 0 to {file.frames - 1}")
+    frame = frame or 0
+    if not 0 <= frame < file.frames:
+        raise UserError(f"{path}: frame {frame} does not exist; it has {file.frames}, counted from 0")
+    files: list[Path] = []  # those whose grey values count, if they do
+
+    def scan_limits() -> Limits:
+        files[:] = [path] if file.frames > 1 else _series_beside(path)
+        return _limits_of_files(file, files)
+
+    image = file.image(frame, window, scan_limits)
+    is_slice = directions_and_position(file.header) or get_value(file.header, "Modality") in _SLICES
+    if len(files) == 1 and file.frames == 1 and is_slice:
+        warnings.warn(f"{ALONE}; give --window, or put the other files of its series into its folder", stacklevel=3)
+    if file.may_have_burned_in_text():
+        warnings.warn("the image may contain burned-in text, such as a patient's name", stacklevel=3)
+    return image
 
 
 def open_frames(path: Path, window: Window) -> Volume:
@@ -83,14 +126,18 @@ def open_frames(path: Path, window: Window) -> Volume:
     file = DicomFile(path)
     check_size(path, file.frames, *file.size)
     _warn_of_burned_in_text(file.may_have_burned_in_text())
-    for frame in range(file.frames):
-        file.image(frame, window)
-    return _volume([path] * file.frames, [file.grid(n) for n in range(file.frames)], window, file)
+    counts = ValueCounts()
+    needed = [_check_frame(file, frame, window, counts) for frame in range(file.frames)]
+    grids = [file.grid(frame) for frame in range(file.frames)]
+    if len({grid.display.swap(file.size) for grid in grids}) > 1:
+        raise UserError(f"{path}: its frames have several directions, and sizes once they are turned; choose one, such as frame 0")
+    return _volume([path] * file.frames, grids, window, _limits(path, counts) if any(needed) else None, file)
 
 
 def _scan(folder: Path) -> tuple[list[_Series], Counter]:
     """(the series of a folder, sorted by number; how many files were skipped, by reason)."""
-    found, skipped = [], Counter[str]()
+    found: dict[tuple, list[_Series]] = defaultdict(list)  # by what is compared most quickly
+    skipped = Counter[str]()
     import_medical("pydicom")  # if it is missing, files are not to blame
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         try:
@@ -104,11 +151,12 @@ def _scan(folder: Path) -> tuple[list[_Series], Counter]:
         if header is None:
             skipped["no image"] += 1
             continue
-        match = next((series for series in found if series.accepts(header)), header)
+        alike = found[header.uid, header.size]
+        match = next((series for series in alike if series.accepts(header)), header)
         if match is header:
-            found.append(header)
+            alike.append(header)
         match.files.append(path)
-    return sorted(found, key=lambda series: series.number), skipped
+    return sorted(itertools.chain(*found.values()), key=lambda series: series.number), skipped
 
 
 def _header(path: Path) -> _Series | None:
@@ -130,20 +178,76 @@ def _header(path: Path) -> _Series | None:
         return _Series(uid, number, modality, size, position and position[0], frames)
 
 
-def _read(folder: Path, files: Sequence[Path], window: Window, skipped: Counter) -> list[tuple[Path, DicomGrid]]:
-    """The readable files with their grids, sorted. All are decoded here, so that damage is found before any further work."""
-    slices, text = [], False
+def _read(folder: Path, files: Sequence[Path], window: Window, skipped: Counter) -> tuple[list[tuple[Path, DicomGrid]], Limits | None]:
+    """(the readable files with their grids, sorted; the limits of all, if a slice needs them). All are decoded here, so that damage is
+    found before any further work."""
+    slices, text, needed, counts = [], False, False, ValueCounts()
     for path in files:
         try:
             file = DicomFile(path)
-            slices.append((path, file.image(0, window).grid))
+            needed |= _check_frame(file, 0, window, counts)
+            slices.append((path, file.grid(0)))
             text |= file.may_have_burned_in_text()
         except DamagedError:
             skipped["damaged"] += 1
     if not slices:
         raise UserError(f"{folder}: all {len(files)} images are damaged or truncated; copy them again from their origin")
     _warn_of_burned_in_text(text)
-    return _sorted(slices)
+    return _sorted(slices), _limits(folder, counts) if needed else None
+
+
+def _check_frame(file: DicomFile, frame: int, window: Window, counts: ValueCounts) -> bool:
+    """Decode a frame, so that damage or a wrong choice is found, and count its values; whether it needs the limits of its scan."""
+    asked = []
+
+    def unknown() -> Limits:
+        asked.append(frame)
+        return 0.0, 1.0
+
+    file.image(frame, window, unknown)
+    if window is None and file.is_grey:
+        file.count_values(frame, counts)
+    return bool(asked)
+
+
+def _limits_of_files(file: DicomFile, files: list[Path]) -> Limits:
+    """The limits of all frames of `files`, of which `file` is one; others that cannot be read do not count."""
+    key = tuple((path, file_stamp(path)) for path in files)
+    limits = _known_limits.get(key)
+    if limits is None:
+        counts = ValueCounts()
+        for path in files:
+            try:
+                each = file if path == file.path else DicomFile(path)
+                for frame in range(each.frames if each.is_grey else 0):
+                    each.count_values(frame, counts)
+            except UserError:
+                if path == file.path:
+                    raise
+        limits = _limits(file.path, counts)
+        if len(_known_limits) >= _MAX_KNOWN:
+            _known_limits.clear()
+        _known_limits[key] = limits
+    return limits
+
+
+def _series_beside(path: Path) -> list[Path]:
+    """The files of the series of a file in its folder."""
+    stamps = tuple(sorted((entry.name, *file_stamp(Path(entry.path))) for entry in os.scandir(path.parent) if entry.is_file()))
+    return next((series.files for series in _series_of_folder(path.parent, stamps) if path in series.files), [path])
+
+
+@lru_cache(maxsize=4)
+def _series_of_folder(folder: Path, stamps: tuple) -> list[_Series]:
+    """The series of a folder. stamps: name and `file_stamp` of its files, so that a changed folder is read again."""
+    return _scan(folder)[0]
+
+
+def _limits(path: Path, counts: ValueCounts) -> Limits:
+    limits = counts.limits()
+    if limits is None:
+        raise UserError(f"{path}: has no finite value")
+    return limits
 
 
 def _sorted(slices: list[tuple[Path, DicomGrid]]) -> list[tuple[Path, DicomGrid]]:
@@ -161,22 +265,24 @@ def _sorted(slices: list[tuple[Path, DicomGrid]]) -> list[tuple[Path, DicomGrid]
     return [slices[n] for n in sorted(range(len(slices)), key=keys.__getitem__)]
 
 
-def _volume(files: list[Path], grids: list[DicomGrid], window: Window, file: DicomFile | None = None) -> Volume:
-    """file: the open file of all slices; without it, each of `files` is read when its slice is loaded."""
+def _volume(files: list[Path], grids: list[DicomGrid], window: Window, limits: Limits | None, file: DicomFile | None = None) -> Volume:
+    """limits: those of the scan, if a slice needs them. file: the open file of all slices; without it, each of `files` is read when its
+    slice is loaded."""
     affine = stack_affine(grids)
     if affine is None:
         _warn_of_gaps(grids)
     known = affine is not None and len(grids) > 1
     between, rows, columns = (float(np.linalg.norm(affine[:3, n])) for n in (2, 1, 0)) if known else (0, 0, 0)
+    display = grids[0].display
 
     def load_slice(k: int) -> MedicalImage:
-        return (file or DicomFile(files[k])).image(grids[k].frame, window)
+        return (file or DicomFile(files[k])).image(grids[k].frame, window, lambda: limits)
 
     return Volume(
-        size=(int(grids[0].dataset.Rows), int(grids[0].dataset.Columns)),
+        size=display.swap(grids[0].stored_size),
         grids=grids,
         load_slice=load_slice,
-        spacing_mm=(between, rows, columns) if known else None,
+        spacing_mm=(between, *display.swap((rows, columns))) if known else None,
         voxel_mm3=float(abs(np.linalg.det(affine[:3, :3]))) if known else None,
         files=list(dict.fromkeys(files)),
     )

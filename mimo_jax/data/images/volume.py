@@ -6,11 +6,10 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
-
-from mimo_jax.data.images.image import PLANES, MedicalImage, Volume, Window, check_window, file_kind
+from mimo_jax.data.images.image import MedicalImage, Volume, Window, check_window, file_kind, local_path
 from mimo_jax.data.images.nifti import open_slices
 from mimo_jax.data.images.open_image import open_image
+from mimo_jax.data.images.orientation import PLANES
 from mimo_jax.data.images.series import open_frames, open_series
 from mimo_jax.errors import UserError
 
@@ -18,26 +17,26 @@ from mimo_jax.errors import UserError
 def open_volume(path: str | os.PathLike, *, axis: str | None = None, series: int | None = None, window: Window = None) -> Volume:
     """All slices of a scan, loaded one at a time; formats are recognised by content.
 
-    NIfTI: every slice along `axis` (axial, coronal, sagittal, i, j, k; default axial), each as `open_image` shows it. Without a window,
-    however, all slices have the same one, from the 0.5 to the 99.5 percentile of the whole volume, so that neighbours look similar. A
-    compressed file is decompressed once and its stored values stay in memory.
+    Each slice is the image that `open_image` gives of it alone.
+
+    NIfTI: every slice along `axis` (axial, coronal, sagittal, i, j, k; default axial). A compressed file is decompressed once and its
+    stored values stay in memory.
 
     Folder: the DICOM files of one series, sorted by position along the normal of the slices (or by InstanceNumber if they have no
-    position), each with its own window as in `open_image`. Other files are skipped, damaged ones with a warning. `series` chooses one of
-    several series (or sizes, or directions), counted from 1; without it, an error lists them. Warns of gaps and of slices with the same
-    position.
+    position). Other files are skipped, damaged ones with a warning. `series` chooses one of several series (or sizes, or directions),
+    counted from 1; without it, an error lists them. Warns of gaps and of slices with the same position.
 
     DICOM file: all frames in their order. Every DICOM image is decoded once here, so that damage is found before any further work.
 
     Raises UserError for files that cannot be read, for a missing or wrong choice, and beyond MAX_SLICES or MAX_VOXELS.
     """
     check_window(window)
-    path = Path(path)
+    path = local_path(path)
     kind = "folder" if path.is_dir() else file_kind(path)
     if series is not None and kind != "folder":
         raise UserError(f"{path}: is not a folder; omit series {series}")
     if axis is not None and kind != "NIfTI":
-        raise UserError(f"{path}: is not a NIfTI volume; omit axis {axis}, DICOM slices are shown as they were acquired")
+        raise UserError(f"{path}: is not a NIfTI volume; omit axis {axis}, DICOM slices stay in the plane of their acquisition")
     if kind == "NIfTI":
         return open_slices(path, axis, window)
     if kind == "picture":
@@ -53,7 +52,7 @@ def open_scan(
     In a folder, slice "INDEX" or "PLANE:INDEX" selects one slice, counted from 0 in the order of `open_volume`; PLANE must be the plane
     nearest to the slices. Raises UserError as `open_image` and `open_volume` do.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         if frame is not None:
             raise UserError(f"{path}: is a folder; omit frame {frame}, or select a slice instead")
@@ -79,11 +78,10 @@ def _index(path: Path, volume: Volume, slice: str) -> int | None:
     match = re.fullmatch(r"(?:([a-z]+):)?(\d+|all)", slice.lower())
     if not match or match[1] not in (None, *PLANES):
         raise UserError(f"slice {slice}: for a folder, write INDEX or PLANE:INDEX, such as 30 or axial:30")
-    affine = volume.grids[0].affine
-    plane = None if affine is None else list(PLANES)[int(np.abs(np.cross(affine[:3, 0], affine[:3, 1])).argmax())]
-    if match[1] not in (None, plane):
+    plane = volume.grids[0].display.plane
+    if match[1] and match[1] != plane:
         what = f"are {plane}" if plane else "have no known plane"
-        raise UserError(f"{path}: its slices {what}, and DICOM slices are shown as they were acquired; write slice {match[2]}")
+        raise UserError(f"{path}: its slices {what}, and DICOM slices stay in the plane of their acquisition; write slice {match[2]}")
     if match[2] == "all":
         return None
     if int(match[2]) >= len(volume):

@@ -18,7 +18,7 @@ from mimo_jax.data.images.dicom import get_value, silence_libraries, stack_affin
 from mimo_jax.data.images.image import DicomGrid, Grid, NiftiGrid, import_medical
 from mimo_jax.errors import UserError
 
-Named = Sequence[tuple[str, np.ndarray]]  # (phrase, bool [F, H, W]) of each entity
+Named = Sequence[tuple[str, np.ndarray]]  # (phrase, bool [F, H, W] as displayed) of each entity
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 # Attributes that highdicom copies from the image, but that an anonymised file may lack.
 _MAY_BE_EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
@@ -55,13 +55,13 @@ def write_nifti(file: BinaryIO, packed: bool, masks: Iterable[np.ndarray], grids
     uint8, or uint16 if there are more than 255.
 
     NIfTI input: the label map has the shape, affine and orientation codes of the input, and is zero outside the given slices. DICOM
-    input: it is [W, H, F] (columns, rows, slices) with the affine of the frames, in RAS mm.
+    input: it is (columns, rows, slices), as the frames are stored, with their affine in RAS mm.
     """
     import nibabel
 
-    shape = grids[0].shape if isinstance(grids[0], NiftiGrid) else (grids[0].dataset.Columns, grids[0].dataset.Rows, len(grids))
-    volume, count = np.zeros(shape, np.uint16), 0
-    planes = on_grid(volume, grids) if isinstance(grids[0], NiftiGrid) else volume.T
+    volume, count = np.zeros(file_shape(grids), np.uint16), 0
+    planes = on_grid(volume, grids)
+    volume = volume if isinstance(grids[0], NiftiGrid) else volume.T
     for count, mask in enumerate(masks, 1):
         for plane, slice_mask in zip(planes, mask, strict=True):
             plane[slice_mask] = count
@@ -88,9 +88,16 @@ def write_nifti(file: BinaryIO, packed: bool, masks: Iterable[np.ndarray], grids
         image.to_stream(file)
 
 
-def on_grid(array: np.ndarray, grids: Sequence[Grid]) -> Sequence[np.ndarray]:
-    """Views [H, W] of each slice in an array with the NIfTI file's shape, or, for DICOM, [F, H, W]."""
-    return [grid.display_view(array) for grid in grids] if isinstance(grids[0], NiftiGrid) else array
+def file_shape(grids: Sequence[Grid]) -> tuple[int, ...]:
+    """The shape of a label array on the file's own axes: that of a NIfTI file, [F, rows, columns] of DICOM frames as they are stored."""
+    return grids[0].shape if isinstance(grids[0], NiftiGrid) else (len(grids), *grids[0].stored_size)
+
+
+def on_grid(array: np.ndarray, grids: Sequence[Grid]) -> list[np.ndarray]:
+    """Views [H, W] of each slice, as it is displayed, in an array of `file_shape`."""
+    if isinstance(grids[0], NiftiGrid):
+        return [grid.display_view(array) for grid in grids]
+    return [grid.display.turn(plane) for grid, plane in zip(grids, array, strict=True)]
 
 
 def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[DicomGrid], prompted: bool) -> None:
@@ -109,10 +116,11 @@ def write_seg(path: Path, file: BinaryIO, entities: Named, grids: Sequence[Dicom
     if not segments:
         raise UserError(f"{path}: the answer segments nothing, and a DICOM SEG without segments is not allowed; use .json")
     sources, frames = _sources(grids), grids[0].frames
-    pixels = np.zeros((frames * len(sources), *segments[0][1].shape[1:], len(segments)), np.uint8)  # [F, H, W, E]
+    pixels = np.zeros((frames * len(sources), *grids[0].stored_size, len(segments)), np.uint8)  # [F, rows, columns, E]
     indices = [grid.frame if frames > 1 else k for k, grid in enumerate(grids)]  # a file of several frames is the only source
     for e, (_, mask) in enumerate(segments):
-        pixels[indices, :, :, e] = mask
+        for index, grid, slice_mask in zip(indices, grids, mask, strict=True):
+            grid.display.turn(pixels[index, :, :, e])[:] = slice_mask
     algorithm = highdicom.AlgorithmIdentificationSequence("MIMO", codes.cid7162.ArtificialIntelligence, __version__)
     described = [
         highdicom.seg.SegmentDescription(

@@ -24,6 +24,7 @@ from mimo_jax.data.builder.record import (
     pixel_hash,
 )
 from mimo_jax.data.builder.splits import MAX_COARSE_BITS, MAX_FINE_BITS
+from mimo_jax.data.images.series import ALONE
 from mimo_jax.data.transforms import decode_image
 from mimo_jax.infer.answers.write_masks import write_seg
 from tests.data.medical_files import dicom, nifti, saved
@@ -210,6 +211,7 @@ def test_dicom_and_its_segmentation(tmp_path):
     assert result.warnings == (BURNED_IN,)
     record = result.record
     assert (record.format, record.src_bit_depth, record.pixel_spacing_mm) == ("png", 16, [0.5, 0.25])
+    assert record.orientation == "radiological"
     np.testing.assert_array_equal(decode_image(record.image)[..., 0], GREY)
     picture = under_test._read(item(path)).image
     with open(tmp_path / "seg.dcm", "wb") as file:
@@ -219,7 +221,7 @@ def test_dicom_and_its_segmentation(tmp_path):
     for mask, wanted in zip(masks, (LIVER, SPLEEN, LIVER | SPLEEN), strict=True):
         np.testing.assert_array_equal(mask.decode(), wanted)
     other = saved(dicom(stored), tmp_path / "b.dcm")
-    assert made(other, MaskRef("liver", seg, value=1)).warnings == (EMPTY_MASK,)  # the SEG speaks of another instance
+    assert made(other, MaskRef("liver", seg, value=1)).warnings == (ALONE, EMPTY_MASK)  # the SEG speaks of another instance
 
 
 @pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, 1), (-1, 1, -1)])

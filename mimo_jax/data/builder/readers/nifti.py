@@ -20,7 +20,8 @@ from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.readers.index_files import read
 from mimo_jax.data.builder.readers.label_tables import label_table, parse_table
 from mimo_jax.data.builder.readers.reader import SPLITS, DatasetReader
-from mimo_jax.data.images.image import PLANES, import_medical
+from mimo_jax.data.images.image import import_medical
+from mimo_jax.data.images.orientation import PLANES
 from mimo_jax.data.label_values import LabelValueError, check_labels, whole_labels
 from mimo_jax.data.records import DataError
 from mimo_jax.errors import UserError

@@ -13,8 +13,8 @@ from mimo_jax.data.builder.pipeline import build
 from mimo_jax.data.builder.readers import open_reader
 from mimo_jax.data.builder.readers.label_tables import TOTALSEGMENTATOR, label_table
 from mimo_jax.data.builder.record import Reject, make_record
-from mimo_jax.data.images.image import PLANES
 from mimo_jax.data.images.open_image import open_image
+from mimo_jax.data.images.orientation import PLANES
 from mimo_jax.data.records import DataError
 from tests.data.builder.readers.trees import listed, write_json
 from tests.data.medical_files import affine_of, nifti

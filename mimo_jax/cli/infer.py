@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from mimo_jax.cli.arg_types import InputPath, OutputPath, box, endings, index, index_or_all, point, positive, scribble, window
+from mimo_jax.cli.arg_types import InputPath, OutputPath, box, endings, index, index_or_all, point, positive, scribble, threshold, window
 from mimo_jax.config import QUANTIZATIONS
 from mimo_jax.errors import EXIT_OK, EXIT_PARTIAL, EXIT_TEMPFAIL, UserError
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from mimo_jax.infer.predictor import Mimo
 
 
-def checkpoint_flags(command: argparse.ArgumentParser) -> None:
+def checkpoint_flags(command: argparse.ArgumentParser, required: bool = True) -> None:
     """Add the flags that select a checkpoint."""
     what = "a run directory (its newest complete step), one step, or an import"
-    command.add_argument("--checkpoint", type=InputPath, required=True, metavar="PATH", help=what)
+    command.add_argument("--checkpoint", type=InputPath, required=required, metavar="PATH", help=what)
     command.add_argument("--base", type=InputPath, metavar="DIR", help="folder of the frozen base, if it was moved")
     command.add_argument("--allow-untrained", action="store_true", help="accept a checkpoint with randomly initialised parameters")
 
@@ -35,16 +36,35 @@ def _model_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> Mimo:
+    """Load the model; what takes long is said on stderr, also later when a program has to be compiled."""
+    _say(f"loading {args.checkpoint}")
+    import jax
+
+    from mimo_jax.infer.engine.program_cache import progress
     from mimo_jax.infer.predictor import Mimo
 
+    progress.setLevel(logging.INFO)
+    progress.addHandler(_ToStderr())
     mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.quantize)
     mimo.config = copy.deepcopy(mimo.config)
     for name in ("refine", "sam_prompts"):
         if getattr(args, name):
             setattr(mimo.config.generate, name, True)
             mimo.origin += f", {name}"
-    print(mimo.origin, file=sys.stderr)
+    _say(mimo.origin)
+    _say(f"device: {jax.device_count()} × {jax.devices()[0].device_kind}")
     return mimo
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _ToStderr(logging.Handler):
+    """Prints messages on what stderr is at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage())
 
 
 def add_ask(commands) -> None:
@@ -110,6 +130,8 @@ def _picture_flags(command: argparse.ArgumentParser, scans: bool = False) -> Non
         )
     window_help = "values shown as black and white, such as -160,240; or a CT window: lung, bone, soft, brain, abdomen or mediastinum"
     command.add_argument("--window", type=window, metavar="LOW,HIGH|NAME", help=window_help)
+    threshold_help = "least value in the mask of a prompt's mask image, such as 1 for ids or 128 for soft edges; default: decided for each"
+    command.add_argument("--mask-threshold", type=threshold, metavar="VALUE", help=threshold_help)
     command.add_argument("--max-new-tokens", type=positive, metavar="N", help="maximum length of an answer, in tokens")
 
 
@@ -122,12 +144,14 @@ def _ask(args: argparse.Namespace) -> int:
         return EXIT_OK
     if args.question is None:
         raise UserError("IMAGE and QUESTION are missing; give them, such as image.png 'Segment the liver.' (see mimo ask --help)")
+    from mimo_jax.data.conversation import check_question
     from mimo_jax.data.images.image import Volume
     from mimo_jax.data.images.volume import open_scan
     from mimo_jax.data.prompt_files import join_prompts, read_prompts
     from mimo_jax.infer.answers.answer import check_outputs
 
-    # A large model takes minutes to load, so the image and the outputs are checked first.
+    # A large model takes minutes to load, so the question, the image and the outputs are checked first.
+    check_question(args.question)
     picture = open_scan(args.image, frame=args.frame, slice=args.slice, series=args.series, window=args.window)
     check_outputs(*args.out, grid=picture.grids if isinstance(picture, Volume) else picture.grid)
     for out in filter(os.path.exists, args.out):
@@ -139,8 +163,11 @@ def _ask(args: argparse.Namespace) -> int:
         return _ask_volume(args, picture)
     flags = {"points": args.point, "boxes": args.box, "scribbles": args.scribble}
     size = picture.pixels.shape[:2]
-    prompts = join_prompts([read_prompts(flags, *size), *[read_prompts(file, *size) for file in args.prompts]])
-    chat = _load(args).open(picture)
+    in_files = [read_prompts(file, *size, mask_threshold=args.mask_threshold) for file in args.prompts]
+    prompts = join_prompts([read_prompts(flags, *size), *in_files])
+    mimo = _load(args)
+    _say("answering")
+    chat = mimo.open(picture)
     prompt_fields = {"points": prompts.points, "boxes": prompts.boxes, "scribbles": prompts.scribbles}
     answer = chat.ask(args.question, **prompt_fields, max_new_tokens=args.max_new_tokens)
     if args.json:
@@ -202,7 +229,7 @@ def _chat(args: argparse.Namespace) -> int:
     mimo = _load(args)
     if sys.stdin.isatty():
         mimo.warm_up(progress=True)
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed", "mask_threshold")}
     failed = run_chat(mimo.open(picture), **options)
     return EXIT_PARTIAL if failed and not sys.stdin.isatty() else EXIT_OK
 
@@ -221,7 +248,7 @@ requests.jsonl has one JSON object per line, requests.csv the same names in its 
   question          a text, or a list of texts: the turns of one conversation
   id                name of the answer's files; default: the running number and the image's name
   points, boxes, scribbles, mask, prompts    prompts of the first turn; mask and prompts: a file as in `mimo ask --prompts`, or an object
-  frame, slice, series, window, max_new_tokens    like the flags, which are the defaults
+  frame, slice, series, window, mask_threshold, max_new_tokens    like the flags, which are the defaults
 
 A scan is asked about slice by slice: with --volumes, every NIfTI file and every folder of DICOM files below the folder is a scan; in a
 file of requests, a scan is a folder of DICOM files, or has slice axial:all or frame all.
@@ -252,7 +279,8 @@ def _batch(args: argparse.Namespace) -> int:
     from mimo_jax.infer.batch.job import FAILED, SUMMARY
     from mimo_jax.infer.batch.run_batch import run_batch
 
-    chosen = {name: getattr(args, name) for name in ("frame", "slice", "series", "window", "max_new_tokens", "save", "volumes", "resume")}
+    names = ("frame", "slice", "series", "window", "mask_threshold", "max_new_tokens", "save", "volumes", "resume")
+    chosen = {name: getattr(args, name) for name in names}
     done = run_batch(lambda: _load(args), args.source, args.out, args.question, **chosen)
     if done.burned_in:
         print(f"mimo: warning: {done.burned_in} images may contain burned-in text, such as a patient's name", file=sys.stderr)

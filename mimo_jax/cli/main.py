@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mimo_jax import __version__, errors
-from mimo_jax.cli.arg_types import InputPath, OutputPath, named_paths, positive, resolve_bucket
+from mimo_jax.cli.arg_types import named_paths, resolve_bucket
 from mimo_jax.cli.convert import add_verbs
 from mimo_jax.cli.data import add_data
-from mimo_jax.cli.infer import add_ask, add_batch, add_chat, checkpoint_flags
+from mimo_jax.cli.evaluate import add_eval
+from mimo_jax.cli.infer import add_ask, add_batch, add_chat
 from mimo_jax.cli.plugins import import_plugins
 from mimo_jax.cli.sweep import add_sweep
 from mimo_jax.cli.train import add_compile, add_profile, add_train
-from mimo_jax.config import QUANTIZATIONS
-from mimo_jax.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UserError
+from mimo_jax.errors import EXIT_INTERRUPTED, EXIT_USAGE, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,28 +67,7 @@ The environment variable MIMO_TRACEBACK=1 adds the traceback of any error.""",
     add_compile(commands)
     add_profile(commands)
     add_sweep(commands)
-
-    evaluate = commands.add_parser(
-        "eval",
-        help="evaluate a model on a dataset",
-        description="Answer every question of a split by free-running generation; write a report and print a table.",
-        epilog="""examples:
-  mimo eval --checkpoint runs/a --data data/phantom --split test --out report.json
-  mimo eval --checkpoint runs/a/steps/500 --data my.jsonl --split val --limit 200 --overlays overlays --out report.json
-  mimo eval --checkpoint runs/a --data data/phantom --split val --calibrate""",
-    )
-    checkpoint_flags(evaluate)
-    evaluate.add_argument(
-        "--data", type=InputPath, required=True, metavar="DIR", help="a dataset written by `mimo data`, or a .jsonl manifest"
-    )
-    evaluate.add_argument("--split", choices=("train", "val", "test"), help="default: test; with --calibrate: val")
-    evaluate.add_argument("--out", type=OutputPath, metavar="FILE", help="write the report there, as JSON")
-    evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N samples")
-    evaluate.add_argument("--quantize", choices=QUANTIZATIONS, default="", help="store the language model as integers")
-    evaluate.add_argument("--overlays", type=OutputPath, metavar="DIR", help="write overlays of answers there")
-    calibrate_help = "instead of writing a report, fit the confidence calibration and save it with the checkpoint"
-    evaluate.add_argument("--calibrate", action="store_true", help=calibrate_help)
-    evaluate.set_defaults(run=_eval)
+    add_eval(commands)
 
     add_ask(commands)
     add_chat(commands)
@@ -158,25 +137,3 @@ def _join_negative_values(argv: Sequence[str]) -> list[str]:
         else:
             joined.append(argument)
     return joined
-
-
-# --- commands
-
-
-def _eval(args: argparse.Namespace) -> int:
-    options = {"limit": args.limit, "base": args.base, "allow_untrained": args.allow_untrained}
-    if args.calibrate:
-        for flag in ("out", "overlays", "quantize"):
-            if getattr(args, flag):
-                raise UserError(f"--{flag}: --calibrate writes no report; omit it, and run mimo eval again without --calibrate")
-        from mimo_jax.eval.calibrate import calibrate_checkpoint
-
-        calibrate_checkpoint(args.checkpoint, args.data, args.split or "val", **options)
-        return EXIT_OK
-    if not args.out:
-        raise UserError("--out: is missing; name the file of the report, such as --out report.json")
-    from mimo_jax.eval.evaluate import evaluate_checkpoint
-
-    options |= {"overlays": args.overlays, "quantization": args.quantize}
-    evaluate_checkpoint(args.checkpoint, args.data, args.split or "test", args.out, **options)
-    return EXIT_OK

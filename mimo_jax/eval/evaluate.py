@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mimo_jax import distributed, files
 from mimo_jax.config import MODALITIES, PERSPECTIVES, PROMPTED, Config
 from mimo_jax.data.loading.collate import record_image, sample_prompts
-from mimo_jax.data.loading.sources import Manifest, not_evaluable, open_source, open_sources
+from mimo_jax.data.loading.sources import Manifest, has_split, not_evaluable, open_source, open_sources
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.records import DataError
 from mimo_jax.data.schema import Record, Sample
@@ -33,6 +33,8 @@ from mimo_jax.errors import UserError
 from mimo_jax.eval import scoring
 from mimo_jax.eval.accumulator import Accumulator, GroundTruth, SampleResult, ground_truths
 from mimo_jax.eval.baselines import fit_baselines
+from mimo_jax.eval.compare import samples_path, write_samples
+from mimo_jax.eval.registry import values_by_sample
 from mimo_jax.eval.report import make_report, table, write_comparison
 from mimo_jax.eval.selection import ConcatSource, select_samples, windows_of
 from mimo_jax.eval.standard_metrics import GROUNDED
@@ -41,6 +43,7 @@ from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
 from mimo_jax.infer.predictor import EncodedImage, Mimo, Request, TurnHistory
 
 ABLATIONS = ("prompt", "image")  # remove the prompts; replace the image by a black one
+_OVERLAYS = 24  # maximum number of overlays
 
 
 class EvaluationStopped(Exception):
@@ -68,7 +71,7 @@ def evaluate(
     perspectives: Sequence[str] = PERSPECTIVES,
     baselines: dict | None = None,
     overlays: str | os.PathLike | None = None,
-    overlay_count: int = 24,
+    overlay_count: int = _OVERLAYS,
     stop: Callable[[], bool] = lambda: False,
     in_sample: bool = False,
 ) -> dict:
@@ -141,27 +144,39 @@ def evaluate_checkpoint(
     base: str | os.PathLike | None = None,
     allow_untrained: bool = False,
     quantization: str = "",
+    baselines_from: str | os.PathLike | None = None,
 ) -> dict:
-    """`mimo eval`: write the report atomically to `out`, print a table, and write overlays to the folder `overlays`.
+    """`mimo eval`: write the report atomically to `out`, with the results by sample beside it (see `compare`), print a table, and write
+    overlays to the folder `overlays`.
 
-    Trivial baselines are fitted on the training split of the same data. Raises UserError or DataError if an input cannot be read."""
+    Trivial baselines are fitted on the training split of the dataset `baselines_from`, or else of the same data; without one they are
+    left out. Raises UserError or DataError if an input cannot be read."""
     out = Path(out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"{out}: cannot be written; give the path of a file in an existing folder")
     mimo = Mimo.load(checkpoint, base, allow_untrained, quantization)
     print(mimo.origin)
     records = open_source(data, split)
-    train = open_source(data, "train")
+    train = open_source(baselines_from, "train") if baselines_from else open_source(data, "train") if has_split(data, "train") else None
+    if train is None:
+        print(f"{data}: has no split train; trivial baselines are left out, or give a dataset to fit them on with --baselines-from")
     perspectives = supported_perspectives(mimo.config)
     if len(perspectives) < len(PERSPECTIVES):
         print(f"this model's aligner ({mimo.config.model.aligner.kind}) takes no prompts: {', '.join(PROMPTED)} are skipped")
-    in_sample = mimo.calibration.fitted.get("split") == split
-    report = evaluate(mimo, records, limit, None, perspectives, fit_baselines(train), overlays, in_sample=in_sample)
-    report["not_evaluable"] = records.not_evaluable if isinstance(records, Manifest) else not_evaluable(ConcatSource([train, records]))
+    baselines = None if train is None else fit_baselines(train)
+    chosen = select_samples(records, limit, perspectives)
+    results = collect_results(mimo, records, chosen, [None, *ABLATIONS], baselines, _OverlayWriter(overlays, _OVERLAYS))
+    report = make_report(results)
+    report["score"]["in_sample"] = mimo.calibration.fitted.get("split") == split
+    if isinstance(records, Manifest):
+        report["not_evaluable"] = records.not_evaluable
+    elif train is not None:
+        report["not_evaluable"] = not_evaluable(ConcatSource([train, records]))
     report |= {"checkpoint": str(checkpoint), "origin": mimo.origin, "data": str(data), "split": split, "limit": limit}
+    write_samples(values_by_sample(results), out)
     write_report(report, out)
     print(table(report))
-    print(f"\nreport: {out}" + (f"\noverlays: {overlays}" if overlays else ""))
+    print(f"\nreport: {out}\nby sample: {samples_path(out)}" + (f"\noverlays: {overlays}" if overlays else ""))
     return report
 
 
@@ -172,7 +187,7 @@ def evaluate_params(
     split: str = "val",
     limit: int | None = None,
     overlays: str | os.PathLike | None = None,
-    overlay_count: int = 24,
+    overlay_count: int = _OVERLAYS,
     calibration: Calibration = UNCALIBRATED,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict | None:

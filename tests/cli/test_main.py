@@ -25,6 +25,7 @@ COMMANDS = [
     "train",
     "sweep",
     "eval",
+    "eval compare",
     "ask",
     "chat",
     "batch",
@@ -162,6 +163,10 @@ def test_help_loads_no_jax():
         ("eval --checkpoint c --data d --out o --limit 0", "--limit: '0' is not a whole number of 1 or more"),
         ("eval --checkpoint c --data d --out o --split dev", "invalid choice: 'dev'"),
         ("eval --checkpoint c --data d", "--out: is missing"),
+        ("eval --data d --out o", "--checkpoint: is missing"),
+        ("eval --checkpoint c --out o", "--data: is missing"),
+        ("eval compare a.json", "the following arguments are required: B.json"),
+        ("eval compare a.json b.json", "a.json: no such file"),
         ("eval --checkpoint c --data d --out o --calibrate", "--out: --calibrate writes no report"),
         ("ask --checkpoint c i.png", "IMAGE and QUESTION are missing"),
         ("ask --checkpoint c i.png q --quantize int3", "invalid choice: 'int3'"),
@@ -215,14 +220,14 @@ def test_a_mounted_bucket_goes_by_its_own_name(called, tmp_path, monkeypatch):
 
 
 def test_eval_and_phantom_hand_over_their_flags(called, capsys):
-    assert main.main("eval --checkpoint c --data d --split val --out o --limit 3 --overlays v --quantize int4".split()) == 0
+    assert main.main("eval --checkpoint c --data d --split val --out o --limit 3 --overlays v --quantize int4 --baselines-from t".split()) == 0
     assert main.main("eval --checkpoint c --data d --calibrate --base b".split()) == 0
     assert main.main("data phantom --out d --images 8 --seed 2 --workers 1".split()) == 0
     assert called.calls == [
         (
             "evaluate_checkpoint",
             ("c", "d", "val", "o"),
-            {"limit": 3, "overlays": "v", "base": None, "allow_untrained": False, "quantization": "int4"},
+            {"limit": 3, "overlays": "v", "base": None, "allow_untrained": False, "quantization": "int4", "baselines_from": "t"},
         ),
         ("calibrate_checkpoint", ("c", "d", "val"), {"limit": None, "base": "b", "allow_untrained": False}),
         ("build_phantoms", ("d", 8, 2), {"workers": 1}),

@@ -14,6 +14,7 @@ from mimo_jax.data.schema import Sample, Target, Turn
 from mimo_jax.errors import UserError
 from mimo_jax.eval import evaluate as ev
 from mimo_jax.eval.accumulator import ground_truths
+from mimo_jax.eval.compare import compare_reports
 from mimo_jax.eval.registry import METRICS, Ratio, register_metric
 from mimo_jax.eval.report import table
 from mimo_jax.eval.selection import select_samples
@@ -283,6 +284,18 @@ def test_from_checkpoint_and_data_to_report_and_pictures(mimo, tmp_path, capsys)
     assert {p.name.split("_")[0] for p in (tmp_path / "pictures").glob("*.png")} == {"I", "II", "III", "IV"}
     printed = capsys.readouterr().out
     assert "miou" in printed and str(out) in printed
+    assert len((tmp_path / "report.samples.jsonl").read_text().splitlines()) == 20
+    assert compare_reports(out, out)[0].difference == 0
+
+    write_records(tmp_path / "held_out", [record(i, "test") for i in range(2)], {"name": "held out"})
+    alone = ev.evaluate_checkpoint(run, tmp_path / "held_out", "test", out)
+    assert "held_out: has no split train; trivial baselines are left out" in capsys.readouterr().out
+    assert alone["baselines"] == {} and alone["miou"] == report["miou"] and "not_evaluable" not in alone
+    borrowed = ev.evaluate_checkpoint(run, tmp_path / "held_out", "test", out, baselines_from=tmp_path / "data")
+    assert borrowed["baselines"] == report["baselines"]
+    with pytest.raises(UserError, match="held_out: has no split 'val'; it has test"):
+        ev.evaluate_checkpoint(run, tmp_path / "held_out", "val", out)
+
     limited = ev.evaluate_checkpoint(run, tmp_path / "data", "test", out, limit=5)
     assert sum(limited["n"]["samples"].values()) == 5
     with pytest.raises(UserError, match="nowhere"):

@@ -21,7 +21,7 @@ from mimo_jax.data.builder.label_stats import LabelStats
 from mimo_jax.data.builder.questions import ask
 from mimo_jax.data.builder.readers.manifest import MANIFEST, manifest_lines
 from mimo_jax.data.builder.splits import split_groups
-from mimo_jax.data.records import INFO, DataError, Index, IndexBuilder, RecordFolder
+from mimo_jax.data.records import INFO, DataError, Index, IndexBuilder, RecordFolder, read_info
 from mimo_jax.data.schema import Mask, Record, RecordError, Sample, encode_mask
 from mimo_jax.data.transforms import ImageError, decode_image, decode_mask
 from mimo_jax.errors import config_path
@@ -44,6 +44,11 @@ def open_source(path: str | os.PathLike, split: str, seed: int = 0, max_bad: flo
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     raise DataError(f"{path}: is neither a folder with {INFO} nor a manifest .jsonl; make one with `mimo data`")
+
+
+def has_split(path: str | os.PathLike, split: str) -> bool:
+    """Whether `open_source` can give a split of a dataset. A manifest, which is split when it is opened, has all."""
+    return not (Path(path) / INFO).is_file() or split in read_info(path)["splits"]
 
 
 def open_sources(config: Config, split: str) -> dict[str, RecordFolder | Manifest]:

@@ -27,9 +27,9 @@ _PROMPTS = {"/point": ("points", point), "/box": ("boxes", box), "/scribble": ("
 class ChatSession:
     """Processes the lines of a conversation. An error is printed in one line, and the conversation continues."""
 
-    def __init__(self, chat: Chat, out: TextIO, max_new_tokens: int | None = None, temperature: float = 0.0, seed: int = 0):
-        self.chat, self.out = chat, out
-        self.options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    def __init__(self, chat: Chat, out: TextIO, **options: Any):
+        """options: arguments of `Chat.request` for all questions."""
+        self.chat, self.out, self.options = chat, out, options
         self.prompts: dict[str, Any] = {}
         self.failed = 0  # number of lines with an error
 

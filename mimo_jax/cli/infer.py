@@ -44,6 +44,7 @@ def _load(args: argparse.Namespace) -> Mimo:
     from mimo_jax.infer.predictor import Mimo
 
     progress.setLevel(logging.INFO)
+    progress.propagate = False
     progress.addHandler(_ToStderr())
     mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.quantize)
     mimo.config = copy.deepcopy(mimo.config)

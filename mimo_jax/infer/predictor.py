@@ -208,7 +208,7 @@ class Mimo:
         for length, size in tqdm(pairs, desc="compile", unit="shape", disable=None if progress else True):
             kept = max(0, size - length - new_tokens)  # tokens of earlier turns in the cache
             request = Request(
-                image, "?", past=[TurnHistory([], [], None)] if kept else (), cache=TurnCache(self.engine.new_cache(1, size), kept)
+                image, "?", past=[TurnHistory([], [], None)] if kept else (), cache=TurnCache(self.engine.new_cache(1, size), size, kept)
             )
             first = queries if kept else 0
             turn = self._prepare(Request(image, "?"))
@@ -266,6 +266,7 @@ class Chat:
         boxes: Sequence[Sequence[float]] = (),
         scribbles: Sequence[Sequence[Sequence[float]]] = (),
         prompts: Source | None = None,
+        mask_threshold: float | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -275,12 +276,13 @@ class Chat:
         """Make the request of the next turn.
 
         points [[x, y, label]] (1 inside, 0 outside), boxes [[x0, y0, x1, y1]] half-open, scribbles [[[x, y], …]], all in pixels of the
-        image, with integers at pixel centres; prompts: additional ones, as a mask bool [H, W], a file or parsed JSON, see `read_prompts`;
-        max_new_tokens: maximum length of the answer; temperature, top_p, seed and stop: see `Sampling`."""
+        image, with integers at pixel centres; prompts: additional ones, as a mask bool [H, W], a file or parsed JSON, and mask_threshold,
+        see `read_prompts`; max_new_tokens: maximum length of the answer; temperature, top_p, seed and stop: see `Sampling`."""
         own_prompts = Prompts(points, boxes, scribbles)
         if prompts is not None:
             height, width = self.image.pixels.shape[:2]
-            own_prompts = join_prompts([read_prompts(own_prompts, height, width), read_prompts(prompts, height, width)])
+            others = read_prompts(prompts, height, width, mask_threshold=mask_threshold)
+            own_prompts = join_prompts([read_prompts(own_prompts, height, width), others])
         sampling = Sampling(temperature, top_p, seed, (stop,) if isinstance(stop, str) else tuple(stop))
         return Request(self.image, question, own_prompts, max_new_tokens, self._past, sampling, self._cache)
 

@@ -64,7 +64,7 @@ class LanguageModel:
     """A kind of language model. Embeddings and head are the same for every kind.
 
     build(settings, lora, targets, *, dtype, param_dtype, scan, rngs): makes a module with the methods of `llama.Llama`: its call,
-    `new_cache`, `extend_cache`, `cache_length` and `cache_axes`.
+    `new_cache`, `extend_cache` and `cache_axes`.
     matmul_counts(settings, length): counts of one sample of `length` tokens. shardings, component: as in `VisionTower`."""
 
     settings: type[LlmConfig]
@@ -78,10 +78,10 @@ class LanguageModel:
 class MaskEncoder:
     """A kind of mask encoder.
 
-    build(settings, *, dtype, param_dtype, scan, rngs): makes a module that maps pixels [N, S, S, 3], normalised by mean and std, to the
-    input of its decoder: features [N, g, g, C] for `MaskDecoder`, or a tuple of arrays, one for each scale, for another
-    decoder. decoder(settings, *, dtype, param_dtype, rngs): makes a module with the call of `MaskDecoder`. The other fields are as in
-    `VisionTower`."""
+    build(settings, *, dtype, param_dtype, scan, rngs): makes a module that maps pixels [N, S, S, 3], normalised as `settings.pixel_norm`
+    says (by default with mean and std), to the input of its decoder: features [N, g, g, C] for `MaskDecoder`, or a tuple of arrays, one
+    for each scale, for another decoder. decoder(settings, *, dtype, param_dtype, rngs): makes a module with the call of `MaskDecoder`.
+    The other fields are as in `VisionTower`."""
 
     settings: type[SamConfig]
     build: Callable[..., nnx.Module]

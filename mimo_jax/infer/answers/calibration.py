@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
 from mimo_jax import files
@@ -90,6 +89,8 @@ class Calibration:
             raise CalibrationError(
                 f"calibration: {len(segmented)} segmented structures are too few to fit on, {MIN_ENTITIES} are needed; give more samples"
             )
+        from scipy.optimize import isotonic_regression  # slow to import, and needed only here
+
         evidence, y = [e for e, _ in segmented], np.array([iou for _, iou in segmented])
         x = _log_odds(evidence)
         weights = _weights(x, y)
@@ -149,6 +150,8 @@ def _log_odds(evidence: Sequence[ConfidenceFeatures]) -> np.ndarray:
 
 def _weights(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Logistic regression of y in 0 … 1 on x [E, F] with non-negative weights and a small L2 penalty; returns the weights [F]."""
+    from scipy.optimize import minimize
+
     spread = x.std(axis=0)
     spread[spread == 0] = 1.0
     z = (x - x.mean(axis=0)) / spread

@@ -1,4 +1,5 @@
-"""The compiled functions of one model, with counts of their calls.
+"""The compiled functions of one model, with counts of their calls. The model itself is imported, and traced, only for a program that
+is not in the program cache.
 
 Axis letters: N images, B rows of a batch, T new tokens of the prompt, M new-token bucket, S `<SEG>` slots, R turns, P points or prompt
 tokens of a turn, Q tokens of one turn's X_q, I image tokens, D width of the language model, Dc width of the vision tower, m side of the
@@ -9,9 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,10 @@ from mimo_jax.config import Config
 from mimo_jax.errors import UserError
 from mimo_jax.infer.engine import generate
 from mimo_jax.infer.engine.generate import Decoding
-from mimo_jax.models import mimo, scan
-from mimo_jax.models.mimo import Features
+from mimo_jax.infer.engine.program_cache import ProgramCache
+
+if TYPE_CHECKING:
+    from mimo_jax.models.mimo import Features
 
 
 class Functions(NamedTuple):
@@ -34,7 +36,6 @@ class Functions(NamedTuple):
     align: jax.stages.Wrapped
     splice: jax.stages.Wrapped
     new_cache: jax.stages.Wrapped
-    cache_length: Callable[[Any], int]
     extend: jax.stages.Wrapped
     prefill: jax.stages.Wrapped
     decode: jax.stages.Wrapped
@@ -47,41 +48,45 @@ class Engine:
 
     def __init__(self, config: Config, params: dict, eos_id: int):
         """params: nested dict of all parameters, with any sharding. Raises UserError if they do not fit the config."""
-        _check_params(config, params)
         self.params = jax.tree.map(jnp.asarray, params)
-        self.functions = functions(config.model_json(), eos_id, cache_sharding(config, self.params))
+        self._programs = ProgramCache.of(config, self.params, eos_id)
+        self._functions = lambda: functions(config.model_json(), eos_id, cache_sharding(config, self.params))
+        if self._programs is None or not self._programs.is_known():
+            _check_params(config, params)
         self.counts: Counter[str] = Counter()
+
+    def _call(self, name: str, *args: Any, **static: Any) -> Any:
+        """Call a function of `Functions`; `static` are its static arguments."""
+        if self._programs is None:
+            return getattr(self._functions(), name)(self.params, *args, **static)
+        return self._programs.call(name, lambda: getattr(self._functions(), name), self.params, *args, **static)
 
     def encode(self, vision_image, vision_size, sam_image, sam_size, count: int) -> tuple[jax.Array, Features]:
         """N images as in a batch, of which `count` are not padding -> X_img [N, I, Dc] and SAM's features."""
         self.counts["images"] += count
-        return self.functions.encode(self.params, vision_image, vision_size, sam_image, sam_size)
+        return self._call("encode", vision_image, vision_size, sam_image, sam_size)
 
     def align(self, x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> jax.Array:
         """X_img [B, I, Dc] and the instructions and prompts of each turn [B, R, …] -> X_q [B, R, Q, D]."""
-        return self.functions.align(self.params, x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind)
+        return self._call("align", x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind)
 
     def new_cache(self, rows: int, slots: int) -> Any:
         """An empty cache of the language model, in the form that its kind defines."""
-        return self.functions.new_cache(self.params, rows=rows, slots=slots)
-
-    def cache_length(self, cache: Any) -> int:
-        """Slots, the number of tokens that a cache has room for."""
-        return self.functions.cache_length(cache)
+        return self._call("new_cache", rows=rows, slots=slots)
 
     def extend(self, cache: Any, slots: int) -> Any:
         """The same cache with room for `slots` tokens."""
-        return self.functions.extend(self.params, cache, slots=slots)
+        return self._call("extend", cache, slots=slots)
 
     def prefill(self, cache, x_q, input_ids, query_index, start, lengths, limits, temperature, top_p, seed, new_tokens: int) -> Decoding:
         """See `generate.prefill`. x_q [B, R, Q, D]; input_ids, query_index int32 [B, T] as in a training batch. The cache is donated."""
         self.counts["prefilled"] += int(np.sum(lengths * (limits > 0)))
-        x = self.functions.splice(self.params, input_ids, query_index, x_q)
-        return self.functions.prefill(self.params, cache, x, start, lengths, limits, temperature, top_p, seed, new_tokens=new_tokens)
+        x = self._call("splice", input_ids, query_index, x_q)
+        return self._call("prefill", cache, x, start, lengths, limits, temperature, top_p, seed, new_tokens=new_tokens)
 
     def decode(self, state: Decoding, until: int) -> Decoding:
         """See `generate.decode`. `state` is donated."""
-        return self.functions.decode(self.params, state, np.int32(until))
+        return self._call("decode", state, np.int32(until))
 
     def segment(self, features, states, index, count: int, points=None, refine: bool = False) -> tuple[jax.Array, jax.Array]:
         """SAM's features of B images, states [B, M, D] of `Decoding`, index int32 [B, S] of each `<SEG>` among the new tokens
@@ -90,11 +95,13 @@ class Engine:
         points: (xy [B, P, 2], labels int32 [B, P]) of each row's turn, as `prompts.sam_points` returns them; refine: decode again with
         the masks as dense prompts."""
         self.counts["masks"] += count
-        return self.functions.segment(self.params, features, states, index, points, refine=refine)
+        return self._call("segment", features, states, index, points, refine=refine)
 
 
 def _check_params(config: Config, params: dict) -> None:
     """Raise a UserError that lists parameters which are missing, unknown, or of another shape than in the model."""
+    from mimo_jax.models import mimo
+
     expected = {path: leaf.shape for path, leaf in pathtree.flatten(mimo.abstract(config)[1]).items()}
     given = {path: leaf.shape for path, leaf in pathtree.flatten(params).items()}
     wrong = sorted(path for path in expected.keys() | given.keys() if expected.get(path) != given.get(path))
@@ -109,6 +116,8 @@ def cache_sharding(config: Config, params: dict) -> NamedSharding | None:
     place = jax.tree.leaves(params)[0].sharding
     if not isinstance(place, NamedSharding):
         return None
+    from mimo_jax.models import mimo, scan
+
     llm = scan.bind(mimo.abstract(config)[0], params).llm
     return sharding.cache_sharding(place.mesh, config.model.llm, llm.cache_axes())
 
@@ -124,9 +133,10 @@ def compiler_options(config: Config) -> dict[str, str] | None:
 @lru_cache(maxsize=4)
 def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None = None) -> Functions:
     """The functions of a model config, cached so that evaluations during training compile once."""
+    from mimo_jax.models import mimo, scan
+
     config = Config.from_dict({"model": json.loads(model_json)})
-    graphdef, shapes = mimo.abstract(config)
-    llm = scan.bind(graphdef, shapes).llm
+    graphdef, _ = mimo.abstract(config)
     compiler = compiler_options(config)
 
     def jitted(function, **options):
@@ -149,7 +159,6 @@ def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None
         new_cache=jitted(
             lambda model, rows, slots: model.new_cache(rows, slots), static_argnames=("rows", "slots"), out_shardings=cache_sharding
         ),
-        cache_length=llm.cache_length,
         extend=jitted(lambda model, cache, slots: model.llm.extend_cache(cache, slots), static_argnames="slots"),
         prefill=jitted(generate.prefill, static_argnames="new_tokens", donate_argnums=1),
         decode=jitted(decode, donate_argnums=1),

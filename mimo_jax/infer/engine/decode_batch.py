@@ -66,14 +66,15 @@ class DecodeBatch:
     def _prefill(self, limits: np.ndarray) -> None:
         """Prefill what the cache does not hold: the new turn, or the full conversation."""
         turn_cache = self.requests[0].cache if self.rows == 1 else None
-        cache, start = (turn_cache.arrays, turn_cache.length) if turn_cache and turn_cache.length else (None, 0)
+        cache, held, start = (turn_cache.arrays, turn_cache.slots, turn_cache.length) if turn_cache and turn_cache.length else (None, 0, 0)
         if turn_cache:
             turn_cache.release()  # the arrays are donated below; if anything fails, the next turn starts without a cache
-        slots = cache_bucket(min(max(len(turn.ids) for turn in self.turns) + self.new_tokens, self.config.model.llm.max_length))
+        needed = cache_bucket(min(max(len(turn.ids) for turn in self.turns) + self.new_tokens, self.config.model.llm.max_length))
+        self.slots = max(held, needed)
         if cache is None:
-            cache = self.engine.new_cache(self.rows, slots)
-        elif self.engine.cache_length(cache) < slots:
-            cache = self.engine.extend(cache, slots)
+            cache = self.engine.new_cache(self.rows, self.slots)
+        elif held < self.slots:
+            cache = self.engine.extend(cache, self.slots)
 
         x_img = _stacked_on_device([image.x_img for image in self.images], self.rows)
         names = ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind")
@@ -214,8 +215,8 @@ class DecodeBatch:
             results.append((answer, self._turn_history(b)))
         turn_cache = self.requests[0].cache if self.rows == 1 else None
         if turn_cache:
-            length = len(self.turns[0].ids) + len(self._kept_ids(0))
-            turn_cache.arrays, turn_cache.length = self.state.cache, length + int(self.ended[0] and self.stopped[0] is None)
+            length = len(self.turns[0].ids) + len(self._kept_ids(0)) + int(self.ended[0] and self.stopped[0] is None)
+            turn_cache.arrays, turn_cache.slots, turn_cache.length = self.state.cache, self.slots, length
         return results
 
     def _kept_ids(self, b: int) -> list[int]:

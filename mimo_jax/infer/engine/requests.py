@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,7 +21,9 @@ from mimo_jax.data.prompts import PromptError, Prompts, encode_prompts
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, GeometryError, validate_boxes, validate_points, validate_scribbles
-from mimo_jax.models.mimo import Features
+
+if TYPE_CHECKING:
+    from mimo_jax.models.mimo import Features
 
 MAX_TURNS = 32  # per conversation
 MAX_STOPS = 8  # maximum number of stop strings per request
@@ -64,10 +66,11 @@ class TurnHistory:
 
 @dataclass(eq=False)
 class TurnCache:
-    """The KV cache of a chat, one row. length: number of tokens from the start of the conversation that it holds; 0 if it is empty or
-    was released, so that the next turn prefills the full conversation."""
+    """The KV cache of a chat, one row. slots: number of tokens that it has room for. length: number of tokens from the start of the
+    conversation that it holds; 0 if it is empty or was released, so that the next turn prefills the full conversation."""
 
     arrays: Any = None
+    slots: int = 0
     length: int = 0
 
     @property
@@ -75,7 +78,7 @@ class TurnCache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays))
 
     def release(self) -> None:
-        self.arrays, self.length = None, 0
+        self.arrays, self.slots, self.length = None, 0, 0
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,7 @@ class EncodedTurn:
 def encode_request(request: Request, frame: Frame, tokenizer: Tokenizer, config: Config) -> EncodedTurn:
     """Check a request and turn it into arrays; frame: the vision frame of its image. Raises UserError, which names what is wrong."""
     m = config.model
-    if not isinstance(request.question, str) or not request.question.strip():
-        raise UserError("question: is empty; ask something, such as 'Segment the liver.'")
+    conversation.check_question(request.question)
     max_new_tokens = config.generate.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens: is {max_new_tokens}; give a whole number of 1 or more")

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from checkpoints_convert import hf_config_check, name_map, sources
+from checkpoints_convert import hf_config_check, name_map, sam_families, sources
 from checkpoints_convert.name_map import KeyMapError
 from checkpoints_convert.readers import is_finite
 from checkpoints_convert.sources import SEED, Source, SourceError
@@ -43,8 +43,9 @@ _NEUTRAL = r"/lora_[ab]$"
 class ImportRequest:
     """The options of an import.
 
-    given: {source: path} of `sources.SOURCES`; key_map: JSON file with rows in addition to the tables; allow_missing, ignore_extra
-    (regexes) and allow_nonfinite waive checks that otherwise stop the import, and are recorded; log: prints a line."""
+    given: {source: path} of `sources.SOURCES`; sam_family: a name of `sam_families.FAMILIES`, or OTHER, if that of SAM's file does not show
+    it; key_map: JSON file with rows in addition to the tables; allow_missing, ignore_extra (regexes) and allow_nonfinite waive checks that
+    otherwise stop the import, and are recorded; log: prints a line."""
 
     config: Config
     given: Mapping[str, Path]
@@ -53,6 +54,7 @@ class ImportRequest:
     key_map: Path | None = None
     lora_alpha: float | None = None
     lora_base: str | None = None
+    sam_family: str | None = None
     allow_missing: Sequence[str] = ()
     ignore_extra: Sequence[str] = ()
     allow_nonfinite: bool = False
@@ -69,7 +71,7 @@ class _ImportPlan:
                 raise SourceError(f"--{name} {path}: no such file or folder; give the path of a checkpoint")
         rows = sources.read_key_map(request.key_map) if request.key_map else ()
         self.sources = sources.open_sources(request.given, rows, config)
-        self.remarks = self._check_settings()
+        self.remarks = self._check_settings(request.sam_family)
         self._check_lora(request)
         _, shapes = mimo.abstract(config)
         self.leaves = pathtree.flatten(parameters.with_dtypes(config, shapes))
@@ -89,12 +91,14 @@ class _ImportPlan:
         }
         self.untrained = sorted(path for path in self.drawn if not re.search(_NEUTRAL, path))
 
-    def _check_settings(self) -> list[str]:
+    def _check_settings(self, sam_family: str | None) -> list[str]:
         """Remarks on sources without a config.json. Raises one SettingsError that lists all settings that differ."""
         remarks, wrong = [], []
         for name, source in self.sources.items():
             try:
                 remarks.append(hf_config_check.check_settings(name, source.path, source.parts, self.config))
+                if "sam" in source.parts and name != "overlay":
+                    remarks.append(sam_families.check_family(name, source.path, self.config, sam_family))
             except hf_config_check.SettingsError as error:
                 wrong.append(str(error))
         if wrong:

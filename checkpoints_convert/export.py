@@ -2,7 +2,7 @@
 
     hf      OUT/vision and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or not at all with merge=False
     peft    OUT, an adapter of llm/
-    sam     OUT/sam_vit_h.pth, which segment-anything loads
+    sam     OUT/sam_vit_h.pth, which segment-anything loads, and OUT/mimo_config.json, which tells the pixels that it expects
     joint   OUT, one model in LISA's layout, which `mimo convert import --joint` reads
     mimo    OUT, the checkpoint with its frozen base
 
@@ -142,6 +142,7 @@ def _write_sam(leaves: LazyParams, out: Path, merge: bool) -> None:
     tensors = {key: tensor(value) for key, value in _tensors(leaves, table, "sam_")}
     size = _SAM_NAMES.get(sam.width, str(sam.width)) if component == "sam" else ""
     torch.save(tensors, out / f"sam_{'_'.join(filter(None, (sam.kind, size)))}.pth")
+    files.write_json(out / "mimo_config.json", leaves.config.to_dict())  # the pixels that it expects
 
 
 def _write_joint(leaves: LazyParams, out: Path, merge: bool) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert import name_map, ops, rows
+from checkpoints_convert import name_map, ops, rows, sam_families
 from checkpoints_convert.convert import ImportRequest, import_checkpoint
 from checkpoints_convert.export import save_shards
 from checkpoints_convert.layouts import with_prefix
@@ -77,7 +77,7 @@ def roundtrip(config: Config, workdir: Path) -> int:
 
     started = time.monotonic()
     with MemoryWatch() as memory:
-        import_checkpoint(ImportRequest(config, given, out))
+        import_checkpoint(ImportRequest(config, given, out, sam_family=sam_families.OTHER))
     seconds = time.monotonic() - started
     plain = _copy_and_hash(sources, workdir / "copy")
     wrong, counted = _differing(config, given, out)

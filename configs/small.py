@@ -1,4 +1,5 @@
-"""MIMO for one accelerator: CLIP ViT-B/16, TinyLlama-1.1B with LoRA, SAM ViT-B (MedSAM's weights also fit).
+"""MIMO for one accelerator: CLIP ViT-B/16, TinyLlama-1.1B with LoRA, SAM ViT-B. MedSAM's weights also fit, with
+--config.model.sam.pixel_norm=minmax and --config.model.sam.image_fit=stretch, at import and in training.
 
 mimo train --config configs/small.py --init IMPORT --data DIR --workdir runs/small
 """

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+PIXEL_NORMS = ("imagenet", "minmax", "none")
 GROUNDING_TOKENS = ("<p>", "</p>", "<SEG>")  # in this order, after the base vocabulary; see ModelConfig.grounding_tokens
 
 
@@ -181,6 +182,9 @@ class SamConfig(ABC):
     kind: str
     image_size: int  # pixels, longest side
     image_fit: str = "pad"  # as SAM was trained, or "stretch" to the square
+    # What the encoder's pixels are: "imagenet", minus mean and over deviation (those of the kind's row in `models.registry`), as SAM's;
+    # "minmax", from 0 to 1 between the minimum and maximum of each image, as MedSAM's; "none", from 0 to 1 unchanged.
+    pixel_norm: str = "imagenet"
     pe_dtype: str = "float32"  # of the positional encoding; LISA and GLaMM compute it in "bfloat16" and were trained with that
     decoder_width: int = 256
     decoder_layers: int = 2
@@ -195,6 +199,8 @@ class SamConfig(ABC):
     def problems(self) -> Iterator[Problem]:
         """Settings that cannot run, judged without those of other parts."""
         yield from _unless(self.image_fit in ("pad", "stretch"), "image_fit", f"is {self.image_fit!r}; use pad or stretch")
+        known = ", ".join(PIXEL_NORMS)
+        yield from _unless(self.pixel_norm in PIXEL_NORMS, "pixel_norm", f"is {self.pixel_norm!r}; use one of {known}")
         yield from _unless(self.pe_dtype in ("float32", "bfloat16"), "pe_dtype", f"is {self.pe_dtype!r}; use float32 or bfloat16")
         fits = self.decoder_width % (2 * self.decoder_heads) == 0
         yield from _unless(fits, "decoder_heads", "twice this must divide decoder_width")

@@ -56,6 +56,7 @@ def add_verbs(convert: argparse.ArgumentParser) -> None:
     add.add_argument("--lora", type=InputPath, metavar="PATH", help="a PEFT adapter of --llm")
     add.add_argument("--lora-alpha", type=float, metavar="A", help="alpha of the LoRA weights, if there is no adapter_config.json")
     add.add_argument("--lora-base", metavar="NAME", help="the adapter's base_model_name_or_path, if --llm has another name")
+    add.add_argument("--sam-family", metavar="NAME", help="sam, medsam, sam-med2d or other: whose SAM it is, if its name does not show it")
     add.add_argument("--joint", type=InputPath, metavar="PATH", help="a whole model: LISA, GLaMM, MIMO")
     add.add_argument("--overlay", type=InputPath, metavar="PATH", help="tensors that replace those of the other sources")
     add.add_argument("--key-map", type=InputPath, metavar="FILE", help="JSON rows in addition to the tables, for --joint and --overlay")
@@ -118,6 +119,7 @@ def _import(args: argparse.Namespace) -> int:
             key_map=Path(args.key_map) if args.key_map else None,
             lora_alpha=args.lora_alpha,
             lora_base=args.lora_base,
+            sam_family=args.sam_family,
             allow_missing=args.allow_missing,
             ignore_extra=args.ignore_extra,
             allow_nonfinite=args.allow_nonfinite,

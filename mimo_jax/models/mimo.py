@@ -30,12 +30,24 @@ from mimo_jax.models.scan import ScanConfig
 from mimo_jax.models.visual_prompt import VisualPromptEncoder
 
 
-def normalize(pixels: jax.Array, size: jax.Array, mean: tuple, std: tuple, dtype) -> jax.Array:
-    """uint8 [N, H, H, 3] -> (x - mean) / std in `dtype`, zero outside the content `size` int [N, 2] (height, width)."""
-    x = (pixels.astype(jnp.float32) - jnp.asarray(mean)) / jnp.asarray(std)
+def normalize(pixels: jax.Array, size: jax.Array, mean: tuple, std: tuple, dtype, pixel_norm: str = "imagenet") -> jax.Array:
+    """uint8 [N, H, H, 3] -> pixels in `dtype`, zero outside the content `size` int [N, 2] (height, width).
+
+    pixel_norm: see `SamConfig.pixel_norm`. "minmax" takes one minimum and one maximum of all channels of an image's content, after it was
+    resized, as MedSAM's MedSAM_Inference.py does: (x - min) / max(max - min, 1e-8)."""
+    x = pixels.astype(jnp.float32)
     rows = jnp.arange(pixels.shape[1])[None, :, None, None] < size[:, 0, None, None, None]
     cols = jnp.arange(pixels.shape[2])[None, None, :, None] < size[:, 1, None, None, None]
-    return jnp.where(rows & cols, x, 0.0).astype(dtype)
+    content = rows & cols
+    if pixel_norm == "imagenet":
+        x = (x - jnp.asarray(mean)) / jnp.asarray(std)
+    elif pixel_norm == "minmax":
+        low = x.min((1, 2, 3), keepdims=True, where=content, initial=255.0)
+        high = x.max((1, 2, 3), keepdims=True, where=content, initial=0.0)
+        x = (x - low) / jnp.maximum(high - low, 1e-8)
+    else:
+        x = x / 255.0
+    return jnp.where(content, x, 0.0).astype(dtype)
 
 
 # Output of SAM's image encoder: [N, g, g, C], or a tuple of arrays, one for each scale.
@@ -95,8 +107,8 @@ class MimoModel(nnx.Module):
 
     def encode_sam(self, sam_image: jax.Array, sam_size: jax.Array) -> Features:
         """uint8 [N, H, H, 3], content size [N, 2] -> [N, g, g, C], or the tuple of arrays of a kind with several scales."""
-        encoder = registry.part(self.config, "sam")
-        return self.sam_encoder(normalize(sam_image, sam_size, encoder.mean, encoder.std, self.dtype))
+        encoder, pixel_norm = registry.part(self.config, "sam"), self.config.sam.pixel_norm
+        return self.sam_encoder(normalize(sam_image, sam_size, encoder.mean, encoder.std, self.dtype, pixel_norm))
 
     # --- what is computed once per turn
 

@@ -122,7 +122,7 @@ class SamEncoder(nnx.Module):
         self.neck_out_norm = layer_norm(c, EPS, rngs=rngs, **types)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """pixels float [N, S, S, 3], normalised by MEAN and STD, then set to zero outside the content
+        """pixels float [N, S, S, 3], normalised (`SamConfig.pixel_norm`), then set to zero outside the content
         -> features [N, g, g, C]."""
         x = self.patch(pixels) + self.position_embedding[...].astype(self.dtype)
         x = self.stages(x)

@@ -68,7 +68,7 @@ def put_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1)
 
 def put_three(folder: Path, config: Config, dtype: torch.dtype = torch.float32) -> dict[str, Path]:
     """CLIP and Vicuna as transformers saves them, SAM as facebook did: {"vision", "llm", "sam": path}."""
-    paths = {"vision": folder / "vision", "llm": folder / "llm", "sam": folder / "sam.pth"}
+    paths = {"vision": folder / "vision", "llm": folder / "llm", "sam": folder / "sam_vit_b_01ec64.pth"}
     m = config.model
     randomised(torch_models.clip_model(m.vision), 1).to(dtype).save_pretrained(paths["vision"])
     randomised(torch_models.llama_model(m.llm, PIECES), 2).to(dtype).save_pretrained(paths["llm"])

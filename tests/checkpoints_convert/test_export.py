@@ -104,7 +104,7 @@ def test_peft_puts_the_adapter_on_the_language_model_exported_apart(run, model, 
 def test_segment_anything_loads_sam(run, model, tmp_path):
     export_checkpoint(run, "sam", tmp_path / "sam")
     config = checkpoint.read_config(run).model.sam
-    (file,) = (tmp_path / "sam").iterdir()
+    (file,) = (tmp_path / "sam").glob("*.pth")
     sam = sam_model(config).eval()
     sam.load_state_dict(torch.load(file, weights_only=True), strict=True)
     pixels = np.random.default_rng(0).standard_normal((1, config.image_size, config.image_size, 3)).astype(np.float32)
@@ -148,7 +148,7 @@ def test_the_three_towers_too_give_the_same_bits(tmp_path):
     import_checkpoint(ImportRequest(config, given, tmp_path / "first", **say))
     export_checkpoint(tmp_path / "first", "hf", tmp_path / "hf")
     export_checkpoint(tmp_path / "first", "sam", tmp_path / "sam")
-    exported = {"vision": tmp_path / "hf" / "vision", "llm": tmp_path / "hf" / "llm", "sam": next((tmp_path / "sam").iterdir())}
+    exported = {"vision": tmp_path / "hf" / "vision", "llm": tmp_path / "hf" / "llm", "sam": next((tmp_path / "sam").glob("*.pth"))}
     again = originals.mimo_config(lora=LoraConfig(rank=0))
     import_checkpoint(ImportRequest(again, exported, tmp_path / "second", **say))
     first, second = flat(tmp_path / "first"), flat(tmp_path / "second")

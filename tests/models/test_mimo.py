@@ -10,6 +10,7 @@ import torch
 
 from checkpoints_convert import rows
 from mimo_jax import pathtree
+from mimo_jax.model_config import PIXEL_NORMS
 from mimo_jax.models import mimo, scan
 from mimo_jax.train import losses
 from tests.models import oracles, test_sam_decoder
@@ -116,6 +117,35 @@ def test_what_lies_outside_the_content_is_not_seen(forward):
     noisy["sam_image"][:, 40:], noisy["vision_image"][:, 20:] = 255, 255
     for a, b in zip(jax.tree.leaves(run(params, batch)), jax.tree.leaves(run(params, noisy)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("values", [(0, 256), (30, 180), (77, 78)])
+def test_sams_pixels_are_normalised_as_their_trainers_do(values):
+    """Against the code of SAM (`Sam.preprocess`), of MedSAM (its (x - min) / clip(max - min, 1e-8) of a resized image, in float64), and
+    the plain fraction of 255, for a film that fills a third of the frame; the padding, whose bytes are extreme, does not count."""
+    rng = np.random.default_rng(0)
+    frames, size = rng.choice(np.array([0, 255], np.uint8), (2, 64, 64, 3)), np.array([[64, 20], [9, 64]], np.int32)
+    contents = [rng.integers(*values, (*hw, 3)).astype(np.uint8) for hw in size]
+    sam = oracles.segment_anything().Sam
+    for frame, content, (height, width) in zip(frames, contents, size, strict=True):
+        frame[:height, :width] = content
+
+    def wanted(content: np.ndarray, pixel_norm: str) -> np.ndarray:
+        height, width = content.shape[:2]
+        if pixel_norm == "imagenet":
+            model = sam(torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity())
+            model.image_encoder.img_size = 64
+            return model.preprocess(torch.tensor(content).permute(2, 0, 1).float()).permute(1, 2, 0).numpy()
+        scaled = content / 255 if pixel_norm == "none" else (content - content.min()) / np.clip(content.max() - content.min(), 1e-8, None)
+        return np.pad(scaled, ((0, 64 - height), (0, 64 - width), (0, 0)))
+
+    config = tiny_config()
+    for config.model.sam.pixel_norm in PIXEL_NORMS:
+        model = scan.bind(mimo.abstract(config)[0], random_params(config))
+        model.sam_encoder = lambda pixels: pixels  # what the encoder is given
+        found = np.asarray(model.encode_sam(jnp.asarray(frames), jnp.asarray(size)))
+        for i, content in enumerate(contents):
+            np.testing.assert_allclose(found[i], wanted(content, config.model.sam.pixel_norm), atol=2e-6, rtol=2e-6)
 
 
 def test_turns_have_their_own_x_q():

@@ -151,8 +151,9 @@ def test_the_fingerprint_is_that_of_weights_and_settings_not_of_their_dtype():
     assert mark == encode_features.fingerprint(config, {**flat, "llm/norm/scale": flat["llm/norm/scale"] + 1})
     path = next(path for path in flat if path.startswith("sam_encoder/"))
     assert mark != encode_features.fingerprint(config, {**flat, path: flat[path] * 1.5})
-    config.model.vision.resample = "bicubic"
-    assert mark != encode_features.fingerprint(config, flat)
+    for part, name, value in ((config.model.sam, "pixel_norm", "minmax"), (config.model.vision, "resample", "bicubic")):
+        setattr(part, name, value)
+        assert mark != (mark := encode_features.fingerprint(config, flat))
 
 
 def test_training_takes_features_by_one_field_and_goes_on(run, data, tmp_path, capsys):

@@ -248,7 +248,8 @@ def _build(args: argparse.Namespace) -> int:
         return EXIT_TEMPFAIL
     _print_splits(args.out, info)
     if empty := [name for name, share in info["ratios"].items() if share and name not in info["splits"]]:
-        print(f"  nothing in {', '.join(empty)}: there are too few groups (patients or cases)")
+        reason = "its source puts all groups into other splits" if info["split_by_source"] else "there are too few groups"
+        print(f"  nothing in {', '.join(empty)}: {reason} (patients or cases)")
     for warning, count in info["warnings"].items():
         print(f"  {count} x {warning}")
     if info["unknown_entities"]:

@@ -45,6 +45,17 @@ def test_from_a_source_to_pictures(tmp_path, capsys):
             assert image.height > height / 2 and np.asarray(image.convert("RGB")).std() > 10
 
 
+def test_an_empty_split_is_explained_by_its_reason(tmp_path, capsys):
+    """Too few groups only where groups were divided: a source that is all test has enough of them."""
+    all_test = write_source(tmp_path / "held_out", 4, **{f"line{i}": {"split": "test"} for i in range(4)})
+    assert mimo("build", "--source", "manifest", "--in", all_test, "--out", tmp_path / "a", "--workers", 1) == 0
+    said = capsys.readouterr().out
+    assert "nothing in train, val: its source puts all groups into other splits" in said and "too few" not in said
+    single = write_source(tmp_path / "single", 1)
+    assert mimo("build", "--source", "manifest", "--in", single, "--out", tmp_path / "b", "--workers", 1) == 0
+    assert "nothing in val, test: there are too few groups" in capsys.readouterr().out
+
+
 def test_a_flipped_byte_ends_with_2_and_names_the_file(tmp_path, capsys):
     write_records(tmp_path / "set", [handmade.record(i) for i in range(3)], {})
     shard = next((tmp_path / "set").glob("train-*.array_record"))

@@ -111,7 +111,8 @@ def make_plan(work: Path, index: BuildIndex, options: Options) -> BuildPlan:
     basis = (BUILDER_VERSION, options.seed, options.perspectives, model, label_counts)
     numbers = {split: np.flatnonzero((decided.split_index == label) & kept).tolist() for label, split in enumerate(SPLITS)}
     unknown = sorted({entity for kind in index.kinds for entity in kind[2] if not canonical(entity, *kind[:2]).known})
-    info = {"warnings": dict(sorted(index.warnings.items())), "unknown_entities": unknown}
+    of_source = index.given_splits.keys() >= set(index.groups)  # no group was left to divide
+    info = {"warnings": dict(sorted(index.warnings.items())), "unknown_entities": unknown, "split_by_source": of_source}
     return BuildPlan(questions, int(kept.sum()), _jobs(index, ids, numbers, basis, options.shard_bytes), info)
 
 

@@ -25,7 +25,8 @@ def add_sweep(commands) -> None:
     sweep = commands.add_parser(
         "sweep",
         help="train and evaluate variants of a config; the same command resumes a stopped sweep",
-        description="Train every variant of a config with every seed, evaluate each on the test split, and write a summary.",
+        description="""Train every variant of a config with every seed, evaluate each on the test split, and write a summary. Of the
+groups `aligner` and `data` of configs/ablations.py, the tables of the paper are written to DIR/paper.md.""",
         epilog="""examples:
   mimo sweep --config configs/ablations.py --data data/phantom --workdir runs/ablations --dry-run
   mimo sweep --config configs/ablations.py --data data/phantom --workdir runs/ablations --only aligner,queries --seeds 0,1,2
@@ -58,6 +59,8 @@ Finished runs are skipped, stopped ones resume. --config.… flags, such as --co
         "--launch", type=shlex.split, default=[], metavar="FLAGS", help="flags for the launcher of --backend, as one word after ="
     )
     sweep.add_argument("--jobs", type=positive, metavar="N", help="number of runs at a time (default: 1; on a cluster, all)")
+    peers_help = "figures of others for the tables of the paper: CSV with the columns table, model, column, value, address"
+    sweep.add_argument("--peers", type=InputPath, metavar="FILE", help=peers_help)
     sweep.add_argument("--dry-run", action="store_true", help="print the runs and their commands without running them")
     sweep.set_defaults(run=_sweep, overrides=())
 
@@ -82,6 +85,9 @@ def _sweep(args: argparse.Namespace) -> int:
         cluster.check(workdir)
     elif args.launch:
         raise UserError(f"--launch {shlex.join(args.launch)}: applies only to a cluster; add --backend {' or '.join(CLUSTERS)}")
+    from mimo_jax.sweep.paper_tables import markdown, paper_tables, read_peers
+
+    peers = read_peers(Path(args.peers)) if args.peers else []
     if args.dry_run:
         _print_plan(sweep, cluster)
         return EXIT_OK
@@ -98,6 +104,11 @@ def _sweep(args: argparse.Namespace) -> int:
     about = f"{shlex.join([common.base, *args.overrides])}: {part} of the test split of {test}, seeds {','.join(map(str, args.seeds))}."
     print(write_summary(workdir, about, sweep.groups, reports))
     print(f"summary: {', '.join(str(workdir / f'summary.{kind}') for kind in ('md', 'json', 'png'))}")
+    tables, missing = paper_tables(sweep.groups, reports, peers)
+    if tables:
+        text = markdown(about, tables, missing, peers)
+        (workdir / "paper.md").write_text(text, encoding="utf-8")
+        print(f"\n{text}\ntables of the paper: {workdir / 'paper.md'}")
     for name, reason in failed.items():
         print(f"mimo: {name}: failed: {reason}", file=sys.stderr)
     return EXIT_PARTIAL if failed else EXIT_OK

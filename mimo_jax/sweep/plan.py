@@ -158,7 +158,7 @@ def check_folders(runs: Sequence[SweepRun]) -> None:
         differing = [
             f"config.{name.replace('/', '.')} ({existing.get(name)!r} there, {new.get(name)!r} here)"
             for name in sorted(existing.keys() | new.keys())
-            if existing.get(name) != new.get(name)
+            if existing.get(name) != new.get(name) and not (name == "train/steps" and new["train/epochs"])  # these follow from the data
         ]
         if differing:
             raise SweepError(f"{run.folder}: has another config: {', '.join(differing)}; give the same flags, or another --workdir")

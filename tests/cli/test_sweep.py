@@ -12,6 +12,8 @@ import pytest
 from mimo_jax.cli import main
 from mimo_jax.data.builder.phantom_set import build_phantoms
 from tests.sweep.small import ABLATIONS
+from tests.sweep.test_paper_tables import PEERS
+from tests.sweep.test_paper_tables import report as paper_report
 
 GOLDEN = Path(__file__).parent / "golden"
 WORDS = ("--config", "configs/ablations.py", "--data", "data/phantom", "--workdir", "runs/ablations", "--config.train.steps=500")
@@ -67,6 +69,26 @@ def test_what_cannot_be_swept_is_told_before_any_work(words, answer, tmp_path, m
     said = capsys.readouterr().err
     assert answer in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_sweep_gives_the_tables_of_the_paper(tmp_path, monkeypatch, capsys):
+    """All runs have their reports, so the command only writes the summaries."""
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", *WORDS, "--only", "aligner,data", "--seeds", "0,1"]
+    assert main.main([*words, "--dry-run"]) == 0
+    runs = {line.split("# ")[1].split(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("# ")}
+    about = {"data": str(tmp_path / "data/phantom"), "split": "test", "limit": None}
+    for run in runs:
+        folder = tmp_path / "runs/ablations" / run
+        folder.mkdir(parents=True)
+        (folder / "test.json").write_text(json.dumps(paper_report(0.5 if "none" in run else 0.6) | about | {"vqa_closed_accuracy": 0.5}))
+    (tmp_path / "peers.csv").write_text(PEERS)
+    assert main.main([*words, "--peers", "peers.csv"]) == 0
+    text = (tmp_path / "runs/ablations/paper.md").read_text()
+    assert text in capsys.readouterr().out and "| SAM (box) | - | 0.571 [1] | - | 0.583 [1] |" in text
+    assert "| MIMO without aligner | 0.500 ± 0.000 |" in text and "| MIMO | 0.600 ± 0.000 |" in text and "| 25 % | 0.600 ± 0.000 |" in text
+    (tmp_path / "peers.csv").write_text("table,model,column,value,address\nmiou,SAM,II,0.5,\n")
+    assert main.main([*words, "--peers", "peers.csv"]) == 2 and "give the address of the page" in capsys.readouterr().err
 
 
 def wait_for(condition, seconds=120):

@@ -43,6 +43,7 @@ class DataConfig:
     split: str = "train"
     fraction: float = 1.0  # fraction of the patients or cases of every source; a larger fraction contains all of a smaller one
     prompt_kinds: str = "point,box,scribble"  # comma-separated: sampled in training with equal probability; evaluation samples all
+    mixed_prompts: float = 0.3  # share of the prompts in training with a mark of another kind, or points outside, near or far
     batch_size: int = 8  # samples in the global batch
     samples_per_image: int = 1  # consecutive samples of one perspective that share one image (and its encoding)
     buckets: str = "256,512,768"  # comma-separated sequence lengths, tokens
@@ -70,8 +71,10 @@ class LossConfig:
 @dataclass
 class TrainConfig:
     steps: int = 10000
+    epochs: float = 0.0  # passes over the training data, which determine `steps` when a run starts; 0: `steps` as given
     optimizer: str = "adam"  # or "muon": Muon for the towers' matrices, Adam for the rest
     learning_rate: float = 3e-4
+    reference_batch_size: int = 0  # samples per step for which learning_rate was chosen; 0: not known
     warmup_steps: int = 100
     final_learning_rate: float = 0.0
     b1: float = 0.9
@@ -189,6 +192,7 @@ class Config:
         unknown_kinds = set(self.prompt_kinds()) - set(PROMPT_KINDS)
         some = bool(self.prompt_kinds()) and not unknown_kinds
         need(some, "data.prompt_kinds", f"is {d.prompt_kinds!r}; name some of {', '.join(PROMPT_KINDS)}")
+        need(0 <= d.mixed_prompts <= 1, "data.mixed_prompts", f"is {d.mixed_prompts:g}; must be from 0 to 1")
         need(d.length_grouping >= 1, "data.length_grouping", "must be at least 1")
         need(d.chat_template in CHAT_TEMPLATES, "data.chat_template", unknown_template(d.chat_template))
         image_tokens = self.image_tokens()
@@ -207,6 +211,7 @@ class Config:
         need(_is_regex(self.freeze), "freeze", f"is {self.freeze!r}; this is not a regular expression")
         need(self.train.optimizer in ("adam", "muon"), "train.optimizer", f"is {self.train.optimizer!r}; use adam or muon")
         need(self.train.steps >= 1, "train.steps", "must be at least 1")
+        need(self.train.epochs >= 0, "train.epochs", "must be 0 or more")
         need(self.train.keep_last >= 1, "train.keep_last", "must be at least 1")
         need(self.train.keep_every >= 0, "train.keep_every", "must be 0 or more")
         need(self.train.max_skipped >= 0, "train.max_skipped", "must be 0 or more")

@@ -84,6 +84,15 @@ def test_overrides_are_typed_and_the_last_one_holds():
     assert load("--config.data.weights.vqa=0").data.weights["vqa"] == 0.0
 
 
+def test_a_run_is_as_long_as_its_epochs_or_its_steps():
+    assert load(config="mimo_7b").train.epochs == 3
+    stepped = load("--config.train.steps=7", config="mimo_7b").train
+    assert (stepped.steps, stepped.epochs) == (7, 0)
+    assert load("--config.train.epochs=0.5").train.epochs == 0.5
+    with pytest.raises(ConfigError, match="config.train.epochs: is 2, but config.train.steps is given too; give one of them"):
+        load("--config.train.steps=7", "--config.train.epochs=2")
+
+
 def test_sources_are_named_on_the_line_and_then_set():
     config = load("--config.data.sources.a.weight=2", "--config.data.sources.b.path=/b", "--config.data.sources['c-d'].path=/c", a="/a")
     assert config.data.sources == {"a": SourceConfig("/a", 2.0), "b": SourceConfig("/b"), "c-d": SourceConfig("/c")}
@@ -181,6 +190,7 @@ def test_every_field_survives_json_and_an_unknown_one_is_named():
         ("model.aligner.kind", "magic", "model.aligner.kind: is 'magic'; use one of cross_attention"),
         ("model.sam.image_fit", "crop", "model.sam.image_fit: is 'crop'; use pad or stretch"),
         ("data.fraction", 0.0, "data.fraction: is 0; must be above 0"),
+        ("data.mixed_prompts", 1.5, "data.mixed_prompts: is 1.5; must be from 0 to 1"),
         ("data.prompt_kinds", "point,lasso", "data.prompt_kinds: is 'point,lasso'; name some of point, box, scribble"),
         ("data.prompt_kinds", "", "data.prompt_kinds: is ''; name some of point, box, scribble"),
         ("train.loss.mask_side", -1, "train.loss.mask_side: must be 0 or more"),
@@ -190,6 +200,7 @@ def test_every_field_survives_json_and_an_unknown_one_is_named():
         ("data.samples_per_image", 3, "data.samples_per_image: must divide"),
         ("train.grad_accum_steps", 3, "train.grad_accum_steps: must divide"),
         ("train.steps", 0, "train.steps: must be at least 1"),
+        ("train.epochs", -1.0, "train.epochs: must be 0 or more"),
     ],
 )
 def test_what_cannot_run_is_refused_by_its_field(path, value, answer):

@@ -45,13 +45,33 @@ class Prompts:
     def __bool__(self) -> bool:
         return bool(len(self.points) or len(self.boxes) or self.scribbles)
 
+    def kinds(self) -> set[str]:
+        """The kinds of PROMPT_KINDS that occur."""
+        counts = {"point": len(self.points), "box": len(self.boxes), "scribble": len(self.scribbles)}
+        return {kind for kind, count in counts.items() if count}
 
-def draw_prompts(mask: np.ndarray, rng: np.random.Generator, kinds: Sequence[str] = PROMPT_KINDS) -> Prompts:
+    def tokens(self, cfg: PromptConfig) -> int:
+        """The number of prompt tokens that the marks need."""
+        return len(self.points) + 2 * len(self.boxes) + cfg.scribble_points * len(self.scribbles)
+
+
+def joined(prompts: Sequence[Prompts]) -> Prompts:
+    """All marks of several prompts, in order."""
+    return Prompts(
+        points=np.concatenate([p.points for p in prompts]),
+        boxes=np.concatenate([p.boxes for p in prompts]),
+        scribbles=[scribble for p in prompts for scribble in p.scribbles],
+    )
+
+
+def draw_prompts(
+    mask: np.ndarray, rng: np.random.Generator, kinds: Sequence[str] = PROMPT_KINDS, meant: np.ndarray | None = None
+) -> Prompts:
     """A random prompt for the structure `mask`, bool [H, W], as a user might draw it; of one kind, uniformly sampled from `kinds`.
 
     point: one to three inside, preferably far from the border, sometimes with one just outside. box: tight, with jittered edges.
-    scribble: a smooth stroke near the middle. The same mask and rng state give the same prompt.
-    Raises PromptError for an empty mask or an unknown kind.
+    scribble: a smooth stroke near the middle. meant: everything that the turn points at, bool [H, W], which no point outside is on; None:
+    `mask`. The same masks and rng state give the same prompt. Raises PromptError for an empty mask or an unknown kind.
     """
     unknown = sorted(set(kinds) - set(PROMPT_KINDS))
     if unknown or not kinds:
@@ -71,8 +91,17 @@ def draw_prompts(mask: np.ndarray, rng: np.random.Generator, kinds: Sequence[str
     cells = _deep_cells(depth, int(rng.integers(1, 4)), rng)
     points = np.column_stack([_pixels(cells, crop, step) + (x0, y0), np.ones(len(cells))])
     if rng.random() < _NEGATIVE:
-        points = np.concatenate([points, _outside(mask, box, rng)])
+        points = np.concatenate([points, _outside(mask if meant is None else meant, box, rng)])
     return Prompts(points=points)
+
+
+def draw_outside(mask: np.ndarray, rng: np.random.Generator, meant: np.ndarray) -> Prompts:
+    """One point outside `meant`, bool [H, W]: with equal probability near the structure `mask`, a part of it, or anywhere in the image.
+    Empty if none is found."""
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    near = (int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)
+    box = near if rng.random() < 0.5 else (0, 0, mask.shape[1], mask.shape[0])
+    return Prompts(points=_outside(meant, box, rng))
 
 
 def prompts_from_mask(mask: np.ndarray) -> Prompts:
@@ -185,7 +214,7 @@ def encode_prompts(prompts: Prompts, vision_frame: Frame, cfg: PromptConfig) -> 
     """(xy float32 [P, 2] in pixels of the CLIP frame, kind int32 [P]): one token for a point, two for a box (its corners),
     `cfg.scribble_points` for a scribble; unused tokens are 0 with kind NONE.
 
-    Raises GeometryError for a prompt off the image, PromptError for more than P = cfg.max_tokens tokens.
+    Raises GeometryError for a prompt off the image, PromptError for more than P = cfg.max_tokens tokens, or for points outside alone.
     """
     height, width = vision_frame.height, vision_frame.width
     points = validate_points(prompts.points, height, width)
@@ -202,6 +231,8 @@ def encode_prompts(prompts: Prompts, vision_frame: Frame, cfg: PromptConfig) -> 
             f"{len(points)} points, {len(boxes)} boxes and {len(scribbles)} scribbles need {len(kinds)} prompt tokens; this "
             f"model accepts {cfg.max_tokens} per turn (a point 1, a box 2, a scribble {cfg.scribble_points}): give fewer"
         )
+    if len(points) and not (points[:, 2] == 1).any() and not len(boxes) and not scribbles:
+        raise PromptError("only say what is not meant (points with label 0); add a point, box or scribble on what is meant")
     xy, kind = np.zeros((cfg.max_tokens, 2), np.float32), np.zeros(cfg.max_tokens, np.int32)
     xy[: len(kinds)] = vision_frame.to_frame(np.concatenate(parts))
     kind[: len(kinds)] = kinds

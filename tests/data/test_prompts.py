@@ -15,8 +15,10 @@ from mimo_jax.data.prompts import (
     SCRIBBLE,
     PromptError,
     Prompts,
+    draw_outside,
     draw_prompts,
     encode_prompts,
+    joined,
     prompts_from_mask,
     sam_points,
 )
@@ -214,3 +216,26 @@ def test_sam_points_lie_where_the_prompts_do_and_end_as_sam_was_trained():
     assert labels.tolist() == [1, 0, 2, 3, -2, -2, -2, -2, -2]
     assert points(scribbles=[np.array([[1, 1], [9, 9]])])[1].tolist() == [1, 1, 1, -2, -2, -2, -2, -2, -1]
     assert set(points()[1].tolist()) == {-2}
+
+
+def test_points_outside_are_near_or_anywhere_and_never_on_what_is_meant():
+    left, right = disc(x=60, y=60, radius=40), disc(x=220, y=120, radius=50)
+    points = np.concatenate([draw_outside(left, rng(seed), left | right).points for seed in range(300)])
+    assert len(points) == 300 and (points[:, 2] == 0).all()
+    x, y = points[:, 0].astype(int), points[:, 1].astype(int)
+    assert not (left | right)[y, x].any()
+    near = (x < 60 + 40 * 1.5 + 3) & (y < 60 + 40 * 1.5 + 3)
+    assert 150 < near.sum() < 250 and len(set(x[~near] // 100)) == 3  # half, and those that lie there by chance
+    full = np.ones((5, 5), bool)
+    assert not draw_outside(full, rng(), full)
+    beside = [draw_prompts(left, rng(seed), ("point",), meant=np.ones_like(left)).points for seed in range(50)]
+    assert all((drawn[:, 2] == 1).all() for drawn in beside)
+
+
+def test_points_outside_alone_are_refused():
+    outside = np.array([[10, 5, 0], [11, 6, 0]])
+    frame = vision_frame(40, 60, 32, "pad")
+    with pytest.raises(PromptError, match="only say what is not meant .*; add a point, box or scribble on what is meant"):
+        encode_prompts(Prompts(points=outside), frame, PromptConfig())
+    for more in (Prompts(boxes=np.array([[1, 1, 9, 9]])), Prompts(scribbles=[np.array([[1, 1], [9, 9]])])):
+        encode_prompts(joined([Prompts(points=outside), more]), frame, PromptConfig())

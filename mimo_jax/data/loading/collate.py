@@ -12,7 +12,7 @@ import numpy as np
 
 from mimo_jax.config import PROMPT_KINDS, Config
 from mimo_jax.data.conversation import Rendered, SampleError, render
-from mimo_jax.data.prompts import Prompts, draw_prompts, encode_prompts
+from mimo_jax.data.prompts import Prompts, draw_outside, draw_prompts, encode_prompts, joined
 from mimo_jax.data.schema import Record, RecordError, Sample
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import decode_image, mask_to_frame, preprocess
@@ -73,7 +73,9 @@ def sample_arrays(
     frame = vision_frame(*size, model.vision.image_size, model.vision.image_fit)
     for turn, mask_ids in enumerate(rendered.prompted):
         if mask_ids:
-            prompts = sample_prompts([masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name, config.prompt_kinds())
+            prompts = sample_prompts(
+                [masks[mask_id] for mask_id in mask_ids], rng, model.prompt, name, config.prompt_kinds(), config.data.mixed_prompts
+            )
             arrays["prompt_xy"][turn], arrays["prompt_kind"][turn] = encode_prompts(prompts, frame, model.prompt)
     target_cache = {} if target_cache is None else target_cache
 
@@ -139,24 +141,42 @@ def sample_prompts(
     cfg: PromptConfig,
     name: str = "sample",
     kinds: Sequence[str] = PROMPT_KINDS,
+    mixed: float = 0.0,
 ) -> Prompts:
     """The prompts of one turn, sampled on each of `masks` (bool [H, W]). The kind is one of `kinds` that leaves room for a box on each of
-    the other masks, or a box if there is none. Raises SampleError if not even boxes fit in P = cfg.max_tokens."""
+    the other masks, or a box if there is none. With the probability `mixed`, a mask gets more marks that are true of it, as far as there
+    is room: one of another kind, points outside all masks, or both. Raises SampleError if not even boxes fit in P = cfg.max_tokens."""
     if 2 * len(masks) > cfg.max_tokens:
         raise SampleError(f"{name}: points at {len(masks)} masks in one turn; raise config.model.prompt.max_tokens ({cfg.max_tokens})")
-    token_cost = {"point": _MAX_POINT_TOKENS, "box": 2, "scribble": cfg.scribble_points}
-    left = cfg.max_tokens
-    sampled = []
+    meant = np.logical_or.reduce(masks)
+    sampled: list[Prompts] = []
     for number, mask in enumerate(masks):
-        room = left - 2 * (len(masks) - number - 1)
-        prompts = draw_prompts(mask, rng, [kind for kind in kinds if token_cost[kind] <= room] or ["box"])
-        left -= len(prompts.points) + 2 * len(prompts.boxes) + cfg.scribble_points * len(prompts.scribbles)
+        room = cfg.max_tokens - sum(p.tokens(cfg) for p in sampled) - 2 * (len(masks) - number - 1)
+        prompts = draw_prompts(mask, rng, _fitting(kinds, room, cfg) or ["box"], meant)
+        if mixed and rng.random() < mixed:
+            prompts = _with_more_marks(prompts, mask, meant, rng, kinds, room, cfg)
         sampled.append(prompts)
-    return Prompts(
-        points=np.concatenate([p.points for p in sampled]),
-        boxes=np.concatenate([p.boxes for p in sampled]),
-        scribbles=[s for p in sampled for s in p.scribbles],
-    )
+    return joined(sampled)
+
+
+def _with_more_marks(
+    prompts: Prompts, mask: np.ndarray, meant: np.ndarray, rng: np.random.Generator, kinds: Sequence[str], room: int, cfg: PromptConfig
+) -> Prompts:
+    """`prompts` with a mark of another kind, one or two points outside `meant`, or both: at most `room` tokens in all."""
+    choice = int(rng.integers(3))
+    others = [kind for kind in _fitting(kinds, room - prompts.tokens(cfg), cfg) if kind not in prompts.kinds()]
+    if choice != 1 and others:
+        prompts = joined([prompts, draw_prompts(mask, rng, others, meant)])
+    if choice != 0 and "point" in kinds:
+        for _ in range(min(int(rng.integers(1, 3)), room - prompts.tokens(cfg))):
+            prompts = joined([prompts, draw_outside(mask, rng, meant)])
+    return prompts
+
+
+def _fitting(kinds: Sequence[str], room: int, cfg: PromptConfig) -> list[str]:
+    """Those of `kinds` that take at most `room` tokens."""
+    tokens = {"point": _MAX_POINT_TOKENS, "box": 2, "scribble": cfg.scribble_points}
+    return [kind for kind in kinds if tokens[kind] <= room]
 
 
 def smallest_bucket(length: int, buckets: Sequence[int]) -> int:

@@ -113,9 +113,19 @@ def _of_seg(path: Path, value: int | None, grid: Any) -> np.ndarray:
                 if dataset.SegmentationType == "LABELMAP":
                     check_labels(pixels, segments, str(path))
                     mask |= pixels != 0 if value is None else pixels == value
-                elif value in (None, int(functions.SegmentIdentificationSequence[0].ReferencedSegmentNumber)):
+                elif value in (None, segment_number(dataset, functions)):
                     mask |= pixels * 2 >= int(dataset.get("MaximumFractionalValue") or 1)
         return mask
+
+
+def segment_number(dataset: Any, functions: Any) -> int | None:
+    """The segment of a frame of a DICOM SEG, by its functional groups or, if all frames have one segment, the shared ones; None in a
+    label map."""
+    shared = dataset.get("SharedFunctionalGroupsSequence") or [{}]
+    for group in (functions, shared[0]):
+        if identification := group.get("SegmentIdentificationSequence"):
+            return int(identification[0].ReferencedSegmentNumber)
+    return None
 
 
 @lru_cache(maxsize=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.data.builder.items import Item, MaskRef
+from mimo_jax.data.builder.masks import segment_number
 from mimo_jax.data.builder.readers.reader import DatasetReader
 from mimo_jax.data.images.dicom import get_value, reading
 from mimo_jax.data.images.image import file_kind, import_medical
@@ -104,8 +105,8 @@ class DicomSeg(DatasetReader):
             ds = import_medical("pydicom").dcmread(path, stop_before_pixels=True)
             names = {int(segment.SegmentNumber): _name(segment) for segment in ds.SegmentSequence}
             for functions in ds.PerFrameFunctionalGroupsSequence:
-                identification = functions.get("SegmentIdentificationSequence")
-                numbers = [int(identification[0].ReferencedSegmentNumber)] if identification else list(names)  # all in a label map
+                number = segment_number(ds, functions)
+                numbers = list(names) if number is None else [number]
                 places = [place for place in _sources(functions) if place[0] in self.images]
                 missing += not places
                 for place in places:

@@ -43,7 +43,7 @@ class _Volume:
 
 class Nifti(DatasetReader):
     """Options: axis, the plane or file axis of the slices; every, use every nth slice; min_area, number of pixels below which a slice
-    does not show a structure; window, a name of `WINDOWS` or (low, high), by default "soft" for CT."""
+    does not show a structure; window, a name of `WINDOWS` or (low, high), by default the one that `open_image` chooses."""
 
     name = "nifti"
     expected_layout = (
@@ -84,11 +84,10 @@ class Nifti(DatasetReader):
                     yield self._item(volume, index, masks, not small)
 
     def _item(self, volume: _Volume, index: int, masks: list[MaskRef], complete: bool) -> Item:
-        window = self.values["window"] or ("soft" if volume.modality == "CT" else None)
         return Item(
             id=f"{volume.case}/{self.axis}_{index:04d}", image=str(volume.image), modality=volume.modality, dataset=self.dataset,
-            group=f"{self.dataset}/{volume.case}", masks=tuple(masks), split=volume.split, slice=f"{self.axis}:{index}", window=window,
-            slice_axis=self.axis, slice_index=index, complete=complete, licence=self.licence,
+            group=f"{self.dataset}/{volume.case}", masks=tuple(masks), split=volume.split, slice=f"{self.axis}:{index}",
+            window=self.values["window"], slice_axis=self.axis, slice_index=index, complete=complete, licence=self.licence,
         )  # fmt: skip
 
     def _mask(self, volume: _Volume, file: Path, value: int | None, name: str) -> MaskRef:

@@ -85,6 +85,18 @@ def test_frames_of_one_file(tmp_path):
             assert (read_mask(mask, open_image(item.image, frame=item.frame)) == wanted).all()
 
 
+def test_a_single_segment_is_named_once_for_all_frames(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 900, (3, H, W)).astype(np.uint16)
+    paths, masks = series(tmp_path / "ct", pixels), masks_of(3)[..., :1]
+    seg = write_seg(tmp_path / "seg.dcm", [pydicom.dcmread(path) for path in paths], masks, ["Liver"])
+    assert "SegmentIdentificationSequence" in seg.SharedFunctionalGroupsSequence[0]
+    items, skipped = listed("dicom-seg", tmp_path)
+    assert len(items) == 3 and skipped == []
+    for frame, path in enumerate(paths):
+        (mask,) = next(item for item in items if item.image == str(path)).masks
+        assert (read_mask(mask, open_image(path)) == masks[frame, :, :, 0]).all()
+
+
 def test_skipped_files(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 900, (3, H, W)).astype(np.uint16)
     paths = series(tmp_path / "ct", pixels)

@@ -48,7 +48,7 @@ def test_one_volume(tmp_path):
     both = [("liver", 1), ("spleen", 2)]
     assert shown(items) == {"axial:3": [("liver", 1)], "axial:4": both, "axial:5": both} and skipped == []
     first = items[0]
-    assert (first.id, first.group, first.window, first.slice_axis, first.slice_index) == ("ct/axial_0003", "D/ct", "soft", "axial", 3)
+    assert (first.id, first.group, first.window, first.slice_axis, first.slice_index) == ("ct/axial_0003", "D/ct", None, "axial", 3)
     assert all(item.complete for item in items) and first.masks[0].file == str(seg)
     items, _ = listed("nifti", ct, min_area=13, window="-100,300", every=2, **told)
     assert shown(items) == {"axial:4": [("liver", 1)]} and items[0].window == (-100, 300)

@@ -42,10 +42,10 @@ class UnusableSamples:
             with open(self.path, "a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in new))
         self._listed.update(rows)
-        if len(self._samples) > self.config.max_bad_samples * self.loader.total:
+        if len(self._samples) > self.config.max_bad_samples * self.loader.num_samples:
             shown = "; ".join(row["reason"] for row in list(rows.values())[:3])
             raise DataError(
-                f"{len(self._samples)} of {self.loader.total} samples are unusable, more than config.train.max_bad_samples "
+                f"{len(self._samples)} of {self.loader.num_samples} samples are unusable, more than config.train.max_bad_samples "
                 f"({self.config.max_bad_samples:g}), such as {shown}; repair those listed in {self.path}, or raise the bound"
             )
 

@@ -105,7 +105,7 @@ def test_they_are_listed_once_by_all_processes_and_starts(monkeypatch, tmp_path,
 
 def test_they_are_listed_while_the_run_goes_on(tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
-    loader = SimpleNamespace(bad=[], total=100)
+    loader = SimpleNamespace(bad=[], num_samples=100)
     hook = UnusableSamples(TrainConfig(max_bad_samples=0.5, log_every=5), loader, path)
     for step in range(1, 11):
         loader.bad.append({"record": "r", "sample": f"r#{step}", "reason": "damaged"})

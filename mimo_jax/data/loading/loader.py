@@ -55,7 +55,7 @@ class Loader:
 
     state() -> {"batch": number of the next global batch}; restore(state) resumes there, bit-identically.
     bad: {"record", "sample", "reason"} of every unusable sample that this process met so far; its place in a batch is filled with padding
-    of weight 0. total: number of samples that batches are drawn from.
+    of weight 0.
     """
 
     def __init__(self, batches: _BatchSource):
@@ -74,10 +74,6 @@ class Loader:
     def bad(self) -> list[dict]:
         return list(self._bad.values())
 
-    @property
-    def total(self) -> int:
-        return self._batches.order.total
-
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
@@ -94,6 +90,17 @@ class Loader:
 
     def state(self) -> dict[str, int]:
         return {"batch": self._next}
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples that the batches are drawn from."""
+        return self._batches.order.total
+
+    def tokens_per_sample(self, batches: int = 8) -> tuple[float, float]:
+        """Mean tokens of a sample, without and with the padding to its bucket, in the first global batches."""
+        made = [self._batches.order.batch(number) for number in range(batches)]
+        counts = [count for _, images in made for image in images for count in self._batches.order.token_counts(image)]
+        return float(np.mean(counts)), float(np.mean([bucket for bucket, _ in made]))
 
     def records(self, number: int) -> list[str]:
         """Ids of the records of a global batch, for all processes."""
@@ -171,9 +178,12 @@ class GlobalOrder:
 
     def _bucket(self, image: SampledImage) -> int:
         """The smallest bucket for its samples."""
-        places = self.sources[image.source].index.first[image.record] + np.array(image.samples)
         buckets = self.config.buckets()
-        return smallest_bucket(int(self._lengths[image.source][places].max()), buckets) if len(buckets) > 1 else buckets[0]
+        return smallest_bucket(int(self.token_counts(image).max()), buckets) if len(buckets) > 1 else buckets[0]
+
+    def token_counts(self, image: SampledImage) -> np.ndarray:
+        """Tokens of each of its K samples, int [K]."""
+        return self._lengths[image.source][self.sources[image.source].index.first[image.record] + np.array(image.samples)]
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in ("_windows", "_lock")}

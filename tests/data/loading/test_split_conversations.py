@@ -80,7 +80,7 @@ def test_every_turn_of_a_conversation_is_trained(folder, tmp_path, max_turns):
     config.data.samples_per_image = config.data.length_grouping = 1
     tokenizer = handmade.tokenizer(tmp_path)
     loader = make_loader(config, tokenizer, open_sources(config, "train"))
-    batches = [next(loader) for _ in range(loader.total // 2)]
+    batches = [next(loader) for _ in range(loader.num_samples // 2)]
     loader.close()
     assert not loader.bad and all((batch["sample_weight"] == 1).all() for batch in batches)
     found = sorted(tuple(ids[mask].tolist()) for b in batches for ids, mask in zip(b["input_ids"], b["token_mask"], strict=True))

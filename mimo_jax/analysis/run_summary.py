@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 from collections import defaultdict
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,9 +16,11 @@ from jax.extend.backend import get_backend
 from jax.sharding import Mesh
 
 from mimo_jax import __version__, pathtree, sharding
-from mimo_jax.analysis import flops, hardware
+from mimo_jax.analysis import data_summary, flops, hardware
 from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import Config
+from mimo_jax.data.loading.sources import Manifest
+from mimo_jax.data.records import RecordFolder
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CHANGES = 8  # maximum number of changed config fields that are listed
@@ -43,11 +45,32 @@ class SummarizedRun(Protocol):
     def trains(self, path: str) -> bool: ...
 
 
-def print_summary(plan: SummarizedRun, sources: Mapping[str, Sized], workdir: Path, first: int) -> None:
+def print_summary(plan: SummarizedRun, sources: Mapping[str, RecordFolder | Manifest], workdir: Path, first: int) -> None:
     """Print the summary. sources: the data by name; first: the step at which the run resumes, 0 for a new run."""
-    print("\n".join([versions(), *run_lines(plan, sources, workdir), *parameter_table(plan), memory_line(plan), flops_line(plan)]))
+    data = data_summary.data_lines(plan.config, sources) if jax.process_index() == 0 else {}  # only process 0 prints
+    lines = [versions(), *run_lines(plan, sources, workdir), *(_line(name, text) for name, text in data.items())]
+    print("\n".join([*lines, *parameter_table(plan), memory_line(plan), flops_line(plan)]))
     if first:
         print(f"resuming at step {first} of {plan.config.train.steps}")
+
+
+def schedule_lines(config: Config, num_samples: int, tokens: float, padded: float) -> list[str]:
+    """The length of a run in steps, epochs, samples and tokens, and the learning rate if it was chosen for another batch size. num_samples:
+    samples that the batches are drawn from; tokens, padded: mean tokens of a sample, without and with padding."""
+    steps, batch, rate = config.train.steps, config.data.batch_size, config.train.learning_rate
+    seen, reference = steps * batch, config.train.reference_batch_size
+    counts = f"{seen:,} samples, about {_count(seen * tokens)} tokens ({_count(seen * padded)} with padding)"
+    lines = [_line("length", f"{steps:,} steps of {batch:,} samples = {seen / num_samples:.3g} epochs of {num_samples:,}: {counts}")]
+    if reference and reference != batch:
+        scaled = rate * (batch / reference) ** 0.5
+        advice = f"the square-root rule for Adam would make it {scaled:.2g} (config.train.learning_rate)"
+        lines.append(_line("rate", f"{rate:g} was chosen for {reference:,} samples per step, not {batch:,}; {advice}"))
+    return lines
+
+
+def _count(number: float) -> str:
+    """A number as "1.2 M"."""
+    return _scaled(number, 1000, ("", "k", "M", "G", "T", "P")).strip()
 
 
 def versions() -> str:
@@ -73,7 +96,7 @@ def _commit() -> str:
         return ""
 
 
-def run_lines(plan: SummarizedRun, sources: Mapping[str, Sized], workdir: Path) -> list[str]:
+def run_lines(plan: SummarizedRun, sources: Mapping[str, RecordFolder | Manifest], workdir: Path) -> list[str]:
     """One line each for devices, base, data, weights and config."""
     config, data = plan.config, plan.config.data
     axes = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())

@@ -9,7 +9,11 @@ import pytest
 from mimo_jax import files, pathtree, sharding
 from mimo_jax.analysis import flops, hardware, run_summary
 from mimo_jax.checkpoints import frozen_params
+from mimo_jax.config import SourceConfig
+from mimo_jax.data.loading.sources import open_sources
+from mimo_jax.data.records import write_records
 from mimo_jax.train.state import TrainSetup
+from tests.data import handmade
 from tests.tiny_config import tiny_config
 
 
@@ -27,21 +31,27 @@ def run(tmp_path, plan):
     return tmp_path
 
 
-def test_all_is_shown_in_lines_that_fit(plan, run, capsys):
-    run_summary.print_summary(plan, {"phantom": range(5400)}, run, 3)
+def test_all_is_shown_in_lines_that_fit(plan, run, capsys, tmp_path):
+    write_records(tmp_path / "set", [handmade.record(i) for i in range(12)], {})
+    plan.config.data.sources["phantom"] = SourceConfig(str(tmp_path / "set"))
+    files.write_json(run / "config.json", plan.config.to_dict())
+    run_summary.print_summary(plan, open_sources(plan.config, "train"), run, 3)
+    del plan.config.data.sources["phantom"]
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 180
     for told in (
         f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib",
         "1 × cpu; mesh slice 1 × data 1 × fsdp 1 × tensor 1",
         "replicated: the mesh has no fsdp axis",
-        "phantom (5,400 images); 4 samples per step, 2 per image, 96 or 192 tokens each",
+        "phantom (12 images); 4 samples per step, 2 per image, 96 or 192 tokens each",
         f"base {frozen_params.fingerprint({})[:12]}, trained from a seed",
         str(run / "config.json"),
+        "0.0% of 24 masks are narrower than a cell of the 32² target, 0.0% than two\n",
+        "0.0% of the samples of I to IV segment nothing\n",
         "resuming at step 3 of 4",
     ):
         assert told in shown
-    assert "changed since" not in shown
+    assert "changed since" not in shown and "turns" not in shown
 
 
 def test_what_a_config_was_changed_in_is_named(plan, run, capsys):

@@ -19,7 +19,8 @@ from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, Confid
 @dataclass
 class EntityResult:
     """One true entity and the mask matched with it by the paper's convention. iou: 0 without one; true_px, image_px: pixels of the true
-    mask and of the image; baselines: IoU of each trivial predictor."""
+    mask and of the image; surface_px, surface_mm: (NSD, HD95) in these units, None without a mask, `surface_mm` also without a pixel
+    spacing, which `has_mm` says; baselines: IoU of each trivial predictor."""
 
     sample: str
     group: str
@@ -29,7 +30,10 @@ class EntityResult:
     iou: float
     true_px: int
     image_px: int
-    baselines: dict[str, float]
+    surface_px: tuple[float, float] | None = None
+    surface_mm: tuple[float, float] | None = None
+    has_mm: bool = False
+    baselines: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

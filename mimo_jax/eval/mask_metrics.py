@@ -9,6 +9,7 @@ from mimo_jax.eval import metrics
 from mimo_jax.eval.accumulator import Accumulator, EntityResult, TurnResult
 from mimo_jax.eval.average_precision import AveragePrecision
 from mimo_jax.eval.registry import Ratio, Resampled, grouped, mean
+from mimo_jax.eval.surface import TOLERANCE
 
 GROUNDED = tuple(p for p in PERSPECTIVES if p != "vqa")
 # Sizes of a structure as fractions of its image: name -> upper bound.
@@ -35,6 +36,16 @@ def dice_by_size(results: Accumulator) -> dict[str, Ratio]:
     for entity in results.entities:
         rows[next(name for name, bound in SIZES.items() if entity.true_px < bound * entity.image_px)].append(entity)
     return {name: Ratio(of_size, [metrics.dice_from_iou(e.iou) for e in of_size]) for name, of_size in rows.items()}
+
+
+def surface(results: Accumulator) -> dict[str, Ratio]:
+    found: dict[str, Ratio] = {}
+    for unit, rows in (("px", results.entities), ("mm", [e for e in results.entities if e.has_mm])):
+        pairs = [e.surface_px if unit == "px" else e.surface_mm for e in rows]
+        found[f"NSD {TOLERANCE:g} {unit}"] = Ratio(rows, [pair[0] if pair else 0.0 for pair in pairs])
+        found[f"HD95 {unit}"] = Ratio(rows, [pair[1] if pair else 0.0 for pair in pairs], [pair is not None for pair in pairs])
+    found["with a mask"] = Ratio(results.entities, [e.surface_px is not None for e in results.entities])
+    return found
 
 
 # --- strict conventions: extra masks count -----------------------------------------------------------------------------

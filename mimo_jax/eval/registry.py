@@ -48,11 +48,14 @@ class Ratio:
 
     def summary(self) -> tuple[float | None, list[float] | None]:
         """(value, [low, high]); None if there was nothing to measure."""
-        below = self._denominators()
-        value = as_number(metrics.ratio(self.numerators, below))
+        value = as_number(self.value())
         if value is None:
             return None, None
-        return value, _bounds(*metrics.bootstrap_ci(self.numerators, below, [row.group for row in self.rows]))
+        return value, _bounds(*metrics.bootstrap_ci(self.numerators, self._denominators(), [row.group for row in self.rows]))
+
+    def value(self) -> float:
+        """The value in full; nan if there was nothing to measure."""
+        return metrics.ratio(self.numerators, self._denominators())
 
     def by_sample(self) -> dict[str, list[float]]:
         """Sample → its [numerator, denominator]."""

@@ -25,6 +25,7 @@ from mimo_jax.eval.accumulator import (
     PredictedMaskResult,
     TurnResult,
 )
+from mimo_jax.eval.surface import nsd_and_hd95
 from mimo_jax.infer.answers.answer import Answer
 
 
@@ -80,12 +81,16 @@ def score_masks(
     results.predicted_masks += [
         PredictedMaskResult(*keys, entity.evidence, matched.get(k, 0.0)) for k, entity in enumerate(answer.entities)
     ]
-    for truth, (_, value) in zip(truths, pairs, strict=True):
+    spacing = record.pixel_spacing_mm
+    for truth, (k, value) in zip(truths, pairs, strict=True):
         trivial = {kind: metrics.iou(of[truth.name], truth.mask) for kind, of in baseline_masks.items()}
-        true_px = int(np.count_nonzero(truth.mask))
-        results.entities.append(
-            EntityResult(*keys, sample.perspective, record.modality, truth.name, value, true_px, truth.mask.size, trivial)
-        )
+        row = EntityResult(
+            *keys, sample.perspective, record.modality, truth.name, value, int(np.count_nonzero(truth.mask)), truth.mask.size,
+            None if k is None else nsd_and_hd95(truth.mask, masks[k]),
+            None if k is None or not spacing else nsd_and_hd95(truth.mask, masks[k], spacing),
+            bool(spacing), trivial,
+        )  # fmt: skip
+        results.entities.append(row)
     nothing = np.zeros((record.height, record.width), bool)
     overlap = metrics.overlap(*(np.logical_or.reduce([nothing, *part]) for part in ([t.mask for t in truths], masks)))
     asked = any(target.turn == turn for target in sample.targets)

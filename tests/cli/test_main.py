@@ -287,6 +287,22 @@ def test_ask_refuses_outputs_before_a_model_is_loaded(asked, capsys, out, error)
     assert "checkpoint" not in asked
 
 
+def test_ask_refuses_before_a_model_is_loaded_what_it_cannot_ask_about(capsys, tmp_path):
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "i.png")
+    ask = ["ask", "--checkpoint", "none"]
+    assert "question: is empty" in fails(capsys, *ask, str(tmp_path / "i.png"), "  ")
+    assert "https://host/i.png: is a URL; download the file first" in fails(capsys, *ask, "https://host/i.png", "What?")
+    said = fails(capsys, *ask, str(tmp_path), "What?")
+    assert f"(1 not DICOM); give the folder of one series, or ask about a folder of pictures with mimo batch --in {tmp_path}" in said
+    ids = np.kron(np.arange(20, dtype=np.uint8).reshape(4, 5), np.ones((2, 2), np.uint8))[:8, :9]
+    Image.fromarray(ids).save(tmp_path / "ids.jpg", quality=95)
+    said = fails(capsys, *ask, str(tmp_path / "i.png"), "What?", "--prompts", str(tmp_path / "ids.jpg"))
+    assert "ids.jpg: has" in said and "--mask-threshold" in said
+    assert main.main([*ask, str(tmp_path / "i.png"), "What?", "--prompts", str(tmp_path / "ids.jpg"), "--mask-threshold", "1"]) == 2
+    assert "none: does not exist" in capsys.readouterr().err
+    assert "is not a number above 0" in fails(capsys, *ask, "i.png", "What?", "--mask-threshold", "0")
+
+
 def test_ask_refuses_prompts_before_a_model_is_loaded(asked, capsys, tmp_path):
     (tmp_path / "far.json").write_text('{"points": [[50, 6]]}')
     for flag, value, says in (
@@ -307,7 +323,7 @@ def test_batch_hands_over_its_flags_and_says_how_it_ended(monkeypatch, capsys):
 
     monkeypatch.setattr("mimo_jax.infer.batch.run_batch.run_batch", run_batch)
     line = ["batch", "--checkpoint", "c", "--in", "films", "--question", "Which?", "--out", "o"]
-    flags = "--save png,.NII.gz --resume --volumes --window -5,6 --frame all --series 2 --max-new-tokens 9"
+    flags = "--save png,.NII.gz --resume --volumes --window -5,6 --frame all --series 2 --max-new-tokens 9 --mask-threshold 128"
     assert main.main([*line, *flags.split()]) == 0
     assert "9 answers in o" in capsys.readouterr().out
     assert main.main(line) == 3
@@ -316,7 +332,7 @@ def test_batch_hands_over_its_flags_and_says_how_it_ended(monkeypatch, capsys):
     assert main.main(line) == 75
     assert "stopped after 4 requests; run the same command with --resume" in capsys.readouterr().err
     options = {"save": [".png", ".nii.gz"], "resume": True, "volumes": True, "window": (-5, 6), "frame": "all", "series": 2}
-    options |= {"max_new_tokens": 9, "slice": None}
+    options |= {"max_new_tokens": 9, "slice": None, "mask_threshold": 128.0}
     assert calls[0] == ("films", "o", "Which?", options)
     assert calls[1][3] == {**dict.fromkeys(options), "save": [], "resume": False, "volumes": False}
 

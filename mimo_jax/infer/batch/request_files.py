@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mimo_jax.data.images.image import Window, file_kind, parse_window
+from mimo_jax.data.images.image import Window, file_kind, local_path, parse_window
+from mimo_jax.data.mask_levels import parse_threshold
 from mimo_jax.errors import UserError
 from mimo_jax.files import sha256
 from mimo_jax.infer.engine.requests import MAX_TURNS
 
 PROMPTS = ("points", "boxes", "scribbles", "mask", "prompts")
-KEYS = ("id", "image", "question", *PROMPTS, "frame", "slice", "series", "window", "max_new_tokens")
+KEYS = ("id", "image", "question", *PROMPTS, "frame", "slice", "series", "window", "mask_threshold", "max_new_tokens")
 _MAX_CELL = 2**24  # characters in a CSV cell; the RLE of a mask is long
 _ID = re.compile(r"\w[\w.-]*")
 _MAX_ID_BYTES = 150  # file systems allow 255, including the endings
@@ -48,6 +49,7 @@ class BatchRequest:
     slice: str | None = None
     series: int | None = None
     window: Window = None
+    mask_threshold: float | None = None  # see `read_prompts`
     max_new_tokens: int | None = None
     line: int | None = None
     fault: str = ""
@@ -204,6 +206,7 @@ class BatchRequests:
         image = fields.get("image")
         if not isinstance(image, str) or not image or "\0" in image:
             raise UserError("image: is missing; give the path of an image")
+        local_path(image)
         path = self.folder / image
         if not os.path.exists(path):
             raise UserError(f"image {image}: no such file or folder")
@@ -223,6 +226,7 @@ class BatchRequests:
             slice=_text(fields.get("slice"), "slice", "AXIS:INDEX, such as axial:30"),
             series=_integer(fields.get("series"), "series", 1),
             window=_window(fields.get("window")),
+            mask_threshold=_threshold(fields.get("mask_threshold")),
             max_new_tokens=_integer(fields.get("max_new_tokens"), "max_new_tokens", 1),
             line=line,
         )
@@ -309,6 +313,13 @@ def _text(value: Any, name: str, form: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{name}: give {form}")
     return value
+
+
+def _threshold(value: Any) -> float | None:
+    try:
+        return None if value is None else parse_threshold(value)
+    except UserError as error:
+        raise UserError(f"mask_threshold: {error}") from None
 
 
 def _window(value: Any) -> Window:

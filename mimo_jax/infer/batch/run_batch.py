@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from mimo_jax.data.conversation import check_question
 from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, check_window, import_medical
 from mimo_jax.data.images.volume import open_scan
 from mimo_jax.data.prompt_files import join_prompts, read_prompts
@@ -67,6 +68,7 @@ def run_batch(
     slice: str | None = None,
     series: int | None = None,
     window: Window = None,
+    mask_threshold: float | None = None,
     max_new_tokens: int | None = None,
     save: Sequence[str] = (),
     volumes: bool = False,
@@ -74,9 +76,9 @@ def run_batch(
 ) -> BatchResult:
     """Answer all requests of `source`, a folder of images or a .jsonl or .csv file of requests, into the folder `out`.
 
-    load: returns the model; called after all checks that do not need it. question, frame, slice, series, window, max_new_tokens: defaults
-    for requests without their own. save: endings of SAVED, of the files to write for each answer. volumes: see `BatchRequests`. resume:
-    continue the same job in `out`; without it, `out` must be new or empty.
+    load: returns the model; called after all checks that do not need it. question, frame, slice, series, window, mask_threshold,
+    max_new_tokens: defaults for requests without their own. save: endings of SAVED, of the files to write for each answer. volumes: see
+    `BatchRequests`. resume: continue the same job in `out`; without it, `out` must be new or empty.
 
     An invalid request, or a file that cannot be saved for its image (such as a .dcm for a PNG), is listed in failed.jsonl and does not
     affect the others. After SIGTERM or SIGINT the current window is finished first. Raises UserError, before anything is written, if the
@@ -87,9 +89,12 @@ def run_batch(
             raise UserError(f"{ending}: cannot be saved for each answer; use some of {', '.join(SAVED)}")
         if SAVED[ending]:
             import_medical(SAVED[ending])
-    if question is not None and not question.strip():
-        raise UserError("question: is empty; ask something, such as 'Segment the liver.'")
-    defaults = {"question": question, "frame": frame, "slice": slice, "series": series, "window": window, "max_new_tokens": max_new_tokens}
+    if question is not None:
+        check_question(question)
+    defaults = {
+        "question": question, "frame": frame, "slice": slice, "series": series, "window": window, "mask_threshold": mask_threshold,
+        "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
     requests = BatchRequests(source, out, defaults, volumes)
     survey = requests.survey()
     if survey.faulty == survey.count:
@@ -173,7 +178,7 @@ def _open(items: Sequence[BatchRequest]) -> OpenedImage:
     prompts: list[Prompts | str] = []
     for item in items:
         try:
-            prompts.append(join_prompts(read_prompts(source, height, width, name) for name, source in item.prompts))
+            prompts.append(join_prompts(read_prompts(source, height, width, name, item.mask_threshold) for name, source in item.prompts))
         except UserError as error:
             prompts.append(_one_line(error))
     return OpenedImage(picture, prompts)

@@ -89,6 +89,8 @@ def test_lines_and_tables_say_the_same(folder):
         ({"image": "a.png", "question": "?", "id": "x" * 151}, "at most 150 bytes"),
         ({"image": "a.png", "question": "?", "id": "FIRST"}, "id FIRST is also that of request 1"),
         ({"image": "a.png", "question": "?", "frame": -1}, "frame: give a whole number of 0 or more"),
+        ({"image": "https://host/a.png", "question": "?"}, "https://host/a.png: is a URL; download the file first"),
+        ({"image": "a.png", "question": "?", "mask_threshold": -1}, "mask_threshold: -1 is not a number above 0"),
         ({"image": "a.png", "question": "?", "max_new_tokens": True}, "max_new_tokens: give a whole number of 1 or more"),
         ({"image": "a.png", "question": "?", "window": [1]}, "window: give"),
         ({"image": "a.png", "question": "?", "window": "1,2,3"}, "window: '1,2,3' is not LOW,HIGH"),

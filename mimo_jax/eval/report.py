@@ -96,7 +96,8 @@ def _value_lines(name: str, report: dict) -> list[str]:
 
 def _part_lines(name: str, report: dict) -> list[str]:
     bounds = report["intervals"].get(name, {})
-    return [f"{f'{name} {part}':34}{_cell(value, bounds.get(part)):>16}" for part, value in report[name].items()]
+    rows = [(f"{name} {part}", _cell(value, bounds.get(part))) for part, value in report[name].items()]
+    return [f"{label} {cell.rjust(49 - len(label))}" for label, cell in rows]  # also if a modality or dataset has a long name
 
 
 def _score_lines(name: str, report: dict) -> list[str]:

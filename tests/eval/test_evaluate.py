@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -319,6 +320,13 @@ def test_every_turn_has_a_picture_of_its_own(tmp_path):
     ev.evaluate(Oracle([asked], truth), [asked], overlays=tmp_path, overlay_count=400)
     first, second = sorted(path.stem for path in tmp_path.glob("*.png"))
     assert first.startswith("III_") and second == f"{first}_2"
+
+
+def test_the_page_on_evaluation_names_every_metric():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    apart = {"naming_accuracy_without_prompt", "majority_class_share", "vqa_majority_by_kind", "vqa_closed_accuracy_by_kind"}
+    apart |= {"per_modality", "per_entity"}  # lines that the table of a report explains
+    assert [name for name in METRICS if f"`{name}`" not in page and name not in apart] == []
 
 
 @pytest.fixture

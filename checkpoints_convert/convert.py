@@ -44,8 +44,8 @@ class ImportRequest:
     """The options of an import.
 
     given: {source: path} of `sources.SOURCES`; sam_family: a name of `sam_families.FAMILIES`, or OTHER, if that of SAM's file does not show
-    it; key_map: JSON file with rows in addition to the tables; allow_missing, ignore_extra (regexes) and allow_nonfinite waive checks that
-    otherwise stop the import, and are recorded; log: prints a line."""
+    it; key_map: JSON file with rows in addition to the tables; allow_missing, ignore_extra (regexes), ignore_setting (keys
+    of a config.json) and allow_nonfinite waive checks that otherwise stop the import, and are recorded; log: prints a line."""
 
     config: Config
     given: Mapping[str, Path]
@@ -57,6 +57,7 @@ class ImportRequest:
     sam_family: str | None = None
     allow_missing: Sequence[str] = ()
     ignore_extra: Sequence[str] = ()
+    ignore_setting: Sequence[str] = ()
     allow_nonfinite: bool = False
     log: Callable[[str], None] = field(default=print)
 
@@ -71,7 +72,7 @@ class _ImportPlan:
                 raise SourceError(f"--{name} {path}: no such file or folder; give the path of a checkpoint")
         rows = sources.read_key_map(request.key_map) if request.key_map else ()
         self.sources = sources.open_sources(request.given, rows, config)
-        self.remarks = self._check_settings(request.sam_family)
+        self.remarks = self._check_settings(request)
         self._check_lora(request)
         _, shapes = mimo.abstract(config)
         self.leaves = pathtree.flatten(parameters.with_dtypes(config, shapes))
@@ -91,14 +92,14 @@ class _ImportPlan:
         }
         self.untrained = sorted(path for path in self.drawn if not re.search(_NEUTRAL, path))
 
-    def _check_settings(self, sam_family: str | None) -> list[str]:
+    def _check_settings(self, request: ImportRequest) -> list[str]:
         """Remarks on sources without a config.json. Raises one SettingsError that lists all settings that differ."""
         remarks, wrong = [], []
         for name, source in self.sources.items():
             try:
-                remarks.append(hf_config_check.check_settings(name, source.path, source.parts, self.config))
+                remarks.append(hf_config_check.check_settings(name, source.path, source.parts, self.config, request.ignore_setting))
                 if "sam" in source.parts and name != "overlay":
-                    remarks.append(sam_families.check_family(name, source.path, self.config, sam_family))
+                    remarks.append(sam_families.check_family(name, source.path, self.config, request.sam_family))
             except hf_config_check.SettingsError as error:
                 wrong.append(str(error))
         if wrong:
@@ -189,6 +190,7 @@ def _write(plan: _ImportPlan, request: ImportRequest, stage: Path, out: Path, ha
         **plan.waived,
         "allow_missing": list(request.allow_missing),
         "ignore_extra": list(request.ignore_extra),
+        "ignore_setting": list(request.ignore_setting),
         "nonfinite": nonfinite,
         "key_map": request.key_map.read_text() if request.key_map else None,
         "grounding": plan.vocabulary.grounding,

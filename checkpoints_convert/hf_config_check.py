@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,30 +51,83 @@ _LLAMA = (
 )
 _SAM_HF = (
     Setting("hidden_size", "sam.width"),
+    Setting("mlp_ratio", "sam.mlp_ratio", 4.0),
+    Setting("output_channels", "sam.decoder_width", 256),
     Setting("num_hidden_layers", "sam.layers"),
     Setting("num_attention_heads", "sam.heads"),
     Setting("image_size", "sam.image_size", 1024),
     Setting("patch_size", "sam.patch_size", 16),
     Setting("window_size", "sam.window", 14),
 )
+_SAM_HF_DECODER = (
+    Setting("mlp_dim", "sam.decoder_mlp_width", 2048),
+    Setting("num_hidden_layers", "sam.decoder_layers", 2),
+    Setting("num_attention_heads", "sam.decoder_heads", 8),
+    Setting("iou_head_hidden_dim", "sam.iou_head_width", 256),
+)
 _LORA = (Setting("r", "lora.rank"),)
-# Keys of variants of Llama with another computation -> supported values.
+# Values of `model_type` whose settings are known; "": old files, and files by hand.
+_LLAMA_TYPES = ("", "llama", "mistral", "llava", "llava_llama", "llava_mistral")  # in LISA's and GLaMM's checkpoints: llava
+_CLIP_TYPES = ("", "clip", "clip_vision_model")
+_SAM_TYPES = ("", "sam")
+# Keys with one supported computation -> its values. A key in no table of this module is an unknown one, and refused unless it is neutral.
 _LLAMA_ONLY = {
     "rope_scaling": (None,), "attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu"),
-    "quantization_config": (None,),
+    "quantization_config": (None,), "partial_rotary_factor": (None, 1.0),
 }  # fmt: skip
+_CLIP_ONLY = {"num_channels": (None, 3), "quantization_config": (None,)}
+_SAM_VISION_ONLY = {
+    "num_channels": (None, 3), "hidden_act": (None, "gelu"), "layer_norm_eps": (None, 1e-6), "qkv_bias": (None, True),
+    "use_abs_pos": (None, True), "use_rel_pos": (None, True),
+}  # fmt: skip
+_SAM_PROMPT_ONLY = {
+    "mask_input_channels": (None, 16), "num_point_embeddings": (None, 4), "hidden_act": (None, "gelu"), "layer_norm_eps": (None, 1e-6),
+}  # fmt: skip
+_SAM_DECODER_ONLY = {
+    "hidden_act": (None, "relu"), "attention_downsample_rate": (None, 2), "num_multimask_outputs": (None, 3), "iou_head_depth": (None, 3),
+    "layer_norm_eps": (None, 1e-6, 1e-5),
+}  # fmt: skip
+# Keys that change nothing of what is computed at inference, or that are checked elsewhere: those that transformers gives every model, of
+# versions 4 and 5, and those of training and of text generation.
+_HARMLESS = frozenset(
+    """
+    model_type _name_or_path architectures auto_map transformers_version transformers.js_config torch_dtype dtype use_cache vocab_size
+    max_position_embeddings max_sequence_length tie_word_embeddings tie_encoder_decoder bos_token_id eos_token_id pad_token_id sep_token_id
+    unk_token_id decoder_start_token_id pretraining_tp id2label label2id num_labels problem_type output_attentions output_hidden_states
+    return_dict chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size finetuning_task prefix
+    task_specific_params tokenizer_class torchscript use_bfloat16 tf_legacy_loss pruned_heads attn_implementation _attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal initializer_range initializer_factor attention_dropout dropout hidden_dropout
+    gradient_checkpointing is_llama_config max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_fixed unsloth_version
+""".split()
+)
+_LLAMA_HARMLESS = frozenset(("rope_parameters", "head_dim", "sliding_window", "use_sliding_window", "layer_types"))  # see `_llama_layers`
+_CLIP_HARMLESS = frozenset(("projection_dim",))  # the projection of the class token is not used
+_SAM_HARMLESS = frozenset(  # seen in shapes
+    ("global_attn_indexes", "num_pos_feats", "scale", "mlp_dim", "hidden_size", "image_size", "patch_size", "image_embedding_size")
+)
+# Beginnings of keys of LLaVA, LISA and GLaMM about the vision tower, the projector and the training, beside those of the language model.
+_LLAVA = re.compile(
+    "mm_|image_|vision_|tune_|freeze_|unfreeze_|pretrain_|use_mm_|tokenizer_|sep_image_|train_mask_decoder|out_dim|with_region|bbox_|"
+    "num_level_reg_|num_reg_|select_feature_"
+)
+_PROJECTOR = (Setting("mm_vision_select_layer", "vision.feature_layer"),)
 _LORA_ONLY = {
     "use_dora": (None, False), "use_rslora": (None, False), "bias": (None, "none"), "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}), "fan_in_fan_out": (None, False), "layers_to_transform": (None,), "peft_type": (None, "LORA"),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # other values also change the base
 }  # fmt: skip
+_NEUTRAL = (None, False, "", [], {})  # values of an unknown setting that turn on nothing
 _SECTIONS = {"vision": "vision tower", "aligner": "aligner", "llm": "language model", "sam": "mask encoder"}
 _PROJECTIONS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
-def check_settings(name: str, path: Path, parts: set[str], config: Config) -> str | None:
-    """Raise SettingsError if the config.json in the folder of a source differs from the configuration. Returns a remark
-    if there is no config.json."""
+def check_settings(name: str, path: Path, parts: set[str], config: Config, ignored: Collection[str] = ()) -> str | None:
+    """Raise SettingsError if the config.json in the folder of a source differs from the configuration, or if it may describe a model
+    that computes something else: a `model_type` or a setting that is not known. ignored: unknown keys that are accepted. Returns a
+    remark if there is no config.json."""
     folder = path if path.is_dir() else path.parent
     settings = read_settings(folder / "config.json")
     problems: list[str] = []
@@ -90,25 +145,74 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config) -> st
         problems.append(f"its {_SECTIONS[section]} is not of kind {now}: set --config.model.{section}.kind={kind}")
     if mismatches.keys() - {"aligner"}:  # the settings of another kind have other fields
         raise SettingsError(_listed(folder, problems))
+    types = _LLAMA_TYPES if "llama" in parts else _SAM_TYPES if parts == {"sam"} else _CLIP_TYPES
+    kind = str(settings.get("model_type", ""))
+    if parts & {"clip", "clip_open", "llama", "sam"} and kind not in types:
+        if path.is_dir() or "llama" in parts:
+            problems.append(f"model_type is {kind}: known are {', '.join(filter(None, types))}; such models cannot be converted")
+        settings = {}  # next to a single file there may be an unrelated config.json
     if "llama" in parts and settings:
-        settings = _llama(settings)
-        problems += _differing(_LLAMA, settings, config) + _unsupported(_LLAMA_ONLY, settings)
-    kind = str(settings.get("model_type", ""))  # next to a single file there may be an unrelated config.json
-    if parts & {"clip", "clip_open"} and "llama" not in parts and settings and (not kind or kind.startswith("clip")):
+        llava = parts != {"llama"} or kind.startswith("llava")
+        problems += _llama_problems(settings, config, {key for key in settings if llava and _LLAVA.match(key)} | set(ignored))
+        if parts & {"projector", "projector_mlp"}:
+            problems += _differing(_PROJECTOR, settings, config)
+    elif parts & {"clip", "clip_open"} and settings:
         vision = settings.get("vision_config", settings)
-        problems += _differing(_CLIP, vision, config)
-    if parts == {"sam"} and kind == "sam" and settings.get("vision_config"):
-        problems += _differing(_SAM_HF, settings["vision_config"], config)
-        blocks = config.model.sam.layers // config.model.sam.global_every
-        global_layers = [(i + 1) * config.model.sam.global_every - 1 for i in range(blocks)]
-        found = settings["vision_config"].get("global_attn_indexes", global_layers)
-        if found != global_layers:
-            problems.append(f"global_attn_indexes is {found}, not {global_layers}: set config.model.sam")
+        problems += _problems(vision, config, _CLIP, _CLIP_ONLY, _CLIP_HARMLESS | set(ignored))
+    elif parts == {"sam"} and settings.get("vision_config"):
+        problems += _sam_problems(settings, config, ignored)
     if problems:
         raise SettingsError(_listed(folder, problems))
     if not settings and parts & {"clip", "clip_open", "llama"}:
         return f"{name}: no config.json in {folder}; heads, eps and activation are taken from the configuration"
     return None
+
+
+def _llama_problems(settings: dict, config: Config, known: Collection[str]) -> list[str]:
+    """Of a Llama or Mistral. Their attention is ours if all of a head is rotated and no window ends within `max_length`."""
+    settings, llm = _llama(settings.get("text_config") or settings), config.model.llm
+    lines = _problems(settings, config, _LLAMA, _LLAMA_ONLY, _LLAMA_HARMLESS | set(known))
+    heads, head_dim = settings["num_attention_heads"], settings.get("head_dim")
+    if head_dim and (settings.get("hidden_size"), heads) == (llm.width, llm.heads) and head_dim * heads != llm.width:
+        lines.append(f"head_dim is {head_dim}, not hidden_size / num_attention_heads: such models cannot be converted")
+    window = settings.get("sliding_window") if settings.get("use_sliding_window") is not False else None
+    if window and window < llm.max_length:
+        lines.append(
+            f"sliding_window is {window}, the configuration has {llm.max_length} tokens: set --config.model.llm.max_length={window}"
+        )
+    other = set(settings.get("layer_types") or ()) - {"full_attention", "sliding_attention" if window else "full_attention"}
+    if other:
+        lines.append(f"layer_types has {', '.join(sorted(other))}: such models cannot be converted")
+    if settings["rope_scaling"] is None:
+        rope = settings.get("rope_parameters") or {}
+        lines += [
+            f"rope_parameters has {key} {value}: such models cannot be converted"
+            for key, value in rope.items()
+            if key not in ("rope_theta", "rope_type", "type") and (key, value) != ("partial_rotary_factor", 1.0)
+        ]
+    return lines
+
+
+def _sam_problems(settings: dict, config: Config, ignored: Collection[str]) -> list[str]:
+    harmless, sam = _SAM_HARMLESS | set(ignored), config.model.sam
+    lines = _problems(settings["vision_config"], config, _SAM_HF, _SAM_VISION_ONLY, harmless)
+    lines += _problems(settings.get("prompt_encoder_config") or {}, config, (), _SAM_PROMPT_ONLY, harmless)
+    lines += _problems(settings.get("mask_decoder_config") or {}, config, _SAM_HF_DECODER, _SAM_DECODER_ONLY, harmless)
+    global_layers = list(range(sam.global_every - 1, sam.layers, sam.global_every))
+    found = settings["vision_config"].get("global_attn_indexes", global_layers)
+    if found != global_layers:
+        lines.append(f"global_attn_indexes is {found}, not {global_layers}: set config.model.sam")
+    return lines
+
+
+def _problems(
+    found: dict, config: Config, compared: tuple[Setting, ...], supported: dict[str, tuple], harmless: Collection[str]
+) -> list[str]:
+    """Settings that differ, those that are not supported, and those that no table knows and that are not neutral."""
+    known = {setting.key for setting in compared} | supported.keys() | _HARMLESS | set(harmless)
+    unknown = [key for key, value in found.items() if key not in known and not key.endswith("dropout") and value not in _NEUTRAL]
+    lines = [f"{key} is {str(found[key])[:80]}, an unknown setting: if it changes nothing, give --ignore-setting {key}" for key in unknown]
+    return _differing(compared, found, config) + _unsupported(supported, found) + lines
 
 
 def _listed(folder: Path, problems: list[str]) -> str:

@@ -63,6 +63,7 @@ def add_verbs(convert: argparse.ArgumentParser) -> None:
     add.add_argument("--seed", type=int, default=0, metavar="N", help="seed of parameters that no source has; default: 0")
     add.add_argument("--allow-missing", action="append", default=[], metavar="REGEX", help="tensors that may be missing; repeatable")
     add.add_argument("--ignore-extra", action="append", default=[], metavar="REGEX", help="tensors that may be left over; repeatable")
+    add.add_argument("--ignore-setting", action="append", default=[], metavar="KEY", help="unknown key of a config.json; repeatable")
     add.add_argument("--allow-nonfinite", action="store_true", help="import tensors with NaN or Inf unchanged")
     add.add_argument("--out", type=OutputPath, required=True, metavar="DIR", help="folder of the checkpoint; must be new or empty")
     add.set_defaults(run=_import, overrides=())
@@ -122,6 +123,7 @@ def _import(args: argparse.Namespace) -> int:
             sam_family=args.sam_family,
             allow_missing=args.allow_missing,
             ignore_extra=args.ignore_extra,
+            ignore_setting=args.ignore_setting,
             allow_nonfinite=args.allow_nonfinite,
         )
     )

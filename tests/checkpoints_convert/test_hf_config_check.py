@@ -35,9 +35,13 @@ def told(part: str) -> dict:
         }
     vision = transformers.SamVisionConfig(
         hidden_size=m.sam.width, num_hidden_layers=m.sam.layers, num_attention_heads=m.sam.heads, image_size=m.sam.image_size,
-        patch_size=m.sam.patch_size, window_size=m.sam.window, global_attn_indexes=[1],
+        patch_size=m.sam.patch_size, window_size=m.sam.window, global_attn_indexes=[1], output_channels=m.sam.decoder_width,
     )  # fmt: skip
-    return transformers.SamConfig(vision_config=vision).to_dict()
+    decoder = transformers.SamMaskDecoderConfig(
+        hidden_size=m.sam.decoder_width, mlp_dim=m.sam.decoder_mlp_width, num_attention_heads=m.sam.decoder_heads,
+        iou_head_hidden_dim=m.sam.iou_head_width,
+    )  # fmt: skip
+    return transformers.SamConfig(vision_config=vision, mask_decoder_config=decoder).to_dict()
 
 
 def put(folder: Path, values: dict, name: str = "config.json") -> Path:
@@ -76,6 +80,7 @@ OTHER = {
     },
     "sam": {
         "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32, "patch_size": 4, "window_size": 7,
+        "mlp_ratio": 2.0, "output_channels": 64,
     },
     "lora": {"r": 16, "target_modules": ["q_proj", "k_proj", "down_proj"]},
 }  # fmt: skip
@@ -110,7 +115,8 @@ def test_one_setting_that_differs_is_named_with_its_flag(tmp_path, part, key):
 @pytest.mark.parametrize("part", OTHER)
 def test_all_that_differ_stand_in_one_error_whose_flags_mend_it(tmp_path, part):
     assert OTHER[part].keys() == FIELDS[part].keys()
-    lines = refusal(tmp_path, part, changed(part, OTHER[part] | ({"global_attn_indexes": [1, 3]} if part == "sam" else {})))
+    dependent = {"sam": {"global_attn_indexes": [1, 3]}, "llama": {"head_dim": 4}}
+    lines = refusal(tmp_path, part, changed(part, OTHER[part] | dependent.get(part, {})))
     flagged = [line for line in lines if "set --config." in line]
     assert len(flagged) == len(OTHER[part])
     check_settings("joint", tmp_path, {part}, mended(tmp_path, flagged))
@@ -193,6 +199,98 @@ def test_a_damaged_file(tmp_path, name):
     (tmp_path / name).write_text('{"hidden_size": ')
     with pytest.raises(SettingsError, match=f"^{tmp_path / name}: is not JSON; fetch it again$"):
         check_settings("joint", tmp_path, {"llama", "lora"}, config())
+
+
+# --- models that are not Llama, with tensors like Llama's
+
+
+def family(kind: str, **more) -> dict:
+    """A config.json of the sizes of the configuration, as the class of transformers for this `model_type` writes it."""
+    m = config().model.llm
+    made = transformers.AutoConfig.for_model(
+        kind, vocab_size=originals.PIECES, hidden_size=m.width, intermediate_size=m.mlp_width, num_hidden_layers=m.layers,
+        num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, head_dim=m.width // m.heads, rms_norm_eps=m.eps, **more,
+    )  # fmt: skip
+    return made.to_dict()
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("llama", {"tie_word_embeddings": True, "attention_dropout": 0.1, "pretraining_tp": 2}),  # as SmolLM2 and TinyLlama
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 4096}),  # longer than any sequence here
+])  # fmt: skip
+def test_families_that_compute_what_llama_does_pass(tmp_path, kind, more):
+    put(tmp_path, family(kind, **more))
+    assert check_settings("llm", tmp_path, {"llama"}, config()) is None
+
+
+def test_what_vicuna_smollm2_lisa_and_llava_add_to_their_settings_passes(tmp_path):
+    vicuna = {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "rope_scaling": None, "max_position_embeddings": 4096}
+    smollm2 = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}}
+    lisa = {
+        "model_type": "llava", "mm_vision_select_layer": -1, "mm_hidden_size": 1024, "tune_mm_mlp_adapter": True, "vision_tower": "clip",
+        "out_dim": 256, "train_mask_decoder": True, "image_aspect_ratio": "square", "pretrain_mm_mlp_adapter": None,
+    }  # fmt: skip
+    for more, parts in ((vicuna, {"llama"}), (smollm2, {"llama"}), (lisa, {"llama", "sam", "seg"})):
+        put(tmp_path, told("llama") | more)
+        assert check_settings("joint", tmp_path, parts, config()) is None
+
+
+@pytest.mark.parametrize("kind", ["granite", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "cohere", "olmo", "olmo2", "phi3", "stablelm"])
+def test_families_that_compute_something_else_are_refused(tmp_path, kind):
+    (line, *_) = refusal(tmp_path, "llama", family(kind))
+    assert line.startswith(f"  model_type is {kind}: known are llama, mistral") and line.endswith("such models cannot be converted")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("embedding_multiplier", 12.0), ("residual_multiplier", 0.22), ("attention_multiplier", 0.0078), ("logits_scaling", 8.0),
+    ("no_rope_layers", [1, 0]), ("attn_logit_softcapping", 50.0), ("use_qk_norm", True), ("rope_interleaved", True),
+])  # fmt: skip
+def test_settings_of_such_families_are_refused_whatever_the_model_calls_itself(tmp_path, key, value):
+    values = told("llama") | {key: value}
+    for _ in range(2):
+        assert refusal(tmp_path, "llama", values) == [
+            f"  {key} is {value}, an unknown setting: if it changes nothing, give --ignore-setting {key}"
+        ]
+        values.pop("model_type", None)
+    assert check_settings("llm", tmp_path, {"llama"}, config(), [key]) is None
+
+
+def test_attention_that_is_not_llamas_is_refused(tmp_path):
+    base = told("llama")
+    assert refusal(tmp_path, "llama", family("mistral", sliding_window=100)) == [
+        "  sliding_window is 100, the configuration has 256 tokens: set --config.model.llm.max_length=100"
+    ]
+    (line,) = refusal(tmp_path, "llama", base | {"head_dim": 16})
+    assert line == "  head_dim is 16, not hidden_size / num_attention_heads: such models cannot be converted"
+    (line,) = refusal(tmp_path, "llama", base | {"layer_types": ["full_attention", "linear_attention"]})
+    assert line.startswith("  layer_types has linear_attention")
+    rope = base["rope_parameters"] | {"partial_rotary_factor": 0.5}
+    assert refusal(tmp_path, "llama", base | {"rope_parameters": rope})[0].startswith("  rope_parameters has partial_rotary_factor 0.5")
+
+
+def test_the_layer_that_llava_reads_is_compared(tmp_path):
+    mine = config()
+    mine.model.aligner.kind = "linear"
+    put(tmp_path, told("llama") | {"model_type": "llava", "mm_vision_select_layer": -2})
+    with pytest.raises(SettingsError, match="mm_vision_select_layer is -2, .* has -1: set --config.model.vision.feature_layer=-2"):
+        check_settings("joint", tmp_path, {"llama", "projector"}, mine)
+
+
+def test_other_towers_and_mask_decoders_are_refused(tmp_path):
+    for part, kind in (("clip", "siglip_vision_model"), ("sam", "sam_hq")):
+        (line,) = refusal(tmp_path, part, told(part) | {"model_type": kind})
+        assert line.startswith(f"  model_type is {kind}: known are {part}")
+    (tmp_path / "clip.pt").touch()  # beside a file, it may be the settings of something else
+    put(tmp_path, {"model_type": "bert"})
+    assert "no config.json" in check_settings("vision", tmp_path / "clip.pt", {"clip"}, config())
+    (line,) = refusal(tmp_path, "clip", told("clip") | {"num_channels": 1})
+    assert line == "  num_channels is 1: such models cannot be converted"
+    values = told("sam")
+    values["mask_decoder_config"] |= {"hidden_act": "gelu", "mlp_dim": 7}
+    values["prompt_encoder_config"]["mask_input_channels"] = 8
+    lines = refusal(tmp_path, "sam", values)
+    assert [line.split()[0] for line in lines] == ["mask_input_channels", "mlp_dim", "hidden_act"]
 
 
 # --- what cannot be served

@@ -15,10 +15,12 @@ from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.errors import UserError
 from mimo_jax.eval.accumulator import Accumulator
 from mimo_jax.eval.evaluate import collect_results, supported_perspectives
+from mimo_jax.eval.familiarity import fit_checkpoint
 from mimo_jax.eval.report import score_table
 from mimo_jax.eval.selection import ConcatSource, group_of, select_samples
 from mimo_jax.eval.standard_metrics import GROUNDED, score_quality
 from mimo_jax.infer.answers.calibration import MIN_ENTITIES, UNCALIBRATED, Calibration, CalibrationError
+from mimo_jax.infer.answers.familiarity import FILE
 from mimo_jax.infer.predictor import Mimo
 
 
@@ -62,6 +64,7 @@ def calibrate_checkpoint(
         raise UserError(f"{path}: no permission to write; change its folder's permissions, or copy the checkpoint")
     calibration, results = calibrate(mimo, open_source(data, split), limit, supported_perspectives(mimo.config), split)
     calibration.write(path)
+    fit_checkpoint(mimo, data).write(path.with_name(FILE))
     print("\n".join(score_table(score_quality(results.segmented, calibration) | {"in_sample": True})))
     print(f"\ncalibration: {path}")
     return calibration

@@ -8,10 +8,12 @@ X_q, tokens, keys and values are reused; only the new turn is aligned and prefil
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +36,13 @@ from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, sam_frame, vision_frame
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
+from mimo_jax.infer.answers.familiarity import FILE, Familiarity, pooled
 from mimo_jax.infer.engine.compiled import Engine
 from mimo_jax.infer.engine.decode_batch import DecodeBatch, bucket, cache_bucket, stacked
 from mimo_jax.infer.engine.device_cache import DeviceCache
 from mimo_jax.infer.engine.requests import EncodedImage, EncodedTurn, Request, Sampling, TurnCache, TurnHistory, encode_request
 
+_EXTREME_RATIO = 16  # of the sides of an image, from which its shorter side has few pixels
 _IMAGE_COST = 4  # encoding an image needs about as much memory as this many answers
 _FIRST_STEP, _NEXT_STEP = 1, 4  # tokens per decoding step of a streamed answer
 _WARM_UP_MASKS = (1, 2, 4)  # numbers of masks in an answer that `warm_up` compiles for
@@ -67,9 +71,11 @@ class Mimo:
         origin: str = "",
         calibration: Calibration = UNCALIBRATED,
         calibration_path: Path | None = None,
+        familiarity: Familiarity | None = None,
     ):
         """origin: one line that says where the parameters come from; calibration_path: path of the calibration of their step, which may not
-        exist."""
+        exist; familiarity: what is known of the training data, if it was fitted."""
+        self.familiarity = familiarity or Familiarity()
         self.config, self.tokenizer, self.origin = config, tokenizer, origin
         self.calibration, self.calibration_path = calibration, calibration_path
         self.engine = Engine(config, params, conversation.stop_id(tokenizer, config))
@@ -90,7 +96,8 @@ class Mimo:
         "int4" stores the matrices of the language model as integers, with a half or a quarter of the memory of bf16. warm_up: see
         `warm_up`. Raises UserError if the checkpoint cannot be loaded or, unless `allow_untrained`, has untrained parameters."""
         config, params, tokenizer_path, _, origin, path = loading.load_for_inference(checkpoint, base, allow_untrained, quantization)
-        mimo = cls(config, params, load_tokenizer(tokenizer_path, config.model), origin, Calibration.read(path), path)
+        fitted = (Calibration.read(path), path, Familiarity.read(path.with_name(FILE)))
+        mimo = cls(config, params, load_tokenizer(tokenizer_path, config.model), origin, *fitted)
         if warm_up:
             mimo.warm_up()
         return mimo
@@ -113,6 +120,8 @@ class Mimo:
         """Encode MedicalImages or uint8 pixels [H, W, 3] with the vision tower and SAM, in batches."""
         opened = [image if isinstance(image, MedicalImage) else MedicalImage(image) for image in images]
         encoded = [EncodedImage(image, *self._frames(image.pixels)) for image in opened]
+        for image in encoded:
+            _warn_of_extreme_shape(image)
         self._encode(encoded)
         self.device_cache.keep(*encoded)
         return encoded
@@ -126,6 +135,12 @@ class Mimo:
             x_img, features = self.engine.encode(*arrays, len(chunk))
             for i, image in enumerate(chunk):
                 image.x_img, image.features = x_img[i], jax.tree.map(lambda scale, i=i: scale[i], features)
+                if image.pooled is None and len(self.familiarity.images):
+                    image.pooled = pooled(image.x_img, jax.tree.leaves(image.features))
+
+    def pooled_features(self, images: Sequence[MedicalImage | np.ndarray]) -> list[np.ndarray]:
+        """What `answers.familiarity` compares images by, float32 [D] each."""
+        return [pooled(image.x_img, jax.tree.leaves(image.features)) for image in self.encode(images)]
 
     def predict(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer per request, in order, computed in batches of `config.generate.batch_size`. Requests whose image is the same
@@ -164,7 +179,15 @@ class Mimo:
         self._encode([image for image in dict.fromkeys(images) if image.features is None])
         self.device_cache.keep(*images)
         return DecodeBatch(
-            self.engine, self.config, self.tokenizer, self.calibration, requests, images, turns, self._num_rows(len(requests))
+            self.engine,
+            self.config,
+            self.tokenizer,
+            self.calibration,
+            self.familiarity,
+            requests,
+            images,
+            turns,
+            self._num_rows(len(requests)),
         )
 
     def finish(self, batch: DecodeBatch) -> list[tuple[Answer, TurnHistory]]:
@@ -189,6 +212,8 @@ class Mimo:
 
     def _prepare(self, request: Request) -> EncodedTurn:
         image = request.image
+        if isinstance(request.question, str):
+            request = dataclasses.replace(request, question=self.familiarity.readable(request.question))
         if not isinstance(image, EncodedImage):
             pixels = image.pixels if isinstance(image, MedicalImage) else image
             return encode_request(request, self._frames(pixels)[0], self.tokenizer, self.config)
@@ -289,6 +314,14 @@ class Chat:
     def _append_turn(self, answer: Answer, past: TurnHistory) -> None:
         self.answers.append(answer)
         self._past.append(past)
+
+
+def _warn_of_extreme_shape(image: EncodedImage) -> None:
+    height, width = image.pixels.shape[:2]
+    if max(height, width) >= _EXTREME_RATIO * min(height, width):
+        seen, outlined = (f"{frame.size[1]}x{frame.size[0]}" for frame in (image.vision_frame, image.sam_frame))
+        what = f"extreme shape: the model sees {width}x{height} pixels as {seen}, and outlines structures in {outlined}"
+        warnings.warn(f"{what}; cut the image into parts", stacklevel=4)
 
 
 def read_image(image: str | os.PathLike | np.ndarray | MedicalImage, **chosen: Any) -> MedicalImage:

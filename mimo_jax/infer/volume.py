@@ -19,6 +19,7 @@ from mimo_jax.data.overlay import draw_sheet
 from mimo_jax.infer.answers.answer import Answer, left_out_notes
 from mimo_jax.infer.answers.asked import unanswered
 from mimo_jax.infer.answers.calibration import Calibration
+from mimo_jax.infer.answers.familiarity import Likeness
 from mimo_jax.infer.answers.outputs import check_outputs, write_all, write_json
 from mimo_jax.infer.answers.write_masks import file_shape, on_grid, write_nifti, write_seg
 from mimo_jax.infer.engine.requests import Request
@@ -85,8 +86,8 @@ class VolumeAnswer:
     """The merged answers for all slices of a volume.
 
     texts: the answer for each slice. structures: in the order in which the slices name them. truncated: slices whose answer reached the
-    token limit. calibrated: whether scores are expected IoUs of a slice's mask. max_segs: as in `Answer`. Masks and RLEs are in pixels
-    of each slice as shown."""
+    token limit. calibrated: whether scores are expected IoUs of a slice's mask. max_segs: as in `Answer`; likeness: that of each
+    slice, empty if nothing was fitted. Masks and RLEs are in pixels of each slice as shown."""
 
     question: str
     texts: list[str]
@@ -95,6 +96,12 @@ class VolumeAnswer:
     volume: Volume = field(repr=False)
     calibrated: bool = False
     max_segs: int | None = None
+    likeness: list[Likeness] = field(default_factory=list)
+
+    @property
+    def understood(self) -> bool | None:
+        """Whether every slice and the question are like the training data; None if the checkpoint has nothing to compare them with."""
+        return all(likeness.understood for likeness in self.likeness) if self.likeness else None
 
     @property
     def unanswered(self) -> list[str]:
@@ -115,6 +122,9 @@ class VolumeAnswer:
             lines.append(f"{s.phrase or 'unnamed'}: {size}, {where}, score {s.score:.2f}{', uncertain' * s.uncertain}")
         empty = len(self.texts) - len(self.segmented_slices())
         lines.append(f"nothing segmented on {empty} of {len(self.texts)} slices")
+        unlike = sum(likeness.image_unlike for likeness in self.likeness)
+        lines += [f"({unlike} of {len(self.texts)} slices are unlike the training data)"] * bool(unlike)
+        lines += self.likeness[0].notes()[-1:] if self.likeness and not self.likeness[0].question else []
         lines += left_out_notes(self.question, self.unanswered, self.max_segs)
         if self.truncated:
             lines.append(f"cut off at the token limit on {len(self.truncated)} of {len(self.texts)} slices")
@@ -129,6 +139,7 @@ class VolumeAnswer:
             **({} if spacing is None else {"spacing_mm": [round(s, 4) for s in spacing]}),
             "texts": self.texts,
             "unanswered": self.unanswered,
+            "understood": self.understood,
             "truncated": self.truncated,
             "calibrated": self.calibrated,
             "structures": [s.to_json() for s in self.structures],
@@ -190,7 +201,9 @@ def ask_volume(mimo: Mimo, volume: Volume, question: str, *, max_new_tokens: int
             for k, answer in zip(batch.tolist(), mimo.predict(requests), strict=True):
                 merged.add(k, answer)
             bar.update(len(batch))
-    return VolumeAnswer(question, merged.texts, merged.structures(), merged.truncated, volume, bool(mimo.calibration), merged.max_segs)
+    return VolumeAnswer(
+        question, merged.texts, merged.structures(), merged.truncated, volume, bool(mimo.calibration), merged.max_segs, merged.likeness
+    )
 
 
 class _VolumeMerger:
@@ -201,6 +214,7 @@ class _VolumeMerger:
         self.texts: list[str] = []
         self.truncated: list[int] = []
         self.max_segs: int | None = None
+        self.likeness: list[Likeness] = []  # of the slices, if anything was fitted
         # By canonical name:
         self.phrases: dict[str, str] = {}
         self.bits: dict[str, dict[int, np.ndarray]] = {}
@@ -210,6 +224,7 @@ class _VolumeMerger:
         self.texts.append(answer.text)
         self.truncated += [k] * answer.truncated
         self.max_segs = answer.max_segs
+        self.likeness += [answer.likeness] if answer.likeness else []
         for e in answer.entities:
             self.phrases.setdefault(e.entity, e.phrase)
             self.scores.setdefault(e.entity, []).append((e.score, e.area_px))

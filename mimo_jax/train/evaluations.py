@@ -17,7 +17,9 @@ from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.distributed import PreemptionGuard
 from mimo_jax.eval import calibrate, evaluate
 from mimo_jax.eval.evaluate import EvaluationStopped
+from mimo_jax.eval.familiarity import fit_params
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
+from mimo_jax.infer.answers.familiarity import FILE
 from mimo_jax.train.goodput import Goodput
 from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.writers import MetricWriters
@@ -84,6 +86,10 @@ class Evaluations:
             calibration = calibrate.calibrate_params(self.config, params, self.tokenizer, self.stop.requested)
             if calibration and jax.process_index() == 0:
                 calibration.write(calibration_path)
+            if jax.process_index() == 0:
+                familiarity = fit_params(self.config, params, self.tokenizer)
+                if familiarity:
+                    familiarity.write(calibration_path.with_name(FILE))
             return
         calibration = Calibration.read(calibration_path) if stage == FINAL else UNCALIBRATED
         self._evaluate(step, params, calibration)

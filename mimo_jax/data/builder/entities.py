@@ -54,6 +54,11 @@ class Mention:
     entity: CanonicalEntity
 
 
+def american(word: str) -> str:
+    """The American spelling of a word of structures' names, in lower case; other words unchanged."""
+    return _SPELLING.get(word, word)
+
+
 def is_union(class_raw: str) -> bool:
     """Whether a class is the union of others of its data set ("union_lung")."""
     return _words(class_raw)[:1] == ["union"]

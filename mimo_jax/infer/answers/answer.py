@@ -17,6 +17,7 @@ from mimo_jax.data.overlay import draw_overlay
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.infer.answers.asked import asked_names, canonical_name, unanswered
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, ConfidenceFeatures
+from mimo_jax.infer.answers.familiarity import Likeness
 from mimo_jax.infer.answers.outputs import check_outputs, write_all, write_json
 from mimo_jax.infer.answers.write_masks import write_nifti, write_seg
 
@@ -102,7 +103,8 @@ class Answer:
     text: the answer without tags. parts: the same text in pieces, in order, {"text"} or {"text", "entity_id"}. truncated: the token
     limit was reached before the end of the answer. image uint8 [H, W, 3], question, prompts: the request, which the overlay shows.
     grid: the position of the image in the medical file that it comes from. calibrated: whether scores are expected IoUs. max_segs: the
-    number of structures that an answer of the model's training may mark; None if it is unknown."""
+    number of structures that an answer of the model's training may mark; None if it is unknown. likeness: of the request to the training
+    data, None if nothing was fitted. read_as: the question in words that the model knows, "" if it was read as it is written."""
 
     text: str
     parts: list[dict]
@@ -114,6 +116,13 @@ class Answer:
     grid: Grid | None = field(default=None, repr=False)
     calibrated: bool = False
     max_segs: int | None = None
+    likeness: Likeness | None = None
+    read_as: str = ""
+
+    @property
+    def understood(self) -> bool | None:
+        """Whether the image and the question are like the training data; None if the checkpoint has nothing to compare them with."""
+        return None if self.likeness is None else self.likeness.understood
 
     @property
     def unanswered(self) -> list[str]:
@@ -125,9 +134,13 @@ class Answer:
         return "\n".join([self.text, *self.notes()])
 
     def notes(self) -> list[str]:
-        """What is to be known about the answer, a line each: that nothing is segmented, what is left out and why, that it was cut off."""
+        """What is to be known about the answer, a line each: that nothing is segmented, that the image or the question is unlike
+        the training data, how the question was read, what is left out and why, that it was cut off."""
+        read_as = [f"(read as: {self.read_as})"] if self.read_as else []
+        unlike = self.likeness.notes() if self.likeness else []
         cut_off = ["(cut off at the token limit)"] * self.truncated
-        return [NO_MASKS] * (not self.entities) + left_out_notes(self.question, self.unanswered, self.max_segs) + cut_off
+        nothing = [NO_MASKS] * (not self.entities)
+        return nothing + unlike + read_as + left_out_notes(self.question, self.unanswered, self.max_segs) + cut_off
 
     def to_json(self) -> dict:
         return {
@@ -135,6 +148,9 @@ class Answer:
             "parts": self.parts,
             "entities": [e.to_json() for e in self.entities],
             "unanswered": self.unanswered,
+            "understood": self.understood,
+            **({} if self.likeness is None else {"likeness": self.likeness.to_json()}),
+            **({"read_as": self.read_as} if self.read_as else {}),
             "truncated": self.truncated,
             "calibrated": self.calibrated,
         }

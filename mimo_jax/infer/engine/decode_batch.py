@@ -21,6 +21,7 @@ from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.data.transforms import mask_from_logits
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import Calibration, ConfidenceFeatures
+from mimo_jax.infer.answers.familiarity import Familiarity
 from mimo_jax.infer.engine.compiled import Engine
 from mimo_jax.infer.engine.requests import EncodedImage, EncodedTurn, Request, TurnHistory
 from mimo_jax.model_config import GROUNDING_TOKENS
@@ -43,6 +44,7 @@ class DecodeBatch:
         config: Config,
         tokenizer: Tokenizer,
         calibration: Calibration,
+        familiarity: Familiarity,
         requests: Sequence[Request],
         images: Sequence[EncodedImage],
         turns: Sequence[EncodedTurn],
@@ -50,6 +52,7 @@ class DecodeBatch:
     ):
         """images: encoded, with their features on the device. The cache of a request is consumed; `finish` sets the new one."""
         self.engine, self.config, self.tokenizer, self.calibration = engine, config, tokenizer, calibration
+        self.familiarity = familiarity
         self.requests, self.images, self.turns, self.rows = requests, images, turns, rows
         self.features = [image.features for image in images]  # referenced here, in case the device cache releases them
         self.entities: list[list[Entity]] = [[] for _ in turns]
@@ -211,7 +214,10 @@ class DecodeBatch:
             parts = [{"text": p["text"]} if p["seg"] is None else {"text": p["text"], "entity_id": p["seg"]} for p in pieces]
             truncated = not self.ended[b] and self.stopped[b] is None
             context = (request.question, image.pixels, turn.prompts, image.picture.grid)
-            answer = Answer(text, parts, self.entities[b], truncated, *context, bool(self.calibration), self.config.model.max_segs)
+            known = self.familiarity.likeness(turn.question, image.pooled) if self.familiarity else None
+            read_as = turn.question if turn.question != request.question else ""
+            rest = (bool(self.calibration), self.config.model.max_segs, known, read_as)
+            answer = Answer(text, parts, self.entities[b], truncated, *context, *rest)
             results.append((answer, self._turn_history(b)))
         turn_cache = self.requests[0].cache if self.rows == 1 else None
         if turn_cache:

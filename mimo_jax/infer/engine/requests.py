@@ -34,13 +34,15 @@ _MAX_CHARACTERS_PER_TOKEN = 64  # upper bound of the average number of character
 @dataclass(eq=False)
 class EncodedImage:
     """An image with the outputs of both encoders. x_img [I, Dc] and features [g, g, C] are None after the device cache has released
-    them; they are then recomputed from the image when they are needed."""
+    them; they are then recomputed from the image when they are needed. pooled: see `answers.familiarity.pooled`; None if the model has
+    nothing to compare it with."""
 
     picture: MedicalImage
     vision_frame: Frame
     sam_frame: Frame
     x_img: jax.Array | None = None
     features: Features | None = None
+    pooled: np.ndarray | None = None
 
     @property
     def pixels(self) -> np.ndarray:
@@ -119,9 +121,10 @@ class Request:
 
 @dataclass
 class EncodedTurn:
-    """A request as arrays. ids, query_index: the full conversation up to the start of the answer; the new turn begins at `start`.
-    limit: maximum number of tokens in the answer."""
+    """A request as arrays. question: as the model reads it. ids, query_index: the full conversation up to the start of the answer; the new
+    turn begins at `start`. limit: maximum number of tokens in the answer."""
 
+    question: str
     ids: list[int]
     query_index: list[int]
     start: int
@@ -167,6 +170,7 @@ def encode_request(request: Request, frame: Frame, tokenizer: Tokenizer, config:
     instruction = conversation.instruction_ids(tokenizer, config, request.question)
     padding = m.aligner.max_text - len(instruction)
     return EncodedTurn(
+        question=request.question,
         ids=ids,
         query_index=query_index,
         start=start,

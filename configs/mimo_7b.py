@@ -24,6 +24,7 @@ TRAINABLES = {
 def get_config() -> Config:
     config = Config(name="mimo_7b", trainables=dict(TRAINABLES))
     config.data.batch_size = 40
-    config.train.steps = 67_000  # three epochs of 895K samples
+    config.train.epochs = 3  # of 895K samples: 67,000 steps
+    config.train.reference_batch_size = 40
     config.train.checkpoint_every = 1000
     return config

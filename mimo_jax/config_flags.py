@@ -47,6 +47,7 @@ def load_config(argv: Sequence[str], sources: dict[str, SourceConfig] | None = N
     if rest:
         raise ConfigError(f"{rest[0]!r} is not an override; write overrides as --config.train.steps=500")
     config = values.config
+    _choose_length(config, _names(overrides))
     config.validate()
     return config
 
@@ -117,6 +118,14 @@ def _choose_kinds(config: Config, overrides: Sequence[str]) -> None:
             section, kind = found.groups()
             if section in KINDS and type(getattr(config.model, section)) is not (settings := settings_class(section, kind)):
                 setattr(config.model, section, settings(kind=kind))
+
+
+def _choose_length(config: Config, names: Sequence[str]) -> None:
+    """The length of a run is given in steps or in epochs: what the command line names replaces the other one of the file."""
+    if config.train.epochs and "train.steps" in names:
+        if "train.epochs" in names:
+            raise ConfigError(f"config.train.epochs: is {config.train.epochs:g}, but config.train.steps is given too; give one of them")
+        config.train.epochs = 0.0
 
 
 def _check_name(config: Config, name: str) -> None:

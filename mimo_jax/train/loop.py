@@ -31,7 +31,7 @@ from mimo_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mimo_jax.distributed import PreemptionGuard
 from mimo_jax.errors import EXIT_OK, EXIT_TEMPFAIL, config_path
 from mimo_jax.models import llama, mimo
-from mimo_jax.train import global_batch
+from mimo_jax.train import global_batch, resume
 from mimo_jax.train.evaluations import Evaluations
 from mimo_jax.train.goodput import Goodput
 from mimo_jax.train.guard import NonFiniteGuard
@@ -62,7 +62,9 @@ def _train(config: Config, workdir: str | Path, began: float, stop: PreemptionGu
         print("stopped before anything was done; run the same command again", file=sys.stderr)
         return EXIT_TEMPFAIL
     resumed = prepare(config, workdir)
+    config, loader = resumed.setup.config, resumed.loader
     run_summary.print_summary(resumed.setup, resumed.sources, resumed.checkpoints.workdir, resumed.first)
+    print("\n".join(run_summary.schedule_lines(config, loader.num_samples, *loader.tokens_per_sample())))
     workdir, first, total = resumed.checkpoints.workdir, resumed.first, config.train.steps
     with Goodput(workdir, began, first, total, resumed.restored) as goodput, MetricWriters(config, workdir, first) as writers:
         code = run_steps(resumed, goodput, writers, stop)
@@ -84,8 +86,9 @@ class ResumedTraining(NamedTuple):
     restored: float
 
 
-def prepare(config: Config, workdir: str | Path) -> ResumedTraining:
-    """Open the run in `workdir`, or start it. Raises UserErrors as `train` does."""
+def prepare(config: Config, workdir: str | Path, other_data: bool = False) -> ResumedTraining:
+    """Open the run in `workdir`, or start it. other_data: a run may be opened with other data than it was trained on. Raises UserErrors
+    as `train` does."""
     config.validate()
     check_writers(config)
     workdir = Path(workdir)
@@ -100,6 +103,11 @@ def prepare(config: Config, workdir: str | Path) -> ResumedTraining:
     tokenizer = _tokenizer(config, workdir, sources)
     loader = make_loader(config, tokenizer, sources, global_batch.local_images(mesh, config.images()))
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
+    if resumed and not other_data and checkpoints.latest() is not None:
+        resume.check_data(config, sources, workdir)
+    if config.train.epochs:
+        config = resume.resolve_steps(config, loader.num_samples, checkpoint.read_config(workdir) if resumed else None)
+        setup = TrainSetup(config, mesh)
 
     since = time.perf_counter()
     state, frozen = _restore(setup, checkpoints, loader) if resumed else (None, None)
@@ -110,6 +118,8 @@ def prepare(config: Config, workdir: str | Path) -> ResumedTraining:
     if config.data.features:
         loader.use_features(encode_features.fingerprint(config, pathtree.flatten(frozen)), mimo.feature_shapes(config))
     if not has_checkpoint:
+        if jax.process_index() == 0:
+            resume.write_fingerprints(sources, workdir)
         checkpoint.start_run(workdir, config, frozen)
     return ResumedTraining(setup, state, frozen, loader, tokenizer, sources, checkpoints, _num_steps_done(loader), restored)
 

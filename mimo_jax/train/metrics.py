@@ -4,7 +4,8 @@ A row holds the means of the step's own metrics over the finite steps, and these
 
     step_seconds, samples_per_second, tokens_per_second (without padding), data_wait (fraction of the time)
     tflops_per_device, mfu (fraction of the bf16 peak, if `hardware` knows it): the FLOPs that the model needs (`flops`), not those that
-        the compiled program executes
+        the compiled program executes, for sequences with their padding
+    mfu_without_padding: the same for sequences of the mean length without padding
     hbm_gib, hbm_peak_gib: memory of the fullest device; on a CPU, rss_gib and rss_peak_gib of this process
     eta_seconds, goodput (fraction of the time since the first start that was spent training)
     skipped: number of steps whose loss or gradient was not finite
@@ -45,13 +46,17 @@ class Metrics:
     def __call__(self, info: StepInfo) -> None:
         self.goodput.record_step(info.step, info.length, info.wait, info.dispatch)
         self.pending.append(info.metrics)
-        if info.length not in self.flops_by_length:
-            self.flops_by_length[info.length] = sum(flops.step(self.config, info.length).values())
-        self.flops += self.flops_by_length[info.length] * info.samples
+        self.flops += self._flops(info.length) * info.samples
         self.bar.update(1)
         if info.step % self.every == 0 or info.last:
             self._report(info.step, info.samples)
         self.latest = info
+
+    def _flops(self, length: int) -> float:
+        """FLOPs of a step per sample of `length` tokens."""
+        if length not in self.flops_by_length:
+            self.flops_by_length[length] = sum(flops.step(self.config, length).values())
+        return self.flops_by_length[length]
 
     def _report(self, step: int, samples: int) -> None:
         row = finite_means(jax.device_get(self.pending))
@@ -65,6 +70,9 @@ class Metrics:
         row["tflops_per_device"] = flops_per_device / 1e12
         if self.hardware:
             row["mfu"] = flops_per_device / self.hardware.flops
+            if row["input_tokens"] is not None:
+                real = self._flops(round(row["input_tokens"] / samples)) * samples
+                row["mfu_without_padding"] = real / step_seconds / self.devices / self.hardware.flops
         row |= memory() | {"eta_seconds": (self.total - step) * step_seconds, "goodput": self.goodput.account.goodput()}
         self.pending, self.flops = [], 0.0
         self.writers.write_scalars(step, row)

@@ -34,7 +34,7 @@ def profile(workdir: str | os.PathLike, steps: int = 3, after: int = 2, sources:
     run, newest = checkpoint.resolve(workdir)
     config = checkpoint.read_config(run)
     config.data.sources = sources or config.data.sources
-    resumed = loop.prepare(config, run)
+    resumed = loop.prepare(config, run, other_data=bool(sources))
     out = run / "profile" / distributed.gather(time.strftime("%Y-%m-%d-%H%M%S"))[0]
     stop = PreemptionGuard()
     try:

@@ -75,10 +75,11 @@ def test_resume_gives_the_same_third_step(phantoms, whole, tmp_path, monkeypatch
 
 
 def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(phantoms, tmp_path):
-    """A real process, a real signal in the middle of training."""
+    """A real process, a real signal in the middle of training, and more of them in the last save."""
     run = tmp_path / "run"
     script = (
-        "import sys; from tests.train.test_loop import *; from pathlib import Path;"
+        "import sys; from tests.train.test_loop import *; from pathlib import Path; wait = checkpoint.Checkpoints.wait;"
+        "checkpoint.Checkpoints.wait = lambda self: os.kill(os.getpid(), signal.SIGTERM) or wait(self);"
         f"sys.exit(loop.train(config_for({str(phantoms)!r}, quick_config(), steps=100000, checkpoint_every=100000), Path({str(run)!r})))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE)

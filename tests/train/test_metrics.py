@@ -65,6 +65,21 @@ def test_utilisation_where_the_device_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "find_hardware", lambda kind: hardware.TABLE[r"H100"])
     row = run(tmp_path, [step_info(1), step_info(2)])[0]
     assert row["mfu"] == pytest.approx(row["tflops_per_device"] / 989)
+    needed, real = (sum(flops.step(tiny_config(), length).values()) for length in (LENGTH, 300 // SAMPLES))
+    assert row["mfu_without_padding"] == pytest.approx(row["mfu"] * real / needed) and real < needed
+
+
+def test_what_is_pending_is_written_where_a_run_stops(tmp_path):
+    with Goodput(tmp_path, time.time(), 0, 8) as goodput, MetricWriters(tiny_config(), tmp_path, 0) as told:
+        hook = Metrics(tiny_config(), goodput, told)
+        hook.every = 2
+        for step in (1, 2, 3):
+            hook(step_info(step))
+        hook.flush()
+        hook.flush()
+        hook.close()
+    rows = [json.loads(line) for line in (tmp_path / writers.FILE).read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(2, 3.0), (3, 6.0)]
 
 
 def test_steps_that_were_not_finite_count_in_no_mean(tmp_path):

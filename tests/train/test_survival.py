@@ -21,6 +21,7 @@ def get_config():
     config = quick_config()
     config.data.buckets = "192"
     config.train.checkpoint_every = 100000
+    config.train.eval_every, config.train.eval_samples, config.train.num_overlays = 2, 8, 0
     config.train.final_learning_rate = config.train.learning_rate  # the same at a step, whatever the number of them
     return config
 """
@@ -71,6 +72,8 @@ def test_two_processes_stop_together_and_one_goes_on_as_if_nothing_had_been(fold
     for where in (run, alone):
         process = start(folder, where, done + 2)
         assert process.wait(timeout=300) == 0, process.stderr.read()
+    asked = [json.loads((of / "eval" / "00000002" / "report.json").read_text())["n"] for of in (run, alone)]
+    assert asked[0] == asked[1] and sum(asked[0]["samples"].values()) == 8  # by two processes, and by one
     there, here = losses(run), losses(alone)
     assert there.keys() == here.keys()
     np.testing.assert_allclose([there[step] for step in here], list(here.values()), rtol=1e-5)

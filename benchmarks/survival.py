@@ -50,10 +50,10 @@ from mimo_jax.train.goodput import read_events  # noqa: E402
 from mimo_jax.train.state import TrainSetup  # noqa: E402
 
 SMALL = """
-from tests.tiny_config import tiny_config
+from tests.tiny_config import {model}
 
 def get_config():
-    config = tiny_config()
+    config = {model}()
     config.data.batch_size = 8
     config.train.final_learning_rate = config.train.learning_rate  # the learning rate of a step does not depend on the number of steps
     return config
@@ -65,11 +65,13 @@ EVALUATED = {"train__eval_every": 4, "train__eval_samples": 8, "train__num_overl
 class Runs:
     """Runs of `mimo train` with one config on one dataset."""
 
-    def __init__(self, config: str | None, folder: Path):
+    def __init__(self, config: str | None, folder: Path, model: str = "tiny_config"):
+        """model: a function of tests/tiny_config.py, for runs without a config of their own."""
         self.folder, self.data = folder, folder / "phantom"
         self.config = config or str(folder / "small.py")
+        folder.mkdir(exist_ok=True)
         if config is None:
-            (folder / "small.py").write_text(SMALL)
+            (folder / "small.py").write_text(SMALL.format(model=model))
         build_phantoms(self.data, 24, seed=5, progress=False)
 
     def start(self, workdir: Path, devices: int = 1, place: tuple[str, int, int] | None = None, **settings) -> subprocess.Popen:
@@ -331,7 +333,7 @@ def main() -> None:
             "kill": lambda: kill(runs, args.kills, rng),
             "preempt": lambda: preempt(runs, rng),
             "flip": lambda: flip(runs, rng),
-            "signals": lambda: signals(runs, args.signals, rng),
+            "signals": lambda: signals(Runs(args.config, Path(folder) / "signals", "quick_config"), args.signals, rng),
         }
         for part in args.parts.split(","):
             for line in parts[part]():

@@ -285,6 +285,8 @@ def _batch(args: argparse.Namespace) -> int:
     done = run_batch(lambda: _load(args), args.source, args.out, args.question, **chosen)
     if done.burned_in:
         print(f"mimo: warning: {done.burned_in} images may contain burned-in text, such as a patient's name", file=sys.stderr)
+    for choice, count in done.choices.items():
+        print(f"mimo: warning: {count} images: {choice}; mimo ask says how each is shown", file=sys.stderr)
     if done.failed:
         print(f"{done.failed} requests failed at least in part; see the reasons in {os.path.join(args.out, FAILED)}", file=sys.stderr)
     if done.stopped:

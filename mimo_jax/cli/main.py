@@ -9,8 +9,9 @@ import argparse
 import difflib
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mimo_jax import __version__, errors
 from mimo_jax.cli.arg_types import named_paths, resolve_bucket
@@ -22,6 +23,8 @@ from mimo_jax.cli.plugins import import_plugins
 from mimo_jax.cli.sweep import add_sweep
 from mimo_jax.cli.train import add_compile, add_profile, add_train
 from mimo_jax.errors import EXIT_INTERRUPTED, EXIT_USAGE, UserError
+
+_format_warning = warnings.formatwarning
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +89,7 @@ The environment variable MIMO_TRACEBACK=1 adds the traceback of any error.""",
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Internal errors are raised."""
+    warnings.formatwarning = _warning_line
     try:
         args = _parse(_join_negative_values([resolve_bucket(word) for word in (sys.argv[1:] if argv is None else argv)]))
         with named_paths(args):
@@ -99,6 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mimo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _warning_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+    """A warning to the user as one line; others with their place in the code."""
+    return f"mimo: warning: {message}\n" if category is UserWarning else _format_warning(message, category, *where, **line)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

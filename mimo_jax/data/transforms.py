@@ -28,6 +28,9 @@ MAX_PIXELS = 89_478_485  # the size from which Pillow warns of a decompression b
 _LOSSY = ("JPEG", "MPO", "WEBP")  # MPO: JPEG of a phone, followed by a second image
 _COLOUR = ("LA", "RGB", "RGBA")
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+STRETCHED, TRANSPARENT = "values of more than 8 bits are stretched", "transparent pixels"
+CHOICES = (STRETCHED, TRANSPARENT)
+_NEAR_WHITE, _DARK = 240, 64  # grey levels of a white ground, and below which all visible pixels would be lost on black
 _MAX_FULL_RESIZE = 64  # maximum ratio of content to frame side at which an image is resized before it is cropped
 
 
@@ -44,21 +47,47 @@ def decode_image(
 ) -> np.ndarray:
     """Encoded bytes or a path -> uint8 RGB [H, W, 3], as an image viewer displays it.
 
-    EXIF rotation is applied, alpha is composited over black, palettes are resolved, grey becomes three equal channels, and the first of
-    several frames is used. Values of more than 8 bits are windowed: `window` = (low, high), raw values that become 0 and 255; by default
-    these `percentiles` of the image. name: the name of bytes in errors. Raises ImageError for a file that is missing, corrupt,
-    truncated, of an unknown format, or larger than MAX_PIXELS.
+    EXIF rotation is applied, palettes are resolved, grey becomes three equal channels, and the first of several frames is used.
+    Transparent pixels become black; but white if the file stores white there, or if all that is visible is dark. Values of more than 8
+    bits are windowed: `window` = (low, high), raw values that become 0 and 255; by default these `percentiles` of the image. name: the
+    name of bytes in errors. Raises ImageError for a file that is missing, corrupt, truncated, of an unknown format, or larger than
+    MAX_PIXELS.
     """
+    return decode_picture(source, window=window, percentiles=percentiles, name=name)[0]
+
+
+def decode_picture(
+    source: bytes | str | os.PathLike,
+    *,
+    window: tuple[float, float] | None = None,
+    percentiles: tuple[float, float] = (0.5, 99.5),
+    name: str = "",
+) -> tuple[np.ndarray, list[str]]:
+    """(as `decode_image`; a line for each choice that was made for the display and may be wrong, which begins with one of CHOICES)."""
     image, name = _open(source, name)
     if image.mode.startswith(("I", "F")):
-        grey = windowed(np.asarray(image, np.float32), window, percentiles, name)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        values = np.asarray(image, np.float32)
+        low, high = value_limits(values, window, percentiles, name)
+        grey = windowed(values, (low, high), percentiles, name)
+        shown = f"{STRETCHED}: {low:g} is shown as black and {high:g} as white; give --window LOW,HIGH (window=) to choose"
+        return np.repeat(grey[:, :, None], 3, axis=2), [shown] * (window is None)
     if window is not None:
         raise ImageError(f"{name}: window {window} given, but Pillow reads this {image.mode} file as 8 bits; omit the window")
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return np.array(image.convert("RGB"))
+        return _over_ground(np.array(image.convert("RGBA")))
+    return np.array(image.convert("RGB")), []
+
+
+def _over_ground(rgba: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """uint8 [H, W, 4] -> (uint8 RGB [H, W, 3] over black or white, the line about it), as `decode_picture`."""
+    rgb, alpha = rgba[..., :3], rgba[..., 3]
+    hidden, visible = rgb[alpha == 0], rgb[alpha >= 128]
+    stores_white = len(hidden) > 0 and (hidden >= _NEAR_WHITE).all(1).mean() > 0.95
+    dark = len(visible) > 0 and np.percentile(visible.max(1), 99) < _DARK
+    ground = (255, 255, 255, 255) if stores_white or dark else (0, 0, 0, 255)
+    shown = Image.alpha_composite(Image.new("RGBA", alpha.shape[::-1], ground), Image.fromarray(rgba)).convert("RGB")
+    colour = "white" if ground[0] else "black"
+    return np.array(shown), [f"{TRANSPARENT}: shown as {colour}; save the picture without transparency to choose"] * bool((alpha < 255).any())
 
 
 def decode_mask(source: bytes | str | os.PathLike, *, threshold: float | None = None, name: str = "") -> np.ndarray:
@@ -136,8 +165,10 @@ def _open(source: bytes | str | os.PathLike, name: str) -> tuple[Image.Image, st
     return upright, name
 
 
-def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles: tuple[float, float], name: str) -> np.ndarray:
-    """float [H, W] -> uint8 [H, W], linear between low and high; values that are not finite become 0."""
+def value_limits(
+    values: np.ndarray, window: tuple[float, float] | None, percentiles: tuple[float, float], name: str
+) -> tuple[float, float]:
+    """(low, high): the window or, without one, the percentiles of the finite values."""
     finite = np.isfinite(values)
     if not finite.any():
         raise ImageError(f"{name}: has no finite value")
@@ -149,6 +180,13 @@ def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles
         low, high = window
         if not low < high:
             raise ImageError(f"{name}: window ({low:g}, {high:g}); give low < high")
+    return low, max(high, float(np.nextafter(low, np.inf)))
+
+
+def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles: tuple[float, float], name: str) -> np.ndarray:
+    """float [H, W] -> uint8 [H, W], linear between the limits; values that are not finite become 0."""
+    low, high = value_limits(values, window, percentiles, name)
+    finite = np.isfinite(values)
     scaled = (np.where(finite, values, low) - low) * (255.0 / max(high - low, 1e-12))
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from mimo_jax.data.images.volume import open_scan
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, ConfidenceFeatures
+from mimo_jax.infer.batch.run_batch import BatchResult
 from tests.data.medical_files import dicom, saved, series
 
 COMMANDS = [
@@ -287,6 +289,15 @@ def test_ask_refuses_outputs_before_a_model_is_loaded(asked, capsys, out, error)
     assert "checkpoint" not in asked
 
 
+def test_a_warning_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("warnings.formatwarning", main._format_warning)
+    Image.fromarray(np.arange(72, dtype=np.uint16).reshape(8, 9) * 50).save(tmp_path / "deep.png")
+    assert main.main(["ask", "--checkpoint", "none", str(tmp_path / "deep.png"), "What?"]) == 2
+    said = warnings.formatwarning("values of more than 8 bits", UserWarning, "file.py", 3)
+    assert said == "mimo: warning: values of more than 8 bits\n"
+    assert "file.py:3: DeprecationWarning" in warnings.formatwarning("old", DeprecationWarning, "file.py", 3, "")
+
+
 def test_ask_refuses_before_a_model_is_loaded_what_it_cannot_ask_about(capsys, tmp_path):
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "i.png")
     ask = ["ask", "--checkpoint", "none"]
@@ -319,7 +330,7 @@ def test_batch_hands_over_its_flags_and_says_how_it_ended(monkeypatch, capsys):
 
     def run_batch(load, source, out, question, **options):
         calls.append((source, out, question, options))
-        return types.SimpleNamespace(**dict(zip(("done", "answered", "failed", "stopped", "burned_in"), ends[len(calls) - 1], strict=True)))
+        return BatchResult(*ends[len(calls) - 1], {"transparent pixels": 2})
 
     monkeypatch.setattr("mimo_jax.infer.batch.run_batch.run_batch", run_batch)
     line = ["batch", "--checkpoint", "c", "--in", "films", "--question", "Which?", "--out", "o"]
@@ -329,6 +340,7 @@ def test_batch_hands_over_its_flags_and_says_how_it_ended(monkeypatch, capsys):
     assert main.main(line) == 3
     said = capsys.readouterr().err
     assert "2 requests failed at least in part; see the reasons in o/failed.jsonl" in said and "3 images may contain burned-in text" in said
+    assert "2 images: transparent pixels;" in said
     assert main.main(line) == 75
     assert "stopped after 4 requests; run the same command with --resume" in capsys.readouterr().err
     options = {"save": [".png", ".nii.gz"], "resume": True, "volumes": True, "window": (-5, 6), "frame": "all", "series": 2}

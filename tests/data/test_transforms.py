@@ -20,6 +20,7 @@ from mimo_jax.data.transforms import (
     augment,
     decode_image,
     decode_mask,
+    decode_picture,
     image_to_frame,
     logits_to_image,
     mask_from_logits,
@@ -121,6 +122,36 @@ def test_sixteen_bit_colour_is_kept_or_refused_never_black():
     np.testing.assert_array_equal(decode_image(png16_colour(values)), values >> 8)
     with pytest.raises(ImageError, match="slide.png: 16-bit colour"):
         decode_image(png16_colour(values >> 4), name="slide.png")
+
+
+def test_what_is_chosen_for_the_display_is_said():
+    values = np.linspace(900, 1200, 64 * 64).reshape(64, 64).astype(np.uint16)
+    deep = encoded(Image.fromarray(values))
+    pixels, (said,) = decode_picture(deep)
+    low, high = np.percentile(values.astype(np.float32), (0.5, 99.5))
+    assert said.startswith(f"values of more than 8 bits are stretched: {low:g} is shown as black and {high:g} as white; give --window")
+    np.testing.assert_array_equal(pixels, decode_picture(deep, window=(low, high))[0])
+    assert decode_picture(deep, window=(900, 1200))[1] == [] == decode_picture(encoded(Image.fromarray(picture())))[1]
+
+
+def test_transparent_pixels_are_white_where_black_would_hide_or_invent_something():
+    rgb, inside = picture() // 2 + 90, np.zeros((23, 31), bool)
+    inside[5:15, 5:20] = True
+
+    def over(colours, hidden):
+        rgba = np.dstack([np.where(inside[..., None], colours, hidden), inside * 255]).astype(np.uint8)
+        pixels, said = decode_picture(encoded(Image.fromarray(rgba)))
+        np.testing.assert_array_equal(pixels[inside], rgba[inside][:, :3])
+        assert said[0].startswith("transparent pixels: shown as ")
+        assert (pixels[~inside] == pixels[~inside][0]).all()
+        return int(pixels[~inside][0, 0])
+
+    assert over(rgb, 0) == 0 and over(rgb, 120) == 0
+    assert over(rgb, 255) == 255  # a white ground that was made transparent
+    assert over(rgb * 0, 0) == 255 and over(rgb // 5, 0) == 255  # dark drawings would vanish on black
+    opaque = np.dstack([rgb, np.full((23, 31), 255)]).astype(np.uint8)
+    np.testing.assert_array_equal(decode_picture(encoded(Image.fromarray(opaque)))[0], rgb)
+    assert decode_picture(encoded(Image.fromarray(opaque)))[1] == []
 
 
 def test_modes():

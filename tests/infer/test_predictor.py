@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from mimo_jax.data.conversation import encode_user_turn
 from mimo_jax.data.images.open_image import MedicalImage, open_image
 from mimo_jax.data.prompts import Prompts
 from mimo_jax.errors import UserError
+from mimo_jax.geometry import sam_frame, vision_frame
 from mimo_jax.infer.answers import answer as answers
 from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket
-from mimo_jax.infer.engine.requests import Request, Sampling
-from mimo_jax.infer.predictor import Mimo
+from mimo_jax.infer.engine.requests import EncodedImage, Request, Sampling
+from mimo_jax.infer.predictor import Mimo, _warn_of_extreme_shape
 from tests.data.handmade import lisa_tokenizer
 from tests.data.handmade import tokenizer as make_tokenizer
 from tests.data.medical_files import dicom, nifti, saved
@@ -491,3 +493,15 @@ def test_buckets_hold_their_lengths_and_are_few():
     assert all(b >= n and (n <= 32 or b < 2 * n) for n, b in enumerate(made, 1))
     assert len(set(made)) <= 12
     assert len({cache_bucket(n) for n in range(1, 2049)}) <= 9 and all(cache_bucket(n) >= n for n in range(1, 2049))
+
+
+def test_an_extreme_shape_is_warned_of():
+    def image(height, width):
+        pixels = MedicalImage(np.zeros((height, width, 3), np.uint8))
+        return EncodedImage(pixels, vision_frame(height, width, 336, "pad"), sam_frame(height, width, 1024, "pad"))
+
+    with pytest.warns(UserWarning, match="extreme shape: the model sees 20000x30 pixels as 336x1, and outlines structures in 1024x2; cut"):
+        _warn_of_extreme_shape(image(30, 20000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_of_extreme_shape(image(100, 1500))

@@ -27,7 +27,7 @@ from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.images.series import ALONE
 from mimo_jax.data.images.volume import open_volume
 from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn, encode_mask
-from mimo_jax.data.transforms import FORMATS, decode_image
+from mimo_jax.data.transforms import CHOICES, FORMATS, decode_picture
 from mimo_jax.errors import UserError
 
 MAX_MASK_SHARE = 0.9  # a mask that covers more of its image is probably the background
@@ -40,7 +40,7 @@ _FLAT = 2.0  # standard deviation in grey levels; the perceptual hash of a flatt
 EMPTY_MASK, DUPLICATE_MASK = "empty mask, left out", "duplicate mask, left out"
 LARGE_MASK = "mask of more than 90 % of the image"
 SAME_PIXELS = "masks of several names with the same pixels"
-BURNED_IN = "may contain burned-in text"  # and ALONE
+BURNED_IN = "may contain burned-in text"  # and ALONE and CHOICES
 EMPTY_MASK_SAMPLE = "sample about an empty mask, left out"
 
 
@@ -78,7 +78,7 @@ def _build_record(item: Item) -> BuiltRecord:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         source = _read(item)
-    messages += [text for text in (BURNED_IN, ALONE) if any(text in str(warning.message) for warning in caught)]
+    messages += [text for text in (BURNED_IN, ALONE, *CHOICES) if any(text in str(warning.message) for warning in caught)]
     pixels = source.image.pixels
     masks = _masks(item, source.image, messages)
     phash, fine_hash = perceptual_hash(pixels)
@@ -125,7 +125,12 @@ def _read(item: Item) -> _SourceImage:
         return _repaired(image, _bits(image))
     data = path.read_bytes()
     limits = window_limits(item.window)
-    image = MedicalImage(decode_image(data, window=limits, name=item.image))
+    if isinstance(item.window, str):
+        raise UserError(f"{path}: window {item.window} is in Hounsfield units, which only DICOM and NIfTI files have; give LOW,HIGH")
+    pixels, choices = decode_picture(data, window=limits, name=item.image)
+    for choice in choices:
+        warnings.warn(choice, stacklevel=2)
+    image = MedicalImage(pixels)
     format, mode = kept_format(data)
     if format:
         return _SourceImage(image, data, format, 1 if mode == "L" else 3, 8)

@@ -72,11 +72,12 @@ Grid = NiftiGrid | DicomGrid
 @dataclass(frozen=True)
 class MedicalImage:
     """pixels: uint8 RGB [H, W, 3]. spacing_mm: distance of neighbouring rows and of neighbouring columns, None if unknown.
-    grid: position in the medical file, None for other image files."""
+    grid: position in the medical file, None for other image files. choices: lines on how such a file is displayed, of `decode_picture`."""
 
     pixels: np.ndarray
     spacing_mm: tuple[float, float] | None = None
     grid: Grid | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,24 @@ No message contains header values about a patient.
 from __future__ import annotations
 
 import os
+import warnings
 
 from mimo_jax.data.images.image import MedicalImage, Window, check_window, file_kind, local_path
 from mimo_jax.data.images.nifti import open_slice
 from mimo_jax.data.images.series import open_frame
-from mimo_jax.data.transforms import decode_image
+from mimo_jax.data.transforms import decode_picture
 from mimo_jax.errors import UserError
 
 
 def open_image(path: str | os.PathLike, *, frame: int | None = None, slice: str | None = None, window: Window = None) -> MedicalImage:
-    """One image from a file. DICOM and NIfTI are recognised by their content; all other files are read by `decode_image`.
+    """One image from a file. DICOM and NIfTI are recognised by their content; all other files are read by `decode_picture`.
 
     frame: index in a multi-frame DICOM file, from 0. slice: of a NIfTI volume, "AXIS:INDEX" with AXIS i, j or k (file axes) or axial,
     coronal or sagittal (the nearest file axis); INDEX counts along that file axis, from 0. window: (low, high), the values shown as
     black and white, in the file's units (CT: HU), or a name of WINDOWS; the default is the file's first window or VOI LUT, else the
     0.5 and 99.5 percentiles of the whole scan, also of the other slices. Warns if a DICOM slice needs them and its scan is not in the
-    same folder, and if a DICOM file may contain burned-in text.
+    same folder, and if a DICOM file may contain burned-in text;
+    of any other image, if its values are stretched or pixels are transparent.
     Raises UserError, one line, for a file that cannot be read or a missing or wrong choice.
     """
     check_window(window)
@@ -40,4 +42,7 @@ def open_image(path: str | os.PathLike, *, frame: int | None = None, slice: str 
         return open_slice(path, slice, window)
     if isinstance(window, str):
         raise UserError(f"{path}: window {window} is in Hounsfield units, which only DICOM and NIfTI files have; give LOW,HIGH")
-    return MedicalImage(decode_image(path, window=window))
+    pixels, choices = decode_picture(path, window=window)
+    for choice in choices:
+        warnings.warn(choice, stacklevel=2)
+    return MedicalImage(pixels, choices=tuple(choices))

@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from mimo_jax.data.images.image import DicomGrid, MedicalImage, Volume, Window, 
 from mimo_jax.data.images.volume import open_scan
 from mimo_jax.data.prompt_files import join_prompts, read_prompts
 from mimo_jax.data.prompts import Prompts
+from mimo_jax.data.transforms import CHOICES
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer
 from mimo_jax.infer.batch.job import BatchJob, disk_errors, write_summary
@@ -42,13 +43,14 @@ _READ_THREADS = 8  # number of threads that decode files
 class BatchResult(NamedTuple):
     """done, answered, failed: number of requests so far, over all starts of the job; a request whose files cannot all be saved counts as
     both answered and failed. stopped: a signal arrived before the last request. burned_in: number of images and volumes of this start that
-    may contain burned-in text."""
+    may contain burned-in text. choices: number of images of this start by the CHOICES made for their display."""
 
     done: int
     answered: int
     failed: int
     stopped: bool
     burned_in: int
+    choices: Mapping[str, int] = {}
 
 
 class OpenedImage(NamedTuple):
@@ -100,15 +102,16 @@ def run_batch(
     if survey.faulty == survey.count:
         raise UserError(f"{source}: " + (f"no request is valid; the first: {survey.first}" if survey.count else "contains no request"))
     job = BatchJob(Path(out), {**defaults, "requests": survey.digest, "count": survey.count, "save": list(save)}, resume)
-    burned_in, stopped = 0, False
+    burned_in, choices, stopped = 0, Counter[str](), False
     if job.done < survey.count:
         mimo = load()
         with job.claim(mimo.origin), StopSignal() as stop, ThreadPoolExecutor(_READ_THREADS) as pool, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*burned-in text")  # these images are counted instead
+            warnings.filterwarnings("ignore", message="|".join([".*burned-in text", *CHOICES]))  # these images are counted instead
             windows = _windows(requests, job.done, _BATCHES_PER_WINDOW * mimo.config.generate.batch_size)
             with tqdm(total=survey.count, initial=job.done, desc="batch", unit="request", disable=None, smoothing=0.05) as bar:
                 for items, opened in _read_ahead(pool, windows):
                     burned_in += _count_burned_in(opened)
+                    choices.update(_choices(opened))
                     answers, faults = _answer(mimo, items, opened)
                     job.append(*_write_outputs(pool, items, answers, faults, job.out, save), len(items))
                     bar.update(len(items))
@@ -117,7 +120,7 @@ def run_batch(
             stopped = job.done < survey.count
     if not stopped:
         write_summary(job.out)
-    return BatchResult(job.done, job.answered, job.failed, stopped, burned_in)
+    return BatchResult(job.done, job.answered, job.failed, stopped, burned_in, dict(choices))
 
 
 def _windows(requests: BatchRequests, done: int, size: int) -> Iterator[list[BatchRequest]]:
@@ -186,6 +189,12 @@ def _open(items: Sequence[BatchRequest]) -> OpenedImage:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _choices(opened: Sequence[tuple[OpenedImage, int] | None]) -> Iterator[str]:
+    """The CHOICES made for each picture."""
+    shown = {id(found[0].picture): found[0].picture for found in opened if found and isinstance(found[0].picture, MedicalImage)}
+    return (choice.partition(":")[0] for picture in shown.values() for choice in picture.choices)
 
 
 def _count_burned_in(opened: Sequence[tuple[OpenedImage, int] | None]) -> int:

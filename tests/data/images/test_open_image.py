@@ -204,6 +204,15 @@ def test_spacing_and_place_may_be_missing(tmp_path):
         assert picture.spacing_mm is None and picture.grid.affine is None
 
 
+def test_a_stretched_picture_is_warned_of(tmp_path):
+    Image.fromarray(np.arange(100, dtype=np.uint16).reshape(10, 10) * 40).save(tmp_path / "deep.png")
+    with pytest.warns(UserWarning, match="^values of more than 8 bits are stretched: 19.8 is shown as black and 3940.2 as white; give"):
+        assert len(open_image(tmp_path / "deep.png").choices) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(tmp_path / "deep.png", window=(0, 4000)).choices == ()
+
+
 def test_burned_in_text_is_warned_of_unless_it_is_ruled_out(tmp_path):
     for name, attributes in {"yes": {"BurnedInAnnotation": "YES"}, "unsaid": {"without": ["BurnedInAnnotation"]}}.items():
         with pytest.warns(UserWarning, match="^the image may contain burned-in text"):

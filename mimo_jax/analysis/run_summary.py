@@ -62,9 +62,11 @@ def schedule_lines(config: Config, num_samples: int, tokens: float, padded: floa
     counts = f"{seen:,} samples, about {_count(seen * tokens)} tokens ({_count(seen * padded)} with padding)"
     lines = [_line("length", f"{steps:,} steps of {batch:,} samples = {seen / num_samples:.3g} epochs of {num_samples:,}: {counts}")]
     if reference and reference != batch:
-        scaled = rate * (batch / reference) ** 0.5
-        advice = f"the square-root rule for Adam would make it {scaled:.2g} (config.train.learning_rate)"
-        lines.append(_line("rate", f"{rate:g} was chosen for {reference:,} samples per step, not {batch:,}; {advice}"))
+        ratio = batch / reference
+        rule = f"for {ratio:.3g} times as many, the square-root rule for Adam multiplies it by {ratio**0.5:.2g}"
+        lines.append(
+            _line("rate", f"{rate:g} (config.train.learning_rate); the config's own is for {reference:,} samples per step: {rule}")
+        )
     return lines
 
 

@@ -92,7 +92,8 @@ def test_a_run_counts_its_epochs_says_so_and_refuses_other_batches(tmp_path, cap
     assert loop.train(config, tmp_path / "run") == 0
     shown = capsys.readouterr().out
     assert f"{steps:,} steps of 4 samples = {4 * steps / samples:.3g} epochs of {samples:,}: {4 * steps:,} samples, about " in shown
-    assert "0.001 was chosen for 1 samples per step, not 4; the square-root rule for Adam would make it 0.002" in shown
+    assert "0.001 (config.train.learning_rate); the config's own is for 1 samples per step: for 4 times as many, the" in shown
+    assert "multiplies it by 2\n" in shown
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["train"]
     assert (saved["steps"], saved["epochs"]) == (steps, 0.5)
     config.data.seed += 1

@@ -1,6 +1,6 @@
 """Reads images/x.png with masks/ENTITY/x.png, or with masks/x.png that shows one entity (option entity) or whose values a table names
 (option labels, a JSON such as {"1": "liver", "2": null}; null leaves a label out). A folder in between, images/CASE/x.png, groups the
-images of one patient or case."""
+images of one patient or case. The option window says which values of more than 8 bits are black and white."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mimo_jax.data.records import DataError
 class Folders(DatasetReader):
     name = "folders"
     expected_layout = "images/ and masks/"
-    options = {"entity": "", "labels": ""}
+    options = {"entity": "", "labels": "", "window": None}
 
     def open(self) -> None:
         self.images, self.masks = self.folder / "images", self.folder / "masks"
@@ -43,7 +43,7 @@ class Folders(DatasetReader):
             case = place.partition("/")[0]
             yield Item(
                 id=place, image=f"{self.images}/{file}", modality=self.modality, dataset=self.dataset, group=f"{self.dataset}/{case}",
-                masks=tuple(masks.pop(place, ())), complete=False, licence=self.licence,
+                masks=tuple(masks.pop(place, ())), window=self.values["window"], complete=False, licence=self.licence,
             )  # fmt: skip
 
     def _unnamed(self, file: str) -> list[MaskRef]:

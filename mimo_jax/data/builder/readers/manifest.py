@@ -62,6 +62,7 @@ def _wrong(line: object) -> str:
 class ManifestReader(DatasetReader):
     name = "manifest"
     expected_layout = f"a .jsonl file, or {MANIFEST} in the folder"
+    options = {"window": None}
 
     def open(self) -> None:
         self.index = self.path / MANIFEST if self.path.is_dir() else self.path
@@ -87,7 +88,7 @@ class ManifestReader(DatasetReader):
             yield Item(
                 id=line["id"], image=self._at(line["image"]), modality=line["modality"], dataset=dataset,
                 group=f"{dataset}/{line['group']}", masks=tuple(masks), split=SPLITS.get(line.get("split") or "", ""),
-                pixel_spacing_mm=tuple(spacing) if spacing else None,
+                pixel_spacing_mm=tuple(spacing) if spacing else None, window=self.values["window"],
                 complete=False, absent=tuple(line.get("absent_entities") or ()), licence=line.get("licence") or self.licence,
                 source=line.get("source_path") or "",
             )  # fmt: skip

@@ -6,6 +6,7 @@ from PIL import Image
 
 from mimo_jax.data.builder.record import make_record
 from mimo_jax.data.records import DataError
+from mimo_jax.data.transforms import STRETCHED, decode_image
 from tests.data.builder.readers.trees import image, listed, write_json
 
 
@@ -57,6 +58,21 @@ def test_ids_and_a_threshold(tmp_path):
     for threshold, area in ((None, 99 * 16), (1, 99 * 16), ("50", 50 * 16)):
         (item,), _ = listed("folders", tmp_path, modality="pathology", mask_threshold=threshold)
         assert make_record(item).record.masks[0].area_px == area
+
+
+def test_values_of_more_than_eight_bits_are_stretched_with_a_warning_or_take_a_window(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks/liver").mkdir(parents=True)
+    Image.fromarray(np.arange(192, dtype=np.uint16).reshape(12, 16) * 20).save(tmp_path / "images/a.png")
+    (item,), _ = listed("folders", tmp_path, modality="CT")
+    built = make_record(item)
+    assert built.warnings == (STRETCHED,) and built.record.window is None
+    (item,), _ = listed("folders", tmp_path, modality="CT", window="0,4000")
+    built = make_record(item)
+    assert built.warnings == () and built.record.window == [0, 4000]
+    assert decode_image(built.record.image).max() == round(191 * 20 / 4000 * 255)
+    (item,), _ = listed("folders", tmp_path, modality="CT", window="lung")
+    assert "window lung is in Hounsfield units" in make_record(item).reason
 
 
 @pytest.mark.parametrize("table, message", [

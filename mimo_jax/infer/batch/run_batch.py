@@ -27,7 +27,7 @@ from mimo_jax.data.prompts import Prompts
 from mimo_jax.data.transforms import CHOICES
 from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import Answer
-from mimo_jax.infer.batch.job import BatchJob, disk_errors, write_summary
+from mimo_jax.infer.batch.job import BatchJob, disk_errors
 from mimo_jax.infer.batch.request_files import BatchRequest, BatchRequests
 from mimo_jax.infer.engine.requests import EncodedImage, Request, TurnHistory
 from mimo_jax.infer.predictor import Mimo
@@ -118,8 +118,10 @@ def run_batch(
                     if stop.received:
                         break
             stopped = job.done < survey.count
-    if not stopped:
-        write_summary(job.out)
+    if stopped:
+        job.join_windows()
+    else:
+        job.end()
     return BatchResult(job.done, job.answered, job.failed, stopped, burned_in, dict(choices))
 
 

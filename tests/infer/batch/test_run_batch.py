@@ -95,7 +95,7 @@ def test_answers_are_those_of_a_chat_in_the_order_of_the_requests(mimo, tmp_path
     rows = [
         {"id": "a", "image": "0.png", "question": "What is this?", "boxes": box},
         {"image": "1.png", "question": "Segment the liver. " * 9},
-        {"id": "talk", "image": "0.png", "question": ["Which organ makes bile?", "What does it do?"], "points": [[5, 6, 0]]},
+        {"id": "talk", "image": "0.png", "question": ["Which organ makes bile?", "What does it do?"], "points": [[5, 6, 1]]},
         {"image": "2.png", "question": "Is there a liver?", "max_new_tokens": 3},
         {"id": "painted", "image": "0.png", "mask": "mask.png"},
     ]
@@ -139,7 +139,7 @@ def test_the_table_has_a_row_for_each_structure_and_says_where_there_is_none(tmp
         {
             "id": "b",
             "image": "b.png",
-            "turns": [{"question": "Q1", "entities": [], "unanswered": ["spleen"]}, {"question": "Q2\nmore", "entities": [entity]}],
+            "turns": [nothing, {"question": "Q2\nmore", "entities": [entity]}],
         },
     ]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -367,7 +367,7 @@ def test_a_killed_process_is_gone_on_with_to_the_same_bytes(run, mimo, tmp_path)
     process = subprocess.Popen([sys.executable, "-m", "mimo_jax.cli", *line], stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120
-        while not (out / "batch.json").exists() or not json.loads((out / "batch.json").read_bytes())["done"]:
+        while not list((out / "windows").glob("[0-9]*")):
             assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
             time.sleep(0.005)
         process.send_signal(signal.SIGSTOP)
@@ -376,13 +376,45 @@ def test_a_killed_process_is_gone_on_with_to_the_same_bytes(run, mimo, tmp_path)
     finally:
         process.kill()
         process.communicate()
-    state = json.loads((out / "batch.json").read_bytes())
-    assert 0 < state["done"] < 64 and state["done"] % 8 == 0
-    for name in ("answers.jsonl", "failed.jsonl"):
-        with open(out / name, "ab") as file:
-            file.write(b'{"id": "00')  # as a kill amid writing leaves it
+    windows = sorted((out / "windows").glob("[0-9]*"))
+    assert 0 < len(windows) < 8 and windows[0].name.startswith("000000001-000000008_")
+    (out / "windows" / ".0123456789abcdef.part").write_bytes(b'{"id": "00')  # as a kill amid writing leaves it
     done = run_batch(lambda: mimo, path, out, save=(".npy",), resume=True)
     assert done == run_batch(lambda: mimo, path, tmp_path / "whole", save=(".npy",))
     assert (done.answered, done.failed) == (55, 9)  # one of the seven images is missing
     for file in (tmp_path / "whole").iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["last", "last torn", "middle", "all", "end"])
+def test_a_lost_machine_loses_only_what_was_not_closed(mimo, tmp_path, monkeypatch, lost):
+    """On a bucket, what the machine had not closed is not there; the longest whole prefix of the job is gone on with."""
+    folder, out, asked = films(tmp_path / "in", 30), tmp_path / "out", []
+    real, calls = mimo.generate, 4 if lost == "end" else 3
+
+    def generate(requests):
+        if len(asked) == calls:
+            raise KeyboardInterrupt
+        asked.append(len(requests))
+        return real(requests)
+
+    monkeypatch.setattr(mimo, "generate", generate)
+    if lost == "end":
+        monkeypatch.setattr("mimo_jax.infer.batch.job.write_summary", lambda out: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(lambda: mimo, folder, out, "What is this?")
+    monkeypatch.undo()
+    windows = sorted((out / "windows").iterdir())
+    assert asked == [8, 8, 8, 6][:calls] and len(windows) == calls
+    for window in {"last": windows[2:], "middle": windows[1:2], "all": windows}.get(lost, []):
+        window.unlink()
+    if lost == "last torn":
+        windows[2].write_bytes(windows[2].read_bytes()[:100])
+    if lost == "end":  # answers.jsonl was written, but not closed
+        (out / "answers.jsonl").unlink()
+    again = []
+    monkeypatch.setattr(mimo, "generate", lambda requests: again.append(len(requests)) or real(requests))
+    done = run_batch(lambda: mimo, folder, out, "What is this?", resume=True)
+    assert sum(again) == {"last": 14, "last torn": 14, "middle": 22, "all": 30, "end": 0}[lost]
+    assert done == run_batch(lambda: mimo, folder, tmp_path / "whole", "What is this?") and done.answered == 30
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}

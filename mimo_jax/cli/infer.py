@@ -101,9 +101,8 @@ scribbles need a single slice.""",
         help="an image file (PNG, JPEG, TIFF, BMP, DICOM, NIfTI), or a folder of DICOM files",
     )
     ask.add_argument("question", metavar="QUESTION", nargs="?")
-    ask.add_argument(
-        "--point", type=point, action="append", default=[], metavar="X,Y,LABEL", help="label 1: inside, 0: outside; repeatable"
-    )
+    point_help = "a pixel of the displayed image; label 1: inside, 0: outside; repeatable"
+    ask.add_argument("--point", type=point, action="append", default=[], metavar="X,Y,LABEL", help=point_help)
     ask.add_argument("--box", type=box, action="append", default=[], metavar="X0,Y0,X1,Y1", help="x1 and y1 are exclusive; repeatable")
     ask.add_argument("--scribble", type=scribble, action="append", default=[], metavar='"X,Y X,Y …"', help="a stroke; repeatable")
     prompts_help = "a mask image, or JSON of points, boxes, scribbles, masks (COCO RLE), or a COCO annotation; repeatable"
@@ -129,7 +128,8 @@ def _picture_flags(command: argparse.ArgumentParser, scans: bool = False) -> Non
         command.add_argument(
             "--series", type=positive, metavar="N", help="number of the series in a folder with several; if it is missing, they are listed"
         )
-    window_help = "values shown as black and white, such as -160,240; or a CT window: lung, bone, soft, brain, abdomen or mediastinum"
+    window_help = "values shown as black and white, such as -160,240; or a CT window: lung, bone, soft, brain, abdomen or mediastinum; "
+    window_help += "default: that of the file, else the 0.5 and 99.5 percentiles of the whole scan"
     command.add_argument("--window", type=window, metavar="LOW,HIGH|NAME", help=window_help)
     threshold_help = "least value in the mask of a prompt's mask image, such as 1 for ids or 128 for soft edges; default: decided for each"
     command.add_argument("--mask-threshold", type=threshold, metavar="VALUE", help=threshold_help)

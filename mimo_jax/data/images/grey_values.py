@@ -19,8 +19,9 @@ from mimo_jax.data.transforms import windowed
 PERCENTILES = (0.5, 99.5)
 Limits = tuple[float, float]
 Rescale = Callable[[np.ndarray], np.ndarray]
-_CHUNK = 2**22  # values counted at once
+_CHUNK = 2**20  # values counted at once
 _MAX_LEVELS = 2**18  # distinct values that are counted exactly; any 16 bits are fewer
+_MAX_PENDING = 2**20  # counted values that wait to be merged
 
 
 class ValueCounts:
@@ -44,7 +45,7 @@ class ValueCounts:
             levels, counts = levels[finite], counts[finite]
             self._extremes = min(self._extremes[0], float(levels.min())), max(self._extremes[1], float(levels.max()))
             self._pending.append(_coarse(levels, counts))
-            if sum(len(levels) for levels, _ in self._pending) > _MAX_LEVELS:
+            if sum(len(levels) for levels, _ in self._pending) > _MAX_PENDING:
                 self._merge()
 
     def limits(self) -> Limits | None:

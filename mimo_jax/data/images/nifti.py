@@ -32,7 +32,7 @@ from mimo_jax.data.transforms import MAX_PIXELS
 from mimo_jax.errors import UserError
 
 _AXES = "ijk"
-_PART = 2**22  # voxels read at once where only their grey values count
+_PART = 2**20  # voxels read at once where only their grey values count
 _MM = {"meter": 1000.0, "micron": 0.001}  # length units of NIfTI files; all others are treated as mm
 
 

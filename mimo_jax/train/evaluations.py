@@ -86,10 +86,16 @@ class Evaluations:
             calibration = calibrate.calibrate_params(self.config, params, self.tokenizer, self.stop.requested)
             if calibration and jax.process_index() == 0:
                 calibration.write(calibration_path)
+            stopped = False
             if jax.process_index() == 0:
-                familiarity = fit_params(self.config, params, self.tokenizer)
-                if familiarity:
-                    familiarity.write(calibration_path.with_name(FILE))
+                try:
+                    familiarity = fit_params(self.config, params, self.tokenizer, self.stop.requested)
+                    if familiarity:
+                        familiarity.write(calibration_path.with_name(FILE))
+                except EvaluationStopped:
+                    stopped = True
+            if distributed.gather(stopped)[0]:
+                raise EvaluationStopped
             return
         calibration = Calibration.read(calibration_path) if stage == FINAL else UNCALIBRATED
         self._evaluate(step, params, calibration)

@@ -70,8 +70,7 @@ def test_each_stage_has_a_mark_and_a_run_that_dies_in_one_goes_on_there(config, 
 def test_a_stop_within_an_evaluation_is_followed_there_and_the_evaluation_made_up(
     config, whole, tmp_path, monkeypatch, capsys, polls, step
 ):
-    """Polls: before anything, before the first step, in the one window of the evaluation of step 1, in that of the last evaluation. The
-    calibration has too few masks to fit on, so that it asks nothing."""
+    """Polls: before anything, before the first step, in the one window of the evaluation of step 1, in the calibration of step 2."""
     run, number = tmp_path / "run", 0
 
     def requested(self):

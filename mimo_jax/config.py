@@ -45,7 +45,7 @@ class DataConfig:
     prompt_kinds: str = "point,box,scribble"  # comma-separated: sampled in training with equal probability; evaluation samples all
     mixed_prompts: float = 0.3  # share of the prompts in training with a mark of another kind, or points outside, near or far
     batch_size: int = 8  # samples in the global batch
-    samples_per_image: int = 1  # consecutive samples of one perspective that share one image (and its encoding)
+    samples_per_image: int = 1  # samples that share one image (and its encoding): of one perspective, or more if it has too few
     buckets: str = "256,512,768"  # comma-separated sequence lengths, tokens
     chat_template: str = "vicuna"  # text around the turns: a row of chat_templates.py
     system_prompt: str = "template"  # text before the first turn; "template": that of the chat template; empty: none
@@ -120,6 +120,7 @@ class GenerateConfig:
     batch_size: int = 16
     cache_mb: int = 4096  # features of open images and KV caches of chats that are kept on the device, MB
     refine: bool = False  # decode masks twice: SAM's decoder gets its first mask as the dense prompt
+    zoom: bool = False  # decode small masks again, on a crop of the image around them
     sam_prompts: bool = False  # also give a turn's points, boxes and scribbles to SAM's prompt encoder, for every mask of the answer
 
 

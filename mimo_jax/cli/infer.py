@@ -32,6 +32,7 @@ def _model_flags(command: argparse.ArgumentParser) -> None:
     quantize_help = "store the language model as integers, with a half (int8) or a quarter (int4) of the memory of bf16"
     command.add_argument("--quantize", choices=QUANTIZATIONS, default="", help=quantize_help)
     command.add_argument("--refine", action="store_true", help="decode each mask twice, with the first mask as input of SAM's decoder")
+    command.add_argument("--zoom", action="store_true", help="decode small masks again, on a crop of the image around them")
     command.add_argument("--sam-prompts", action="store_true", help="also give points, boxes and scribbles to SAM's prompt encoder")
 
 
@@ -48,7 +49,7 @@ def _load(args: argparse.Namespace) -> Mimo:
     progress.addHandler(_ToStderr())
     mimo = Mimo.load(args.checkpoint, args.base, args.allow_untrained, args.quantize)
     mimo.config = copy.deepcopy(mimo.config)
-    for name in ("refine", "sam_prompts"):
+    for name in ("refine", "zoom", "sam_prompts"):
         if getattr(args, name):
             setattr(mimo.config.generate, name, True)
             mimo.origin += f", {name}"

@@ -18,12 +18,14 @@ from mimo_jax.config import Config
 from mimo_jax.data import conversation
 from mimo_jax.data.prompts import sam_points
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.data.transforms import mask_from_logits
+from mimo_jax.data.transforms import mask_from_logits, preprocess
+from mimo_jax.geometry import sam_frame
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import Calibration, ConfidenceFeatures
 from mimo_jax.infer.answers.familiarity import Familiarity
 from mimo_jax.infer.engine.compiled import Engine
 from mimo_jax.infer.engine.requests import EncodedImage, EncodedTurn, Request, TurnHistory
+from mimo_jax.infer.engine.zoom import crop_around
 from mimo_jax.model_config import GROUNDING_TOKENS
 
 _LENGTH_STEP = 32  # prompt buckets: 32, 64, 96, 128, then 192, 256, 384, 512, 768, …
@@ -190,11 +192,33 @@ class DecodeBatch:
                 for s, position in enumerate(row):
                     k = len(self.entities[b])
                     mask = mask_from_logits(logits[b, s], image.sam_frame, *image.pixels.shape[:2])
+                    if generate.zoom:
+                        mask = self._zoomed(b, position, logits[b, s], mask)
                     since = seg_positions[b][k - 1] + 1 if k else 0
                     evidence = ConfidenceFeatures.of(logits[b, s], image.sam_frame, iou[b, s], self.probs[b, since : position + 1])
                     spacing = image.picture.spacing_mm
                     self.entities[b].append(Entity.of(k, phrases[b][k][0], mask, evidence, self.calibration, spacing))
         return self.entities
+
+    def _zoomed(self, b: int, position: int, logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The mask of row b's token `position`, decoded again on a crop if it is small; the first one if the crop shows nothing."""
+        image, config = self.images[b], self.config
+        crop = crop_around(logits, image.sam_frame)
+        if crop is None:
+            return mask
+        pixels = image.pixels[crop]
+        inputs = preprocess(pixels, config.model)
+        arrays = (inputs[name][None] for name in ("vision_image", "vision_size", "sam_image", "sam_size"))
+        _, features = self.engine.encode(*arrays, 1)
+        states = self.state.states[b : b + 1]
+        logits, _ = self.engine.segment(features, states, np.array([[position]], np.int32), 1, None, config.generate.refine)
+        size, sam = pixels.shape[:2], config.model.sam
+        inside = mask_from_logits(np.asarray(logits[0, 0]), sam_frame(*size, sam.image_size, sam.image_fit), *size)
+        if not inside.any():
+            return mask
+        zoomed = np.zeros_like(mask)
+        zoomed[crop] = inside
+        return zoomed
 
     def _sam_points(self) -> tuple[np.ndarray, np.ndarray]:
         """The prompts of every row's new turn for SAM's prompt encoder: xy [B, P + 1, 2], labels [B, P + 1]."""

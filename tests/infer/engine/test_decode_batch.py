@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from mimo_jax.data.prompts import Prompts
+from mimo_jax.data.transforms import mask_from_logits
+from mimo_jax.infer.engine import decode_batch
 from mimo_jax.infer.predictor import Mimo, Request
 from tests.data.handmade import tokenizer
 from tests.tiny_config import painting_params, tiny_config
@@ -33,3 +35,23 @@ def test_refining_and_marks_change_what_is_painted_and_marks_only_where_they_are
     np.testing.assert_allclose(marked[1], plain[1], atol=1e-4)
     np.testing.assert_allclose(both[1], refined[1], atol=1e-4)
     assert np.abs(both[0] - refined[0]).max() > 1e-3
+
+
+def test_a_small_mask_is_decoded_again_on_the_crop_around_it(mimo, monkeypatch):
+    """Whatever the crop: the same `<SEG>` state on the features of the crop alone, pasted where it was cut out."""
+    mimo.config.generate.refine = mimo.config.generate.sam_prompts = False
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+    crop = (slice(8, 30), slice(20, 50))
+    batch = mimo.start(Request(pixels, "Segment the liver."))
+    batch.decode()
+    (inner,) = mimo.encode([pixels[crop]])
+    position = batch.generated_ids[0].index(mimo.tokenizer.seg)
+    logits, _ = mimo.engine.segment(inner.features[None], batch.state.states, np.array([[position]], np.int32), 1)
+    expected = mask_from_logits(np.asarray(logits[0, 0]), inner.sam_frame, 22, 30)
+    assert 0 < expected.sum() < expected.size
+
+    monkeypatch.setattr(decode_batch, "crop_around", lambda logits, frame: crop)
+    monkeypatch.setattr(mimo.config.generate, "zoom", True)
+    ((answer, _),) = mimo.finish(batch)
+    np.testing.assert_array_equal(answer.entities[0].mask[crop], expected)
+    assert answer.entities[0].area_px == expected.sum()

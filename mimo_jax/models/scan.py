@@ -58,6 +58,11 @@ def rematerialised(function: Callable, remat: str) -> Callable:
     return jax.checkpoint(function, policy=_POLICIES[remat], prevent_cse=False)
 
 
+def num_stack_axes(path: str) -> int:
+    """Number of leading axes of the parameter at `path` that are the layers of a `ScannedLayers`."""
+    return path.split("/").count("block")
+
+
 class ScannedLayers(nnx.Module):
     """N blocks of equal shapes, with parameters stacked on a leading axis N, applied by `lax.scan`, so that N layers compile as one.
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
-import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mimo_jax import pathtree
 from mimo_jax.config import TrainConfig
+from mimo_jax.models import scan
 
-# Muon orthogonalises the matrices inside the towers: the last two axes of a kernel, layer by layer where layers are stacked.
-# Convolutions, embeddings, the language head and LoRA's thin factors are optimized with Adam.
-MATRICES = r"/kernel$"
-NOT_MATRICES = r"/(patch|neck_in|neck_out|mask_down1|mask_down2|mask_out|upscale1|upscale2)/"
+# Ordered path regex -> whether weight decay applies: to what a vector is multiplied with, as is common practice, and not to biases, scales
+# of norms, embeddings, positions and learnt tokens, even where layers are stacked to arrays of more axes.
+DECAYED: dict[str, bool] = {
+    r"/(kernel|lora_[ab])$": True,
+    r"^lm_head/": True,
+    r"": False,
+}
 
 
 def schedule(cfg: TrainConfig) -> optax.Schedule:
@@ -31,28 +32,34 @@ def schedule(cfg: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(cfg: TrainConfig, table: dict[str, float | None]) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam or Muon, decoupled weight decay of matrices, the schedule, and each path's multiplier."""
+    """Clipping by global norm, Adam or Muon, decoupled weight decay (DECAYED), the schedule, and each path's multiplier."""
 
     def scale_by_path(updates, _params=None):
         flat = pathtree.flatten(updates)
         return pathtree.unflatten({path: u * table[path] for path, u in flat.items()})
 
-    def matrices(params):
-        return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
+    def decayed(params):
+        return pathtree.unflatten({path: pathtree.first_match(path, DECAYED, "DECAYED") for path in pathtree.flatten(params)})
 
     adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2)
     return optax.chain(
         optax.clip_by_global_norm(cfg.max_grad_norm),
         adam if cfg.optimizer == "adam" else optax.partition({"muon": _muon(), "adam": adam}, _muon_or_adam),
-        optax.add_decayed_weights(cfg.weight_decay, mask=matrices),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(schedule(cfg)),
         optax.stateless(scale_by_path),
     )
 
 
 def _muon_or_adam(params: dict) -> dict:
-    flat = pathtree.flatten(params)
-    return pathtree.unflatten({p: "muon" if re.search(MATRICES, p) and not re.search(NOT_MATRICES, p) else "adam" for p in flat})
+    """Which of the two optimizes each parameter. Muon orthogonalises the matrices inside the towers: the last two axes of a kernel, layer
+    by layer where layers are stacked, and head by head where a kernel has one matrix for each. Convolutions, whose kernels have four axes
+    without those of the stack, embeddings, the language head and LoRA's thin factors are Adam's."""
+
+    def label(path: str, leaf: jax.Array) -> str:
+        return "muon" if path.endswith("/kernel") and leaf.ndim - scan.num_stack_axes(path) < 4 else "adam"
+
+    return pathtree.unflatten({path: label(path, leaf) for path, leaf in pathtree.flatten(params).items()})
 
 
 def _muon() -> optax.GradientTransformation:

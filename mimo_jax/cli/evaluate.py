@@ -22,6 +22,7 @@ def add_eval(commands) -> None:
   mimo eval --checkpoint runs/a/steps/500 --data my.jsonl --split val --limit 200 --overlays overlays --out report.json
   mimo eval --checkpoint runs/a --data data/held_out --baselines-from data/phantom --out report.json
   mimo eval --checkpoint runs/a --data data/phantom --split val --calibrate
+  mimo eval --checkpoint IMPORT --allow-untrained --data data/phantom --sam-box --out sam.json
   mimo eval compare a.json b.json""",
     )
     checkpoint_flags(evaluate, required=False)
@@ -34,6 +35,8 @@ def add_eval(commands) -> None:
     evaluate.add_argument("--overlays", type=OutputPath, metavar="DIR", help="write overlays of answers there")
     from_help = "dataset whose training split the trivial baselines are fitted on (default: --data, if it has one)"
     evaluate.add_argument("--baselines-from", type=InputPath, metavar="DIR", help=from_help)
+    box_help = "ask nothing; segment the structures of prompted questions from their true boxes with the checkpoint's SAM alone"
+    evaluate.add_argument("--sam-box", action="store_true", help=box_help)
     calibrate_help = "instead of writing a report, fit the confidence calibration and save it with the checkpoint"
     evaluate.add_argument("--calibrate", action="store_true", help=calibrate_help)
     evaluate.set_defaults(run=_eval)
@@ -57,7 +60,7 @@ def _eval(args: argparse.Namespace) -> int:
             raise UserError(f"--{name}: is missing (see mimo eval --help)")
     options = {"limit": args.limit, "base": args.base, "allow_untrained": args.allow_untrained}
     if args.calibrate:
-        for flag in ("out", "overlays", "quantize", "baselines_from"):
+        for flag in ("out", "overlays", "quantize", "baselines_from", "sam_box"):
             if getattr(args, flag):
                 name = flag.replace("_", "-")
                 raise UserError(f"--{name}: --calibrate writes no report; omit it, and run mimo eval again without --calibrate")
@@ -67,6 +70,14 @@ def _eval(args: argparse.Namespace) -> int:
         return EXIT_OK
     if not args.out:
         raise UserError("--out: is missing; name the file of the report, such as --out report.json")
+    if args.sam_box:
+        for flag in ("overlays", "quantize", "baselines_from"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag.replace('_', '-')}: does not apply to --sam-box; omit it")
+        from mimo_jax.eval.sam_box import evaluate_sam_box
+
+        evaluate_sam_box(args.checkpoint, args.data, args.split or "test", args.out, **options)
+        return EXIT_OK
     from mimo_jax.eval.evaluate import evaluate_checkpoint
 
     options |= {"overlays": args.overlays, "quantization": args.quantize, "baselines_from": args.baselines_from}

@@ -61,6 +61,8 @@ Finished runs are skipped, stopped ones resume. --config.… flags, such as --co
     sweep.add_argument("--jobs", type=positive, metavar="N", help="number of runs at a time (default: 1; on a cluster, all)")
     peers_help = "figures of others for the tables of the paper: CSV with the columns table, model, column, value, address"
     sweep.add_argument("--peers", type=InputPath, metavar="FILE", help=peers_help)
+    box_help = "report of `mimo eval --sam-box` on the same test data, a row of the tables of the paper"
+    sweep.add_argument("--sam-box", type=InputPath, metavar="FILE", help=box_help)
     sweep.add_argument("--dry-run", action="store_true", help="print the runs and their commands without running them")
     sweep.set_defaults(run=_sweep, overrides=())
 
@@ -68,7 +70,7 @@ Finished runs are skipped, stopped ones resume. --config.… flags, such as --co
 def _sweep(args: argparse.Namespace) -> int:
     from mimo_jax.cli.train import sources_of
     from mimo_jax.sweep.jobs import ClusterWorker, SweepCluster
-    from mimo_jax.sweep.plan import SharedSettings, base_config, check_folders, make_sweep
+    from mimo_jax.sweep.plan import SPLIT, SharedSettings, base_config, check_folders, make_sweep
     from mimo_jax.sweep.run import LocalWorker, run_all
 
     sources = sources_of(args.data)
@@ -85,9 +87,10 @@ def _sweep(args: argparse.Namespace) -> int:
         cluster.check(workdir)
     elif args.launch:
         raise UserError(f"--launch {shlex.join(args.launch)}: applies only to a cluster; add --backend {' or '.join(CLUSTERS)}")
-    from mimo_jax.sweep.paper_tables import markdown, paper_tables, read_peers
+    from mimo_jax.sweep.paper_tables import markdown, paper_tables, read_peers, read_sam_box
 
     peers = read_peers(Path(args.peers)) if args.peers else []
+    sam_box = read_sam_box(Path(args.sam_box), test, SPLIT, args.limit) if args.sam_box else None
     if args.dry_run:
         _print_plan(sweep, cluster)
         return EXIT_OK
@@ -104,7 +107,7 @@ def _sweep(args: argparse.Namespace) -> int:
     about = f"{shlex.join([common.base, *args.overrides])}: {part} of the test split of {test}, seeds {','.join(map(str, args.seeds))}."
     print(write_summary(workdir, about, sweep.groups, reports))
     print(f"summary: {', '.join(str(workdir / f'summary.{kind}') for kind in ('md', 'json', 'png'))}")
-    tables, missing = paper_tables(sweep.groups, reports, peers)
+    tables, missing = paper_tables(sweep.groups, reports, peers, sam_box)
     if tables:
         text = markdown(about, tables, missing, peers)
         (workdir / "paper.md").write_text(text, encoding="utf-8")

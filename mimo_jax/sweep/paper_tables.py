@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mimo_jax import files
 from mimo_jax.errors import UserError
 from mimo_jax.eval.mask_metrics import GROUNDED
 
@@ -23,6 +24,7 @@ TITLES = {
     AP50_TABLE: "AP50 by modality, without and with a prompt",
     DATA_TABLE: "mIoU by perspective and share of the training data",
 }
+SAM_BOX = "SAM, box prompts"
 MODELS = {"MIMO without aligner": "none", "MIMO": "cross_attention"}  # row -> variant of the group "aligner"
 SHARES = ("25", "50", "75", "100")  # variants of the group "data"
 _COLUMNS = ("table", "model", "column", "value", "address")
@@ -74,10 +76,26 @@ def _peer(where: str, line: Mapping[str, str | None]) -> PeerFigure:
     return PeerFigure(values["table"], values["model"], values["column"], value, values["address"])
 
 
+def read_sam_box(path: Path, data: str, split: str, limit: int | None) -> dict:
+    """The report of `mimo eval --sam-box`. Raises UserError if it is none, or of other samples than those of the sweep."""
+    report = files.read_json(path)
+    if not report or "method" not in report:
+        raise UserError(f"{path}: is no report of mimo eval --sam-box")
+    for name, wanted in (("data", data), ("split", split), ("limit", limit)):
+        made = str(files.absolute(report[name])) if name == "data" else report[name]
+        if made != wanted:
+            raise UserError(f"{path}: was made with {name} {made}, the sweep has {wanted}; run mimo eval --sam-box with that")
+    return report
+
+
 def paper_tables(
-    groups: Mapping[str, Mapping[str, Sequence[str]]], reports: Mapping[str, dict], peers: Sequence[PeerFigure] = ()
+    groups: Mapping[str, Mapping[str, Sequence[str]]],
+    reports: Mapping[str, dict],
+    peers: Sequence[PeerFigure] = (),
+    sam_box: dict | None = None,
 ) -> tuple[list[PaperTable], list[str]]:
-    """(tables, why others are missing). groups: group → variant → names of its runs; reports: name of a finished run → its report."""
+    """(tables, why others are missing). groups: group → variant → names of its runs; reports: name of a finished run → its report;
+    sam_box: the report of `mimo eval --sam-box`, a row of the tables of mIoU and AP50."""
     tables, missing = [], []
     addresses = list(dict.fromkeys(peer.address for peer in peers))
     for name in TABLES:
@@ -96,7 +114,7 @@ def paper_tables(
             if peer.column not in table.columns:
                 table.columns.append(peer.column)
             table.rows.setdefault(peer.model, {})[peer.column] = f"{peer.value:.3f} [{addresses.index(peer.address) + 1}]"
-        for row, of_row in found.items():
+        for row, of_row in (({SAM_BOX: [sam_box]} if sam_box and name != DATA_TABLE else {}) | found).items():
             table.rows[row] = {column: _cell(of_row, metric, column) for column in columns}
         tables.append(table)
     return tables, missing

@@ -21,7 +21,7 @@ from mimo_jax.config import Config, SourceConfig
 from mimo_jax.errors import UserError
 
 BASELINE = "base"
-_REPORT, _SPLIT = "test.json", "test"
+_REPORT, SPLIT = "test.json", "test"
 
 
 class SweepError(UserError):
@@ -58,7 +58,7 @@ class SweepRun:
         """The arguments of `mimo` that evaluate this run."""
         limit = ["--limit", str(self.common.limit)] if self.common.limit else []
         report = str(self.folder / _REPORT)
-        return ["eval", "--checkpoint", str(self.folder), "--data", self.common.test, "--split", _SPLIT, *limit, "--out", report]
+        return ["eval", "--checkpoint", str(self.folder), "--data", self.common.test, "--split", SPLIT, *limit, "--out", report]
 
     def remaining(self) -> list[list[str]]:
         """Those of the two commands that still have to run, in order."""
@@ -70,7 +70,7 @@ class SweepRun:
     def report(self) -> dict | None:
         """The report of the finished training on the requested test data; None if it does not exist yet."""
         report = files.read_json(self.folder / _REPORT) or {}
-        expected = {"data": self.common.test, "split": _SPLIT, "limit": self.common.limit}
+        expected = {"data": self.common.test, "split": SPLIT, "limit": self.common.limit}
         return report if report and all(report.get(key) == value for key, value in expected.items()) else None
 
 

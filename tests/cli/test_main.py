@@ -165,6 +165,7 @@ def test_help_loads_no_jax():
         ("eval --checkpoint c --data d --out o --limit 0", "--limit: '0' is not a whole number of 1 or more"),
         ("eval --checkpoint c --data d --out o --split dev", "invalid choice: 'dev'"),
         ("eval --checkpoint c --data d", "--out: is missing"),
+        ("eval --checkpoint c --data d --out o --sam-box --overlays v", "--overlays: does not apply to --sam-box"),
         ("eval --data d --out o", "--checkpoint: is missing"),
         ("eval --checkpoint c --out o", "--data: is missing"),
         ("eval compare a.json", "the following arguments are required: B.json"),
@@ -268,7 +269,7 @@ def test_ask_hands_over_prompts_of_every_kind(asked, capsys, tmp_path, monkeypat
     assert out.read_text() == other.read_text() == "picture"
     said = capsys.readouterr()
     assert said.out.splitlines() == ["The liver is outlined.", "  liver: 12 px, box [1, 2, 3, 4], score 0.25, uncertain"]
-    assert said.err.splitlines() == ["base 1234, refine", f"written to {out}, {other}"]
+    assert said.err.splitlines() == ["base 1234, refine", "device: 1 × cpu", "answering", f"written to {out}, {other}"]
     assert main.main(["ask", "--checkpoint", "c", "i.png", "Which?", "--window", "lung"]) == 0 and asked["window"] == "lung"
     monkeypatch.setattr(FakeAnswer.entities[0], "area_mm2", 7.06)
     assert main.main(["ask", "--checkpoint", "c", "i.png", "Which?"]) == 0

@@ -1,11 +1,14 @@
 """The tables of the paper from made-up reports, and figures of others with their addresses."""
 
+import json
+import os
+
 import pytest
 
 from configs.ablations import get_ablations
 from mimo_jax.config import Config
 from mimo_jax.errors import UserError
-from mimo_jax.sweep.paper_tables import MODELS, SHARES, TITLES, markdown, paper_tables, read_peers
+from mimo_jax.sweep.paper_tables import MODELS, SHARES, TITLES, markdown, paper_tables, read_peers, read_sam_box
 
 GROUPS = {
     "aligner": {"cross_attention": ["a0", "a1"], "none": ["b0"]},
@@ -46,6 +49,20 @@ def test_tables_have_seeds_intervals_and_figures_of_others(tmp_path):
     assert "| X-ray with prompt | 0.989 [2] | 0.500 (0.400 … 0.600) | 0.650 ± 0.071 |" in lines
     assert f"| 25 % | {' | '.join(['0.200 (0.150 … 0.250)'] * 4)} |" in lines
     assert "[1] published, not measured here; read at https://example.org/paper" in lines and "[2]" in lines[-1]
+
+
+def test_box_prompted_sam_is_a_row_if_it_has_the_same_samples(tmp_path):
+    found = report(0.4) | {"method": "SAM", "data": "d", "split": "test", "limit": None}
+    found["miou"]["I"] = None
+    (tmp_path / "sam.json").write_text(json.dumps(found))
+    tables, _ = paper_tables(GROUPS, REPORTS, sam_box=read_sam_box(tmp_path / "sam.json", os.path.abspath("d"), "test", None))
+    assert [list(table.rows)[0] for table in tables] == ["SAM, box prompts", "SAM, box prompts", "25 %"]
+    assert tables[0].rows["SAM, box prompts"] == {"I": "-"} | dict.fromkeys(("II", "III", "IV"), "0.400 (0.350 … 0.450)")
+    with pytest.raises(UserError, match="sam.json: was made with limit None, the sweep has 9"):
+        read_sam_box(tmp_path / "sam.json", os.path.abspath("d"), "test", 9)
+    (tmp_path / "sam.json").write_text(json.dumps(report(0.4)))
+    with pytest.raises(UserError, match="sam.json: is no report of mimo eval --sam-box"):
+        read_sam_box(tmp_path / "sam.json", "d", "test", None)
 
 
 def test_what_is_not_finished_is_named():

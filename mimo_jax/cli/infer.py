@@ -38,7 +38,8 @@ def _model_flags(command: argparse.ArgumentParser) -> None:
 
 def _load(args: argparse.Namespace) -> Mimo:
     """Load the model; what takes long is said on stderr, also later when a program has to be compiled."""
-    _say(f"loading {args.checkpoint}")
+    if sys.stderr.isatty():  # elsewhere a checkpoint that cannot be loaded is answered with one line
+        _say(f"loading {args.checkpoint}")
     import jax
 
     from mimo_jax.infer.engine.program_cache import progress

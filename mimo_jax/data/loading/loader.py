@@ -26,6 +26,7 @@ from mimo_jax.config import PERSPECTIVES, Config
 from mimo_jax.data.loading.collate import smallest_bucket, stack_batch
 from mimo_jax.data.loading.example_builder import ExampleBuilder, SampledImage
 from mimo_jax.data.loading.features import open_features
+from mimo_jax.data.loading.fill import filled_share, mix_weights
 from mimo_jax.data.loading.sources import Manifest
 from mimo_jax.data.loading.split_conversations import split_conversations
 from mimo_jax.data.loading.token_counts import token_counts
@@ -196,10 +197,12 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
     """(endless random-access sequence of SampledImage, number of samples that it is drawn from).
 
     There is one endless dataset, reshuffled each epoch, for each perspective of each source. Perspectives are mixed in proportion to
-    `data.weights`, and the sources of a perspective in proportion to their weights."""
+    `data.weights`, and the sources of a perspective in proportion to their weights. An image with fewer than K samples of a perspective
+    is filled up with others of its samples as often as these proportions allow."""
     samples_per_image = config.data.samples_per_image
     fraction_masks = {name: _fraction_mask(source, config.data.fraction) for name, source in sources.items()}
-    leaves, weights, total = [], [], 0
+    leaves: list[tuple[int, str, np.ndarray]] = []  # perspective, source, groups
+    weights, total = [], 0
     for perspective, weight in config.data.weights.items():
         if weight < 0:
             raise DataError(f"config.data.weights.{perspective}: is {weight}; must be 0 or more")
@@ -220,13 +223,35 @@ def _mixture(config: Config, sources: dict[str, RecordFolder | Manifest]) -> tup
             )
         total_weight = sum(config.data.sources[name].weight for name in groups)
         for name, rows in groups.items():
-            seed = zlib.crc32(f"{config.data.seed}/{perspective}/{name}".encode())
-            pick = _SampleGroup(sources[name], PERSPECTIVES.index(perspective), samples_per_image)
-            leaves.append(grain.MapDataset.source(_Epochs(rows, seed)).seed(seed).random_map(pick))
+            leaves.append((PERSPECTIVES.index(perspective), name, rows))
             weights.append(weight * config.data.sources[name].weight / total_weight)
     if not leaves:
         raise DataError("config.data.weights: all are 0; give at least one perspective a weight")
-    return grain.MapDataset.mix(leaves, weights), total
+    weights, fills = mix_weights(np.array(weights) / sum(weights), _filled_shares(leaves, sources, samples_per_image))
+    datasets = []
+    for (perspective, name, rows), fill in zip(leaves, fills.tolist(), strict=True):
+        seed = zlib.crc32(f"{config.data.seed}/{PERSPECTIVES[perspective]}/{name}".encode())
+        others = {other for other, source, _ in leaves if source == name} - {perspective}
+        pick = _SampleGroup(sources[name], perspective, samples_per_image, others, fill)
+        datasets.append(grain.MapDataset.source(_Epochs(rows, seed)).seed(seed).random_map(pick))
+    return grain.MapDataset.mix(datasets, weights.tolist()), total
+
+
+def _filled_shares(
+    leaves: Sequence[tuple[int, str, np.ndarray]], sources: Mapping[str, RecordFolder | Manifest], group_size: int
+) -> np.ndarray:
+    """float [L, L]: row i has the share of each leaf's samples in the groups of leaf i, if short ones are filled up."""
+    shares = np.zeros((len(leaves), len(leaves)))
+    for name, source in sources.items():
+        local = [i for i, leaf in enumerate(leaves) if leaf[1] == name]
+        index, record_of = source.index, np.repeat(np.arange(len(source)), np.diff(source.index.first))
+        counts = np.zeros((len(source), len(local)), np.int64)
+        for column, i in enumerate(local):
+            drawn = np.isin(np.arange(len(source)), leaves[i][2][:, 1])
+            counts[:, column] = np.bincount(record_of[index.perspective == leaves[i][0]], minlength=len(source)) * drawn
+        for column, i in enumerate(local):
+            shares[i, local] = filled_share(counts, column, group_size)
+    return shares
 
 
 def _fraction_mask(source: RecordFolder | Manifest, fraction: float) -> np.ndarray:
@@ -271,17 +296,22 @@ class _Epochs:
 
 
 class _SampleGroup(grain.transforms.RandomMap):
-    """(source, record, group) -> SampledImage; a last group with fewer than K samples is filled with the record's first samples."""
+    """(source, record, group) -> SampledImage. If a record has fewer than K samples of the perspective, the share `fill` of its groups gets
+    random samples of the perspectives `others`; what is still missing, and the end of a last group, are its first samples again."""
 
-    def __init__(self, source: RecordFolder | Manifest, perspective: int, group_size: int):
+    def __init__(self, source: RecordFolder | Manifest, perspective: int, group_size: int, others: set[int], fill: float):
         self.first, self.perspectives = source.index.first, source.index.perspective
-        self.perspective, self.group_size = perspective, group_size
+        self.perspective, self.group_size, self.others, self.fill = perspective, group_size, sorted(others), fill
 
     def random_map(self, element: np.ndarray, rng: np.random.Generator) -> SampledImage:
         source, record, group = (int(v) for v in element)
-        candidates = np.flatnonzero(self.perspectives[self.first[record] : self.first[record + 1]] == self.perspective)
-        picked = candidates[(group * self.group_size + np.arange(self.group_size)) % len(candidates)]
-        return SampledImage(source, record, tuple(picked.tolist()), int(rng.integers(2**62)))
+        perspectives = self.perspectives[self.first[record] : self.first[record + 1]]
+        own, seed = np.flatnonzero(perspectives == self.perspective), int(rng.integers(2**62))
+        if len(own) < self.group_size and self.fill and rng.random() < self.fill:
+            others = np.flatnonzero(np.isin(perspectives, self.others))
+            own = np.concatenate([own, rng.permutation(others)[: self.group_size - len(own)]])
+        picked = own[(group * self.group_size + np.arange(self.group_size)) % len(own)]
+        return SampledImage(source, record, tuple(picked.tolist()), seed)
 
 
 class _BatchSource:

@@ -175,8 +175,9 @@ def _write_mimo(leaves: LazyParams, out: Path, merge: bool) -> None:
     for name in ("config.json", "tokenizer.json", provenance.FILE, provenance.KEPT):
         if (leaves.run / name).is_file():
             shutil.copy(leaves.run / name, out / name)
-    if (calibration := checkpoint.calibration_path(leaves.run, leaves.step)).is_file():
-        shutil.copy(calibration, checkpoint.calibration_path(out, leaves.step))
+    for name in (checkpoint.CALIBRATION, checkpoint.FAMILIARITY):
+        if (fitted := leaves.run / "steps" / str(leaves.step) / name).is_file():
+            shutil.copy(fitted, out / "steps" / str(leaves.step) / name)
 
 
 _WRITERS = {"hf": _write_hf, "peft": _write_peft, "sam": _write_sam, "joint": _write_joint, "mimo": _write_mimo}

@@ -7,6 +7,7 @@
     RUN/steps/500/        extra.json   data position and other values of the caller
                           arrays/      written by Orbax: item `state` (trained parameters), item `train` (optimizer, step, …)
                           calibration.json  of the scores, if one was fitted (`infer.answers.calibration`)
+                          familiarity.npz  what requests are compared with (`infer.answers.familiarity`), likewise
                           manifest.json  shapes, versions, fingerprint of the base, SHA-256 of every file; written last
 
 A step or a base is complete if it has a manifest: Orbax commits by renaming, and the manifest is written after that. Orbax does not
@@ -35,6 +36,7 @@ from mimo_jax.config import Config, ConfigError
 
 # Model settings that change neither the parameters nor their meaning: a run may resume with other values of these.
 _MAY_DIFFER = {"dtype", "remat", "unroll", "max_turns", "max_segs"}
+CALIBRATION, FAMILIARITY = "calibration.json", "familiarity.npz"  # files of a step that are fitted after it is complete
 _TRAIN = "train"  # the Orbax item with everything that is not in `arrays.STATE`
 
 
@@ -111,7 +113,7 @@ def tokenizer_path(path: str | os.PathLike) -> Path:
 
 def calibration_path(run: str | os.PathLike, step: int) -> Path:
     """Path of a step's calibration, a file that exists if one was fitted. It is written after the step is complete."""
-    return Path(run) / "steps" / str(step) / "calibration.json"
+    return Path(run) / "steps" / str(step) / CALIBRATION
 
 
 # --- steps

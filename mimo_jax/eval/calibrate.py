@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 
+from mimo_jax.checkpoints.checkpoint import FAMILIARITY
 from mimo_jax.config import Config
 from mimo_jax.data.loading.sources import open_source, open_sources
 from mimo_jax.data.records import DataError
@@ -20,7 +21,6 @@ from mimo_jax.eval.report import score_table
 from mimo_jax.eval.selection import ConcatSource, group_of, select_samples
 from mimo_jax.eval.standard_metrics import GROUNDED, score_quality
 from mimo_jax.infer.answers.calibration import MIN_ENTITIES, UNCALIBRATED, Calibration, CalibrationError
-from mimo_jax.infer.answers.familiarity import FILE
 from mimo_jax.infer.predictor import Mimo
 
 
@@ -64,7 +64,8 @@ def calibrate_checkpoint(
         raise UserError(f"{path}: no permission to write; change its folder's permissions, or copy the checkpoint")
     calibration, results = calibrate(mimo, open_source(data, split), limit, supported_perspectives(mimo.config), split)
     calibration.write(path)
-    fit_checkpoint(mimo, data).write(path.with_name(FILE))
+    if familiarity := fit_checkpoint(mimo, data):
+        familiarity.write(path.with_name(FAMILIARITY))
     print("\n".join(score_table(score_quality(results.segmented, calibration) | {"in_sample": True})))
     print(f"\ncalibration: {path}")
     return calibration

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mimo_jax.checkpoints import loading
+from mimo_jax.checkpoints.checkpoint import FAMILIARITY
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
 from mimo_jax.data.images.image import MedicalImage, Volume, Window
@@ -36,7 +37,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.geometry import Frame, sam_frame, vision_frame
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
-from mimo_jax.infer.answers.familiarity import FILE, Familiarity, pooled
+from mimo_jax.infer.answers.familiarity import Familiarity, pooled
 from mimo_jax.infer.engine.compiled import Engine
 from mimo_jax.infer.engine.decode_batch import DecodeBatch, bucket, cache_bucket, stacked
 from mimo_jax.infer.engine.device_cache import DeviceCache
@@ -96,7 +97,7 @@ class Mimo:
         "int4" stores the matrices of the language model as integers, with a half or a quarter of the memory of bf16. warm_up: see
         `warm_up`. Raises UserError if the checkpoint cannot be loaded or, unless `allow_untrained`, has untrained parameters."""
         config, params, tokenizer_path, _, origin, path = loading.load_for_inference(checkpoint, base, allow_untrained, quantization)
-        fitted = (Calibration.read(path), path, Familiarity.read(path.with_name(FILE)))
+        fitted = (Calibration.read(path), path, Familiarity.read(path.with_name(FAMILIARITY)))
         mimo = cls(config, params, load_tokenizer(tokenizer_path, config.model), origin, *fitted)
         if warm_up:
             mimo.warm_up()

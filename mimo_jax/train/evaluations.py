@@ -12,14 +12,13 @@ import jax
 
 from mimo_jax import distributed, files, pathtree, sharding
 from mimo_jax.checkpoints import arrays, checkpoint
-from mimo_jax.checkpoints.checkpoint import Checkpoints
+from mimo_jax.checkpoints.checkpoint import FAMILIARITY, Checkpoints
 from mimo_jax.data.tokenizer import Tokenizer
 from mimo_jax.distributed import PreemptionGuard
 from mimo_jax.eval import calibrate, evaluate
 from mimo_jax.eval.evaluate import EvaluationStopped
 from mimo_jax.eval.familiarity import fit_params
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration
-from mimo_jax.infer.answers.familiarity import FILE
 from mimo_jax.train.goodput import Goodput
 from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.writers import MetricWriters
@@ -91,7 +90,7 @@ class Evaluations:
                 try:
                     familiarity = fit_params(self.config, params, self.tokenizer, self.stop.requested)
                     if familiarity:
-                        familiarity.write(calibration_path.with_name(FILE))
+                        familiarity.write(calibration_path.with_name(FAMILIARITY))
                 except EvaluationStopped:
                     stopped = True
             if distributed.gather(stopped)[0]:

@@ -53,6 +53,10 @@ def test_from_a_checkpoint_to_calibrated_answers(folder, tmp_path, capsys):
     assert [e.score for e in after.entities] == pytest.approx(made.scores([e.evidence for e in after.entities]))
     assert all(e.uncertain == (e.score < made.uncertain_below or e.box_xyxy is None) for e in after.entities)
     assert not Mimo.load(run / "steps" / "1").calibration, "it belongs to one step"
+    assert before.understood is None and after.understood is True and mimo.familiarity.words
+    assert len(mimo.familiarity.images) == 0, "one training image is too few to compare images with"
+    strange = mimo.open(pixels).ask("Segment the unicorn.")
+    assert strange.understood is False and strange.unanswered == ["unicorn"] and strange.likeness.words == ("unicorn",)
 
     report = evaluate_checkpoint(run, folder / "data", "test", tmp_path / "report.json")
     assert report["score"]["calibrated"] and report["score"]["fitted"] == made.fitted
@@ -60,6 +64,7 @@ def test_from_a_checkpoint_to_calibrated_answers(folder, tmp_path, capsys):
 
     export_checkpoint(run, "mimo", tmp_path / "whole")
     assert Mimo.load(tmp_path / "whole").calibration == made
+    assert Mimo.load(tmp_path / "whole").familiarity.words == mimo.familiarity.words
     (tmp_path / "whole" / "steps" / "2" / "calibration.json").write_text("{")
     with pytest.raises(CalibrationError, match="is damaged"):
         Mimo.load(tmp_path / "whole")

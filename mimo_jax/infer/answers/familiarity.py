@@ -24,7 +24,6 @@ from mimo_jax import files
 from mimo_jax.data.builder.entities import american, mentions
 from mimo_jax.infer.answers.calibration import CalibrationError
 
-FILE = "familiarity.npz"  # next to a step's calibration
 MIN_IMAGES = 20  # training images, and validation images, below which images are not compared
 _EXCEEDING = 0.03
 _SHRINKAGE = 0.3  # weight of the identity in the correlation matrix

@@ -24,7 +24,8 @@ def work():
     here, case = Path(sys.argv[1]), sys.argv[2]
     me = jax.process_index()
     config = tiny_config()
-    tokenizer = handmade.tokenizer(here / f"tokenizer{me}")
+    (folder := here / f"tokenizer{me}").mkdir()
+    tokenizer = handmade.tokenizer(folder)
     mimo = Mimo(config, painting_params(config), tokenizer)
     records = [record(i) for i in range(7)]
     records[3].image = records[3].image[:60]

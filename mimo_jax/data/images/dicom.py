@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mimo_jax.data.images.grey_values import Limits, ValueCounts, grey_levels
-from mimo_jax.data.images.image import DicomGrid, MedicalImage, Window, import_medical, window_limits
+from mimo_jax.data.images.image import DicomGrid, MedicalImage, Window, import_medical, nearest_axes, window_limits
 from mimo_jax.data.images.orientation import Display, display_of, display_of_letters
 from mimo_jax.data.transforms import MAX_PIXELS
 from mimo_jax.errors import UserError
@@ -278,7 +278,7 @@ def _display(view: dict[str, Any]) -> Display:
         if np.linalg.norm(normal) > 0.5:
             affine = np.eye(4)
             affine[:3, :3] = np.stack([along_row, along_column, normal], axis=1) * [[-1], [-1], [1]]
-            return display_of(import_medical("nibabel").io_orientation(affine), 1, 0)
+            return display_of(nearest_axes(affine), 1, 0)
     letters = [str(value)[:1] for value in np.atleast_1d(view.get("PatientOrientation", []))]
     return display_of_letters(*letters) if len(letters) == 2 and view.get("Modality") in _PROJECTIONS else Display()
 

@@ -175,6 +175,14 @@ def file_stamp(path: Path) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
+def nearest_axes(affine: np.ndarray) -> np.ndarray:
+    """[3, 2]: nibabel's orientation of the file axes of an affine [4, 4]. Directions are rounded, so that slices of one scan between two
+    planes, whose headers differ in the last digit, have the same one."""
+    rounded = np.eye(4)
+    rounded[:3, :3] = np.round(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0), 3)
+    return import_medical("nibabel").io_orientation(rounded)
+
+
 def import_medical(name: str) -> Any:
     """A module of the extra `medical`. Raises UserError with the remedy if it is not installed."""
     try:

@@ -24,6 +24,7 @@ from mimo_jax.data.images.image import (
     check_size,
     file_stamp,
     import_medical,
+    nearest_axes,
     open_unpacked,
     window_limits,
 )
@@ -143,14 +144,13 @@ def _check_nifti(path: Path, image: Any) -> None:
 
 def _axes(image: Any) -> tuple[tuple[int, ...], list[int]]:
     """(shape as 3-D; the nearest world axis of each file axis)."""
-    nearest = import_medical("nibabel").io_orientation(image.affine)
-    return (*image.shape, 1)[:3], [int(world) for world in nearest[:, 0]]
+    return (*image.shape, 1)[:3], [int(world) for world in nearest_axes(image.affine)[:, 0]]
 
 
 def _grid(path: Path, image: Any, axis: int, index: int) -> NiftiGrid:
     shape = (*image.shape, 1)[:3]
     first, second = (a for a in range(3) if a != axis)
-    display = display_of(import_medical("nibabel").io_orientation(image.affine), first, second)
+    display = display_of(nearest_axes(image.affine), first, second)
     height, width = display.swap((shape[first], shape[second]))
     if height * width > MAX_PIXELS:
         raise UserError(f"{path}: a slice of {width}x{height} pixels; the limit is {MAX_PIXELS} in all")

@@ -153,6 +153,18 @@ def test_frames_of_several_directions_are_asked_one_by_one(tmp_path):
     assert [open_image(path, frame=k).pixels.shape[:2] for k in (0, 1)] == [(ROWS, COLUMNS), (COLUMNS, ROWS)]
 
 
+def test_slices_between_two_planes_are_turned_alike(tmp_path):
+    """At 45 degrees, where the last digit of a header would decide."""
+    pixels, half = stored(), 0.5**0.5
+    paths = series(tmp_path / "s", pixels, directions=(1, 0, 0, 0, half, -half))
+    for path, noise in zip(paths, (0, 1e-5, -1e-5, 2e-4, -2e-4), strict=True):
+        ds = pydicom.dcmread(path)
+        ds.ImageOrientationPatient = [1, 0, 0, 0, round(half + noise, 6), round(-half + noise, 6)]
+        saved(ds, path)
+    volume = open_volume(tmp_path / "s")
+    assert len({(picture.grid.display, grid.display) for picture, grid in zip(volume, volume.grids, strict=True)}) == 1
+
+
 def test_a_slice_of_a_folder_is_chosen_by_its_plane(tmp_path):
     series(tmp_path / "s", stored(), directions=DIRECTIONS["sagittal, mirrored"])
     np.testing.assert_array_equal(open_scan(tmp_path / "s", slice="sagittal:2").pixels, open_volume(tmp_path / "s")[2].pixels)

@@ -20,7 +20,7 @@ from mimo_jax.data.builder.items import Item, MaskRef
 from mimo_jax.data.builder.readers.index_files import read
 from mimo_jax.data.builder.readers.label_tables import label_table, parse_table
 from mimo_jax.data.builder.readers.reader import SPLITS, DatasetReader
-from mimo_jax.data.images.image import import_medical
+from mimo_jax.data.images.image import import_medical, nearest_axes
 from mimo_jax.data.images.orientation import PLANES
 from mimo_jax.data.label_values import LabelValueError, check_labels, whole_labels
 from mimo_jax.data.records import DataError
@@ -161,7 +161,7 @@ class Nifti(DatasetReader):
             shape = (*image.shape, 1, 1)[:3]
             if any(n > 1 for n in image.shape[3:]) or 0 in image.shape:
                 raise UserError(f"is {len(image.shape)}-D {list(image.shape)}; save one volume of it as a 3-D file")
-            nearest = [int(world) for world in nibabel.io_orientation(image.affine)[:, 0]]
+            nearest = [int(world) for world in nearest_axes(image.affine)[:, 0]]
             axis = nearest.index(PLANES[self.axis]) if self.axis in PLANES else "ijk".index(self.axis)
             corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
             for file, names in volume.labels.items():

@@ -8,8 +8,9 @@ datasets into a record folder instead.
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ from mimo_jax.data.builder.readers.manifest import MANIFEST, manifest_lines
 from mimo_jax.data.builder.splits import split_groups
 from mimo_jax.data.records import INFO, DataError, Index, IndexBuilder, RecordFolder, read_info
 from mimo_jax.data.schema import Mask, Record, RecordError, Sample, encode_mask
-from mimo_jax.data.transforms import ImageError, decode_image, decode_mask
+from mimo_jax.data.transforms import ImageError, decode_mask, decode_picture
 from mimo_jax.errors import config_path
 
 SPLIT_FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}  # fractions of a manifest's groups
@@ -88,6 +89,7 @@ class Manifest:
         absent = {outline.id: line.get("absent_entities", []) for line, outline in zip(lines, outlines, strict=True)}
         label_stats = LabelStats.from_records(outlines, absent=absent)
         self.bad: dict[str, str] = {}
+        self._choices: list[str] = []  # `transforms.CHOICES` made for the display of the images
         self._records: list[Record] = []
         with ThreadPoolExecutor() as pool:
             for (_, outline), made in zip(split_lines, pool.map(lambda pair: self._load(*pair), split_lines), strict=True):
@@ -97,6 +99,8 @@ class Manifest:
                 rng = np.random.default_rng([seed, zlib.crc32(made.id.encode())])
                 made.samples = ask(made, rng, label_stats, absent[made.id])
                 self._records.append(made)
+        for choice, count in sorted(Counter(self._choices).items()):
+            warnings.warn(f"{path}, {split}: {count} images: {choice}; mimo data build says which, and takes a window", stacklevel=2)
         if len(self.bad) > max_bad * len(split_lines):
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
             raise DataError(
@@ -134,7 +138,9 @@ class Manifest:
         """The record without image bytes and samples, or the reason why it is unusable."""
         folder = self.path.parent
         try:
-            height, width = decode_image(folder / line["image"]).shape[:2]
+            pixels, choices = decode_picture(folder / line["image"])
+            height, width = pixels.shape[:2]
+            self._choices += [choice.partition(":")[0] for choice in choices]
             masks = []
             for entry, light in zip(line["masks"], outline.masks, strict=True):
                 mask = decode_mask(folder / entry["file"], threshold=line.get("mask_threshold"))

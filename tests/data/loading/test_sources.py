@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mimo_jax.config import SourceConfig
 from mimo_jax.data.loading.sources import SPLIT_FRACTIONS, Manifest, open_source, open_sources
@@ -56,6 +57,16 @@ def test_records_of_a_manifest(tmp_path):
             assert source.samples(i) == record.samples and record.samples
             assert source.index.ids[i].decode() == record.id
         assert len(source.index.perspective) == sum(len(r.samples) for r in source)
+
+
+def test_how_images_are_displayed_is_said_once(tmp_path):
+    path = write_manifest(tmp_path / "m")
+    for file in sorted((tmp_path / "m/images").iterdir()):
+        grey = np.asarray(Image.open(file).convert("L")).astype(np.uint16)
+        Image.fromarray(grey * 100).save(file)
+    with pytest.warns(UserWarning, match="train: 14 images: values of more than 8 bits are stretched; mimo data build") as told:
+        open_source(path, "train")
+    assert len(told) == 1
 
 
 def test_folder_of_a_manifest_and_the_same_again(tmp_path):

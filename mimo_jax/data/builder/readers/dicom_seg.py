@@ -103,7 +103,8 @@ class DicomSeg(DatasetReader):
         missing = 0
         with reading(path):
             ds = import_medical("pydicom").dcmread(path, stop_before_pixels=True)
-            names = {int(segment.SegmentNumber): _name(segment) for segment in ds.SegmentSequence}
+            numbered = {int(segment.SegmentNumber): segment for segment in ds.SegmentSequence}
+            names = {number: _name(segment) for number, segment in numbered.items() if number}  # 0 is the background of a label map
             for functions in ds.PerFrameFunctionalGroupsSequence:
                 number = segment_number(ds, functions)
                 numbers = list(names) if number is None else [number]

@@ -9,7 +9,8 @@ import pytest
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
-from mimo_jax.data.builder.masks import read_mask
+from mimo_jax.data.builder.masks import _seg, read_mask
+from mimo_jax.data.builder.record import Reject, make_record
 from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.records import DataError
 from tests.data.builder.readers.trees import image, listed
@@ -24,12 +25,12 @@ def segment(number, label, meaning=codes.SCT.Liver):
     return highdicom.seg.SegmentDescription(number, label, codes.SCT.Organ, meaning, kind, algorithm)
 
 
-def write_seg(path, sources, masks, labels, **more):
+def write_seg(path, sources, masks, labels, segmentation_type="BINARY", **more):
     """masks: bool [F, H, W, segments]"""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         seg = highdicom.seg.Segmentation(
-            source_images=sources, pixel_array=masks.astype(np.uint8), segmentation_type="BINARY",
+            source_images=sources, pixel_array=masks.astype(np.uint8), segmentation_type=segmentation_type,
             segment_descriptions=[segment(n, label) for n, label in enumerate(labels, 1)], series_instance_uid=generate_uid(),
             series_number=9, sop_instance_uid=generate_uid(), instance_number=1, manufacturer="m", manufacturer_model_name="m",
             software_versions="1", device_serial_number="1", **more,
@@ -95,6 +96,23 @@ def test_a_single_segment_is_named_once_for_all_frames(tmp_path):
     for frame, path in enumerate(paths):
         (mask,) = next(item for item in items if item.image == str(path)).masks
         assert (read_mask(mask, open_image(path)) == masks[frame, :, :, 0]).all()
+
+
+def test_a_label_map_with_a_segment_that_it_does_not_describe_is_rejected(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 900, (3, H, W)).astype(np.uint16)
+    paths, masks = series(tmp_path / "ct", pixels), masks_of(3)
+    write_seg(tmp_path / "seg.dcm", [pydicom.dcmread(path) for path in paths], masks, ["Liver", "Spleen"], segmentation_type="LABELMAP")
+    items, _ = listed("dicom-seg", tmp_path)
+    made = make_record(items[-1])
+    assert {mask.entity for mask in made.record.masks} <= {"liver", "spleen"} and made.record.masks
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    labels = seg.pixel_array.copy()
+    labels[labels == 2] = 7
+    seg.PixelData = labels.tobytes()
+    seg.save_as(tmp_path / "seg.dcm")
+    _seg.cache_clear()
+    reasons = [made.reason for item in items if isinstance(made := make_record(item), Reject)]
+    assert reasons and all("seg.dcm: has labels that its table does not name: 7;" in reason for reason in reasons)
 
 
 def test_skipped_files(tmp_path):

@@ -13,9 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from checkpoints_convert import export
 from checkpoints_convert.convert import ImportRequest, import_checkpoint
 from checkpoints_convert.export import export_checkpoint
-from mimo_jax import pathtree
+from mimo_jax import parameters, pathtree
 from mimo_jax.checkpoints import checkpoint, frozen_params, loading, provenance
 from mimo_jax.cli import main
 from mimo_jax.data.tokenizer import load_tokenizer
@@ -27,6 +28,7 @@ from tests.checkpoints_convert import originals
 from tests.checkpoints_convert.test_joint import LISA_ADDED, lisa_folder
 from tests.checkpoints_convert.torch_models import LisaOracle, MimoOracle, sam_model
 from tests.models.oracles import relative_l2
+from tests.tiny_config import random_params
 
 IDS = np.random.default_rng(3).integers(3, originals.PIECES, (2, 15))
 
@@ -219,3 +221,26 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(run, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         export_checkpoint(tmp_path / "gone", "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_tells_what_rounding_takes_from_the_update(tmp_path, dtype):
+    """Against torch's own rounding of the sum in float32, for a small update."""
+    config = originals.mimo_config(frozen_dtype=dtype)
+    _, shapes = mimo.abstract(config)
+    trains, kinds = parameters.multipliers(config, shapes), pathtree.flatten(parameters.with_dtypes(config, shapes))
+    params = {path: (0.05 * leaf).astype(kinds[path].dtype) for path, leaf in pathtree.flatten(random_params(config)).items()}
+    checkpoint.start_run(tmp_path, config, pathtree.unflatten({path: leaf for path, leaf in params.items() if trains[path] is None}))
+    checkpoint.write_step(tmp_path, 0, ((path, leaf) for path, leaf in params.items() if trains[path] is not None), {})
+    rounding, root = export._Rounding(), "llm/layers/block/q"
+    merged = export._Language(loading.LazyParams(tmp_path), rounding)[f"{root}/kernel"]
+    before, a, b = (torch.tensor(params[f"{root}/{name}"].astype(np.float32)) for name in ("kernel", "lora_a", "lora_b"))
+    exact = before + 2.0 * a @ b  # alpha 8, rank 4
+    wanted = exact.to(getattr(torch, dtype)).float()
+    np.testing.assert_allclose(merged.astype(np.float32), wanted, rtol=2**-8 if dtype == "bfloat16" else 1e-6, atol=1e-7)
+    share = float((exact - wanted).norm() / (exact - before).norm())
+    if dtype == "float32":
+        assert rounding.lines() == []
+    else:
+        assert share > 0.001 and (rounding.lost / rounding.update) ** 0.5 == pytest.approx(share, rel=1e-3)
+        assert f"an error of {share:.1%} of its update" in rounding.lines()[0]

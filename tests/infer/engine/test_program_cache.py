@@ -59,6 +59,10 @@ def test_a_second_process_neither_compiles_nor_traces_the_model(tmp_path):
     assert run() == [first[1].replace("True", "False")], "also after jax's own cache had it"
 
 
+def on_device(params):
+    return jax.tree.map(jax.numpy.asarray, params)
+
+
 @pytest.fixture
 def folder(tmp_path):
     before = jax.config.jax_compilation_cache_dir
@@ -69,7 +73,7 @@ def folder(tmp_path):
 
 
 def test_programs_depend_on_shapes_static_arguments_and_settings_of_jax(folder):
-    config, params = tiny_config(), random_params(tiny_config())
+    config, params = tiny_config(), on_device(random_params(tiny_config()))
     programs = ProgramCache.of(config, params, 2)
     made = []
     jitted = jax.jit(lambda params, x, times: x * times, static_argnames="times")
@@ -91,7 +95,7 @@ def test_programs_depend_on_shapes_static_arguments_and_settings_of_jax(folder):
 
 
 def test_parameters_of_another_shape_are_still_refused(folder):
-    config, params = tiny_config(), random_params(tiny_config())
+    config, params = tiny_config(), on_device(random_params(tiny_config()))
     Engine(config, params, 2)
     params["seg_projection"]["out"]["kernel"] = params["seg_projection"]["out"]["kernel"][:-1]
     with pytest.raises(Exception, match="seg_projection/out/kernel"):
@@ -100,7 +104,7 @@ def test_parameters_of_another_shape_are_still_refused(folder):
 
 def test_without_a_folder_nothing_is_stored(folder):
     jax.config.update("jax_compilation_cache_dir", None)
-    assert ProgramCache.of(tiny_config(), random_params(tiny_config()), 2) is None
+    assert ProgramCache.of(tiny_config(), on_device(random_params(tiny_config())), 2) is None
 
 
 def test_unused_programs_are_removed(tmp_path):

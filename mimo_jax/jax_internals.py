@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from jax._src import clusters, distributed
 
-
 _PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 
 

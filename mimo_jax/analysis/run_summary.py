@@ -110,7 +110,7 @@ def run_lines(plan: SummarizedRun, sources: Mapping[str, RecordFolder | Manifest
         "devices": f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}{processes}; mesh {axes}",
         "base": plan.base_reason.removeprefix("base "),
         "data": f"{images}; {data.batch_size} samples per step{shared}, {lengths} tokens each",
-        "weights": checkpoint.origin(workdir).replace("weights: ", ""),
+        "weights": checkpoint.origin(workdir).replace("weights: ", "") + _unlike_init(config),
         "config": f"{workdir / 'config.json'}{_changes(plan, workdir)}",
     }
     return [_line(name, text) for name, text in lines.items()]
@@ -118,10 +118,25 @@ def run_lines(plan: SummarizedRun, sources: Mapping[str, RecordFolder | Manifest
 
 def _changes(plan: SummarizedRun, workdir: Path) -> str:
     """The fields in which the config differs from the one that the run started with."""
-    then, now = (pathtree.flatten(config.to_dict()) for config in (checkpoint.read_config(workdir), plan.config))
+    changed = _differences(checkpoint.read_config(workdir).to_dict(), plan.config.to_dict())
+    return f"; changed since: {changed}" if changed else ""
+
+
+def _unlike_init(config: Config) -> str:
+    """The model's settings that differ from those of `init.path`: its parameters fit in shape, but were made for others."""
+    path = config.init.path
+    if not path or not Path(path).exists():  # a run that resumes no longer needs it
+        return ""
+    changed = _differences(checkpoint.read_config(checkpoint.run_of(path)).to_dict()["model"], config.to_dict()["model"])
+    return f"; config.model differs from that of {path}: {changed}" if changed else ""
+
+
+def _differences(then: dict, now: dict) -> str:
+    """The first _CHANGES fields whose values differ, as "train.steps 2 → 4", and the number of the others."""
+    then, now = pathtree.flatten(then), pathtree.flatten(now)
     changed = [f"{name.replace('/', '.')} {then.get(name)} → {value}" for name, value in now.items() if then.get(name) != value]
     more = f" and {len(changed) - _CHANGES} more" if len(changed) > _CHANGES else ""
-    return f"; changed since: {', '.join(changed[:_CHANGES])}{more}" if changed else ""
+    return f"{', '.join(changed[:_CHANGES])}{more}"
 
 
 def parameter_table(plan: SummarizedRun) -> list[str]:

@@ -87,7 +87,8 @@ def _over_ground(rgba: np.ndarray) -> tuple[np.ndarray, list[str]]:
     ground = (255, 255, 255, 255) if stores_white or dark else (0, 0, 0, 255)
     shown = Image.alpha_composite(Image.new("RGBA", alpha.shape[::-1], ground), Image.fromarray(rgba)).convert("RGB")
     colour = "white" if ground[0] else "black"
-    return np.array(shown), [f"{TRANSPARENT}: shown as {colour}; save the picture without transparency to choose"] * bool((alpha < 255).any())
+    choice = f"{TRANSPARENT}: shown as {colour}; save the picture without transparency to choose"
+    return np.array(shown), [choice] * bool((alpha < 255).any())
 
 
 def decode_mask(source: bytes | str | os.PathLike, *, threshold: float | None = None, name: str = "") -> np.ndarray:

@@ -1,5 +1,6 @@
 """What is printed before the first step, against the plan and the files that it speaks of."""
 
+import copy
 import platform
 import re
 
@@ -117,3 +118,17 @@ def test_no_commit_is_told_of_what_is_no_checkout(monkeypatch, tmp_path):
 )
 def test_sizes(size, text):
     assert run_summary.size_of(size) == text
+
+
+def test_model_settings_unlike_those_of_the_initial_weights_are_named(plan, run, tmp_path, capsys):
+    """Their shapes are the same, so nothing else would say that the numbers are others."""
+    there = copy.deepcopy(plan.config)
+    there.model.sam.pixel_norm, there.model.llm.rope_theta = "minmax", 5e5
+    initial = tmp_path / "imported"
+    initial.mkdir()
+    files.write_json(initial / "config.json", there.to_dict())
+    plan.config.init.path = str(initial)
+    run_summary.print_summary(plan, {}, run, 0)
+    plan.config.init.path = ""
+    shown = capsys.readouterr().out
+    assert f"; config.model differs from that of {initial}: llm.rope_theta 500000.0 → 10000.0, sam.pixel_norm minmax → imagenet\n" in shown

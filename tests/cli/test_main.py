@@ -223,7 +223,8 @@ def test_a_mounted_bucket_goes_by_its_own_name(called, tmp_path, monkeypatch):
 
 
 def test_eval_and_phantom_hand_over_their_flags(called, capsys):
-    assert main.main("eval --checkpoint c --data d --split val --out o --limit 3 --overlays v --quantize int4 --baselines-from t".split()) == 0
+    line = "eval --checkpoint c --data d --split val --out o --limit 3 --overlays v --quantize int4 --baselines-from t"
+    assert main.main(line.split()) == 0
     assert main.main("eval --checkpoint c --data d --calibrate --base b".split()) == 0
     assert main.main("data phantom --out d --images 8 --seed 2 --workers 1".split()) == 0
     assert called.calls == [

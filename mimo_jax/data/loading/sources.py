@@ -21,6 +21,7 @@ from mimo_jax.config import Config
 from mimo_jax.data.builder.label_stats import LabelStats
 from mimo_jax.data.builder.questions import ask
 from mimo_jax.data.builder.readers.manifest import MANIFEST, manifest_lines
+from mimo_jax.data.builder.readers.reader import SPLITS
 from mimo_jax.data.builder.splits import split_groups
 from mimo_jax.data.records import INFO, DataError, Index, IndexBuilder, RecordFolder, read_info
 from mimo_jax.data.schema import Mask, Record, RecordError, Sample, encode_mask
@@ -69,7 +70,8 @@ def open_sources(config: Config, split: str) -> dict[str, RecordFolder | Manifes
 
 class Manifest:
     """One split of a manifest with lines {id, image, masks: [{file, entity, …}], modality, group, width, height, …}, whose paths are
-    relative to it. The `absent_entities` of a line are known to be absent, and questions may ask for them.
+    relative to it. The `absent_entities` of a line are known to be absent, and questions may ask for them. Groups whose lines name a
+    `split` are in it; the others are divided by SPLIT_FRACTIONS.
 
     bad: record id -> reason why it is unusable and omitted. not_evaluable: entities with fewer than two groups in all splits."""
 
@@ -79,7 +81,7 @@ class Manifest:
             raise DataError(f"{path}: has no split {split!r}; it has {', '.join(SPLIT_FRACTIONS)}")
         lines = list(manifest_lines(self.path))
         outlines = [_outline(line) for line in lines]
-        splits = split_groups(outlines, seed, SPLIT_FRACTIONS)
+        splits = split_groups(outlines, seed, SPLIT_FRACTIONS, _given_splits(self.path, lines, outlines))
         self.not_evaluable = not_evaluable(outlines)
         split_lines = [(line, o) for line, o in zip(lines, outlines, strict=True) if splits[o.group] == split]
         if not split_lines:
@@ -152,6 +154,18 @@ class Manifest:
         except (ImageError, RecordError) as error:
             return str(error)
         return Record(**{**vars(outline), "height": height, "width": width, "masks": masks, "split": self.split})
+
+
+def _given_splits(path: Path, lines: list[dict], outlines: list[Record]) -> dict[str, str]:
+    """Group -> split that its lines name. Raises DataError for a group whose lines name two."""
+    given: dict[str, str] = {}
+    for line, outline in zip(lines, outlines, strict=True):
+        if not line.get("split"):
+            continue
+        split = SPLITS[line["split"]]
+        if given.setdefault(outline.group, split) != split:
+            raise DataError(f"{path}: group {outline.group} is in splits {given[outline.group]} and {split}; give its lines one split")
+    return given
 
 
 def _outline(line: dict) -> Record:

@@ -59,6 +59,19 @@ def test_records_of_a_manifest(tmp_path):
         assert len(source.index.perspective) == sum(len(r.samples) for r in source)
 
 
+def test_splits_that_lines_name_are_kept(tmp_path):
+    """The other groups are divided; lines of one group cannot be in two splits."""
+    named = {f"line{n}": {"split": split} for n, split in enumerate(["test", "train", "validation", "test", "val"])}
+    splits = everything(write_manifest(tmp_path / "m", 8, **named))
+    ids = {split: {record.id for record in source} for split, source in splits.items()}
+    assert ids["test"] >= {"image000", "image003"} and "image001" in ids["train"] and ids["val"] >= {"image002", "image004"}
+    assert sum(map(len, ids.values())) == 8
+    named["line3"] |= {"group": handmade.record(1).group}
+    path = write_manifest(tmp_path / "leak", 8, **named)
+    with pytest.raises(DataError, match=r"leak/manifest.jsonl: group \S+ is in splits train and test; give its lines one split"):
+        open_source(path, "train")
+
+
 def test_how_images_are_displayed_is_said_once(tmp_path):
     path = write_manifest(tmp_path / "m")
     for file in sorted((tmp_path / "m/images").iterdir()):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from checkpoints_convert.layouts import COMPONENTS
 from mimo_jax.config import Config
 from mimo_jax.errors import UserError
+from mimo_jax.model_config import ClipConfig
 
 
 class SettingsError(UserError):
@@ -154,7 +155,7 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config, ignor
     if "llama" in parts and settings:
         llava = parts != {"llama"} or kind.startswith("llava")
         problems += _llama_problems(settings, config, {key for key in settings if llava and _LLAVA.match(key)} | set(ignored))
-        if parts & {"projector", "projector_mlp"}:
+        if parts & {"projector", "projector_mlp"} and isinstance(config.model.vision, ClipConfig):
             problems += _differing(_PROJECTOR, settings, config)
     elif parts & {"clip", "clip_open"} and settings:
         vision = settings.get("vision_config", settings)

@@ -73,7 +73,8 @@ def test_two_processes_stop_together_and_one_goes_on_as_if_nothing_had_been(fold
         process = start(folder, where, done + 2)
         assert process.wait(timeout=300) == 0, process.stderr.read()
     asked = [json.loads((of / "eval" / "00000002" / "report.json").read_text())["n"] for of in (run, alone)]
-    assert asked[0] == asked[1] and sum(asked[0]["samples"].values()) == 8  # by two processes, and by one
+    assert asked[0] == asked[1]  # by two processes, and by one
+    assert sum(asked[0]["samples"].values()) + asked[0]["unusable"] == 8 > asked[0]["unusable"]
     there, here = losses(run), losses(alone)
     assert there.keys() == here.keys()
     np.testing.assert_allclose([there[step] for step in here], list(here.values()), rtol=1e-5)

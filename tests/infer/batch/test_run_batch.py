@@ -108,7 +108,7 @@ def test_answers_are_those_of_a_chat_in_the_order_of_the_requests(mimo, tmp_path
     assert [line["image"] for line in lines] == [row["image"] for row in rows]
 
     chat = mimo.open(pictures[0])
-    turns = [chat.ask("Which organ makes bile?", points=[[5, 6, 0]]), chat.ask("What does it do?")]
+    turns = [chat.ask("Which organ makes bile?", points=[[5, 6, 1]]), chat.ask("What does it do?")]
     alone = [mimo.open(pictures[0]).ask("What is this?", boxes=box), mimo.open(pictures[2]).ask("Is there a liver?", max_new_tokens=3)]
     assert [t["text"] for t in lines[2]["turns"]] == [t.text for t in turns] and lines[2]["turns"][1]["question"] == "What does it do?"
     assert [lines[0]["text"], lines[3]["text"]] == [a.text for a in alone] and lines[3]["truncated"]

@@ -60,6 +60,7 @@ def compiled(tmp_path, *flags: str, run: list[str]) -> tuple[dict, subprocess.Co
     return json.loads(out.read_text()), done
 
 
+@pytest.mark.slow
 def test_virtual_devices(tmp_path):
     """Nothing but the state comes out of a step, in its place."""
     flags = "--config.mesh.data=2 --config.mesh.frozen_sharding=sharded --topology cpu:4 --batch-per-chip 2 --length 96"

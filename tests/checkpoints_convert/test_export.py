@@ -143,6 +143,7 @@ def test_import_export_import_gives_the_same_bits(tmp_path, dtype):
     assert_same_bits(tmp_path / "first", tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_the_three_towers_too_give_the_same_bits(tmp_path):
     config = originals.mimo_config(lora=LoraConfig(rank=0))
     given = originals.put_three(tmp_path / "originals", config)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WORK = """
 import json, os, sys
 from pathlib import Path

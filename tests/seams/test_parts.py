@@ -138,6 +138,7 @@ def test_its_floating_point_operations_are_counted(run, phantoms, tmp_path):
     assert made[{"sam": "sam_encoder"}.get(section, section)] > 0
 
 
+@pytest.mark.slow
 def test_features_of_three_scales_train_as_pictures_do(phantoms, tmp_path):
     config = config_of("sam", phantoms, tmp_path)
     config.train.steps = 1

@@ -74,6 +74,7 @@ def test_resume_gives_the_same_third_step(phantoms, whole, tmp_path, monkeypatch
     assert a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(phantoms, tmp_path):
     """A real process, a real signal in the middle of training, and more of them in the last save."""
     run = tmp_path / "run"
@@ -113,6 +114,7 @@ def test_lora_from_a_trained_base_leaves_every_frozen_bit(phantoms, whole, tmp_p
     assert (run / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_grounding_tokens_that_a_base_lacks_are_drawn_like_its_rows(tmp_path):
     config, base = tiny_config(seg_position="bare"), tiny_config()  # <SEG> alone, and all three tokens
     params = pathtree.flatten(random_params(base))

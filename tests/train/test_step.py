@@ -76,6 +76,7 @@ def test_frozen_parameters_take_the_frozen_dtype_and_trained_ones_stay_fp32():
     assert {leaf.dtype for leaf in jax.tree.leaves(plan.train)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_equal_one_batch():
     """Samples carry unlike numbers of tokens and masks, so that dividing per micro-batch would show."""
     config = tiny_config()
@@ -108,6 +109,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_so():
     assert all(np.array_equal(value, before[path], equal_nan=True) for path, value in flat(state["params"]).items())
 
 
+@pytest.mark.slow
 def test_training_learns_a_batch_by_heart():
     config = tiny_config()
     config.train = TrainConfig(steps=60, learning_rate=1e-2, warmup_steps=5, eval_samples=0)

@@ -109,6 +109,12 @@ def _check_size(height: int, width: int, side: int) -> None:
         raise GeometryError(f"an image of {width}x{height} pixels in a frame of {side}: every side must be at least 1")
 
 
+def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """The smallest half-open box (x0, y0, x1, y1) around a mask, bool [H, W]; None if it is empty."""
+    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return (int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1) if len(rows) else None
+
+
 def box_to_corners(boxes: np.ndarray) -> np.ndarray:
     """Half-open boxes [..., 4] (x0, y0, x1, y1) -> float64 [..., 2, 2], the points (x, y) of their top-left and bottom-right
     corners, at the outer edges of the covered pixels."""

@@ -13,6 +13,7 @@ from mimo_jax.data.transforms import image_to_frame
 from mimo_jax.geometry import (
     GeometryError,
     box_to_corners,
+    mask_to_box,
     sam_frame,
     validate_boxes,
     validate_points,
@@ -166,3 +167,16 @@ def test_sizes_and_fits_that_cannot_be():
         vision_frame(10, 10, 224, "squash")
     with pytest.raises(GeometryError, match="last axis"):
         sam_frame(10, 10, 1024).to_frame(np.zeros((2, 3)))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.data())
+def test_the_box_of_a_mask_is_the_smallest(height, width, data):
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))).reshape(height, width)
+    box = mask_to_box(mask)
+    if box is None:
+        assert not mask.any()
+        return
+    x0, y0, x1, y1 = box
+    assert mask[y0:y1, x0:x1].sum() == mask.sum()
+    assert all(edge.any() for edge in (mask[y0, :], mask[y1 - 1, :], mask[:, x0], mask[:, x1 - 1]))

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from mimo_jax.config import PROMPT_KINDS
 from mimo_jax.errors import UserError
-from mimo_jax.geometry import Frame, box_to_corners, validate_boxes, validate_points, validate_scribbles
+from mimo_jax.geometry import Frame, box_to_corners, mask_to_box, validate_boxes, validate_points, validate_scribbles
 from mimo_jax.model_config import PromptConfig
 
 NONE, POINT_IN, POINT_OUT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, SCRIBBLE = range(6)  # values of prompt_kind
@@ -77,10 +77,10 @@ def draw_prompts(
     if unknown or not kinds:
         raise PromptError(f"prompt kind {', '.join(unknown) or 'missing'}; use some of {', '.join(PROMPT_KINDS)}")
     mask = np.asarray(mask, bool)
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    box = mask_to_box(mask)
+    if box is None:
         raise PromptError("a prompt cannot be drawn from an empty mask")
-    x0, y0, x1, y1 = box = (int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)
+    x0, y0, x1, y1 = box
     kind = kinds[int(rng.integers(len(kinds)))]
     if kind == "box":
         return Prompts(boxes=_jittered(box, *mask.shape, rng)[None])
@@ -98,9 +98,7 @@ def draw_prompts(
 def draw_outside(mask: np.ndarray, rng: np.random.Generator, meant: np.ndarray) -> Prompts:
     """One point outside `meant`, bool [H, W]: with equal probability near the structure `mask`, a part of it, or anywhere in the image.
     Empty if none is found."""
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    near = (int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)
-    box = near if rng.random() < 0.5 else (0, 0, mask.shape[1], mask.shape[0])
+    box = mask_to_box(mask) if rng.random() < 0.5 else (0, 0, mask.shape[1], mask.shape[0])
     return Prompts(points=_outside(meant, box, rng))
 
 

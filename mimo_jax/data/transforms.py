@@ -20,7 +20,7 @@ from scipy.special import ndtri
 from mimo_jax.data.label_values import LabelValueError, whole_labels
 from mimo_jax.data.mask_levels import MaskLevelsError, pixels_in_mask
 from mimo_jax.errors import UserError
-from mimo_jax.geometry import Frame, sam_frame, vision_frame
+from mimo_jax.geometry import Frame, mask_to_box, sam_frame, vision_frame
 from mimo_jax.model_config import ModelConfig
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # Pillow's other readers are never used
@@ -248,10 +248,10 @@ def mask_to_frame(mask: np.ndarray, frame: Frame, mask_side: int) -> np.ndarray:
     """
     out = np.zeros((mask_side, mask_side), np.uint8)
     mask = np.asarray(mask, bool)
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    box = mask_to_box(mask)
+    if box is None:
         return out
-    y0, y1, x0, x1 = rows[0], rows[-1] + 1, cols[0], cols[-1] + 1
+    x0, y0, x1, y1 = box
     first_y, edges_y = _cell_edges(frame.side / mask_side / frame.scale_y, y0, y1, frame.height, mask_side)
     first_x, edges_x = _cell_edges(frame.side / mask_side / frame.scale_x, x0, x1, frame.width, mask_side)
     cover = _integrate(mask[y0:y1, x0:x1].view(np.uint8), edges_y - y0)
@@ -370,11 +370,11 @@ def _warp_mask(mask: np.ndarray, affine: tuple[float, ...]) -> np.ndarray:
     """bool [H, W] -> bool [H, W]; only the box that can contain the moved mask is computed."""
     height, width = mask.shape
     out = np.zeros((height, width), bool)
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    box = mask_to_box(mask)
+    if box is None:
         return out
     a, b, c, d, e, f = affine
-    corners = np.array([(x - c, y - f) for x in (cols[0], cols[-1] + 1) for y in (rows[0], rows[-1] + 1)])
+    corners = np.array([(x - c, y - f) for x in box[::2] for y in box[1::2]])
     corners = corners @ np.linalg.inv([[a, b], [d, e]]).T
     x0, y0 = np.clip(np.floor(corners.min(0)).astype(int) - 1, 0, (width, height)).tolist()
     x1, y1 = np.clip(np.ceil(corners.max(0)).astype(int) + 1, 0, (width, height)).tolist()

@@ -29,7 +29,7 @@ from mimo_jax.eval.evaluate import write_report
 from mimo_jax.eval.registry import values_by_sample
 from mimo_jax.eval.report import make_report
 from mimo_jax.eval.selection import select_samples, windows_of
-from mimo_jax.geometry import box_to_corners
+from mimo_jax.geometry import box_to_corners, mask_to_box
 from mimo_jax.infer.answers.answer import Answer, Entity
 from mimo_jax.infer.answers.calibration import ConfidenceFeatures
 from mimo_jax.infer.engine.requests import EncodedImage
@@ -89,7 +89,7 @@ def _score(sam: BoxPromptedSam, record: Record, sample: Sample, image: EncodedIm
     results.scored.append(SampleResult(sample.sample_id, record.group, scoring.digest(record, sample)))
     for turn in range(1, len(sample.turns), 2):
         truths = ground_truths(record, sample, turn)
-        found = sam.masks(image, np.array([_box(truth.mask) for truth in truths])) if truths else []
+        found = sam.masks(image, np.array([mask_to_box(truth.mask) for truth in truths])) if truths else []
         scoring.score_masks(record, sample, turn, truths, _answer(truths, found, image), {}, results)
 
 
@@ -99,12 +99,6 @@ def _answer(truths: Sequence[GroundTruth], found: Sequence[tuple[np.ndarray, flo
         for k, (truth, (mask, iou)) in enumerate(zip(truths, found, strict=True))
     ]
     return Answer("", [], entities, False, "", image.pixels, Prompts())
-
-
-def _box(mask: np.ndarray) -> list[int]:
-    """The tight half-open box [x0, y0, x1, y1] of a mask."""
-    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return [int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1]
 
 
 def evaluate_sam_box(

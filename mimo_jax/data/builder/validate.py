@@ -20,6 +20,7 @@ from mimo_jax.data.records import DataError, Index, IndexBuilder, RecordFolder, 
 from mimo_jax.data.schema import Record, RecordError
 from mimo_jax.data.transforms import decode_image
 from mimo_jax.errors import UserError
+from mimo_jax.geometry import mask_to_box
 
 _BLOCK = 256  # records per job
 
@@ -93,10 +94,10 @@ def _faults(record: Record, split: str) -> Iterator[str]:
         yield "has a mask_id twice"
     for mask in record.masks:
         decoded = mask.decode()
-        rows, columns = np.flatnonzero(decoded.any(1)), np.flatnonzero(decoded.any(0))
-        if not len(rows):
+        box = mask_to_box(decoded)
+        if box is None:
             yield f"mask {mask.mask_id} is empty"
-        elif mask.area_px != decoded.sum() or mask.box_xyxy != [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]:
+        elif mask.area_px != decoded.sum() or mask.box_xyxy != list(box):
             yield f"mask {mask.mask_id}: area_px or box_xyxy do not match its pixels"
 
 

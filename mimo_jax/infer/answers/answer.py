@@ -15,6 +15,7 @@ from pycocotools import mask as coco
 from mimo_jax.data.images.image import Grid
 from mimo_jax.data.overlay import draw_overlay
 from mimo_jax.data.prompts import Prompts
+from mimo_jax.geometry import mask_to_box
 from mimo_jax.infer.answers.asked import asked_names, canonical_name, unanswered
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, ConfidenceFeatures
 from mimo_jax.infer.answers.familiarity import Likeness
@@ -57,8 +58,8 @@ class Entity:
         spacing_mm: tuple[float, float] | None = None,
     ) -> Entity:
         """Make an entity; computes its name, box, areas and score. spacing_mm: (between rows, between columns)."""
-        rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        box = [int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1] if len(rows) else None
+        tight = mask_to_box(mask)
+        box = None if tight is None else list(tight)
         score = float(calibration.scores([evidence])[0])
         uncertain = box is None or score < calibration.uncertain_below
         area = int(mask.sum())

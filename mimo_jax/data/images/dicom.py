@@ -79,7 +79,13 @@ class DicomFile:
 
     @property
     def is_grey(self) -> bool:
-        return self.header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
+        with reading(self.path):
+            return self.header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
+
+    def position(self, frame: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """See `directions_and_position`."""
+        with reading(self.path):
+            return directions_and_position(self.header, frame)
 
     def count_values(self, frame: int, counts: ValueCounts) -> None:
         """Add the rescaled values of a frame of a grey image to `counts`, without its padding."""

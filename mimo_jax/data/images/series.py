@@ -113,7 +113,7 @@ def open_frame(path: Path, frame: int | None, window: Window) -> MedicalImage:
         return _limits_of_files(file, files)
 
     image = file.image(frame, window, scan_limits)
-    is_slice = directions_and_position(file.header) or get_value(file.header, "Modality") in _SLICES
+    is_slice = file.position(frame) or get_value(file.header, "Modality") in _SLICES
     if len(files) == 1 and file.frames == 1 and is_slice:
         warnings.warn(f"{ALONE}; give --window, or put the other files of its series into its folder", stacklevel=3)
     if file.may_have_burned_in_text():

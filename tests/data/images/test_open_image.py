@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.encaps import encapsulate
@@ -371,6 +371,7 @@ def test_a_nifti_that_cannot_be_used_is_one_line(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["plain", "rle", "enhanced", "nifti", "packed"]))
+@example(4_102_175_892, "enhanced")  # an unknown value representation in a frame that was not asked for
 def test_damaged_bytes_give_a_picture_or_one_line(tmp_path_factory, seed, kind):
     folder, rng, values = tmp_path_factory.mktemp("d"), np.random.default_rng(seed), ramp(shape=(8, 9))
     ds = enhanced(np.stack([values, values]), [3, 4]) if kind == "enhanced" else dicom(values, VOILUTSequence=lut(0, range(20), 8))

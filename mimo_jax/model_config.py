@@ -1,5 +1,6 @@
 """The settings of the model's parts, as mutable dataclasses; sizes are in pixels or tokens as each comment says."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,9 +30,17 @@ class VisionConfig(ABC):
         """Tokens of X_img before those of the patches, such as a class token."""
         return 0
 
+    def from_sam(self) -> bool:
+        """Whether X_img is made of what SAM's encoder computes, without an encoder and an image of its own."""
+        return False
+
     def tokens(self) -> int:
         """I, the length of X_img."""
         return self.grid() ** 2 + self.extra_tokens()
+
+    def problems_with(self, sam: "SamConfig") -> Iterator[Problem]:
+        """Settings that cannot run with those of SAM."""
+        yield from ()
 
     def problems(self) -> Iterator[Problem]:
         """Settings that cannot run, judged without those of other parts."""
@@ -70,6 +79,48 @@ class ClipConfig(VisionConfig):
         n = self.layers
         remedy = f"is {self.feature_layer}; use {-n - 1} to {n}, an index into [embeddings, layer 1 .. layer n]"
         yield from _unless(-n - 1 <= self.feature_layer <= n, "feature_layer", remedy)
+
+
+@dataclass
+class SamFeaturesConfig(VisionConfig):
+    """X_img from the features of SAM's encoder, averaged over the cells of a coarser grid; image and frame are SAM's."""
+
+    kind: str = "sam"
+    image_size: int = 1024  # SAM's
+    width: int = 256  # of the features and the stages together
+    cells: int = 16  # g, on a side
+    # Stages of the encoder whose outputs follow the features on the channels: comma-separated numbers from 0, e.g. "1,2,3", into
+    # `SamConfig.feature_maps`.
+    stages: str = ""
+
+    def grid(self) -> int:
+        return self.cells
+
+    def from_sam(self) -> bool:
+        return True
+
+    def stage_numbers(self) -> tuple[int, ...]:
+        return tuple(int(number) for number in self.stages.split(",")) if self.stages else ()
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from _unless(self.resample == "bilinear", "resample", "must be bilinear, as SAM's image is resized")
+        listed = all(number.strip().isdecimal() for number in self.stages.split(",")) if self.stages else True
+        yield from _unless(listed, "stages", f"is {self.stages!r}; give numbers such as 1,2,3, or none")
+        yield from _unless(self.cells >= 1, "cells", "must be at least 1")
+
+    def problems_with(self, sam: "SamConfig") -> Iterator[Problem]:
+        *stages, features = sam.feature_maps()
+        numbers = self.stage_numbers()
+        yield from _unless(self.image_size == sam.image_size, "image_size", f"is {self.image_size}; set it to SAM's, {sam.image_size}")
+        yield from _unless(self.image_fit == sam.image_fit, "image_fit", f"is {self.image_fit!r}; set it to SAM's, {sam.image_fit!r}")
+        remedy = f"is {self.stages!r}; SAM's encoder of kind {sam.kind} has {len(stages)} stages, name numbers below that, each once"
+        yield from _unless(max(numbers, default=-1) < len(stages) and len(set(numbers)) == len(numbers), "stages", remedy)
+        maps = [features, *(stages[number] for number in numbers)]
+        uneven = [side for side, _ in maps if side % self.cells]
+        yield from _unless(not uneven, "cells", f"is {self.cells}; set it to a divisor of {', '.join(map(str, uneven))}")
+        width = sum(channels for _, channels in maps)
+        yield from _unless(self.width == width, "width", f"is {self.width}; set it to {width}, the channels of features and stages")
 
 
 @dataclass
@@ -172,6 +223,7 @@ class LoraConfig:
     rank: int = 8  # 0 makes no parameters
     alpha: float = 8.0
     targets: str = "q,v"  # comma-separated names of matrices of the language model
+    dropout: float = 0.0  # probability that an element of the input of A is zero, in training alone
 
 
 @dataclass
@@ -195,6 +247,10 @@ class SamConfig(ABC):
     @abstractmethod
     def grid(self) -> int:
         """g, the side of the features that the decoder attends to."""
+
+    def feature_maps(self) -> tuple[tuple[int, int], ...]:
+        """(side, width) of each of the encoder's feature maps, from its first stage to the features that the decoder attends to."""
+        return ((self.grid(), self.decoder_width),)
 
     def problems(self) -> Iterator[Problem]:
         """Settings that cannot run, judged without those of other parts."""
@@ -223,11 +279,64 @@ class SamVitConfig(SamConfig):
     def grid(self) -> int:
         return self.image_size // self.patch_size
 
+    def feature_maps(self) -> tuple[tuple[int, int], ...]:
+        return ((self.grid(), self.width),) * (self.layers // self.global_every) + super().feature_maps()
+
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from _unless(self.image_size % self.patch_size == 0, "patch_size", "must divide model.sam.image_size")
         yield from _unless(self.width % self.heads == 0, "heads", "must divide model.sam.width")
         yield from _unless(self.layers % self.global_every == 0, "global_every", "must divide model.sam.layers")
+
+
+@dataclass
+class TinyVitConfig(SamConfig):
+    """SAM with TinyViT, of four stages: the first convolutional, the others of window attention. The defaults are LiteMedSAM;
+    MobileSAM has image_size 1024, pixel_norm "imagenet" and patch_stride 2. Texts are four numbers, one for each stage."""
+
+    kind: str = "tiny_vit"
+    image_size: int = 256
+    pixel_norm: str = "minmax"
+    patch_stride: int = 1  # of each of the two convolutions before the first stage: 1 (1 x 1 pixels) or 2 (3 x 3 pixels)
+    widths: str = "64,128,160,320"
+    depths: str = "2,2,6,2"  # blocks
+    heads: str = "2,4,5,10"  # not used by the first stage
+    windows: str = "7,7,14,7"  # tokens on a side; not used by the first stage
+    mlp_ratio: int = 4  # also how much wider the blocks of the first stage are inside
+    # Of the convolution between two stages. TinyViT classifies images with 2, and SAM's variant has 1 where the width becomes 320.
+    strides: str = "2,2,1"
+
+    def stages(self, name: str) -> tuple[int, ...]:
+        """The numbers of one of the texts. Raises ValueError if it is not a list of numbers."""
+        return tuple(int(number) for number in getattr(self, name).split(","))
+
+    def grids(self) -> tuple[int, ...]:
+        """The side of each stage's feature map."""
+        sides = [self.image_size // self.patch_stride**2]
+        for stride in self.stages("strides"):
+            sides.append(-(-sides[-1] // stride))
+        return tuple(sides)
+
+    def grid(self) -> int:
+        return self.grids()[-1]
+
+    def feature_maps(self) -> tuple[tuple[int, int], ...]:
+        return (*zip(self.grids(), self.stages("widths"), strict=True), *super().feature_maps())
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from _unless(self.patch_stride in (1, 2), "patch_stride", f"is {self.patch_stride}; use 1 (LiteMedSAM) or 2 (MobileSAM)")
+        malformed = False
+        for name, count in (("widths", 4), ("depths", 4), ("heads", 4), ("windows", 4), ("strides", 3)):
+            text = getattr(self, name)
+            good = re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", text) and text.count(",") == count - 1
+            malformed |= not good
+            yield from _unless(bool(good), name, f"is {text!r}; use {count} numbers above 0, separated by commas")
+        if malformed:
+            return
+        divided = all(width % heads == 0 for width, heads in zip(self.stages("widths"), self.stages("heads"), strict=True))
+        yield from _unless(divided, "heads", "must divide model.sam.widths, each its own")
+        yield from _unless(self.image_size % self.patch_stride**2 == 0, "image_size", "must be a multiple of patch_stride squared")
 
 
 def _unless(ok: bool, field: str, remedy: str) -> Iterator[Problem]:
@@ -237,10 +346,10 @@ def _unless(ok: bool, field: str, remedy: str) -> Iterator[Problem]:
 
 # Section of `ModelConfig` -> kind -> the class of its settings. `models.registry` adds the kinds that are registered.
 KINDS: dict[str, dict[str, type]] = {
-    "vision": {"clip": ClipConfig},
+    "vision": {"clip": ClipConfig, "sam": SamFeaturesConfig},
     "aligner": dict.fromkeys(("cross_attention", "none", "linear", "mlp"), AlignerConfig),
     "llm": {"llama": LlamaConfig},
-    "sam": {"vit": SamVitConfig},
+    "sam": {"vit": SamVitConfig, "tiny_vit": TinyVitConfig},
 }
 
 

@@ -31,14 +31,15 @@ class VisionTower:
     """A kind of vision tower.
 
     build(settings, *, dtype, param_dtype, scan, rngs): makes a module that maps pixels [N, H, H, 3], normalised by mean and std, to X_img
-    [N, I, settings.width]: `extra_tokens()` first, then the patches row by row.
-    mean, std: per channel, of pixels in 0 … 255. matmul_counts(settings): counts of one image. shardings: rows placed before those of
+    [N, I, settings.width]: `extra_tokens()` first, then the patches row by row. If `settings.from_sam()`, it has the interface of
+    `sam_features.SamFeatures` instead.
+    mean, std: per channel, of pixels in 0 … 255; None if `settings.from_sam()`. matmul_counts(settings): counts of one image. shardings: rows placed before those of
     `sharding.RULES`. component: name of the table of its tensors in `checkpoints_convert.layouts.COMPONENTS`; empty if there is none."""
 
     settings: type[VisionConfig]
     build: Callable[..., nnx.Module]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
     matmul_counts: Callable[[Any], MatmulCounts]
     shardings: Shardings = field(default_factory=dict)
     component: str = ""
@@ -64,7 +65,7 @@ class LanguageModel:
     """A kind of language model. Embeddings and head are the same for every kind.
 
     build(settings, lora, targets, *, dtype, param_dtype, scan, rngs): makes a module with the methods of `llama.Llama`: its call,
-    `new_cache`, `extend_cache` and `cache_axes`.
+    `new_cache`, `extend_cache` and `cache_axes`. `dropout_keys` is passed in training with `lora.dropout` to a kind with `lora_names`.
     matmul_counts(settings, length): counts of one sample of `length` tokens. shardings, component: as in `VisionTower`."""
 
     settings: type[LlmConfig]
@@ -80,7 +81,9 @@ class MaskEncoder:
 
     build(settings, *, dtype, param_dtype, scan, rngs): makes a module that maps pixels [N, S, S, 3], normalised as `settings.pixel_norm`
     says (by default with mean and std), to the input of its decoder: features [N, g, g, C] for `MaskDecoder`, or a tuple of arrays, one
-    for each scale, for another decoder. decoder(settings, *, dtype, param_dtype, rngs): makes a module with the call of `MaskDecoder`.
+    for each scale, for another decoder. A module whose stages other parts read also has `feature_maps(pixels)`: a tuple of arrays
+    [N, g_i, g_i, C_i] of the sizes `settings.feature_maps()`, from the first stage to the output of the call, which is the last.
+    decoder(settings, *, dtype, param_dtype, rngs): makes a module with the call of `MaskDecoder`.
     The other fields are as in `VisionTower`."""
 
     settings: type[SamConfig]

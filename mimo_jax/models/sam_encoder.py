@@ -93,10 +93,12 @@ class SamStage(nnx.Module):
             self.windowed = None
         self.global_block = SamBlock(cfg, 0, rngs=rngs, **types)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, with_output: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """x [N, g, g, D] -> the same, twice if `with_output`: to go on with, and as the stage's output."""
         if self.windowed is not None:
             x = self.windowed(x)
-        return rematerialised(self.global_block, self.scan.remat)(x)
+        x = rematerialised(self.global_block, self.scan.remat)(x)
+        return (x, x) if with_output else x
 
 
 class SamEncoder(nnx.Module):
@@ -124,8 +126,17 @@ class SamEncoder(nnx.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """pixels float [N, S, S, 3], normalised (`SamConfig.pixel_norm`), then set to zero outside the content
         -> features [N, g, g, C]."""
-        x = self.patch(pixels) + self.position_embedding[...].astype(self.dtype)
-        x = self.stages(x)
+        return self.neck(self.stages(self.embed(pixels)))
+
+    def feature_maps(self, pixels: jax.Array) -> tuple[jax.Array, ...]:
+        """As the call -> the output of each stage [N, g, g, D], then the features."""
+        x, outputs = self.stages(self.embed(pixels), True, with_output=True)
+        return (*outputs, self.neck(x))
+
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        return self.patch(pixels) + self.position_embedding[...].astype(self.dtype)
+
+    def neck(self, x: jax.Array) -> jax.Array:
         return self.neck_out_norm(self.neck_out(self.neck_in_norm(self.neck_in(x))))
 
 

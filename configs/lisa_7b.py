@@ -31,7 +31,7 @@ def get_config() -> Config:
         ),
         aligner=AlignerConfig(kind="linear", queries=256),
         llm=LlamaConfig(eps=1e-6),  # its base is Vicuna v1.1, which is based on Llama 1
-        lora=LoraConfig(rank=8, alpha=16.0),
+        lora=LoraConfig(rank=8, alpha=16.0, dropout=0.05),
         seg_state="predict",
         seg_position="bare",
     )

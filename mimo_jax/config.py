@@ -181,6 +181,7 @@ class Config:
         need(m.lora.rank >= 0, "model.lora.rank", "must be 0 or more")
         names = m.llm.lora_names()
         unknown = ", ".join(sorted(set(self.lora_targets()) - set(names)))
+        need(0 <= m.lora.dropout < 1, "model.lora.dropout", "must be at least 0 and less than 1")
         choice = f"use {', '.join(names)}" if names else f"a language model of kind {m.llm.kind} has no LoRA, so set model.lora.rank to 0"
         need(not unknown or not (names or m.lora.rank), "model.lora.targets", f"{unknown} unknown; {choice}")
         need(bool(self.trainables), "trainables", "is empty; list the parameters that train")

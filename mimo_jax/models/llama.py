@@ -56,10 +56,11 @@ class LlamaLayer(nnx.Module):
     def __init__(self, cfg: LlamaConfig, lora: LoraConfig, targets: tuple[str, ...], *, dtype, param_dtype, rngs: nnx.Rngs):
         head_width = cfg.width // cfg.heads
         self.heads, self.kv_heads, self.head_width = cfg.heads, cfg.kv_heads, head_width
+        self.matrices = cfg.lora_names()
 
         def linear(name: str, inputs: int, outputs: int) -> LoraLinear:
             rank = lora.rank if name in targets else 0
-            how = {"rank": rank, "alpha": lora.alpha, "quantization": cfg.quantization}
+            how = {"rank": rank, "alpha": lora.alpha, "dropout": lora.dropout, "quantization": cfg.quantization}
             return LoraLinear(inputs, outputs, **how, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.attention_norm = RmsNorm(cfg.width, cfg.eps, param_dtype=param_dtype)
@@ -72,21 +73,26 @@ class LlamaLayer(nnx.Module):
         self.up = linear("up", cfg.width, cfg.mlp_width)
         self.down = linear("down", cfg.mlp_width, cfg.width)
 
-    def __call__(self, carry, positions: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array | None, *, index: jax.Array):
+    def __call__(self, carry, positions, cos: jax.Array, sin: jax.Array, mask, dropout_keys=None, *, index: jax.Array):
+        """mask [B, 1, T, S] or None; dropout_keys and the rest are those of `Llama.__call__`. index: the number of the layer."""
         x, cache = carry
         b, t, _ = x.shape
+        keys = dict.fromkeys(self.matrices)
+        if dropout_keys is not None:  # every matrix of every layer drops out other elements
+            fold = jax.vmap(jax.random.fold_in, (0, None))
+            keys = {name: fold(dropout_keys, index * len(self.matrices) + i) for i, name in enumerate(self.matrices)}
         y = self.attention_norm(x)
-        q = rotate(self.q(y).reshape(b, t, self.heads, self.head_width), cos, sin)
-        k = rotate(self.k(y).reshape(b, t, self.kv_heads, self.head_width), cos, sin)
-        v = self.v(y).reshape(b, t, self.kv_heads, self.head_width)
+        q = rotate(self.q(y, keys["q"]).reshape(b, t, self.heads, self.head_width), cos, sin)
+        k = rotate(self.k(y, keys["k"]).reshape(b, t, self.kv_heads, self.head_width), cos, sin)
+        v = self.v(y, keys["v"]).reshape(b, t, self.kv_heads, self.head_width)
         if cache is not None:
             rows, groups, slots = jnp.arange(b)[:, None, None], jnp.arange(self.kv_heads)[None, :, None], positions[:, None, :]
             new = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
             cache = {name: kept.at[index, rows, groups, slots].set(new[name].astype(kept.dtype)) for name, kept in cache.items()}
             k, v = (cache[name][index].astype(x.dtype).swapaxes(1, 2) for name in ("k", "v"))
-        x = x + self.o(attention(q, k, v, mask=mask, causal=cache is None).reshape(b, t, -1))
+        x = x + self.o(attention(q, k, v, mask=mask, causal=cache is None).reshape(b, t, -1), keys["o"])
         y = self.mlp_norm(x)
-        x = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        x = x + self.down(jax.nn.silu(self.gate(y, keys["gate"])) * self.up(y, keys["up"]), keys["down"])
         return x, cache
 
 
@@ -132,19 +138,27 @@ class Llama(nnx.Module):
         """Logical axes (`sharding.LOGICAL_AXES`) of every array of a cache."""
         return None, None, "kv_heads", None, None
 
-    def __call__(self, x: jax.Array, positions: jax.Array, cache: dict[str, jax.Array] | None = None):
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: dict[str, jax.Array] | None = None,
+        dropout_keys: jax.Array | None = None,
+    ):
         """x [B, T, D] at `positions` int [B, T] (0 … T-1 without a cache) -> hidden [B, T, D] after the final norm.
 
         With a cache, new keys and values are written to the slots `positions`, a query at position p attends to
         slots 0 … p, and (hidden, cache) is returned. Rows are filled from slot 0 without gaps, so right padding needs no mask:
         a padded slot is beyond every real query, and the next real token overwrites it.
+
+        dropout_keys [B] (`lora.sample_keys`): LoRA's dropout, in training alone.
         """
         mask = None
         if cache is not None:
             mask = (jnp.arange(self.cache_length(cache)) <= positions[:, :, None])[:, None]  # [B, 1, T, S]
         cos, sin = rotary(positions, self.cfg.width // self.cfg.heads, self.cfg.rope_theta)
         index = {"index": jnp.arange(self.cfg.layers)}
-        out, cache_out = self.layers((x.astype(self.dtype), cache), positions, cos, sin, mask, per_layer=index)
+        out, cache_out = self.layers((x.astype(self.dtype), cache), positions, cos, sin, mask, dropout_keys, per_layer=index)
         hidden = self.norm(out)
         return hidden if cache is None else (hidden, cache_out)
 

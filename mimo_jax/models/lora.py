@@ -4,6 +4,9 @@ Axis letters: ... any leading axes, I inputs, O outputs, R rank.
 
 y = x W + (alpha / rank) (x A) B, as in PEFT: A is uniform in ±1/sqrt(I) and B is zero, so that the update is
 zero at the start. Rank 0 makes no parameters. W may be stored as integers (`quantize`) for inference.
+
+In training, x is dropped out before A, as with PEFT's `lora_dropout`: an element is zero with probability p, otherwise divided by 1 - p.
+x W is never dropped out.
 """
 
 from __future__ import annotations
@@ -20,6 +23,19 @@ def _uniform(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def sample_keys(seed: int, step: jax.Array, samples: int) -> jax.Array:
+    """Keys of the dropout of one step, [B] for B samples. They depend on the seed, the step and the row of the sample in the batch alone,
+    so that a resumed run and one on another mesh drop out the same elements."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(samples))
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """x [B, ...] with each element zero with probability `rate`, otherwise divided by 1 - rate. keys [B]: one for each sample."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
 class LoraLinear(nnx.Module):
     """[..., I] -> [..., O] without a bias (Llama's projections have none)."""
 
@@ -30,6 +46,7 @@ class LoraLinear(nnx.Module):
         *,
         rank: int = 0,
         alpha: float = 1.0,
+        dropout: float = 0.0,
         quantization: str = "",
         dtype=jnp.float32,
         param_dtype=jnp.float32,
@@ -42,16 +59,19 @@ class LoraLinear(nnx.Module):
         self.storage = tuple(stored)
         self.dtype = dtype
         self.scale = alpha / rank if rank else 0.0
+        self.dropout = dropout
         if rank:  # these parameters train, so they are always fp32
             self.lora_a = nnx.Param(_uniform(rngs.params(), (inputs, rank), jnp.float32))
             self.lora_b = nnx.Param(jnp.zeros((rank, outputs), jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        lead = x.shape[:-1]
-        x = x.reshape(-1, x.shape[-1])  # one contracted axis in the weight gradient: see layers.Linear
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """dropout_keys [B], one for each row of x [B, ..., I]: drop out x before A; None outside training."""
+        lead, inputs = x.shape[:-1], x.shape[-1]
+        dropped = x if dropout_keys is None or not self.scale else dropout(x, self.dropout, dropout_keys)
+        x, dropped = x.reshape(-1, inputs), dropped.reshape(-1, inputs)  # one contracted axis in the weight gradient: see layers.Linear
         y = quantize.quantized_matmul(x, {name: getattr(self, name)[...] for name in self.storage}, self.dtype)
         if self.scale:
-            y = y + (x @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(self.dtype) * self.scale
+            y = y + (dropped @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(self.dtype) * self.scale
         return y.reshape(*lead, -1)
 
 

@@ -146,9 +146,9 @@ class MimoModel(nnx.Module):
         spliced = jnp.take_along_axis(queries, jnp.maximum(query_index, 0)[..., None], axis=1)
         return jnp.where((query_index >= 0)[..., None], spliced, self.embedding(input_ids))
 
-    def decode(self, x: jax.Array, positions: jax.Array, cache: Any = None):
+    def decode(self, x: jax.Array, positions: jax.Array, cache: Any = None, **dropout: jax.Array):
         """See `Llama.__call__`."""
-        return self.llm(x, positions, cache)
+        return self.llm(x, positions, cache, **dropout)
 
     def new_cache(self, batch: int, length: int) -> Any:
         """An empty cache of the language model for `batch` rows of `length` tokens."""
@@ -197,19 +197,17 @@ class MimoModel(nnx.Module):
         return logits.reshape(b, s, *logits.shape[-2:]), iou.reshape(b, s)
 
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Teacher-forced forward pass: a batch of `data/loading/loader.py`, with images or with their features (`pack_features`) ->
-        {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S], "attention_map" [B, R, g, g] or None}."""
-        if "x_img" in batch:
-            image, features = jax.tree.map(self._from_bits, unpack_features(batch))
-        else:
-            image = self.encode_vision(batch["vision_image"], batch["vision_size"])
-            features = self.encode_sam(batch["sam_image"], batch["sam_size"])
-        image, features = mesh.constrain_batch((image, features))
+        """Teacher-forced forward pass: a batch of `data/loading/loader.py`, with images or with their features ->
+        {"hidden" [B, T, D], "masks" [B, S, M, M], "iou" [B, S], "attention_map" [B, R, g, g] or None}.
+
+        The training step adds "dropout_keys" [B] (`lora.sample_keys`), without which nothing is dropped out."""
+        image, features = mesh.constrain_batch(self.encode(batch))
         turns = (batch[key] for key in ("instruction_ids", "instruction_mask", "prompt_xy", "prompt_kind"))
         x_q, attention_map = self.align_with_attention(image, *turns)
         x = mesh.constrain_batch(self.embed(batch["input_ids"], batch["query_index"], x_q))
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-        hidden = mesh.constrain_batch(self.decode(x, positions))
+        dropout = {"dropout_keys": batch["dropout_keys"]} if "dropout_keys" in batch else {}
+        hidden = mesh.constrain_batch(self.decode(x, positions, **dropout))
         masks, iou = self.segment(features, self.seg_hidden(hidden, batch["seg_index"]))
         return {"hidden": hidden, "masks": masks, "iou": iou, "attention_map": attention_map}
 

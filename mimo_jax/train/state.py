@@ -3,8 +3,8 @@
     train  = {params (fp32), opt, step}   donated to each step, written at each checkpoint
     frozen = {path: parameter}            an input of the step, never an output, never in the optimizer
 
-Nothing in a step is random (no dropout, no sampled targets), so the state holds no key. The loader samples with
-per-record keys, and its position is saved next to the state.
+What is random in a step (LoRA's dropout) depends on the seed, the step and the sample alone, so the state holds no key. The loader samples
+with per-record keys, and its position is saved next to the state.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from mimo_jax import pathtree, sharding
 from mimo_jax.analysis.aot import LoweredStep
 from mimo_jax.config import Config
 from mimo_jax.models import mesh, scan
+from mimo_jax.models.lora import sample_keys
 from mimo_jax.train import losses
 from mimo_jax.train.optimizer import schedule
 from mimo_jax.train.state import TrainSetup
@@ -28,7 +29,7 @@ def make_step(setup: TrainSetup) -> Callable:
     A step whose loss or gradient is not finite leaves the state unchanged and reports `finite` = 0.
     With `train.grad_accum_steps` micro-batches the loss is the same as without: sums are divided once by the weight of the full batch.
     """
-    cfg = setup.config.train
+    cfg, lora = setup.config.train, setup.config.model.lora
     rate = schedule(cfg)
 
     def loss_fn(params, frozen, batch, weights):
@@ -54,6 +55,8 @@ def make_step(setup: TrainSetup) -> Callable:
 
     def step(state, frozen, batch):
         weights = losses.normalizers(batch)
+        if lora.rank and lora.dropout:
+            batch = batch | {"dropout_keys": sample_keys(cfg.seed, state["step"], batch["input_ids"].shape[0])}
         (loss, sums), grads = accumulated(state["params"], frozen, batch, weights)
         norm = optax.global_norm(grads)
         updates, opt = setup.optimizer.update(grads, state["opt"], state["params"])

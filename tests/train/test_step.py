@@ -14,7 +14,7 @@ from mimo_jax.parameters import multipliers
 from mimo_jax.train.optimizer import make_optimizer, schedule
 from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.step import make_step
-from tests.tiny_config import random_batch, random_params, tiny_config
+from tests.tiny_config import quick_config, random_batch, random_params, tiny_config
 
 LORA_TABLE = {
     r"/lora_[ab]$": 1.0,
@@ -94,6 +94,34 @@ def test_accumulated_micro_batches_equal_one_batch():
         results[micro] = metrics
     for name in ("loss", "ce", "bce", "dice", "iou", "attention_map", "grad_norm", "token_accuracy"):
         np.testing.assert_allclose(results[1][name], results[2][name], rtol=1e-4)
+
+
+def lora_step(dropout: float, micro: int = 1):
+    config = quick_config()
+    config.model.lora = LoraConfig(rank=2, alpha=4.0, targets="q,v", dropout=dropout)
+    config.trainables = dict(LORA_TABLE)
+    config.train = dataclasses.replace(config.train, grad_accum_steps=micro)
+    plan = plan_for(config)
+    return plan, make_step(plan), random_batch(config)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_only_a_step_with_dropout_is_random(dropout):
+    plan, step, batch = lora_step(dropout)
+    assert ("random_bits" in str(step.trace(plan.state, plan.frozen, batch).jaxpr)) == bool(dropout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [1, 2])
+def test_dropout_depends_on_the_step_and_the_sample_alone(micro):
+    """The loss of a step is the same again from the same state, so that a resumed run goes on as the first, and another at another step."""
+    plan, step, batch = lora_step(0.3, micro)
+    losses = []
+    for number in (0, 0, 1):
+        state, frozen = plan.start(random_params(plan.config))
+        state["step"] = state["step"] + number
+        losses.append(float(step(state, frozen, batch)[1]["loss"]))
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_says_so():

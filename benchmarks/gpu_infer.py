@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mimo_jax import pathtree, quantize  # noqa: E402
 from mimo_jax.config import Config  # noqa: E402
 from mimo_jax.config_flags import load_config  # noqa: E402
+from mimo_jax.data.transforms import preprocess  # noqa: E402
 from mimo_jax.infer.engine.compiled import Engine  # noqa: E402
 from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket  # noqa: E402
 from mimo_jax.models import mimo  # noqa: E402
@@ -118,11 +119,10 @@ def transformers_generate(config: Config, batch: int, context: int, new: int) ->
 
 def encode_images(engine: Engine, config: Config, count: int) -> Callable[[], tuple[jax.Array, jax.Array]]:
     """Both image encoders on `count` images."""
-    sides = (config.model.vision.image_size, config.model.sam.image_size)
-    (vision, vision_size), (sam, sam_size) = (
-        (np.zeros((count, side, side, 3), np.uint8), np.full((count, 2), side, np.int32)) for side in sides
-    )
-    return lambda: engine.encode(vision, vision_size, sam, sam_size, count)
+    side = config.model.sam.image_size
+    views = preprocess(np.zeros((side, side, 3), np.uint8), config.model)
+    views = {name: np.repeat(array[None], count, axis=0) for name, array in views.items()}
+    return lambda: engine.encode(views, count)
 
 
 def first_mask(engine: Engine, config: Config, context: int, new: int) -> Callable[[], object]:

@@ -1,6 +1,6 @@
 """`mimo convert export`: a mimo_jax checkpoint in the layouts of transformers, peft, segment-anything and LISA, or as one directory.
 
-    hf      OUT/vision and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or not at all with merge=False
+    hf      OUT/vision (of a CLIP) and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or not at all with merge=False
     peft    OUT, an adapter of llm/
     sam     OUT/sam_vit_h.pth, which segment-anything loads, and OUT/mimo_config.json, which tells the pixels that it expects
     joint   OUT, one model in LISA's layout, which `mimo convert import --joint` reads
@@ -23,6 +23,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import name_map, ops, rows
+from checkpoints_convert.batch_norm import unfolded
 from checkpoints_convert.layouts import COMPONENTS, with_prefix
 from checkpoints_convert.rows import Row
 from checkpoints_convert.sources import SourceError
@@ -39,7 +40,7 @@ from mimo_jax.models.lora import merge_lora
 _SHARD_BYTES = 2 * 10**9
 _SAM_NAMES = {768: "b", 1024: "l", 1280: "h"}
 # Prefixes of the keys of components in LISA's layout; the rows of other components have the whole key.
-_JOINT_PREFIXES = {"clip": "model.vision_tower.vision_tower.vision_model.", "sam": "model.visual_model."}
+_JOINT_PREFIXES = {"clip": "model.vision_tower.vision_tower.vision_model.", **dict.fromkeys(("sam", "tiny_vit"), "model.visual_model.")}
 
 
 def export_checkpoint(
@@ -73,6 +74,8 @@ def _check_format(leaves: LazyParams, format: str) -> None:
     published = {"hf": (("vision", "clip"), ("llm", "llama")), "peft": (("llm", "llama"),), "joint": (), "sam": (), "mimo": ()}[format]
     needed = {"sam": ("sam",), "joint": ("vision", "aligner", "llm", "sam")}.get(format, ())
     names = {section: registry.part(leaves.config.model, section).component for section in registry.TABLES}
+    if leaves.config.model.vision.from_sam():
+        names["vision"] = "clip"  # it has no tensors that a format would need a place for
     wrong = [section for section, name in published if names[section] != name] + [section for section in needed if not names[section]]
     for section in wrong:
         kind = getattr(leaves.config.model, section).kind
@@ -89,7 +92,8 @@ def _table(leaves: LazyParams, section: str) -> tuple[str, tuple[Row, ...]]:
 
 
 def _write_hf(leaves: LazyParams, out: Path, merge: _Rounding | None) -> None:
-    _write_clip(leaves, out / "vision")
+    if not leaves.config.model.vision.from_sam():
+        _write_clip(leaves, out / "vision")
     _write_llm(leaves, out / "llm", _llm_tensors(leaves, merge))
 
 
@@ -161,7 +165,10 @@ def _write_joint(leaves: LazyParams, out: Path, merge: _Rounding | None) -> None
         aligner = _table(leaves, "aligner")[1]
         for table, root in ((aligner, "aligner/"), (rows.PROMPT, "prompt/"), (rows.SEG_PROJECTION, "seg_projection/")):
             yield from _tensors(leaves, table, root)
-        for section, root in (("sam", "sam_"), ("vision", "vision/")):
+        encoders = {"sam": "sam_", "vision": "vision/"}
+        if leaves.config.model.vision.from_sam():
+            del encoders["vision"]
+        for section, root in encoders.items():
             name, table = _table(leaves, section)
             yield from _tensors(leaves, with_prefix(table, _JOINT_PREFIXES.get(name, "")), root)
         if (leaves.run / provenance.KEPT).is_file():
@@ -194,7 +201,7 @@ _WRITERS = {"hf": _write_hf, "peft": _write_peft, "sam": _write_sam, "joint": _w
 def _tensors(leaves: Mapping[str, np.ndarray], table, root: str, containing: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """Torch tensors of the parameters whose path begins with `root` and contains `containing`."""
     shapes = {path: shape for path, shape in leaves.shapes.items() if path.startswith(root) and containing in path}
-    yield from name_map.export_tensors(leaves, table, name_map.layer_indices(leaves.config.model), shapes)
+    yield from unfolded(name_map.export_tensors(leaves, table, name_map.layer_indices(leaves.config.model), shapes))
 
 
 def _llm_tensors(leaves: LazyParams, merge: _Rounding | None) -> Iterator[tuple[str, np.ndarray]]:

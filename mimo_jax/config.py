@@ -175,13 +175,15 @@ class Config:
             need(type(part) is known, f"model.{section}.kind", wrong)
             for name, remedy in part.problems():
                 need(False, f"model.{section}.{name}", remedy)
+        for name, remedy in m.vision.problems_with(m.sam):
+            need(False, f"model.vision.{name}", remedy)
         need(m.seg_state in ("token", "predict"), "model.seg_state", f"is {m.seg_state!r}; use token or predict")
         need(m.seg_position in ("inside", "after", "bare"), "model.seg_position", f"is {m.seg_position!r}; use inside, after or bare")
         need(m.remat in REMAT_POLICIES, "model.remat", f"is {m.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
         need(m.lora.rank >= 0, "model.lora.rank", "must be 0 or more")
+        need(0 <= m.lora.dropout < 1, "model.lora.dropout", "must be at least 0 and less than 1")
         names = m.llm.lora_names()
         unknown = ", ".join(sorted(set(self.lora_targets()) - set(names)))
-        need(0 <= m.lora.dropout < 1, "model.lora.dropout", "must be at least 0 and less than 1")
         choice = f"use {', '.join(names)}" if names else f"a language model of kind {m.llm.kind} has no LoRA, so set model.lora.rank to 0"
         need(not unknown or not (names or m.lora.rank), "model.lora.targets", f"{unknown} unknown; {choice}")
         need(bool(self.trainables), "trainables", "is empty; list the parameters that train")

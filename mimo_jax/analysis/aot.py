@@ -26,8 +26,7 @@ from mimo_jax.analysis.hardware import GIB, Hardware
 from mimo_jax.analysis.hlo_cost import Cost, program_cost
 from mimo_jax.analysis.topology import Topology
 from mimo_jax.config import Config, ConfigError
-from mimo_jax.data.loading.collate import padding_image, padding_sample, stack_batch
-from mimo_jax.data.transforms import content_sizes
+from mimo_jax.data.loading.collate import padding_features, padding_image, padding_sample, stack_batch
 from mimo_jax.models import mimo
 
 MAX_MEMORY_FRACTION = 0.9  # largest fraction of a chip's memory that a step may take
@@ -95,7 +94,7 @@ def abstract_batch(config: Config, mesh: Mesh, length: int) -> dict[str, jax.Sha
     views = padding_image(config.model)
     if config.data.features:
         features = {key: np.zeros(shape, np.uint16) for key, shape in mimo.feature_shapes(config).items()}
-        views = features | content_sizes(1, 1, config.model)
+        views = padding_features(features, config.model)
     one = stack_batch([{**views, "samples": [padding_sample(config)] * config.data.samples_per_image}], length)
     images, place = config.data.batch_size // config.data.samples_per_image, sharding.batch_sharding(mesh)
     return {key: jax.ShapeDtypeStruct((images * x.shape[0], *x.shape[1:]), x.dtype, sharding=place) for key, x in one.items()}

@@ -19,7 +19,8 @@ from mimo_jax.config import Config
 from mimo_jax.models import mimo, registry
 from mimo_jax.models.counts import attention_flops
 
-# part -> itself and the parts that feed it: if a parameter of one of them trains, gradients flow through the part's activations.
+# part -> itself and the parts that feed it: if a parameter of one of them trains, gradients flow through the part's activations. Where
+# X_img is made of SAM's features, "vision" stands for "sam_encoder".
 _FED_BY = {"vision": {"vision"}, "sam_encoder": {"sam_encoder"}, "aligner": {"vision", "prompt", "embedding", "aligner"}}
 _FED_BY["llm"] = _FED_BY["aligner"] | {"llm"}
 _FED_BY["lm_head"] = _FED_BY["llm"] | {"lm_head"}
@@ -33,13 +34,12 @@ _READS = {
     r"^sam_decoder/first/(token_to_image/[kv]|image_to_token/q)/": {"sam_encoder"},
 }
 
-_ENCODERS = ("vision", "sam_encoder")
 _DECODER_TOKENS = 6  # tokens per mask in SAM's decoder: IoU, four masks, <SEG>
 
 
 def forward(config: Config, length: int) -> dict[str, float]:
     """FLOPs of one sample's forward pass by part, with its sequence padded to `length` tokens. What the samples of one image share is
-    divided among them; with `config.data.features` the image encoders count as 0."""
+    divided among them; with `config.data.features` an image encoder whose features are stored counts as 0."""
     return _by_part(config, length, lambda part, path: 1)
 
 
@@ -48,6 +48,8 @@ def step(config: Config, length: int) -> dict[str, float]:
     has no weight gradient; a part that no trained parameter feeds has no gradient at all."""
     rates = parameters.multipliers(config, mimo.abstract(config)[1])
     moving = {path.split("/")[0] for path, rate in rates.items() if rate is not None}
+    if config.model.vision.from_sam() and "sam_encoder" in moving:
+        moving |= {"vision"}
 
     def passes(part: str, path: str | None) -> int:
         if path is None:  # a product of two activations: a gradient for each
@@ -69,7 +71,9 @@ def _by_part(config: Config, length: int, passes: Callable[[str, str | None], in
             sums[part] += 2.0 * leaf.size * count * passes(part, path)
     for part, products in by_part.items():
         sums[part] += products * passes(part, None)
-    return {part: 0.0 if config.data.features and part in _ENCODERS else total for part, total in sums.items()}
+    stored = mimo.feature_shapes(config) if config.data.features else {}
+    cached = {"sam_encoder": bool(stored), "vision": "x_img" in stored}
+    return {part: 0.0 if cached.get(part) else total for part, total in sums.items()}
 
 
 def _counts(config: Config, length: int) -> tuple[dict[str, float], dict[str, float]]:

@@ -193,17 +193,24 @@ def windowed(values: np.ndarray, window: tuple[float, float] | None, percentiles
 
 
 def preprocess(image: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """uint8 RGB [H, W, 3] -> the inputs of both encoders: `vision_image` uint8 [Hc, Hc, 3], `sam_image` uint8 [Hs, Hs, 3], and
-    `vision_size`, `sam_size` int32 [2], the (height, width) of the content of each; the rest is 0."""
-    vision, sam = frames(*image.shape[:2], cfg)
+    """uint8 RGB [H, W, 3] -> the inputs of both encoders: `vision_image` uint8 [Hc, Hc, 3], unless the vision tower has no encoder of
+    its own (`VisionConfig.from_sam`), `sam_image` uint8 [Hs, Hs, 3], and `vision_size`, `sam_size` int32 [2], the (height, width) of the
+    content of each; the rest is 0."""
+    views = {"sam_image": image_to_frame(_grey(image), frames(*image.shape[:2], cfg)[1])}
+    if not cfg.vision.from_sam():
+        views["vision_image"] = vision_image(image, cfg)
+    return views | content_sizes(*image.shape[:2], cfg)
+
+
+def vision_image(image: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """The `vision_image` of `preprocess`."""
+    return image_to_frame(_grey(image), frames(*image.shape[:2], cfg)[0], cfg.vision.resample)
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """RGB [H, W, 3], or one channel [H, W] if all are equal: resizing one takes a third of the time and gives the same values."""
     red, green, blue = (image[:, :, channel] for channel in range(3))
-    if np.array_equal(red, green) and np.array_equal(red, blue):
-        image = red  # resizing one channel takes a third of the time and gives the same values
-    return {
-        "vision_image": image_to_frame(image, vision, cfg.vision.resample),
-        "sam_image": image_to_frame(image, sam),
-        **content_sizes(*image.shape[:2], cfg),
-    }
+    return red if np.array_equal(red, green) and np.array_equal(red, blue) else image
 
 
 def frames(height: int, width: int, cfg: ModelConfig) -> tuple[Frame, Frame]:

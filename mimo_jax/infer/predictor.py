@@ -132,16 +132,19 @@ class Mimo:
         for at in range(0, len(images), size):
             chunk = images[at : at + size]
             inputs = [preprocess(image.pixels, self.config.model) for image in chunk]
-            arrays = (stacked([v[name] for v in inputs], size) for name in ("vision_image", "vision_size", "sam_image", "sam_size"))
-            x_img, features = self.engine.encode(*arrays, len(chunk))
+            x_img, features = self.engine.encode({name: stacked([v[name] for v in inputs], size) for name in inputs[0]}, len(chunk))
             for i, image in enumerate(chunk):
                 image.x_img, image.features = x_img[i], jax.tree.map(lambda scale, i=i: scale[i], features)
                 if image.pooled is None and len(self.familiarity.images):
-                    image.pooled = pooled(image.x_img, jax.tree.leaves(image.features))
+                    image.pooled = self._pooled(image)
 
     def pooled_features(self, images: Sequence[MedicalImage | np.ndarray]) -> list[np.ndarray]:
         """What `answers.familiarity` compares images by, float32 [D] each."""
-        return [pooled(image.x_img, jax.tree.leaves(image.features)) for image in self.encode(images)]
+        return [self._pooled(image) for image in self.encode(images)]
+
+    def _pooled(self, image: EncodedImage) -> np.ndarray:
+        own = not self.config.model.vision.from_sam()  # else X_img contains SAM's features
+        return pooled(image.x_img, jax.tree.leaves(image.features) if own else ())
 
     def predict(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer per request, in order, computed in batches of `config.generate.batch_size`. Requests whose image is the same

@@ -5,7 +5,8 @@ sequence, Q tokens of one turn's X_q, L instruction tokens, P prompt tokens or p
 image in pixels, D width of the language model, Dc width of the vision tower, C width of SAM's features, g side of the grid of SAM (of
 the vision tower in attention maps), M side of a mask, V vocabulary.
 
-As in the paper: X_img = vision tower(image); X_vis = visual prompt encoder(prompts); X_q = Aligner(X_img, X_txt, X_vis);
+As in the paper: X_img = vision tower(image), or what SAM's encoder computes, pooled (`vision.kind` "sam"); X_vis = visual prompt
+encoder(prompts); X_q = Aligner(X_img, X_txt, X_vis);
 hidden = LLM(template with X_q spliced in); masks = SAM decoder(SAM encoder(image), proj(hidden at <SEG>)).
 """
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mimo_jax import parameters
 from mimo_jax.config import Config
 from mimo_jax.models import mesh, registry, standard_parts  # noqa: F401 (standard_parts registers the package's own parts)
 from mimo_jax.models import scan as layer_scan
@@ -52,19 +54,19 @@ def normalize(pixels: jax.Array, size: jax.Array, mean: tuple, std: tuple, dtype
 
 # Output of SAM's image encoder: [N, g, g, C], or a tuple of arrays, one for each scale.
 Features = Any
+FEATURES = ("x_img", "sam_stages", "sam_features")  # how names of stored features begin; see `MimoModel.image_features`
 
 
-def pack_features(x_img: Any, features: Features) -> dict[str, Any]:
-    """The outputs of the image encoders as entries of a batch: "x_img" and "sam_features", or "sam_features_0", … for several scales."""
-    scales = {f"sam_features_{i}": scale for i, scale in enumerate(features)} if isinstance(features, tuple) else {"sam_features": features}
-    return {"x_img": x_img, **scales}
+def _pack(features: Features) -> dict[str, Any]:
+    """SAM's features as entries of a batch: "sam_features", or "sam_features_0", … for several scales."""
+    return {f"sam_features_{i}": scale for i, scale in enumerate(features)} if isinstance(features, tuple) else {"sam_features": features}
 
 
-def unpack_features(packed: Mapping[str, Any]) -> tuple[Any, Features]:
-    """Inverse of `pack_features`; other entries are ignored."""
+def _unpack(packed: Mapping[str, Any]) -> Features:
+    """Inverse of `_pack`; other entries are ignored."""
     if "sam_features" in packed:
-        return packed["x_img"], packed["sam_features"]
-    return packed["x_img"], tuple(packed[f"sam_features_{i}"] for i in range(sum(key.startswith("sam_features_") for key in packed)))
+        return packed["sam_features"]
+    return tuple(packed[f"sam_features_{i}"] for i in range(sum(key.startswith("sam_features_") for key in packed)))
 
 
 class SegProjection(nnx.Module):
@@ -100,15 +102,39 @@ class MimoModel(nnx.Module):
 
     # --- what is computed once per image
 
+    def encode(self, views: Mapping[str, jax.Array]) -> tuple[jax.Array, Features]:
+        """N images -> X_img [N, I, Dc], and SAM's features: [N, g, g, C], or the tuple of arrays of a kind with several scales.
+
+        views: the arrays of `data.transforms.preprocess`, or stored features in their place, as `data.loading.features` reads them."""
+        made = self.image_features(views)
+        features = _unpack(made)
+        if not self.config.vision.from_sam():
+            return made["x_img"], features
+        return self.vision(jax.tree.leaves(features)[0], made.get("sam_stages")), features
+
+    def image_features(self, views: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The outputs of the image encoders by their names in a batch: SAM's features (`_pack`), and "x_img", or "sam_stages" if X_img is
+        made of SAM's features and stages. What `views` has as stored features is not computed."""
+        made = {name: self._from_bits(array) for name, array in views.items() if name.startswith(FEATURES)}
+        if not any(name.startswith("sam_features") for name in made):
+            made |= self.encode_sam(views["sam_image"], views["sam_size"])
+        if not self.config.vision.from_sam() and "x_img" not in made:
+            made["x_img"] = self.encode_vision(views["vision_image"], views["vision_size"])
+        return made
+
     def encode_vision(self, vision_image: jax.Array, vision_size: jax.Array) -> jax.Array:
-        """uint8 [N, H, H, 3], content size [N, 2] -> X_img [N, I, Dc]."""
+        """uint8 [N, H, H, 3], content size [N, 2] -> X_img [N, I, Dc] of a vision tower with an encoder of its own."""
         tower = registry.part(self.config, "vision")
         return self.vision(normalize(vision_image, vision_size, tower.mean, tower.std, self.dtype))
 
-    def encode_sam(self, sam_image: jax.Array, sam_size: jax.Array) -> Features:
-        """uint8 [N, H, H, 3], content size [N, 2] -> [N, g, g, C], or the tuple of arrays of a kind with several scales."""
-        encoder, pixel_norm = registry.part(self.config, "sam"), self.config.sam.pixel_norm
-        return self.sam_encoder(normalize(sam_image, sam_size, encoder.mean, encoder.std, self.dtype, pixel_norm))
+    def encode_sam(self, sam_image: jax.Array, sam_size: jax.Array) -> dict[str, jax.Array]:
+        """uint8 [N, H, H, 3], content size [N, 2] -> SAM's part of `image_features`."""
+        encoder, vision = registry.part(self.config, "sam"), self.config.vision
+        pixels = normalize(sam_image, sam_size, encoder.mean, encoder.std, self.dtype, self.config.sam.pixel_norm)
+        if not (vision.from_sam() and vision.stage_numbers()):
+            return _pack(self.sam_encoder(pixels))
+        *stages, features = self.sam_encoder.feature_maps(pixels)
+        return _pack(features) | {"sam_stages": self.vision.pool_stages(stages)}
 
     # --- what is computed once per turn
 
@@ -217,8 +243,13 @@ class MimoModel(nnx.Module):
 
 
 def feature_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of the features of one image, by their names in a batch: see `pack_features`."""
-    return {key: leaf.shape[1:] for key, leaf in _feature_shapes(config.model_json()).items()}
+    """Shapes of the features of one image that are stored instead of its pictures, by their names in a batch: those of
+    `MimoModel.image_features`, but not X_img of a vision tower that trains, whose picture stays in the batch."""
+    shapes = {key: leaf.shape[1:] for key, leaf in _feature_shapes(config.model_json()).items()}
+    rates = parameters.multipliers(config, abstract(config)[1])
+    if "x_img" in shapes and any(rate is not None for path, rate in rates.items() if path.startswith("vision/")):
+        del shapes["x_img"]
+    return shapes
 
 
 @functools.lru_cache(maxsize=32)
@@ -227,12 +258,12 @@ def _feature_shapes(model_json: str) -> dict[str, jax.ShapeDtypeStruct]:
     graphdef, shapes = abstract(config)
     m = config.model
 
-    def encode(params, vision_image, sam_image, size):
-        model = layer_scan.bind(graphdef, params)
-        return pack_features(model.encode_vision(vision_image, size), model.encode_sam(sam_image, size))
+    def image(name: str, side: int) -> dict[str, jax.ShapeDtypeStruct]:
+        pixels, size = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        return {f"{name}_image": pixels, f"{name}_size": size}
 
-    images = (jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8) for side in (m.vision.image_size, m.sam.image_size))
-    return jax.eval_shape(encode, shapes, *images, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    views = image("vision", m.vision.image_size) | image("sam", m.sam.image_size)
+    return jax.eval_shape(lambda params, views: layer_scan.bind(graphdef, params).image_features(views), shapes, views)
 
 
 def abstract(config: Config):

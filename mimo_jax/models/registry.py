@@ -33,8 +33,9 @@ class VisionTower:
     build(settings, *, dtype, param_dtype, scan, rngs): makes a module that maps pixels [N, H, H, 3], normalised by mean and std, to X_img
     [N, I, settings.width]: `extra_tokens()` first, then the patches row by row. If `settings.from_sam()`, it has the interface of
     `sam_features.SamFeatures` instead.
-    mean, std: per channel, of pixels in 0 … 255; None if `settings.from_sam()`. matmul_counts(settings): counts of one image. shardings: rows placed before those of
-    `sharding.RULES`. component: name of the table of its tensors in `checkpoints_convert.layouts.COMPONENTS`; empty if there is none."""
+    mean, std: per channel, of pixels in 0 … 255; None if `settings.from_sam()`. matmul_counts(settings): counts of one image. shardings:
+    rows placed before those of `sharding.RULES`. component: name of the table of its tensors in
+    `checkpoints_convert.layouts.COMPONENTS`; empty if there is none."""
 
     settings: type[VisionConfig]
     build: Callable[..., nnx.Module]

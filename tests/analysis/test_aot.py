@@ -20,7 +20,7 @@ from mimo_jax.data.loading.features import FeatureFolder
 from mimo_jax.models import mimo
 from mimo_jax.train.state import TrainSetup
 from mimo_jax.train.step import lower_step
-from tests.tiny_config import random_batch, tiny_config
+from tests.tiny_config import frozen_config, random_batch, tiny_config
 
 # `mimo compile`, and in the same process what its arguments take: the state, the base and the batch of one device.
 RUN = """
@@ -81,6 +81,7 @@ def test_virtual_devices(tmp_path):
 def test_a_tpu_topology(tmp_path):
     """Without the image encoders: compiling for TPU is slow."""
     flags = "--topology v5e:2x2 --batch-per-chip 2 --length 96 --config.mesh.frozen_sharding=sharded --config.data.features=True"
+    flags += " --config.freeze=^(vision|sam_encoder)/"
     report, done = compiled(tmp_path, *flags.split(), run=["-m", "mimo_jax.cli"])
     assert report["chip"] == "TPU v5e" and report["mesh"]["fsdp"] == 4 and report["hbm_bytes"] == int(15.75 * 2**30)
     assert report["fits"] and report["frozen_outputs"] == report["uncounted_loops"] == []
@@ -91,7 +92,7 @@ def test_a_tpu_topology(tmp_path):
 
 
 def test_the_batch_is_what_the_loader_makes():
-    config = tiny_config()
+    config = frozen_config()
     mesh = sharding.make_mesh(config.mesh)
     made = aot.abstract_batch(config, mesh, 96)
     expected = random_batch(config, length=96)
@@ -101,6 +102,8 @@ def test_the_batch_is_what_the_loader_makes():
     blank = FeatureFolder(Path("nowhere"), mimo.feature_shapes(config)).padding()
     assert set(made) - set(stored) == {"vision_image", "sam_image"}
     assert {key: (stored[key].shape[1:], stored[key].dtype) for key in blank} == {key: (x.shape, x.dtype) for key, x in blank.items()}
+    config.freeze = "^sam_encoder/"
+    assert set(made) - set(aot.abstract_batch(config, mesh, 96)) == {"sam_image"}  # a vision tower that trains reads pictures
 
 
 def test_a_frozen_output_is_named():

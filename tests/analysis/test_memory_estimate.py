@@ -49,7 +49,7 @@ def test_the_plan_is_what_a_loaded_model_takes(run, made):
     cache = engine.new_cache(1, made["slots"])
     assert made["slots"] == config.model.llm.max_length and made["cache"] == sum(leaf.nbytes for leaf in cache.values())
     batch = random_batch(config)
-    image = engine.encode(*(batch[name][:1] for name in IMAGES), 1)
+    image = engine.encode({name: batch[name][:1] for name in IMAGES}, 1)
     assert made["features"] == sum(leaf.nbytes for leaf in image)
     assert len(made["temporaries"]) == 5 and min(made["temporaries"].values()) > 0
     assert made["temporaries"]["encode the image"] > made["features"], "what it returns is counted"

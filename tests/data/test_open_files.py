@@ -18,9 +18,9 @@ from mimo_jax.data.open_files import OpenFiles, remedy_for
 from mimo_jax.data.records import DataError, RecordFolder, write_records
 from mimo_jax.models import mimo
 from tests.data import handmade
-from tests.tiny_config import tiny_config
+from tests.tiny_config import frozen_config
 
-SHAPES = mimo.feature_shapes(tiny_config())
+SHAPES = mimo.feature_shapes(frozen_config())
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def test_sams_pixels_are_normalised_as_their_trainers_do(values):
     for config.model.sam.pixel_norm in PIXEL_NORMS:
         model = scan.bind(mimo.abstract(config)[0], random_params(config))
         model.sam_encoder = lambda pixels: pixels  # what the encoder is given
-        found = np.asarray(model.encode_sam(jnp.asarray(frames), jnp.asarray(size)))
+        found = np.asarray(model.encode_sam(jnp.asarray(frames), jnp.asarray(size))["sam_features"])
         for i, content in enumerate(contents):
             np.testing.assert_allclose(found[i], wanted(content, config.model.sam.pixel_norm), atol=2e-6, rtol=2e-6)
 

@@ -6,7 +6,7 @@ tokens, S `<SEG>` slots, M side of the target masks. H, W in docstrings are the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from mimo_jax.data.conversation import Rendered, SampleError, render
 from mimo_jax.data.prompts import Prompts, draw_outside, draw_prompts, encode_prompts, joined
 from mimo_jax.data.schema import Record, RecordError, Sample
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.data.transforms import decode_image, mask_to_frame, preprocess
+from mimo_jax.data.transforms import content_sizes, decode_image, mask_to_frame, preprocess, vision_image
 from mimo_jax.geometry import Frame, sam_frame, vision_frame
 from mimo_jax.model_config import ModelConfig, PromptConfig
 
@@ -25,7 +25,7 @@ _MAX_POINT_TOKENS = 4  # maximum number of tokens of a sampled point prompt: thr
 def make_example(record: Record, sample: Sample, tokenizer: Tokenizer, config: Config, rng: np.random.Generator) -> dict:
     """One image with one sample, as input of `stack_batch`. Raises ImageError, RecordError or SampleError if it is unusable.
 
-    Keys `vision_image`, `vision_size`, `sam_image`, `sam_size` (one image), and `samples`: a list of dicts of the other arrays of
+    Keys of `transforms.preprocess` (one image), and `samples`: a list of dicts of the other arrays of
     a batch, without padding along T. `rng` samples the prompts: the same state gives the same example.
     """
     image = record_image(record)
@@ -128,11 +128,25 @@ def padding_sample(config: Config) -> dict[str, np.ndarray]:
 
 def padding_image(model: ModelConfig) -> dict[str, np.ndarray]:
     """The arrays of a black image, which replace those of an image that cannot be read."""
-    vision, sam = model.vision.image_size, model.sam.image_size
-    return preprocess(np.zeros((1, 1, 3), np.uint8), model) | {
-        "vision_image": np.zeros((vision, vision, 3), np.uint8),
-        "sam_image": np.zeros((sam, sam, 3), np.uint8),
-    }
+    return preprocess(np.zeros((1, 1, 3), np.uint8), model)
+
+
+def needs_image(model: ModelConfig, features: Collection[str]) -> bool:
+    """Whether a batch with these stored features also needs images: those of a vision tower whose X_img is not among them."""
+    return not model.vision.from_sam() and "x_img" not in features
+
+
+def feature_views(features: Mapping[str, np.ndarray], size: tuple[int, int], image: np.ndarray | None, model: ModelConfig) -> dict:
+    """Stored features of an image of (height, width) = `size` in place of the arrays of `preprocess`. image: uint8 RGB [H, W, 3] if
+    `needs_image`, else None."""
+    views = {**features, **content_sizes(*size, model)}
+    return views if image is None else views | {"vision_image": vision_image(image, model)}
+
+
+def padding_features(features: Mapping[str, np.ndarray], model: ModelConfig) -> dict[str, np.ndarray]:
+    """`padding_image` with stored features: zeros, by name."""
+    image = np.zeros((1, 1, 3), np.uint8) if needs_image(model, features) else None
+    return feature_views(features, (1, 1), image, model)
 
 
 def sample_prompts(

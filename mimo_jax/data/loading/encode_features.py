@@ -35,7 +35,8 @@ from mimo_jax.errors import UserError
 from mimo_jax.models import mimo, scan
 from mimo_jax.preemption import StopSignal
 
-ENCODERS = ("vision/", "sam_encoder/")
+_SAM = "sam_encoder/"
+ENCODERS = ("vision/", _SAM)
 _DECODER_FIELDS = ("pe_dtype", "decoder_layers", "decoder_heads", "decoder_mlp_width", "iou_head_width")  # do not affect the encoder
 _VERSION = 1  # version of the way from a file to features: increment it when that changes
 
@@ -52,21 +53,24 @@ class EncodeResult(NamedTuple):
 
 
 def fingerprint(config: Config, params: Mapping[str, jax.Array | np.ndarray]) -> str:
-    """SHA-256 of everything that determines the features of an image: the settings, and the encoders' parameters (by path; others are
-    ignored) in bfloat16, the dtype of the features, independently of the dtype in which a run stores them."""
+    """SHA-256 of everything that determines the stored features of an image (`mimo.feature_shapes`): the settings, and the encoders'
+    parameters (by path; others are ignored) in bfloat16, the dtype of the features, independently of the dtype in which a run stores
+    them."""
     sam = {name: value for name, value in dataclasses.asdict(config.model.sam).items() if name not in _DECODER_FIELDS}
-    about = {"version": _VERSION, "vision": dataclasses.asdict(config.model.vision), "sam": sam}
-    hashes = {path: storage.hash_array(leaf.astype(jnp.bfloat16)) for path, leaf in sorted(params.items()) if path.startswith(ENCODERS)}
+    has_vision = not mimo.feature_shapes(config).keys().isdisjoint(("x_img", "sam_stages"))
+    about = {"version": _VERSION, "vision": dataclasses.asdict(config.model.vision) if has_vision else None, "sam": sam}
+    encoders = ENCODERS if has_vision else (_SAM,)
+    hashes = {path: storage.hash_array(leaf.astype(jnp.bfloat16)) for path, leaf in sorted(params.items()) if path.startswith(encoders)}
     return hashlib.sha256(json.dumps([about, hashes], sort_keys=True).encode()).hexdigest()
 
 
 def check_frozen(trained: Iterable[str]) -> None:
-    """Raise ConfigError if features depend on one of the `trained` parameters (paths)."""
-    moving = [path for path in trained if path.startswith(ENCODERS)]
+    """Raise ConfigError if features depend on one of the `trained` parameters (paths). A vision tower may train: it reads pictures."""
+    moving = [path for path in trained if path.startswith(_SAM)]
     if moving:
         raise ConfigError(
-            f"config.data.features: features need frozen encoders, but {moving[0]} trains; freeze vision/ and sam_encoder/ in "
-            "config.trainables, or set config.data.features=False"
+            f"config.data.features: features need a frozen encoder, but {moving[0]} trains; freeze sam_encoder/ in config.trainables, "
+            "or set config.data.features=False"
         )
 
 
@@ -130,6 +134,7 @@ def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tu
     process."""
     graphdef, shapes = mimo.abstract(config)
     rest = {path: leaf for path, leaf in pathtree.flatten(shapes).items() if path not in params}
+    stored = mimo.feature_shapes(config)
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     split, size = NamedSharding(mesh, P("data")), batch * len(devices)
@@ -139,8 +144,7 @@ def _encoder(config: Config, params: Mapping[str, np.ndarray], batch: int) -> tu
     def encode(params, views):
         unused = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in rest.items()}  # XLA removes them
         model = scan.bind(graphdef, pathtree.unflatten({**params, **unused}))
-        x_img = model.encode_vision(views["vision_image"], views["vision_size"])
-        features = mimo.pack_features(x_img, model.encode_sam(views["sam_image"], views["sam_size"]))
+        features = {name: array for name, array in model.image_features(views).items() if name in stored}
         return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16), features)
 
     def run(views: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -9,13 +9,22 @@ import numpy as np
 
 from mimo_jax.config import Config
 from mimo_jax.data.conversation import Rendered, render
-from mimo_jax.data.loading.collate import padding_image, padding_sample, record_image, required_mask_ids, sample_arrays
+from mimo_jax.data.loading.collate import (
+    feature_views,
+    needs_image,
+    padding_features,
+    padding_image,
+    padding_sample,
+    record_image,
+    required_mask_ids,
+    sample_arrays,
+)
 from mimo_jax.data.loading.features import FeatureFolder
 from mimo_jax.data.loading.sources import Manifest
 from mimo_jax.data.records import RecordFolder
 from mimo_jax.data.schema import Record
 from mimo_jax.data.tokenizer import Tokenizer
-from mimo_jax.data.transforms import augment, content_sizes, preprocess
+from mimo_jax.data.transforms import augment, preprocess
 from mimo_jax.errors import UserError
 
 
@@ -66,7 +75,7 @@ class ExampleBuilder:
             image, masks = self._augmented(cached, sampled)
         except UserError as error:
             report += [{"record": record_id, "sample": f"{record_id}#{n}", "reason": str(error)} for n in sorted(set(sampled.samples))]
-            blank = self.features[sampled.source].padding() | content_sizes(1, 1, model) if self.features else padding_image(model)
+            blank = padding_features(self.features[sampled.source].padding(), model) if self.features else padding_image(model)
             return {**blank, "samples": [padding_sample(self.config)] * len(sampled.samples)}
         samples = []
         for place, number in enumerate(sampled.samples):
@@ -87,7 +96,8 @@ class ExampleBuilder:
             return self._cache[source, number]
         record = self.sources[source][number]
         augmented = self.config.data.augment
-        image = None if self.features else record_image(record)
+        stored = self.features[source].shapes if self.features else ()
+        image = record_image(record) if not self.features or needs_image(self.config.model, stored) else None
         cached = _CachedRecord(
             record=dataclasses.replace(record, image=b""),
             image=image if augmented else None,
@@ -104,9 +114,9 @@ class ExampleBuilder:
         return cached
 
     def _views(self, source: int, record: Record, image: np.ndarray | None) -> dict[str, np.ndarray]:
-        if image is not None:
+        if not self.features:
             return preprocess(image, self.config.model)
-        return self.features[source].read(record) | content_sizes(record.height, record.width, self.config.model)
+        return feature_views(self.features[source].read(record), (record.height, record.width), image, self.config.model)
 
     def _rendered(self, cached: _CachedRecord, number: int) -> Rendered:
         if number not in cached.rendered:

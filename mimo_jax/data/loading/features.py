@@ -1,10 +1,13 @@
 """Features of frozen image encoders, stored next to the records: `mimo data encode` writes them, and training reads them instead of images.
 
-DATA/features/FINGERPRINT/SHARD.vision.npy   uint16 [n, I, Dc]: X_img as the bits of bfloat16, which numpy does not have
+DATA/features/FINGERPRINT/SHARD.vision.npy   uint16 [n, I, Dc]: X_img as the bits of bfloat16, which numpy does not have; not if the
+                                           vision tower trains, or reads SAM's features
                           SHARD.sam.npy    uint16 [n, g, g, C]: SAM's features; SHARD.sam_0.npy, … for several scales
+                          SHARD.sam_stages.npy   uint16 [n, I, S]: the stages of SAM's encoder that X_img has, pooled
                           SHARD.json       for each row: id of the record, SHA-256 of its image, CRC-32; written last
 
-Axis letters: n images of a shard, I image tokens, Dc width of the vision tower, g side of SAM's grid, C width of SAM's features.
+Axis letters: n images of a shard, I image tokens, Dc width of the vision tower, g side of SAM's grid, C width of SAM's features, S
+channels of its stages together.
 
 For a manifest, DATA is its path with ".d" appended. The fingerprint is that of the encoders (`encode_features.fingerprint`). A shard is
 named after the ids that it contains, and is valid once its .json exists, so that several processes can write at the same time, and a

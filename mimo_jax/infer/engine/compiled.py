@@ -61,10 +61,11 @@ class Engine:
             return getattr(self._functions(), name)(self.params, *args, **static)
         return self._programs.call(name, lambda: getattr(self._functions(), name), self.params, *args, **static)
 
-    def encode(self, vision_image, vision_size, sam_image, sam_size, count: int) -> tuple[jax.Array, Features]:
-        """N images as in a batch, of which `count` are not padding -> X_img [N, I, Dc] and SAM's features."""
+    def encode(self, views: dict[str, Any], count: int) -> tuple[jax.Array, Features]:
+        """Views of N images, the arrays of `data.transforms.preprocess`, of which `count` are not padding -> X_img [N, I, Dc] and SAM's
+        features."""
         self.counts["images"] += count
-        return self._call("encode", vision_image, vision_size, sam_image, sam_size)
+        return self._call("encode", views)
 
     def align(self, x_img, instruction_ids, instruction_mask, prompt_xy, prompt_kind) -> jax.Array:
         """X_img [B, I, Dc] and the instructions and prompts of each turn [B, R, …] -> X_q [B, R, Q, D]."""
@@ -143,9 +144,6 @@ def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None
         bound = lambda params, *args, **kwargs: function(scan.bind(graphdef, params), *args, **kwargs)  # noqa: E731
         return jax.jit(bound, compiler_options=compiler, **options)
 
-    def encode(model, vision_image, vision_size, sam_image, sam_size):
-        return model.encode_vision(vision_image, vision_size), model.encode_sam(sam_image, sam_size)
-
     def segment(model, features, states, index, points, refine):
         states = jnp.take_along_axis(states, index[..., None], axis=1)
         masks, iou = model.segment(features, states, points)
@@ -153,7 +151,7 @@ def functions(model_json: str, eos_id: int, cache_sharding: NamedSharding | None
 
     decode = partial(generate.decode, eos_id=eos_id, seg_state=config.model.seg_state)
     return Functions(
-        encode=jitted(encode),
+        encode=jitted(lambda model, views: model.encode(views)),
         align=jitted(lambda model, *args: model.align(*args)),
         splice=jitted(lambda model, *args: model.embed(*args)),
         new_cache=jitted(

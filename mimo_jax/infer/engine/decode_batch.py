@@ -207,9 +207,8 @@ class DecodeBatch:
         if crop is None:
             return mask
         pixels = image.pixels[crop]
-        inputs = preprocess(pixels, config.model)
-        arrays = (inputs[name][None] for name in ("vision_image", "vision_size", "sam_image", "sam_size"))
-        _, features = self.engine.encode(*arrays, 1)
+        views = {name: array[None] for name, array in preprocess(pixels, config.model).items()}
+        _, features = self.engine.encode(views, 1)
         states = self.state.states[b : b + 1]
         logits, _ = self.engine.segment(features, states, np.array([[position]], np.int32), 1, None, config.generate.refine)
         size, sam = pixels.shape[:2], config.model.sam

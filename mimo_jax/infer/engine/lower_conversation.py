@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mimo_jax.analysis.memory_estimate import LoweredConversation
 from mimo_jax.config import Config
 from mimo_jax.data import conversation
 from mimo_jax.data.tokenizer import Tokenizer
+from mimo_jax.data.transforms import preprocess
 from mimo_jax.infer.engine.compiled import cache_sharding, functions
 from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket
 
@@ -24,11 +26,8 @@ def lower_conversation(config: Config, params: dict, tokenizer: Tokenizer) -> Lo
     def array(kind, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind)
 
-    def image(side: int) -> tuple:
-        return array(jnp.uint8, 1, side, side, 3), array(jnp.int32, 1, 2)
-
-    images = (*image(m.vision.image_size), *image(m.sam.image_size))
-    x_img, features = call.encode.eval_shape(params, *images)
+    views = {name: array(value.dtype, 1, *value.shape) for name, value in preprocess(np.zeros((1, 1, 3), np.uint8), m).items()}
+    x_img, features = call.encode.eval_shape(params, views)
     text, prompts = (1, 1, m.aligner.max_text), (1, 1, m.prompt.max_tokens)
     aligned = (x_img, array(jnp.int32, *text), array(bool, *text), array(jnp.float32, *prompts, 2), array(jnp.int32, *prompts))
     x_q = call.align.eval_shape(params, *aligned)
@@ -42,7 +41,7 @@ def lower_conversation(config: Config, params: dict, tokenizer: Tokenizer) -> Lo
     new = config.generate.max_new_tokens
     state = call.prefill.eval_shape(params, *asked, *chosen, new_tokens=new)._replace(cache=cache)
     programs = {
-        "encode the image": call.encode.lower(params, *images),
+        "encode the image": call.encode.lower(params, views),
         "align a question": call.align.lower(params, *aligned),
         f"read {turn} tokens": call.prefill.lower(params, *asked, *chosen, new_tokens=new),
         "answer": call.decode.lower(params, state, array(jnp.int32)),

@@ -14,15 +14,15 @@ from mimo_jax.data.loading.sources import open_sources
 from mimo_jax.data.records import DataError, write_records
 from mimo_jax.models import mimo
 from tests.data import handmade
-from tests.tiny_config import tiny_config
+from tests.tiny_config import frozen_config, tiny_config
 
 FINGERPRINT = "ab" * 32
-SHAPES = mimo.feature_shapes(tiny_config())
+SHAPES = mimo.feature_shapes(frozen_config())
 
 
 def features_of(number: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(number)
-    return {key: rng.integers(0, 2**16, shape).astype(np.uint16) for key, shape in mimo.feature_shapes(tiny_config()).items()}
+    return {key: rng.integers(0, 2**16, shape).astype(np.uint16) for key, shape in SHAPES.items()}
 
 
 def written(path, numbers):
@@ -36,7 +36,7 @@ def test_what_is_written_comes_back_and_what_is_not_flushed_is_not_there(tmp_pat
     written(tmp_path, range(3)).flush()
     written(tmp_path, range(3, 5)).flush()
     written(tmp_path, range(5, 7))
-    folder = pickle.loads(pickle.dumps(FeatureFolder(tmp_path, mimo.feature_shapes(tiny_config()))))
+    folder = pickle.loads(pickle.dumps(FeatureFolder(tmp_path, SHAPES)))
     assert len(folder) == 5 and "image004" in folder and "image005" not in folder
     for number in range(5):
         found = folder.read(handmade.record(number))
@@ -51,7 +51,7 @@ def test_a_shard_without_its_json_counts_for_nothing_and_is_written_again(tmp_pa
     (about,) = tmp_path.glob("*.json")
     whole = about.read_bytes()
     about.unlink()  # killed before the rename
-    assert len(FeatureFolder(tmp_path, mimo.feature_shapes(tiny_config()))) == 0
+    assert len(FeatureFolder(tmp_path, SHAPES)) == 0
     written(tmp_path, range(2)).flush()
     assert about.read_bytes() == whole and len(list(tmp_path.iterdir())) == 3
 
@@ -61,7 +61,7 @@ def test_shards_are_bounded(tmp_path, monkeypatch):
     writer = written(tmp_path, range(5))
     assert len(list(tmp_path.glob("*.json"))) == 2
     writer.flush()
-    assert len(FeatureFolder(tmp_path, mimo.feature_shapes(tiny_config()))) == 5
+    assert len(FeatureFolder(tmp_path, SHAPES)) == 5
 
 
 @pytest.mark.parametrize("name", ["vision", "sam"])
@@ -71,7 +71,7 @@ def test_a_flipped_bit_and_another_picture_are_found(tmp_path, name):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    folder = FeatureFolder(tmp_path, mimo.feature_shapes(tiny_config()))
+    folder = FeatureFolder(tmp_path, SHAPES)
     folder.read(handmade.record(0))
     with pytest.raises(DataError, match=f"{file.name}, row 1: is damaged; remove .*json and run mimo data encode again"):
         folder.read(handmade.record(1))
@@ -80,10 +80,10 @@ def test_a_flipped_bit_and_another_picture_are_found(tmp_path, name):
             folder.read(dataclasses.replace(handmade.record(0), **other))
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match=f"{file.name}: cannot be read"):
-        FeatureFolder(tmp_path, mimo.feature_shapes(tiny_config())).read(handmade.record(0))
+        FeatureFolder(tmp_path, SHAPES).read(handmade.record(0))
     next(tmp_path.glob("*.json")).write_text("[{}]")
     with pytest.raises(DataError, match="json: cannot be read"):
-        FeatureFolder(tmp_path, mimo.feature_shapes(tiny_config()))
+        FeatureFolder(tmp_path, SHAPES)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_loader_with_features_differs_in_nothing_else(config, tokenizer, worke
     written(feature_folder(sources["s"], FINGERPRINT), range(4)).flush()
     config.data.workers = workers
     loader = make_loader(config, tokenizer, sources)
-    loader.use_features(FINGERPRINT, mimo.feature_shapes(tiny_config()))
+    loader.use_features(FINGERPRINT, SHAPES)
     made = [next(loader) for _ in range(4)]
     loader.close()
     known = {handmade.record(i).id: features_of(i) for i in range(4)}
@@ -125,12 +125,12 @@ def test_pictures_without_features_are_placeholders_and_sources_without_any_are_
     sources = open_sources(config, "train")
     loader = make_loader(config, tokenizer, sources)
     with pytest.raises(DataError, match="config.data.features: .*set has no features of this run's encoders; write them with mimo data"):
-        loader.use_features(FINGERPRINT, mimo.feature_shapes(tiny_config()))
+        loader.use_features(FINGERPRINT, SHAPES)
     written(feature_folder(sources["s"], FINGERPRINT), range(3)).flush()
     with pytest.raises(DataError, match="only those of other weights or settings"):
-        loader.use_features("cd" * 32, mimo.feature_shapes(tiny_config()))
+        loader.use_features("cd" * 32, SHAPES)
     config.train.max_bad_samples = 0.5
-    loader.use_features(FINGERPRINT, mimo.feature_shapes(tiny_config()))
+    loader.use_features(FINGERPRINT, SHAPES)
     weights = np.concatenate([next(loader)["sample_weight"] for _ in range(12)])
     loader.close()
     assert 0 < (weights == 0).sum() < 24 and {row["record"] for row in loader.bad} == {"image003"}

@@ -36,7 +36,7 @@ def scene(request):
     engine = Engine(config, params, eos_id=-1)
     batch = random_batch(config, seed=2)
     batch["token_mask"] = np.arange(40) < LENGTHS[:, None]
-    x_img, features = (jnp.repeat(f, 2, axis=0) for f in engine.encode(*(batch[k] for k in IMAGES), 2))
+    x_img, features = (jnp.repeat(f, 2, axis=0) for f in engine.encode({k: batch[k] for k in IMAGES}, 2))
     x_q = engine.align(x_img, *(batch[k] for k in PROMPTS))
     return Scene(config, params, batch, features, x_q, engine)
 

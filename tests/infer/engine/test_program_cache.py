@@ -27,9 +27,9 @@ config = tiny_config()
 params = pathtree.unflatten({path: jax.numpy.asarray(leaf) for path, leaf in np.load(sys.argv[1]).items()})
 engine = compiled.Engine(config, params, eos_id=2)
 m = config.model
-images = [np.full((1, side, side, 3), 99, np.uint8) for side in (m.vision.image_size, m.sam.image_size)]
-size = np.full((1, 2), 16, np.int32)
-x_img, features = engine.encode(images[0], size, images[1], size, 1)
+sides = {"vision": m.vision.image_size, "sam": m.sam.image_size}
+images = {f"{name}_image": np.full((1, side, side, 3), 99, np.uint8) for name, side in sides.items()}
+x_img, features = engine.encode(images | {f"{name}_size": np.full((1, 2), 16, np.int32) for name in sides}, 1)
 print(compiled.functions.cache_info().misses > 0, float(np.abs(x_img).sum() + np.abs(features).sum()))
 """
 

@@ -98,7 +98,7 @@ class _ImportPlan:
         for name, source in self.sources.items():
             try:
                 remarks.append(hf_config_check.check_settings(name, source.path, source.parts, self.config, request.ignore_setting))
-                if "sam" in source.parts and name != "overlay":
+                if source.parts & {"sam", "tiny_vit"} and name != "overlay":
                     remarks.append(sam_families.check_family(name, source.path, self.config, request.sam_family))
             except hf_config_check.SettingsError as error:
                 wrong.append(str(error))

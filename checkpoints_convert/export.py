@@ -1,6 +1,6 @@
 """`mimo convert export`: a mimo_jax checkpoint in the layouts of transformers, peft, segment-anything and LISA, or as one directory.
 
-    hf      OUT/vision (of a CLIP) and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or not at all with merge=False
+    hf      OUT/vision and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or not at all with merge=False
     peft    OUT, an adapter of llm/
     sam     OUT/sam_vit_h.pth, which segment-anything loads, and OUT/mimo_config.json, which tells the pixels that it expects
     joint   OUT, one model in LISA's layout, which `mimo convert import --joint` reads
@@ -74,8 +74,6 @@ def _check_format(leaves: LazyParams, format: str) -> None:
     published = {"hf": (("vision", "clip"), ("llm", "llama")), "peft": (("llm", "llama"),), "joint": (), "sam": (), "mimo": ()}[format]
     needed = {"sam": ("sam",), "joint": ("vision", "aligner", "llm", "sam")}.get(format, ())
     names = {section: registry.part(leaves.config.model, section).component for section in registry.TABLES}
-    if leaves.config.model.vision.from_sam():
-        names["vision"] = "clip"  # it has no tensors that a format would need a place for
     wrong = [section for section, name in published if names[section] != name] + [section for section in needed if not names[section]]
     for section in wrong:
         kind = getattr(leaves.config.model, section).kind
@@ -92,8 +90,7 @@ def _table(leaves: LazyParams, section: str) -> tuple[str, tuple[Row, ...]]:
 
 
 def _write_hf(leaves: LazyParams, out: Path, merge: _Rounding | None) -> None:
-    if not leaves.config.model.vision.from_sam():
-        _write_clip(leaves, out / "vision")
+    _write_clip(leaves, out / "vision")
     _write_llm(leaves, out / "llm", _llm_tensors(leaves, merge))
 
 
@@ -165,10 +162,7 @@ def _write_joint(leaves: LazyParams, out: Path, merge: _Rounding | None) -> None
         aligner = _table(leaves, "aligner")[1]
         for table, root in ((aligner, "aligner/"), (rows.PROMPT, "prompt/"), (rows.SEG_PROJECTION, "seg_projection/")):
             yield from _tensors(leaves, table, root)
-        encoders = {"sam": "sam_", "vision": "vision/"}
-        if leaves.config.model.vision.from_sam():
-            del encoders["vision"]
-        for section, root in encoders.items():
+        for section, root in (("sam", "sam_"), ("vision", "vision/")):
             name, table = _table(leaves, section)
             yield from _tensors(leaves, with_prefix(table, _JOINT_PREFIXES.get(name, "")), root)
         if (leaves.run / provenance.KEPT).is_file():

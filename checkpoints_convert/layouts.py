@@ -95,6 +95,11 @@ def _sam_indices(model: ModelConfig) -> dict[str, np.ndarray]:
     return {"sam_windowed": blocks[:, :-1], "sam_global": blocks[:, -1], **sam_decoder_indices(model)}
 
 
+def _tiny_vit_indices(model: ModelConfig) -> dict[str, np.ndarray]:
+    blocks = {f"tiny_vit_{i}": np.arange(depth) for i, depth in enumerate(model.sam.stages("depths"))}
+    return {**blocks, **sam_decoder_indices(model)}
+
+
 def _clip_indices(model: ModelConfig) -> dict[str, np.ndarray]:
     return {"vision_layer": np.arange(model.vision.layers)}
 
@@ -127,6 +132,15 @@ _STANDARD = {
     "llama": Component("Llama", rows.LLAMA, r"model\.embed_tokens\.weight$", rows.LLAMA_IGNORED, **_LLAMA),
     "lora": Component("LoRA", rows.LORA, r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_A\.weight$", **_LLAMA),
     "sam": Component("SAM", rows.SAM, r"mask_decoder\.iou_token\.weight$", section="sam", kinds=("vit",), indices=_sam_indices),
+    "tiny_vit": Component(
+        "SAM with TinyViT",
+        rows.TINY_VIT,
+        r"image_encoder\.patch_embed\.seq\.0\.c\.weight$",
+        rows.TINY_VIT_IGNORED,
+        section="sam",
+        kinds=("tiny_vit",),
+        indices=_tiny_vit_indices,
+    ),
     "projector": Component(
         "linear projector (LISA, LLaVA)", rows.PROJECTOR_LINEAR, r"model\.mm_projector\.weight$", section="aligner", kinds=("linear",)
     ),

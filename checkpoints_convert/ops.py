@@ -28,6 +28,9 @@ OPS: dict[str, Op] = {
     "conv": _transpose(2, 3, 1, 0),  # [out, in, y, x] <-> [y, x, in, out]
     # [in, out, y, x] <-> [in, y, x, out], for the matmul and pixel shuffle of `sam_decoder.Upscale`: not flipped.
     "conv_transpose": _transpose(0, 2, 3, 1),
+    "pointwise": Op(lambda a: a.reshape(a.shape[:2]).T, lambda a: a.T[:, :, None, None]),  # [out, in, 1, 1] <-> [in, out]
+    # [channel, 1, y, x] <-> [y, x, channel]
+    "depthwise": Op(lambda a: a.reshape(a.shape[0], *a.shape[2:]).transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1)[:, None]),
     # [1, ...] <-> [...]; the reshape fails where the first axis is not 1.
     "squeeze": Op(lambda a: a.reshape(a.shape[1:]), lambda a: a[None]),
 }

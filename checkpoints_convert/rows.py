@@ -136,6 +136,48 @@ SAM_DECODER: tuple[Row, ...] = (
 # Inside LISA and GLaMM, these keys have a prefix.
 SAM: tuple[Row, ...] = (*SAM_ENCODER, *SAM_DECODER)
 
+
+def _conv_bn(key: str, path: str, op: str) -> tuple[Row, Row]:
+    """A convolution with its BatchNorm, folded (`batch_norm`)."""
+    return Row(f"{key}.c.weight", f"{path}/kernel", op), Row(f"{key}.bn.bias", f"{path}/bias")
+
+
+def _conv_bns(key: str, path: str) -> tuple[Row, ...]:
+    """1 x 1, depthwise and 1 x 1, in the first stage of TinyViT and between two stages."""
+    names = (("conv1", "expand", "pointwise"), ("conv2", "depthwise", "depthwise"), ("conv3", "project", "pointwise"))
+    return tuple(row for theirs, ours, op in names for row in _conv_bn(f"{key}.{theirs}", f"{path}/{ours}", op))
+
+
+def _tiny_vit_stage(i: int) -> tuple[Row, ...]:
+    key, path = f"image_encoder.layers.{i}.blocks.{{tiny_vit_{i}}}", f"sam_encoder/stage{i}/block"
+    return (
+        *norm(f"{key}.attn.norm", f"{path}/attention_norm"),
+        *linear(f"{key}.attn.qkv", f"{path}/qkv"),
+        Row(f"{key}.attn.attention_biases", f"{path}/position_bias"),
+        *linear(f"{key}.attn.proj", f"{path}/o"),
+        *_conv_bn(f"{key}.local_conv", f"{path}/depthwise", "depthwise"),
+        *norm(f"{key}.mlp.norm", f"{path}/mlp_norm"),
+        *linear(f"{key}.mlp.fc1", f"{path}/up"),
+        *linear(f"{key}.mlp.fc2", f"{path}/down"),
+    )
+
+
+# The image encoder of MobileSAM and LiteMedSAM.
+TINY_VIT: tuple[Row, ...] = (
+    *_conv_bn("image_encoder.patch_embed.seq.0", "sam_encoder/patch", "conv"),
+    *_conv_bn("image_encoder.patch_embed.seq.2", "sam_encoder/patch_out", "conv"),
+    *_conv_bns("image_encoder.layers.0.blocks.{tiny_vit_0}", "sam_encoder/stage0/block"),
+    *(row for i in (1, 2, 3) for row in _tiny_vit_stage(i)),
+    *(row for i in (0, 1, 2) for row in _conv_bns(f"image_encoder.layers.{i}.downsample", f"sam_encoder/merge{i}")),
+    Row("image_encoder.neck.0.weight", "sam_encoder/neck_in/kernel", "pointwise"),
+    *norm("image_encoder.neck.1", "sam_encoder/neck_in_norm"),
+    Row("image_encoder.neck.2.weight", "sam_encoder/neck_out/kernel", "conv"),
+    *norm("image_encoder.neck.3", "sam_encoder/neck_out_norm"),
+    *SAM_DECODER,
+)
+# The classifier that MobileSAM's encoder was distilled with.
+TINY_VIT_IGNORED = (r"^image_encoder\.(norm_head|head)\.",)
+
 _LLAMA_LAYER = "model.layers.{llm_layer}"
 _LLAMA_PROJECTIONS = (
     *((f"self_attn.{name}_proj", name) for name in "qkvo"),

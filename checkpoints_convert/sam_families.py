@@ -16,17 +16,22 @@ from mimo_jax.config import Config
 
 class SamFamily(NamedTuple):
     """names: regex of the names of its files and folders; pixel_norm, image_fit: the values of `config.model.sam` that it was trained
-    with; source: where they were read."""
+    with; source: where they were read; kind: that of its encoder."""
 
     title: str
     names: str
     pixel_norm: str
     image_fit: str
     source: str
+    kind: str = "vit"
 
 
 # The first match decides. docs/converting.md has this table with families whose encoders are of other kinds.
 FAMILIES = {
+    "litemedsam": SamFamily(
+        "LiteMedSAM", r"lite.?medsam|medsam.?lite", "minmax", "pad", "CVPR24_LiteMedSAM_infer.py of bowang-lab/MedSAM", "tiny_vit"
+    ),
+    "mobilesam": SamFamily("MobileSAM", r"mobile.?sam", "imagenet", "pad", "Sam.preprocess of ChaoningZhang/MobileSAM", "tiny_vit"),
     "medsam": SamFamily("MedSAM", r"medsam", "minmax", "stretch", "MedSAM_Inference.py of bowang-lab/MedSAM"),
     "sam-med2d": SamFamily("SAM-Med2D", r"sam.?med2d", "imagenet", "stretch", "DataLoader.py of OpenGVLab/SAM-Med2D"),
     "sam": SamFamily(
@@ -47,9 +52,9 @@ def check_family(name: str, path: Path, config: Config, family: str | None = Non
         if "pixel_norm" in exported:
             _check_pixels(flag, "an export of this project", exported["pixel_norm"], config)
             return None
-        family = "sam" if name == "joint" else _recognised(path)  # the code of LISA and GLaMM contains SAM's mean and deviation
+        family = "sam" if name == "joint" else _recognised(path, sam.kind)  # the code of LISA and GLaMM contains SAM's mean and deviation
     if family is None:
-        known = ", ".join(f"{key} ({row.pixel_norm})" for key, row in FAMILIES.items())
+        known = ", ".join(f"{key} ({row.pixel_norm})" for key, row in FAMILIES.items() if row.kind == sam.kind)
         raise SettingsError(
             f"{flag}: neither its tensors nor its name show on which pixels it was trained; give --sam-family: {known}, or {OTHER} if "
             f"config.model.sam.pixel_norm={sam.pixel_norm} is right"
@@ -75,10 +80,10 @@ def _check_pixels(flag: str, title: str, pixel_norm: str, config: Config) -> Non
         )
 
 
-def _recognised(path: Path) -> str | None:
-    """The family that the name of a file, in the folder's config.json, or of the folder shows, in this order."""
+def _recognised(path: Path, kind: str) -> str | None:
+    """The family with this kind of encoder that the name of a file, in the folder's config.json, or of the folder shows, in this order."""
     folder = path if path.is_dir() else path.parent
     for name in (path.name, str(read_settings(folder / "config.json").get("_name_or_path", "")), folder.name):
-        if found := next((key for key, row in FAMILIES.items() if re.search(row.names, name.casefold())), None):
+        if found := next((key for key, row in FAMILIES.items() if row.kind == kind and re.search(row.names, name.casefold())), None):
             return found
     return None

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_convert import layouts, name_map, rows
+from checkpoints_convert.batch_norm import FoldedTensors
 from checkpoints_convert.hf_config_check import read_settings
 from checkpoints_convert.ops import OPS
 from checkpoints_convert.readers import open_tensors
@@ -46,7 +47,7 @@ class Source:
     vocabulary: Vocabulary | None = field(init=False, default=None)
 
     def __post_init__(self):
-        self.tensors = open_tensors(self.path)
+        self.tensors = FoldedTensors(open_tensors(self.path))
         spelt = layouts.normalize_keys(self.tensors)
         for first, *others in spelt.values():
             for other in others:

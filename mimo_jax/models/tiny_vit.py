@@ -3,8 +3,8 @@
 Axis letters: N images, S image side in pixels, g side of a feature map, w window side in tokens, D width of a stage, h heads,
 C decoder width.
 
-Source: Wu et al. 2022 (TinyViT) and Zhang et al. 2023 (MobileSAM), whose encoder LiteMedSAM has at 256 pixels and without the strides of the
-patch embedding. Every convolution of theirs is followed by a BatchNorm, which is folded into it here: a convolution has a bias.
+Source: Wu et al. 2022 (TinyViT) and Zhang et al. 2023 (MobileSAM), whose encoder LiteMedSAM has at 256 pixels and without the strides
+of the patch embedding. Every convolution of theirs is followed by a BatchNorm, which is folded into it here: a convolution has a bias.
 """
 
 from __future__ import annotations

@@ -154,7 +154,8 @@ def test_packed_parts_may_differ_in_size():
     np.testing.assert_array_equal(export_state(params, rows, {})["embed.weight"], tensor)
 
 
-RANK = {"identity": 3, "linear": 2, "conv": 4, "conv_transpose": 4, "squeeze": 3}
+RANK = {"identity": 3, "linear": 2, "conv": 4, "conv_transpose": 4, "squeeze": 3, "pointwise": 4, "depthwise": 4}
+ONE = {"squeeze": (0,), "pointwise": (2, 3), "depthwise": (1,)}  # axes of length 1
 
 
 def test_every_op_is_tested():
@@ -165,15 +166,15 @@ def test_every_op_is_tested():
 def test_every_op_is_undone_by_its_inverse(data):
     name = data.draw(hypothesis.strategies.sampled_from(sorted(OPS)))
     shape = data.draw(arrays.array_shapes(min_dims=RANK[name], max_dims=RANK[name], max_side=4))
-    if name == "squeeze":
-        shape = (1, *shape[1:])
+    shape = tuple(1 if axis in ONE.get(name, ()) else size for axis, size in enumerate(shape))
     tensor = np.arange(np.prod(shape)).reshape(shape)
     np.testing.assert_array_equal(OPS[name].to_torch(OPS[name].to_flax(tensor)), tensor)
 
 
-def test_squeeze_refuses_to_drop_rows():
+@pytest.mark.parametrize(("name", "shape"), [("squeeze", (2, 3)), ("pointwise", (4, 3, 3, 3)), ("depthwise", (4, 2, 3, 3))])
+def test_no_op_drops_values(name, shape):
     with pytest.raises(ValueError):
-        OPS["squeeze"].to_flax(np.zeros((2, 3)))
+        OPS[name].to_flax(np.zeros(shape))
 
 
 @hypothesis.given(arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=70)))

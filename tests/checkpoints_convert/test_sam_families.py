@@ -14,12 +14,14 @@ from checkpoints_convert.hf_config_check import SettingsError
 from checkpoints_convert.sam_families import FAMILIES, check_family
 from mimo_jax.cli import main
 from mimo_jax.config import Config
-from mimo_jax.model_config import PIXEL_NORMS
+from mimo_jax.model_config import PIXEL_NORMS, TinyVitConfig
 from tests.checkpoints_convert import originals
 
 
-def config(pixel_norm: str = "imagenet", image_fit: str = "pad") -> Config:
+def config(pixel_norm: str = "imagenet", image_fit: str = "pad", kind: str = "vit") -> Config:
     config = originals.mimo_config()
+    if kind == "tiny_vit":
+        config.model.sam = TinyVitConfig()
     config.model.sam.pixel_norm, config.model.sam.image_fit = pixel_norm, image_fit
     return config
 
@@ -32,13 +34,16 @@ def config(pixel_norm: str = "imagenet", image_fit: str = "pad") -> Config:
     ("MedSAM", "medsam"),
     ("medsam-vit-base", "medsam"),
     ("sam-med2d_b.pth", "sam-med2d"),
+    ("lite_medsam.pth", "litemedsam"),
+    ("medsam-lite.pth", "litemedsam"),
+    ("mobile_sam.pt", "mobilesam"),
 ])  # fmt: skip
 def test_a_family_is_recognised_by_the_names_of_its_files(tmp_path, name, family):
     row = FAMILIES[family]
-    assert check_family("sam", tmp_path / name, config(row.pixel_norm, row.image_fit)) is None
+    assert check_family("sam", tmp_path / name, config(row.pixel_norm, row.image_fit, row.kind)) is None
     other = next(norm for norm in PIXEL_NORMS if norm != row.pixel_norm)
     with pytest.raises(SettingsError, match=rf"{row.title}, .*set --config.model.sam.pixel_norm={row.pixel_norm} "):
-        check_family("sam", tmp_path / name, config(other, row.image_fit))
+        check_family("sam", tmp_path / name, config(other, row.image_fit, row.kind))
 
 
 def test_a_folder_of_transformers_is_recognised_by_the_name_in_its_config(tmp_path):
@@ -60,7 +65,9 @@ def test_what_no_name_shows_is_demanded_and_taken(tmp_path):
     assert check_family("sam", tmp_path / "best.pth", config("minmax", "stretch"), "medsam") is None
     with pytest.raises(SettingsError, match=r"--config.model.sam.pixel_norm=minmax "):
         check_family("sam", tmp_path / "best.pth", config(), "medsam")
-    with pytest.raises(SettingsError, match="--sam-family lisa: is unknown; use one of medsam, sam-med2d, sam, other$"):
+    with pytest.raises(
+        SettingsError, match="--sam-family lisa: is unknown; use one of litemedsam, mobilesam, medsam, sam-med2d, sam, other$"
+    ):
         check_family("sam", tmp_path / "best.pth", config(), "lisa")
 
 

@@ -1,6 +1,6 @@
 """`mimo convert export`: a mimo_jax checkpoint in the layouts of transformers, peft, segment-anything and LISA, or as one directory.
 
-    hf      OUT/vision and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or not at all with merge=False
+    hf      OUT/vision (of a CLIP) and OUT/llm, which `from_pretrained` loads; LoRA merged into llm/, or not at all with merge=False
     peft    OUT, an adapter of llm/
     sam     OUT/sam_vit_h.pth, which segment-anything loads, and OUT/mimo_config.json, which tells the pixels that it expects
     joint   OUT, one model in LISA's layout, which `mimo convert import --joint` reads
@@ -37,6 +37,8 @@ from mimo_jax.data.tokenizer import load_tokenizer
 from mimo_jax.models import registry, standard_parts  # noqa: F401
 from mimo_jax.models.lora import merge_lora
 
+DTYPES = ("float32", "bfloat16", "float16")  # of an exported language model
+_LANGUAGE = ("llm/", "embedding/", "lm_head/")
 _SHARD_BYTES = 2 * 10**9
 _SAM_NAMES = {768: "b", 1024: "l", 1280: "h"}
 # Prefixes of the keys of components in LISA's layout; the rows of other components have the whole key.
@@ -44,19 +46,22 @@ _JOINT_PREFIXES = {"clip": "model.vision_tower.vision_tower.vision_model.", **di
 
 
 def export_checkpoint(
-    path: str | os.PathLike, format: str, out: Path, base_path: str | os.PathLike | None = None, merge: bool = True
+    path: str | os.PathLike, format: str, out: Path, base_path: str | os.PathLike | None = None, merge: bool = True, dtype: str = ""
 ) -> list[str]:
     """Write a checkpoint in another format; returns lines that list the files. Raises UserError if the checkpoint or the target
-    cannot be used; then nothing is written. merge: fold LoRA into the language model (hf, joint)."""
+    cannot be used; then nothing is written. merge: fold LoRA into the language model (hf, joint). dtype: one of DTYPES, of every tensor of
+    a language model with LoRA merged; empty: as they are stored."""
     out = files.absolute(out)
     check_output_folder(out)
     leaves = LazyParams(path, base_path)
     if format == "peft" and not leaves.config.model.lora.rank:
         raise SourceError(f"{path}: has no LoRA to export (config.model.lora.rank is 0)")
     _check_format(leaves, format)
+    if dtype and (format not in ("hf", "joint") or not merge):
+        raise SourceError("--dtype: is for --format hf and joint with --lora merged; leave it out")
+    rounding = _Rounding(jnp.dtype(dtype) if dtype else None)
     if format not in ("peft", "sam"):
-        check_output_folder(out, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.shapes.values()))
-    rounding = _Rounding()
+        check_output_folder(out, sum(leaf.size * rounding.dtype_of(key, leaf).itemsize for key, leaf in leaves.shapes.items()))
     with files.disk_errors(out, CheckpointError), files.atomic_folder(out) as stage:
         _WRITERS[format](leaves, stage, rounding if merge else None)
         written = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
@@ -74,6 +79,8 @@ def _check_format(leaves: LazyParams, format: str) -> None:
     published = {"hf": (("vision", "clip"), ("llm", "llama")), "peft": (("llm", "llama"),), "joint": (), "sam": (), "mimo": ()}[format]
     needed = {"sam": ("sam",), "joint": ("vision", "aligner", "llm", "sam")}.get(format, ())
     names = {section: registry.part(leaves.config.model, section).component for section in registry.TABLES}
+    if leaves.config.model.vision.from_sam():
+        names["vision"] = "clip"  # it has no tensors that a format would need a place for
     wrong = [section for section, name in published if names[section] != name] + [section for section in needed if not names[section]]
     for section in wrong:
         kind = getattr(leaves.config.model, section).kind
@@ -90,7 +97,8 @@ def _table(leaves: LazyParams, section: str) -> tuple[str, tuple[Row, ...]]:
 
 
 def _write_hf(leaves: LazyParams, out: Path, merge: _Rounding | None) -> None:
-    _write_clip(leaves, out / "vision")
+    if not leaves.config.model.vision.from_sam():
+        _write_clip(leaves, out / "vision")
     _write_llm(leaves, out / "llm", _llm_tensors(leaves, merge))
 
 
@@ -162,7 +170,10 @@ def _write_joint(leaves: LazyParams, out: Path, merge: _Rounding | None) -> None
         aligner = _table(leaves, "aligner")[1]
         for table, root in ((aligner, "aligner/"), (rows.PROMPT, "prompt/"), (rows.SEG_PROJECTION, "seg_projection/")):
             yield from _tensors(leaves, table, root)
-        for section, root in (("sam", "sam_"), ("vision", "vision/")):
+        encoders = {"sam": "sam_", "vision": "vision/"}
+        if leaves.config.model.vision.from_sam():
+            del encoders["vision"]
+        for section, root in encoders.items():
             name, table = _table(leaves, section)
             yield from _tensors(leaves, with_prefix(table, _JOINT_PREFIXES.get(name, "")), root)
         if (leaves.run / provenance.KEPT).is_file():
@@ -211,11 +222,25 @@ def _llm_tensors(leaves: LazyParams, merge: _Rounding | None) -> Iterator[tuple[
 
 
 class _Rounding:
-    """How much of LoRA's update the dtype of the merged kernels loses, in squared norms. Updates below half a unit in the last place of a
-    bfloat16 weight, 1/512 of its size, vanish, and others are rounded."""
+    """The dtype of a merged language model, and how much of LoRA's update it loses, in squared norms. Updates below half a unit in the
+    last place of a bfloat16 weight, 1/512 of its size, vanish, and others are rounded."""
 
-    def __init__(self):
+    def __init__(self, dtype: np.dtype | None = None):
+        """dtype: of every parameter; None: that in which each is stored."""
+        self.dtype = dtype
         self.update = self.lost = 0.0
+
+    def dtype_of(self, path: str, leaf: Any) -> np.dtype:
+        """The dtype in which the parameter at `path` is exported."""
+        return np.dtype(self.dtype if self.dtype is not None and path.startswith(_LANGUAGE) else leaf.dtype)
+
+    def round(self, path: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Raises SourceError for a value beyond the range of `dtype`."""
+        with np.errstate(over="ignore"):
+            rounded = value.astype(dtype)
+        if not np.isfinite(rounded).all():
+            raise SourceError(f"--dtype {dtype}: {path} has values beyond its range; use bfloat16 or float32")
+        return rounded
 
     def add(self, before: np.ndarray, exact: np.ndarray, merged: np.ndarray) -> None:
         self.update += float(np.square(exact - before.astype(np.float32)).sum())
@@ -225,7 +250,7 @@ class _Rounding:
         if not self.lost or not self.update:
             return []
         share = (self.lost / self.update) ** 0.5
-        return [f"LoRA was merged in fp32 and rounded: an error of {share:.1%} of its update (relative L2); --lora apart keeps it exactly"]
+        return [f"LoRA was merged in fp32 and rounded: an error of {share:.1%} of its update (relative L2); --dtype float32 loses less, --lora apart nothing"]
 
 
 class _Language(Mapping[str, np.ndarray]):
@@ -233,20 +258,22 @@ class _Language(Mapping[str, np.ndarray]):
 
     def __init__(self, leaves: LazyParams, merge: _Rounding | None):
         self._leaves, self._merge = leaves, merge
-        roots = ("llm/", "embedding/", "lm_head/")
-        self.shapes = {p: s for p, s in leaves.shapes.items() if p.startswith(roots) and not p.endswith(("/lora_a", "/lora_b"))}
+        self.shapes = {p: s for p, s in leaves.shapes.items() if p.startswith(_LANGUAGE) and not p.endswith(("/lora_a", "/lora_b"))}
 
     def __getitem__(self, path: str) -> np.ndarray:
         value, parts = self._leaves[path], {name: path.replace("/kernel", f"/{name}") for name in ("lora_a", "lora_b")}
-        if self._merge is None or not path.endswith("/kernel") or parts["lora_a"] not in self._leaves:
+        if self._merge is None:
             return value
+        dtype = self._merge.dtype_of(path, value)
+        if not path.endswith("/kernel") or parts["lora_a"] not in self._leaves:
+            return value if value.dtype == dtype else self._merge.round(path, value.astype(np.float32), dtype)
         lora = {name: self._leaves[part] for name, part in parts.items()}
-        merged = np.empty_like(value)
+        merged = np.empty(value.shape, dtype)
         for layer in range(len(value)):  # layer by layer, because the sum is in float32
-            flat = {"w/kernel": jnp.asarray(value[layer]), **{f"w/{name}": jnp.asarray(part[layer]) for name, part in lora.items()}}
-            merged[layer] = merge_lora(flat, self._leaves.config.model.lora.alpha)["w/kernel"]
-            exact = merge_lora(flat | {"w/kernel": flat["w/kernel"].astype(jnp.float32)}, self._leaves.config.model.lora.alpha)["w/kernel"]
-            self._merge.add(value[layer], np.asarray(exact), merged[layer])
+            flat = {"w/kernel": jnp.asarray(value[layer], jnp.float32)} | {f"w/{name}": jnp.asarray(p[layer]) for name, p in lora.items()}
+            exact = np.asarray(merge_lora(flat, self._leaves.config.model.lora.alpha)["w/kernel"])
+            merged[layer] = self._merge.round(path, exact, dtype)
+            self._merge.add(value[layer], exact, merged[layer])
         return merged
 
     def __iter__(self) -> Iterator[str]:

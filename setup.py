@@ -37,7 +37,7 @@ CORE = [
 EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
-    "convert": ["torch>=2.6,<=2.13.0", "peft>=0.17"],
+    "convert": ["torch>=2.6,<=2.13.0", "peft>=0.17", "gguf>=0.17.1,<0.20"],
     "medical": [
         "pydicom>=3.0",
         "highdicom>=0.25",

@@ -1,5 +1,5 @@
-"""Compares a checkpoint's config.json with the configuration: wrong values that shapes do not reveal, such as heads, eps and
-activation, would silently make a conversion useless.
+"""Compares a checkpoint's config.json, or the metadata of a GGUF file, with the configuration: wrong values that shapes do not reveal,
+such as heads, eps and activation, would silently make a conversion useless.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from checkpoints_convert.gguf_file import open_gguf
 from checkpoints_convert.layouts import COMPONENTS
+from checkpoints_convert.readers import gguf_of
+from mimo_jax.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from mimo_jax.config import Config
 from mimo_jax.errors import UserError
 from mimo_jax.model_config import ClipConfig
@@ -120,17 +123,18 @@ _LORA_ONLY = {
     "alpha_pattern": (None, {}), "fan_in_fan_out": (None, False), "layers_to_transform": (None,), "peft_type": (None, "LORA"),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # other values also change the base
 }  # fmt: skip
+_CHAT_TEMPLATE = "tokenizer.chat_template"  # key in the metadata of a GGUF file
 _NEUTRAL = (None, False, "", [], {})  # values of an unknown setting that turn on nothing
 _SECTIONS = {"vision": "vision tower", "aligner": "aligner", "llm": "language model", "sam": "mask encoder"}
 _PROJECTIONS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 def check_settings(name: str, path: Path, parts: set[str], config: Config, ignored: Collection[str] = ()) -> str | None:
-    """Raise SettingsError if the config.json in the folder of a source differs from the configuration, or if it may describe a model
-    that computes something else: a `model_type` or a setting that is not known. ignored: unknown keys that are accepted. Returns a
-    remark if there is no config.json."""
+    """Raise SettingsError if the config.json in the folder of a source, or the metadata of a GGUF file, differs from the configuration, or
+    if it may describe a model that computes something else: a `model_type` or a setting that is not known. ignored: unknown keys that
+    are accepted. Returns a remark if there is no config.json, or no chat template in a GGUF file that is known."""
     folder = path if path.is_dir() else path.parent
-    settings = read_settings(folder / "config.json")
+    settings, gguf = settings_of(path), gguf_of(path)
     problems: list[str] = []
     if "lora" in parts and (folder / "adapter_config.json").is_file():
         adapter = read_settings(folder / "adapter_config.json")
@@ -162,11 +166,15 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config, ignor
         problems += _problems(vision, config, _CLIP, _CLIP_ONLY, _CLIP_HARMLESS | set(ignored))
     elif parts == {"sam"} and settings.get("vision_config"):
         problems += _sam_problems(settings, config, ignored)
+    remark = None
+    if gguf:
+        wrong, remark = _check_chat_template(open_gguf(gguf).metadata.get(_CHAT_TEMPLATE), config, ignored)
+        problems += wrong
     if problems:
-        raise SettingsError(_listed(folder, problems))
+        raise SettingsError(_listed(gguf or folder, problems))
     if not settings and parts & {"clip", "clip_open", "llama"}:
         return f"{name}: no config.json in {folder}; heads, eps and activation are taken from the configuration"
-    return None
+    return remark and f"{name}: {remark}"
 
 
 def _llama_problems(settings: dict, config: Config, known: Collection[str]) -> list[str]:
@@ -272,6 +280,29 @@ def _unsupported(supported: dict[str, tuple], settings: dict) -> list[str]:
     return [
         f"{key} is {settings[key]}: such models cannot be converted" for key, values in supported.items() if settings.get(key) not in values
     ]
+
+
+def _check_chat_template(text: str | None, config: Config, ignored: Collection[str]) -> tuple[list[str], str | None]:
+    """(problem, remark) of the chat template of a GGUF file: that it is another one of `chat_templates` than the configured one, judged by
+    the tokens and words around the turns; that there is none, or none of these."""
+
+    def fits(template: ChatTemplate) -> bool:
+        return all(mark in text for mark in template.tokens or (template.user.strip(), template.assistant.strip()))
+
+    found, configured = [name for name, template in CHAT_TEMPLATES.items() if text and fits(template)], config.data.chat_template
+    if not found:
+        return [], f"{'has no chat template' if not text else 'its chat template is not known'}; {configured} is used (data.chat_template)"
+    if configured in found or _CHAT_TEMPLATE in ignored:
+        return [], None
+    return [f"{_CHAT_TEMPLATE} is {found[0]}, the configuration has {configured}: set --config.data.chat_template={found[0]}"], None
+
+
+def settings_of(path: Path) -> dict:
+    """The settings of a file or folder of weights, in the terms of config.json: from that file, or from the metadata of a GGUF file;
+    empty if it has none."""
+    if gguf := gguf_of(path):
+        return open_gguf(gguf).settings()
+    return read_settings((path if path.is_dir() else path.parent) / "config.json")
 
 
 def read_settings(path: Path) -> dict:

@@ -1,4 +1,5 @@
-"""Readers of tensor files: safetensors are memory-mapped, torch files are only loaded with `torch.load(weights_only=True, mmap=True)`.
+"""Readers of tensor files: safetensors and torch files of plain tensors are memory-mapped, other torch files are only loaded with
+`torch.load(weights_only=True, mmap=True)`, GGUF files are read by `gguf_file`.
 
 tensors = open_tensors("vicuna-7b-v1.5")      # a file or a folder, with one file or shards
 tensors.kinds["lm_head.weight"]               # (dtype, shape), from the headers alone
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from checkpoints_convert import gguf_file, torch_zip
 from mimo_jax.errors import UserError
 
 
@@ -99,14 +101,26 @@ class _Safetensors:
         return np.memmap(self.path, dtype, "r", self._offsets[key], shape or (1,)).reshape(shape)
 
 
+class _Plain:
+    """Tensors of a torch file that were read without torch."""
+
+    def __init__(self, tensors: dict[str, np.ndarray]):
+        self._tensors = tensors
+        self.kinds = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+
+    def read(self, key: str) -> np.ndarray:
+        return self._tensors[key]
+
+
 class _Torch:
-    """Tensors of a torch file; files in the zip format, which torch writes since 1.6, are memory-mapped."""
+    """Tensors of another torch file, which only torch can read; files in the zip format are memory-mapped."""
 
     def __init__(self, path: Path):
         try:
             import torch
         except ImportError:
-            raise ReadError(f'{path}: is a torch file, but torch is not installed; pip install "mimo_jax[convert]"') from None
+            missing = 'only torch can read this file, but it is not installed; pip install "mimo_jax[convert]"'
+            raise ReadError(f"{path}: {missing}") from None
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # damaged bytes make the unpickler raise almost any type of exception
@@ -163,9 +177,12 @@ def _open(path: Path) -> _Shard:
         start = file.read(9)
     if len(start) == 9 and start[8:] == b"{" and start[:4] != b"PK\x03\x04":
         return _Safetensors(path)
+    if start.startswith(gguf_file.MAGIC) or path.suffix == ".gguf":
+        return gguf_file.open_gguf(path)
     if path.suffix == ".safetensors":
         raise ReadError(f"{path}: is not a safetensors file, or is truncated; fetch it again")
-    return _Torch(path)
+    plain = torch_zip.load(path)
+    return _Torch(path) if plain is None else _Plain(_unwrapped(path, plain, np.ndarray))
 
 
 def open_tensors(path: str | Path) -> Tensors:
@@ -185,7 +202,22 @@ def open_tensors(path: str | Path) -> Tensors:
         files = sorted(path.glob(f"*{suffix}"))
         if files:
             return Tensors({file: _open(file) for file in files})
-    raise ReadError(f"{path}: has no weights (*{', *'.join(_SUFFIXES)}); give a folder with weights")
+    if file := gguf_of(path):
+        return Tensors({file: _open(file)})
+    raise ReadError(f"{path}: has no weights (*{', *'.join(_SUFFIXES)}, *.gguf); give a folder with weights")
+
+
+def gguf_of(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or that a folder without other weights has; None if there is none. Raises ReadError for a folder
+    with several of them, which are the same model with other quantization."""
+    if not path.is_dir():
+        return path if gguf_file.is_gguf(path) else None
+    if any(file.suffix in _SUFFIXES for file in path.iterdir()):
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ReadError(f"{path}: has {len(files)} GGUF files ({', '.join(file.name for file in files[:3])}); name one of them")
+    return files[0] if files else None
 
 
 def _indexed(index: Path) -> Tensors:

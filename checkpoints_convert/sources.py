@@ -18,9 +18,9 @@ import numpy as np
 
 from checkpoints_convert import layouts, name_map, rows
 from checkpoints_convert.batch_norm import FoldedTensors
-from checkpoints_convert.hf_config_check import read_settings
+from checkpoints_convert.hf_config_check import settings_of
 from checkpoints_convert.ops import OPS
-from checkpoints_convert.readers import open_tensors
+from checkpoints_convert.readers import gguf_of, open_tensors
 from checkpoints_convert.rows import Row
 from checkpoints_convert.vocabulary import Vocabulary, VocabularyError, find_tokenizer, read_vocabulary
 from mimo_jax.config import Config, ConfigError
@@ -121,7 +121,7 @@ class Source:
 
 
 def _is_tied(path: Path) -> bool:
-    return bool(read_settings((path if path.is_dir() else path.parent) / "config.json").get("tie_word_embeddings"))
+    return bool(settings_of(path).get("tie_word_embeddings"))
 
 
 def read_key_map(path: Path) -> tuple[Row, ...]:
@@ -143,7 +143,8 @@ def open_sources(given: Mapping[str, Path], key_map: Sequence[Row], config: Conf
     indices = name_map.layer_indices(config.model)
     with_key_map = ("joint", "overlay")
     sources = {name: Source(name, Path(given[name]), indices, key_map if name in with_key_map else ()) for name in SOURCES if name in given}
-    folders = [path if path.is_dir() else path.parent for name in ("overlay", "joint", "llm") for path in [given.get(name)] if path]
+    given_paths = [Path(given[name]) for name in ("overlay", "joint", "llm") if name in given]
+    folders = [gguf_of(path) or (path if path.is_dir() else path.parent) for path in given_paths]
     if config.tokenizer and config.tokenizer != "train":
         folders = [Path(config.tokenizer)]
         if not folders[0].is_file():

@@ -7,21 +7,19 @@ training code added them: LISA's [SEG] is 32000, before <im_start>. So rows are 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from mimo_jax.errors import UserError
+from checkpoints_convert.gguf_vocabulary import tokenizer_of
+from checkpoints_convert.readers import gguf_of
+from checkpoints_convert.sentencepiece_vocabulary import VocabularyError, read_sentencepiece
 
 # Names of the grounding tokens in other projects.
 ALIASES = {"<p>": ("<p>",), "</p>": ("</p>",), "<SEG>": ("<SEG>", "[SEG]")}
 FILES = ("tokenizer.model", "tokenizer.json")
-
-
-class VocabularyError(UserError):
-    """A tokenizer that is missing, that cannot be converted, or that does not fit the rows of its model."""
 
 
 class Vocabulary(NamedTuple):
@@ -38,7 +36,7 @@ class Vocabulary(NamedTuple):
 
 
 def find_tokenizer(folders: Sequence[Path]) -> Path:
-    """The first of the paths that is a folder with a tokenizer, or a tokenizer.json; raises VocabularyError if there is none."""
+    """The first of the paths that is a folder with a tokenizer, or a file that may have one; raises VocabularyError if there is none."""
     for folder in folders:
         if folder.is_file() or any((folder / name).is_file() for name in FILES):
             return folder
@@ -50,8 +48,8 @@ def find_tokenizer(folders: Sequence[Path]) -> Path:
 
 
 def read_vocabulary(source: Path, rows: int, tokens: Sequence[str]) -> Vocabulary:
-    """The vocabulary of a folder with a tokenizer, or of a tokenizer.json. rows: number of rows of the model's embedding; tokens: the
-    grounding tokens of the configuration (`ModelConfig.grounding_tokens`)."""
+    """The vocabulary of a folder with a tokenizer, of a tokenizer.json or of a GGUF file. rows: number of rows of the model's embedding;
+    tokens: the grounding tokens of the configuration (`ModelConfig.grounding_tokens`)."""
     values = _tokenizer_of(source)
     ids = {**values["model"]["vocab"], **{token["content"]: token["id"] for token in values["added_tokens"]}}
     grounding = [next(([name, ids[name]] for name in ALIASES[token] if name in ids), None) for token in tokens]
@@ -78,20 +76,14 @@ def read_vocabulary(source: Path, rows: int, tokens: Sequence[str]) -> Vocabular
 
 
 def _tokenizer_of(source: Path) -> dict:
-    """Content of a tokenizer.json: made from the sentencepiece model if there is one, with the tokens that were added to it."""
+    """Content of a tokenizer.json: made from the sentencepiece model if there is one, with the tokens that were added to it, or from the
+    metadata of a GGUF file."""
     if source.is_file():
-        return _read_json(source)
+        return tokenizer_of(source) if gguf_of(source) else _read_json(source)
     if not (source / "tokenizer.model").is_file():
         return _read_json(source / "tokenizer.json")
     added = _added(source)
-    values = _from_sentencepiece(source / "tokenizer.model", added)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    known = {token["content"] for token in values["added_tokens"]}
-    for content, i in added.items():
-        if content not in known:
-            values["model"]["vocab"].pop(content, None)
-            values["added_tokens"].append({"id": i, "content": content, **flags})
-    return values
+    return read_sentencepiece(source / "tokenizer.model", added)
 
 
 def _read_json(path: Path) -> dict:
@@ -117,49 +109,3 @@ def _added(folder: Path) -> dict[str, int]:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise VocabularyError(f"{folder / name}: is damaged; fetch it again") from None
     return added
-
-
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of sentencepiece pieces
-
-
-def _from_sentencepiece(path: Path, added: Collection[str]) -> dict:
-    """Llama's tokenizer.model as content of a tokenizer.json that encodes every text to the same ids. added: tokens that text must not
-    become.
-
-    Spaces become "▁", one is added before the text, and nothing else is normalised. Neighbours are merged in the order of the scores of
-    the pieces that they form, highest first."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor
-
-    try:
-        proto = SentencePieceExtractor(str(path)).proto
-    except Exception as error:  # protobuf has its own error types
-        raise VocabularyError(f"{path}: is not a sentencepiece model ({type(error).__name__}); fetch it again") from None
-    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL and piece.piece not in added}
-    pairs = [(piece[:i], piece[i:]) for piece in normal for i in range(1, len(piece)) if piece[:i] in normal and piece[i:] in normal]
-    merged = {left + right for left, right in pairs}
-    normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
-    like_llama = (
-        trainer.model_type == 2
-        and trainer.byte_fallback
-        and not trainer.treat_whitespace_as_suffix
-        and normalizer.name == "identity"
-        and normalizer.add_dummy_prefix
-        and normalizer.escape_whitespaces
-        and not normalizer.remove_extra_whitespaces
-        and {piece.type for piece in proto.pieces} <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}
-        and len({normal[piece] for piece in merged}) == len(merged)
-    )
-    if not like_llama:
-        raise VocabularyError(
-            f"{path}: is not a sentencepiece model like Llama's (BPE with byte fallback, a distinct score for every piece, identity "
-            "normalisation, a space before the text, spaces kept unchanged); name a tokenizer.json of the same vocabulary with "
-            "--config.tokenizer=FILE"
-        )
-    pairs.sort(key=lambda pair: (-normal["".join(pair)], len(pair[0])))
-    backend = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    backend.add_special_tokens([piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)])
-    return json.loads(backend.to_str())

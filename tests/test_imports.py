@@ -38,7 +38,7 @@ LAYERS = [
 OUTSIDE = {
     "configs": ["config", "model_config"],
     "checkpoints_convert": [
-        *("errors", "files", "pathtree", "config", "model_config", "parameters"),
+        *("errors", "files", "pathtree", "chat_templates", "config", "model_config", "parameters"),
         *("models", "checkpoints", "data.tokenizer"),
     ],
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import tokenizers
 
@@ -20,16 +21,23 @@ def _byte_letters() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_letters()
+# Bytes that a file may lack, as SmolLM's does: control characters, and those of no letter that Unicode has assigned.
+_RARE = {*range(32), 127, 0xC0, 0xC1, *range(0xF1, 256)} - set(b"\t\n\r")
 
 
 class ByteLevelBpe(Tokenizer):
-    """Text is split into words by the file's pattern, and bytes are merged within words."""
+    """Text is split into words by the file's pattern, and bytes are merged within words. A letter with a byte that the file lacks is
+    encoded as U+FFFD."""
 
     dummy_prefix = False
 
     def check_kind(self, ids: dict[str, int]) -> None:
-        if missing := [letter for letter in _BYTE_OF if letter not in ids]:
-            raise TokenizerError(f"{self.path}: lacks the bytes {', '.join(missing[:3])}; give a byte-level BPE with all 256")
+        missing = {byte: letter for letter, byte in _BYTE_OF.items() if letter not in ids}
+        if wrong := [letter for byte, letter in missing.items() if byte not in _RARE]:
+            raise TokenizerError(f"{self.path}: lacks the bytes {', '.join(wrong[:3])}; give a byte-level BPE with all of them")
+        planes = [f"{chr(max(i << 18, 0x10000))}-{chr(min((i << 18) + 0x3FFFF, 0x10FFFF))}" for i in range(1, 5) if 0xF0 + i in missing]
+        lost = "".join([*(re.escape(chr(byte)) for byte in missing if byte < 128), *planes])
+        self._lost = re.compile(f"[{lost}]" if lost else r"(?!)")
         self.eos = next((ids[name] for name in _ENDS if name in ids), -1)
         if self.eos < 0:
             raise TokenizerError(f"{self.path}: has no end-of-text token; one of {', '.join(_ENDS)} must be among its tokens")
@@ -52,7 +60,7 @@ class ByteLevelBpe(Tokenizer):
         )
 
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
-        text = text.encode("utf-8", "replace").decode()
+        text = self._lost.sub("\ufffd", text.encode("utf-8", "replace").decode())
         return self._backend.encode(text if continued else f" {text}").ids
 
 

@@ -89,7 +89,7 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
         """Ids of plain text, without control tokens. `decode(encode(x)) == x` for any x without lone surrogates (encoded as "?"), unless
-        the file normalises Unicode. `continued`: no space is added before the text."""
+        the file normalises Unicode or lacks bytes of a letter. `continued`: no space is added before the text."""
 
     def __len__(self) -> int:
         """Total number of ids, including grounding tokens."""

@@ -254,7 +254,7 @@ def test_quantised_sparse_and_unknown_types(tmp_path, kind, value, said):
     ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is not a safetensors file, or is truncated; fetch it again"),
     ("m.pth", b"", "is not a file of tensors, or is truncated or damaged .*; fetch it again"),
     ("none", None, "no such file or folder; give the path of a checkpoint$"),
-    ("readme.md", b"# Weights", r"has no weights \(\*.safetensors, \*.bin, \*.pth, \*.pt\)"),
+    ("readme.md", b"# Weights", r"has no weights \(\*.safetensors, \*.bin, \*.pth, \*.pt, \*.gguf\)"),
 ])  # fmt: skip
 def test_what_is_no_file_of_tensors(tmp_path, name, content, said):
     if content is not None:

@@ -8,7 +8,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimo_jax.data.byte_level_bpe import ByteLevelBpe
+from mimo_jax.data.byte_level_bpe import _BYTE_OF, ByteLevelBpe
 from mimo_jax.data.sentencepiece_bpe import SentencePieceBpe
 from mimo_jax.data.tokenizer import TokenizerError, add_grounding, load_tokenizer
 from tests.data import handmade
@@ -118,13 +118,30 @@ def test_a_file_that_adds_a_space_itself_has_the_same_ids(folder):
     assert made.encode("the liver") == spaced.encode("the liver")
 
 
+def test_letters_of_bytes_that_the_file_lacks_are_replaced(folder):
+    """SmolLM's file lacks some control characters and the first byte of letters that are not assigned."""
+
+    def lacks_rare_bytes(values):
+        vocab = values["model"]["vocab"]
+        for number, byte in enumerate((0x00, 0x1D, 0xF1, 0xF2, 0xF4, 0xFF)):
+            letter = next(letter for letter, found in _BYTE_OF.items() if found == byte)
+            vocab[f"<unused_{number}_>"] = vocab.pop(letter)
+        values["model"]["merges"] = [merge for merge in values["model"]["merges"] if all(part in vocab for part in merge)]
+
+    tokenizer = load_tokenizer(changed(folder, lacks_rare_bytes))
+    kept = "a \n\t\x01 é肝🫀\U00030000\U0003ffff\U000c0000\U000fffff"
+    assert tokenizer.decode(tokenizer.encode(kept)) == kept
+    for letter in ("\x00", "\x1d", "\U00040000", "\U0007ffff", "\U00080000", "\U000bffff", "\U00100000", "\U0010ffff"):
+        assert tokenizer.decode(tokenizer.encode(f"a{letter}b")) == "a\ufffdb"
+
+
 def test_a_damaged_vocabulary_is_named(ours, folder):
     def lacks_a_byte(values):
         vocab = values["model"]["vocab"]
-        vocab["<unused_x>"] = vocab.pop("Ā")
+        vocab["<unused_x>"] = vocab.pop("Ã")
         values["model"]["merges"] = []
 
-    with pytest.raises(TokenizerError, match="changed.json: lacks the bytes Ā; give a byte-level BPE with all 256"):
+    with pytest.raises(TokenizerError, match="changed.json: lacks the bytes Ã; give a byte-level BPE with all of them"):
         load_tokenizer(changed(folder, lacks_a_byte))
 
     def endless(values):

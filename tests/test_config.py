@@ -8,7 +8,7 @@ from mimo_jax.config import Config, ConfigError, SourceConfig
 from mimo_jax.config_flags import PACKAGED, find_config, load_config
 from tests.tiny_config import tiny_config
 
-NAMES = ["tiny", "tiny_finetune", "tiny_lora", "small", "mimo_7b", "lisa_7b"]
+NAMES = ["tiny", "tiny_finetune", "tiny_lora", "lite", "lite_stages", "lite_vit", "small", "mimo_7b", "lisa_7b"]
 
 # One path of every group of parameters -> does it train?
 GROUPS = {

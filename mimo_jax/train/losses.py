@@ -31,7 +31,8 @@ def token_loss(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Next-token loss of hidden [B, T, D], of which `logits_fn` makes logits [B, T, V]. input_ids [B, T]; weight [B, T] is that of the
     predicted token. Returns (sum of CE, sum of weights, weighted number of correct predictions). Logits of only `chunk` tokens of each
-    sample, [B, chunk, V], exist at a time, also in the backward pass."""
+    sample, [B, chunk, V], exist at a time, also in the backward pass, and none of a chunk without weight: the tokens that train are
+    moved to the front, so that the rest of the sequence, most of it, costs no product with the head."""
     hidden, targets, weight = hidden[:, :-1], input_ids[:, 1:], weight[:, 1:]
 
     def sums(hidden, targets, weight):
@@ -46,15 +47,20 @@ def token_loss(
         ce, num_correct = sums(hidden, targets, weight)
         return ce, weight.sum(), num_correct
     num_chunks = -(-length // chunk)
+    order = jnp.argsort(weight == 0, axis=1, stable=True)
+    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+    targets, weight = (jnp.take_along_axis(x, order, axis=1) for x in (targets, weight))
 
     def split_chunks(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [pieces, B, chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    def body(carry, piece):
-        return jax.tree.map(jnp.add, carry, sums(*piece)), None
-
     start = (jnp.float32(0), jnp.float32(0))
+
+    def body(carry, piece):
+        found = jax.lax.cond((piece[-1] > 0).any(), sums, lambda *_: start, *piece)
+        return jax.tree.map(jnp.add, carry, found), None
+
     chunks = tuple(map(split_chunks, (hidden, targets, weight)))
     (ce, num_correct), _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start, chunks)
     return ce, weight.sum(), num_correct

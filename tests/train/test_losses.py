@@ -1,5 +1,7 @@
 """Losses against PyTorch's own and against hand-computed cases."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,32 @@ def test_token_loss_is_torch_cross_entropy_of_the_next_token(chunk):
 def test_a_tie_for_the_largest_logit_is_not_correct():
     logits = jnp.asarray([[[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]]])
     assert losses.token_loss(lambda x: x, logits, jnp.asarray([[0, 1]]), jnp.ones((1, 2)), 8)[2] == 0
+
+
+def test_the_head_is_applied_only_to_chunks_with_tokens_that_train():
+    """Loss and gradient are those of all tokens at once."""
+    rng, calls = np.random.default_rng(0), []
+    hidden, head = jnp.asarray(rng.normal(size=(3, 41, 5)), jnp.float32), jnp.asarray(rng.normal(size=(5, 13)), jnp.float32)
+    ids, mask = jnp.asarray(rng.integers(0, 13, (3, 41))), np.zeros((3, 41), np.float32)
+    mask[0, 30:37], mask[1, [3, 4, 5, 20, 21, 22, 40]], mask[2, 9] = 1.0, 0.5, 2.0  # at most 7 of a sample: two chunks of 4
+
+    def logits(hidden):
+        jax.debug.callback(lambda: calls.append(None))
+        return hidden @ head
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def evaluated(hidden, mask, chunk):
+        sums = lambda x: losses.token_loss(logits, x, ids, mask, chunk)  # noqa: E731
+        (_, parts), gradient = jax.value_and_grad(lambda x: (sums(x)[0], sums(x)), has_aux=True)(hidden)
+        return parts, gradient
+
+    wanted, found = (evaluated(hidden, jnp.asarray(mask), chunk) for chunk in (64, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+    jax.effects_barrier()
+    calls.clear()
+    jax.block_until_ready(jax.jit(lambda x: losses.token_loss(logits, x, ids, jnp.asarray(mask), 4))(hidden))
+    jax.effects_barrier()
+    assert len(calls) == 2
 
 
 def test_logits_never_exist_whole():
@@ -86,6 +114,17 @@ def test_mask_losses_are_those_of_lisa_on_the_content_of_frames(sizes):
     check_against_lisa(sums, logits, iou, target, weight, sizes, 32)
 
 
+def sums_and_output(config, batch) -> tuple[dict, dict]:
+    """Of a whole model, compiled once."""
+    graphdef, _ = mimo.abstract(config)
+
+    def run(params, batch):
+        model = scan.bind(graphdef, params)
+        return losses.batch_sums(model, batch, 256), model(batch)
+
+    return jax.jit(run)(random_params(config), batch)
+
+
 def test_the_losses_of_a_batch_are_those_of_lisa_on_images_that_are_not_square():
     """With two samples for each image, the output of a whole model, and its gradient with respect to the masks."""
     config = quick_config()
@@ -96,10 +135,7 @@ def test_the_losses_of_a_batch_are_those_of_lisa_on_images_that_are_not_square()
     batch["vision_size"][0::2], batch["vision_size"][1::2] = (vision.image_size // 4, vision.image_size), (vision.image_size,) * 2
     sizes = np.repeat(batch["sam_size"], 2, axis=0)
     batch["masks"] &= np.repeat(np.asarray(losses.content_cells(batch["sam_size"], frame_side, side)), 2, axis=0)[:, None]
-    graphdef, _ = mimo.abstract(config)
-    model = scan.bind(graphdef, random_params(config))
-    sums = losses.batch_sums(model, batch, 256)
-    out = model(batch)
+    sums, out = sums_and_output(config, batch)
     weight = batch["seg_mask"].astype(np.float32)
     check_against_lisa(sums, out["masks"], out["iou"], batch["masks"], weight, sizes, frame_side)
 
@@ -110,16 +146,15 @@ def test_the_losses_of_a_batch_are_those_of_lisa_on_images_that_are_not_square()
 
 def test_the_attention_map_counts_on_the_image_alone():
     config = tiny_config()
-    config.model.aligner.kind = "cross_attention"
     batch = random_batch(config)
     grid, image_size = config.model.vision.grid(), config.model.vision.image_size
     batch["vision_size"][:] = (image_size // 2, image_size)
     batch["attention_target"][..., -(-grid // 2) :, :] = 0
-    model = scan.bind(mimo.abstract(config)[0], random_params(config))
-    logits = np.asarray(model(batch)["attention_map"])[..., : -(-grid // 2), :]
+    sums, out = sums_and_output(config, batch)
+    logits = np.asarray(out["attention_map"])[..., : -(-grid // 2), :]
     target = torch.tensor(batch["attention_target"][..., : -(-grid // 2), :]).double()
     bce, dice = lisa_losses(torch.tensor(logits).double().flatten(0, 1), target.flatten(0, 1))
-    np.testing.assert_allclose(losses.batch_sums(model, batch, 256)["attention_map"], (bce + dice).sum().item(), rtol=1e-5)
+    np.testing.assert_allclose(sums["attention_map"], (bce + dice).sum().item(), rtol=1e-5)
 
 
 def test_a_structure_of_one_cell_that_is_missed_costs_a_dice_of_one():

@@ -244,10 +244,12 @@ class MimoModel(nnx.Module):
 
 def feature_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the features of one image that are stored instead of its pictures, by their names in a batch: those of
-    `MimoModel.image_features`, but not X_img of a vision tower that trains, whose picture stays in the batch."""
+    `MimoModel.image_features`, but not X_img if the vision tower trains beside a frozen SAM: its picture stays in the batch. Where both
+    train, a run cannot use features, and these are all that a run with frozen encoders could."""
     shapes = {key: leaf.shape[1:] for key, leaf in _feature_shapes(config.model_json()).items()}
     rates = parameters.multipliers(config, abstract(config)[1])
-    if "x_img" in shapes and any(rate is not None for path, rate in rates.items() if path.startswith("vision/")):
+    moving = {path.split("/")[0] for path, rate in rates.items() if rate is not None}
+    if "vision" in moving and "sam_encoder" not in moving:
         del shapes["x_img"]
     return shapes
 

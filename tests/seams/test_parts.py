@@ -161,7 +161,7 @@ def test_the_command_imports_the_modules_of_mimo_plugins(run, tmp_path):
     there = {**os.environ, "PYTHONPATH": str(ROOT)}
     without = subprocess.run([*ask, str(tmp_path / "a")], env=there, capture_output=True, text=True)
     assert without.returncode == 2
-    assert "config.model.vision.kind: is 'mixer'; use one of clip, or name the module that registers it in MIMO_PLUGINS" in without.stderr
+    assert "config.model.vision.kind: is 'mixer'; use one of clip, sam, or name the module that registers it in MIMO_PLUGINS" in without.stderr
     subprocess.run([*ask, str(tmp_path / "b")], env=there | {"MIMO_PLUGINS": "tests.seams.toy_parts"}, check=True, capture_output=True)
     wrong = subprocess.run([*ask, str(tmp_path / "c")], env=there | {"MIMO_PLUGINS": "no_such_module"}, capture_output=True, text=True)
     assert wrong.returncode == 2
@@ -192,5 +192,5 @@ def test_kinds_that_are_taken_unknown_or_of_other_settings_are_refused():
     with pytest.raises(ConfigError, match=r"vision.kind: is 'mixer', which needs settings of class MixerConfig, not ClipConfig"):
         config.validate()
     config.model.vision.kind = "unheard"
-    with pytest.raises(ConfigError, match=r"config.model.vision.kind: is 'unheard'; use one of clip, mixer, or name the module"):
+    with pytest.raises(ConfigError, match=r"config.model.vision.kind: is 'unheard'; use one of clip, sam, mixer, or name the module"):
         config.validate()

@@ -37,7 +37,6 @@ from mimo_jax.data.tokenizer import load_tokenizer
 from mimo_jax.models import registry, standard_parts  # noqa: F401
 from mimo_jax.models.lora import merge_lora
 
-DTYPES = ("float32", "bfloat16", "float16")  # of an exported language model
 _LANGUAGE = ("llm/", "embedding/", "lm_head/")
 _SHARD_BYTES = 2 * 10**9
 _SAM_NAMES = {768: "b", 1024: "l", 1280: "h"}
@@ -49,8 +48,8 @@ def export_checkpoint(
     path: str | os.PathLike, format: str, out: Path, base_path: str | os.PathLike | None = None, merge: bool = True, dtype: str = ""
 ) -> list[str]:
     """Write a checkpoint in another format; returns lines that list the files. Raises UserError if the checkpoint or the target
-    cannot be used; then nothing is written. merge: fold LoRA into the language model (hf, joint). dtype: one of DTYPES, of every tensor of
-    a language model with LoRA merged; empty: as they are stored."""
+    cannot be used; then nothing is written. merge: fold LoRA into the language model (hf, joint). dtype: of every tensor of a
+    language model with LoRA merged; empty: as they are stored."""
     out = files.absolute(out)
     check_output_folder(out)
     leaves = LazyParams(path, base_path)
@@ -221,6 +220,15 @@ def _llm_tensors(leaves: LazyParams, merge: _Rounding | None) -> Iterator[tuple[
         yield key, value
 
 
+def _rounded(path: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Raises SourceError for a value beyond the range of `dtype`."""
+    with np.errstate(over="ignore"):
+        rounded = value.astype(dtype)
+    if (np.isfinite(value) & ~np.isfinite(rounded)).any():
+        raise SourceError(f"--dtype {dtype}: {path} has values beyond its range; use bfloat16 or float32")
+    return rounded
+
+
 class _Rounding:
     """The dtype of a merged language model, and how much of LoRA's update it loses, in squared norms. Updates below half a unit in the
     last place of a bfloat16 weight, 1/512 of its size, vanish, and others are rounded."""
@@ -234,14 +242,6 @@ class _Rounding:
         """The dtype in which the parameter at `path` is exported."""
         return np.dtype(self.dtype if self.dtype is not None and path.startswith(_LANGUAGE) else leaf.dtype)
 
-    def round(self, path: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Raises SourceError for a value beyond the range of `dtype`."""
-        with np.errstate(over="ignore"):
-            rounded = value.astype(dtype)
-        if not np.isfinite(rounded).all():
-            raise SourceError(f"--dtype {dtype}: {path} has values beyond its range; use bfloat16 or float32")
-        return rounded
-
     def add(self, before: np.ndarray, exact: np.ndarray, merged: np.ndarray) -> None:
         self.update += float(np.square(exact - before.astype(np.float32)).sum())
         self.lost += float(np.square(exact - merged.astype(np.float32)).sum())
@@ -250,7 +250,8 @@ class _Rounding:
         if not self.lost or not self.update:
             return []
         share = (self.lost / self.update) ** 0.5
-        return [f"LoRA was merged in fp32 and rounded: an error of {share:.1%} of its update (relative L2); --dtype float32 loses less, --lora apart nothing"]
+        remedy = "--dtype float32 loses less, --lora apart nothing"
+        return [f"LoRA was merged in fp32 and rounded: an error of {share:.1%} of its update (relative L2); {remedy}"]
 
 
 class _Language(Mapping[str, np.ndarray]):
@@ -266,13 +267,13 @@ class _Language(Mapping[str, np.ndarray]):
             return value
         dtype = self._merge.dtype_of(path, value)
         if not path.endswith("/kernel") or parts["lora_a"] not in self._leaves:
-            return value if value.dtype == dtype else self._merge.round(path, value.astype(np.float32), dtype)
+            return value if value.dtype == dtype else _rounded(path, value.astype(np.float32), dtype)
         lora = {name: self._leaves[part] for name, part in parts.items()}
         merged = np.empty(value.shape, dtype)
         for layer in range(len(value)):  # layer by layer, because the sum is in float32
             flat = {"w/kernel": jnp.asarray(value[layer], jnp.float32)} | {f"w/{name}": jnp.asarray(p[layer]) for name, p in lora.items()}
             exact = np.asarray(merge_lora(flat, self._leaves.config.model.lora.alpha)["w/kernel"])
-            merged[layer] = self._merge.round(path, exact, dtype)
+            merged[layer] = _rounded(path, exact, dtype)
             self._merge.add(value[layer], exact, merged[layer])
         return merged
 

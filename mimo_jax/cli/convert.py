@@ -79,6 +79,9 @@ def add_verbs(convert: argparse.ArgumentParser) -> None:
     out.add_argument("--base", type=InputPath, metavar="DIR", help="folder of the frozen base, if it was moved")
     out.add_argument("--format", required=True, choices=("hf", "peft", "sam", "joint", "mimo"), help="see the examples")
     out.add_argument("--lora", default="merged", choices=("merged", "apart"), help="hf, joint: merge LoRA or keep it separate")
+    out.add_argument(
+        "--dtype", default="", choices=("float32", "bfloat16", "float16"), help="hf, joint with LoRA merged: dtype of the language model"
+    )
     out.add_argument("--out", type=OutputPath, required=True, metavar="DIR", help="output folder; must be new or empty")
     out.set_defaults(run=_export)
 
@@ -133,7 +136,8 @@ def _import(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from checkpoints_convert.export import export_checkpoint
 
-    for line in export_checkpoint(args.checkpoint, args.format, Path(args.out), base_path=args.base, merge=args.lora == "merged"):
+    merge = args.lora == "merged"
+    for line in export_checkpoint(args.checkpoint, args.format, Path(args.out), base_path=args.base, merge=merge, dtype=args.dtype):
         print(line)
     return EXIT_OK
 

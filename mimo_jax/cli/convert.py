@@ -13,6 +13,7 @@ EXAMPLES = {
     "import": """examples:
   mimo convert import --config configs/mimo_7b.py --vision CLIP-ViT-H-14 --llm vicuna-7b-v1.5 --sam sam_vit_h_4b8939.pth --out import
   mimo convert import --config configs/mimo_7b.py --vision CLIP --llm VICUNA --sam SAM.pth --lora ADAPTER --lora-alpha 8 --out import
+  mimo convert import --config configs/lite.py --llm SmolLM2-135M-Instruct.Q4_1.gguf --sam lite_medsam.pth --out import
   mimo convert import --config configs/lisa_7b.py --joint LISA-7B-v1 --vision clip-vit-large-patch14 --out lisa
   mimo convert import --config configs/mimo_7b.py --joint MODEL --key-map rows.json --out import
 
@@ -51,7 +52,7 @@ def add_verbs(convert: argparse.ArgumentParser) -> None:
         "--config", type=InputPath, required=True, metavar="FILE", help="a config file, or a packaged one, such as configs/mimo_7b.py"
     )
     add.add_argument("--vision", type=InputPath, metavar="PATH", help="CLIP vision tower in the layout of transformers or open_clip")
-    add.add_argument("--llm", type=InputPath, metavar="PATH", help="Llama or Vicuna, with its tokenizer")
+    add.add_argument("--llm", type=InputPath, metavar="PATH", help="Llama, Vicuna or SmolLM2 with its tokenizer, or as a GGUF file")
     add.add_argument("--sam", type=InputPath, metavar="PATH", help="SAM or MedSAM in the layout of segment-anything or transformers")
     add.add_argument("--lora", type=InputPath, metavar="PATH", help="a PEFT adapter of --llm")
     add.add_argument("--lora-alpha", type=float, metavar="A", help="alpha of the LoRA weights, if there is no adapter_config.json")

@@ -2,6 +2,11 @@
 
 SAM, MedSAM and others have the same tensors, but not the same pixels, and no tensor shows which. A family is recognised by the name of
 its file or folder; where it is not, `mimo convert import` demands it (`--sam-family`).
+
+Each row was read in the source that it names. Those of the families in docs/converting.md without a kind of encoder here: EfficientSAM in
+`EfficientSam.preprocess` of efficient_sam/efficient_sam.py in yformer/EfficientSAM (values from 0 to 1, stretched to 1024 x 1024, mean and
+deviation of ImageNet); SAM 2 in `SAM2Transforms` of sam2/utils/transforms.py in facebookresearch/sam2 (stretched, the same mean and
+deviation); MedSAM 2 in medsam2_infer_general.py of bowang-lab/MedSAM2 (stretched to 512 x 512, the same).
 """
 
 from __future__ import annotations
@@ -31,7 +36,9 @@ FAMILIES = {
     "litemedsam": SamFamily(
         "LiteMedSAM", r"lite.?medsam|medsam.?lite", "minmax", "pad", "CVPR24_LiteMedSAM_infer.py of bowang-lab/MedSAM", "tiny_vit"
     ),
-    "mobilesam": SamFamily("MobileSAM", r"mobile.?sam", "imagenet", "pad", "Sam.preprocess of ChaoningZhang/MobileSAM", "tiny_vit"),
+    "mobilesam": SamFamily(
+        "MobileSAM", r"mobile.?sam", "imagenet", "pad", "mobile_sam/{build_sam,modeling/sam}.py of ChaoningZhang/MobileSAM", "tiny_vit"
+    ),
     "medsam": SamFamily("MedSAM", r"medsam", "minmax", "stretch", "MedSAM_Inference.py of bowang-lab/MedSAM"),
     "sam-med2d": SamFamily("SAM-Med2D", r"sam.?med2d", "imagenet", "stretch", "DataLoader.py of OpenGVLab/SAM-Med2D"),
     "sam": SamFamily(

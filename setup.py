@@ -18,6 +18,8 @@ CORE = [
     "transformers>=5.0,<6",  # imported by the converter only
     "tokenizers>=0.22",
     "sentencepiece>=0.2",  # Vicuna's tokenizer.model
+    "gguf>=0.17.1,<0.20",  # SmolLM2's weights
+    "huggingface_hub>=1.0",  # of transformers too
     "protobuf>=5",
     "safetensors>=0.6",
     "ml-collections>=1.1,<2",
@@ -37,7 +39,7 @@ CORE = [
 EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
-    "convert": ["torch>=2.6,<=2.13.0", "peft>=0.17", "gguf>=0.17.1,<0.20"],
+    "convert": ["torch>=2.6,<=2.13.0", "peft>=0.17"],
     "medical": [
         "pydicom>=3.0",
         "highdicom>=0.25",
@@ -64,7 +66,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mimo_jax", "mimo_jax.*", "configs", "checkpoints_convert", "checkpoints_convert.*"]),
-    package_data={"mimo_jax.data.builder": ["*.csv", "*.toml", "*.txt"]},
+    package_data={"mimo_jax.data.builder": ["*.csv", "*.toml", "*.txt"], "mimo_jax.checkpoints": ["shipped/*/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mimo=mimo_jax.cli.__main__:run"]},

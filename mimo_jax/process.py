@@ -23,9 +23,15 @@ def set_up(command: str) -> None:
         keep_freed_memory()
     warnings.formatwarning = lambda message, category, *_, **__: f"mimo: warning: {message}\n"
     # Compiled programs are cached on disk, so that a second `ask` starts in seconds.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "mimo_jax" / "jax"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_home() / "jax"))
     quiet_orbax()
+
+
+def cache_home() -> Path:
+    """The folder of compiled programs and named models: MIMO_HOME, else mimo_jax in the user's cache folder."""
+    if home := os.environ.get("MIMO_HOME"):
+        return Path(home).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimo_jax"
 
 
 def keep_freed_memory() -> None:

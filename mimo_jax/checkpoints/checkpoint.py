@@ -247,11 +247,14 @@ def verified_step(path: str | os.PathLike) -> tuple[Path, int, dict]:
 
 
 def run_of(path: str | os.PathLike) -> Path:
-    """The run directory of a path, which is that directory or one of its steps/<n>."""
-    full = Path(path).resolve()
+    """The run directory of a path, which is that directory or one of its steps/<n>, or the name of a model (`named`)."""
+    from mimo_jax.checkpoints import named  # which writes run directories with this module
+
+    full = named.located(path).resolve()
     run = full.parent.parent if _named_step(path) is not None else full
     if not full.exists():
-        raise CheckpointError(f"{path}: does not exist; give a run directory, one of its steps/<n>, or an import")
+        names = ", ".join(named.available())
+        raise CheckpointError(f"{path}: does not exist; give a run directory, one of its steps/<n>, an import, or a named model: {names}")
     if not (run / "config.json").is_file():
         raise CheckpointError(f"{path}: is not a checkpoint (no config.json); give a run directory, one of its steps/<n>, or an import")
     return run

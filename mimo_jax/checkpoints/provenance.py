@@ -3,6 +3,7 @@
     sources     name -> {path, layout, dtypes, tensors, fingerprint, files {name: SHA-256}} of each set of files that was read
     untrained   paths of parameters that the model needs and that were initialised from a seed and never trained
     base, parameters   fingerprints of the import's frozen and other parameters
+    named       name and version of the named model that it is or was trained from (`named`)
 
 It also records the options of the import: seed, key map, exceptions. Tensors that this model does not use but that are kept for export
 are in kept.safetensors, next to it.
@@ -49,4 +50,5 @@ def untrained(record: dict) -> str:
 def describe(record: dict) -> str:
     """The sources of the weights in one line, with the beginnings of their fingerprints."""
     sources = ", ".join(f"{name} {source['fingerprint'][:12]}" for name, source in record.get("sources", {}).items())
-    return f"weights: {sources}" if sources else "weights: trained from a seed"
+    weights = f"weights: {sources}" if sources else "weights: trained from a seed"
+    return f"from the named model {record['named']}, {weights}" if "named" in record else weights

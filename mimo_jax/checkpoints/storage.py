@@ -18,16 +18,16 @@ from mimo_jax import __version__, files
 from mimo_jax.files import read_json, write_json
 
 MANIFEST = "manifest.json"
-_MANIFEST_HASH = "manifest.sha256"  # the SHA-256 of the manifest itself, written before it
+MANIFEST_HASH = "manifest.sha256"  # the SHA-256 of the manifest itself, written before it
 
 
 def write_manifest(folder: Path, about: dict) -> None:
     """Complete a folder of arrays: write its manifest with `about`, the versions used, and the SHA-256 of every file in it."""
-    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != _MANIFEST_HASH)
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST_HASH)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     made = {"mimo_jax": __version__, "jax": jax.__version__, "time": now}
     content = about | {"made": made, "files": hash_files(folder, names)}
-    write_json(folder / _MANIFEST_HASH, files.sha256_bytes(files.json_bytes(content)))
+    write_json(folder / MANIFEST_HASH, files.sha256_bytes(files.json_bytes(content)))
     write_json(folder / MANIFEST, content)
 
 
@@ -35,8 +35,8 @@ def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> s
     """Verify the manifest and those files of a folder whose names are `wanted`; returns what is wrong with them, None if nothing is."""
     if not (folder / MANIFEST).is_file():
         return "is not complete (its save did not finish)"
-    if (folder / _MANIFEST_HASH).exists() and hash_files(folder, [MANIFEST])[MANIFEST] != read_json(folder / _MANIFEST_HASH):
-        return f"is damaged ({MANIFEST} does not match the SHA-256 in {_MANIFEST_HASH})"
+    if (folder / MANIFEST_HASH).exists() and hash_files(folder, [MANIFEST])[MANIFEST] != read_json(folder / MANIFEST_HASH):
+        return f"is damaged ({MANIFEST} does not match the SHA-256 in {MANIFEST_HASH})"
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return f"is damaged ({MANIFEST} cannot be read)"

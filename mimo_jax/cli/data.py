@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mimo_jax.cli.arg_types import InputPath, OutputPath, fraction, index, named_paths, positive, ratios, shard, threshold
 from mimo_jax.errors import EXIT_OK, EXIT_PARTIAL, EXIT_TEMPFAIL, EXIT_USAGE, UserError
+from mimo_jax.process import cache_home
 
 if TYPE_CHECKING:
     from mimo_jax.data.builder.build_plan import Options
@@ -233,12 +234,11 @@ def _build(args: argparse.Namespace) -> int:
 
     metadata = {name: value for name in ("dataset", "modality", "licence", "mask_threshold") if (value := getattr(args, name)) is not None}
     reader = open_reader(args.source, args.source_path, **metadata, **dict(args.option))
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     options = _options(
         args,
         max_rejects=args.max_rejects,
         qa=args.qa,
-        llm_cache=args.llm_cache or os.path.join(home, "mimo_jax", "llm"),
+        llm_cache=args.llm_cache or str(cache_home() / "llm"),
         llm_requests=args.llm_requests,
         **({"perspectives": args.perspectives} if args.perspectives else {}),
     )

@@ -18,6 +18,7 @@ from mimo_jax.cli.arg_types import named_paths, resolve_bucket
 from mimo_jax.cli.convert import add_verbs
 from mimo_jax.cli.data import add_data
 from mimo_jax.cli.evaluate import add_eval
+from mimo_jax.cli.fetch import add_fetch
 from mimo_jax.cli.infer import add_ask, add_batch, add_chat
 from mimo_jax.cli.plugins import import_plugins
 from mimo_jax.cli.sweep import add_sweep
@@ -54,6 +55,7 @@ def parser() -> Parser:
         prog="mimo",
         description="Ask about a medical image and get an answer whose structures are segmented. Research use only.",
         epilog="""examples:
+  mimo ask --checkpoint tiny image.png "What is this?" --box 10,12,40,44 --out overlay.png
   mimo data phantom --out data/phantom --images 2000 --seed 0
   mimo train --config configs/tiny.py --data data/phantom --workdir runs/a
   mimo eval --checkpoint runs/a --data data/phantom --split test --out report.json
@@ -75,6 +77,7 @@ The environment variable MIMO_TRACEBACK=1 adds the traceback of any error.""",
     add_ask(commands)
     add_chat(commands)
     add_batch(commands)
+    add_fetch(commands)
 
     add_data(commands)
 

@@ -36,7 +36,7 @@ Every field of the config can be set by its path, such as --config.train.steps=5
     )
     data_help = "a dataset written by `mimo data`, or a .jsonl manifest; repeatable"
     train.add_argument("--data", type=InputPath, action="append", default=[], metavar="[NAME=]DIR", help=data_help)
-    train.add_argument("--init", type=InputPath, metavar="PATH", help="checkpoint to initialise the parameters from")
+    train.add_argument("--init", type=InputPath, metavar="PATH", help="checkpoint to initialise the parameters from, or a named model")
     train.set_defaults(run=_train, overrides=())
 
 

@@ -24,14 +24,8 @@ def test_every_kind_of_storage_and_view(tmp_path):
     whole = torch.arange(24.0).reshape(4, 6)
     kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     values = {str(kind): torch.arange(7).to(kind) for kind in (*kinds, torch.bool)}
-    views = {
-        "turned": whole.t(),
-        "part": whole[1:3, 2:],
-        "step": whole[:, ::2],
-        "one": whole[2, 3],
-        "none": whole[:0],
-        "spread": whole[0].expand(3, 6),
-    }
+    views = {"turned": whole.t(), "part": whole[1:3, 2:], "step": whole[:, ::2], "one": whole[2, 3], "none": whole[:0]}
+    views["spread"] = whole[0].expand(3, 6)
     torch.save(OrderedDict(values | views), tmp_path / "m.pth")
     found = torch_zip.load(tmp_path / "m.pth")
     assert found.keys() == values.keys() | views.keys()

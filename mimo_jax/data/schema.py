@@ -15,6 +15,8 @@ from pycocotools import mask as coco
 
 from mimo_jax.errors import UserError
 
+ASPECT_CHANGED = "aspect_changed"  # the flag of an image whose sides were scaled differently
+
 
 class RecordError(UserError):
     """A record that violates the schema; the message names the record and the field."""
@@ -98,6 +100,7 @@ class Record:
     phash64: str = ""
     licence: str = ""
     source: str = ""
+    flags: list[str] = field(default_factory=list)  # what its source says against it: ASPECT_CHANGED, "orientation:unverified", …
 
     def to_bytes(self) -> bytes:
         return msgpack.packb(vars(self), default=vars)

@@ -19,7 +19,7 @@ from mimo_jax.data.builder.question_generation import QuestionGeneration
 from mimo_jax.data.builder.splits import SHARES, NearDuplicates, check_shares, split_groups
 from mimo_jax.data.records import SHARD_BYTES, DataError
 
-BUILDER_VERSION = "1.1"  # increased whenever the same items would give different records or another index
+BUILDER_VERSION = "1.2"  # increased whenever the same items would give different records or another index
 WARNINGS, NEAR_DUPLICATES = "warnings.jsonl", "near_duplicates.jsonl"
 DUPLICATES = ("error", "group", "drop")
 QA = ("templates", "llm")
@@ -133,7 +133,7 @@ def _count_labels(index: BuildIndex, kept: np.ndarray) -> tuple[LabelStats, list
     label_counts = LabelCounts()
     for (dataset, modality, entities, complete, absent), n in counted:
         label_counts.add(dataset, modality, entities, absent, complete, times=n)
-    return LabelStats.from_counts(label_counts), counted
+    return LabelStats.from_counts(label_counts, by_region=True), counted
 
 
 def _fill_shards(numbers: Iterable[int], sizes: Sequence[int], shard_bytes: int) -> Iterator[list[int]]:

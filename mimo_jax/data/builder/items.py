@@ -47,6 +47,8 @@ class Item:
     absent: tuple[str, ...] = ()  # entities known to be absent; if complete, all others that the data set labels are absent too
     licence: str = ""
     source: str = ""
+    flags: tuple[str, ...] = ()  # as in `schema.Record`
+    square: int = 0  # side to which image and masks are resized, without their black borders; 0: they stay as they are
 
 
 class Reader(Protocol):

@@ -24,7 +24,7 @@ SIDES = ("left", "right")
 MAX_PHRASE = 75  # maximum number of letters of a phrase
 _PHRASES = ("within", "does", "lies", "plural")
 _LISTS = ("beside", "beside_left", "beside_right", "findings", "modalities", "asks", "also", "homes", "landmarks")
-_FLAGS = ("paired", "mass")
+_FLAGS = ("paired", "mass", "numerous")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Fact:
     modalities: tuple[str, ...] = ()  # the most usual first
     twin: str = ""  # the same structure on the other side
     plural: str = ""  # its plural, if it can be counted
+    numerous: bool = False  # one mask may hold many of it, so that it is named in the plural and not counted by masks alone
     homes: tuple[str, ...] = ()  # of lesions: the structures that may contain one
     landmarks: tuple[str, ...] = ()  # of lesions: the structures by which its position is described
     mass: bool = False  # a mass noun, without indefinite article
@@ -105,6 +106,7 @@ def _fact(row: Mapping, name: str, side: str, paired: set[str]) -> Fact:
         homes=tuple(each for home in row.get("homes", ()) for each in _sided(home, own_side, paired)),
         landmarks=tuple(row.get("landmarks", ())),
         mass=row.get("mass", False),
+        numerous=row.get("numerous", False),
     )
 
 
@@ -138,6 +140,8 @@ def _check_row(file: str, name: str, row: Mapping) -> None:
             raise UserError(f"{where}: modality {modality!r}; use one of {', '.join(MODALITIES)}")
     if row.get("paired") and name.startswith(tuple(f"{side} " for side in SIDES)):
         raise UserError(f"{where}: belongs to one side and cannot be paired")
+    if row.get("numerous") and "plural" not in row:
+        raise UserError(f"{where}: is numerous, but has no plural")
     if row["kind"] != "lesion" and ("homes" in row or "landmarks" in row):
         raise UserError(f"{where}: only lesions have homes and landmarks")
     for text in [*(row[key] for key in _PHRASES if key in row), *row.get("findings", ()), *row.get("asks", ())]:

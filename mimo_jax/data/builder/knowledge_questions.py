@@ -6,6 +6,7 @@ the prompted structure, and its words do not reveal which one that is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -32,6 +33,8 @@ def named(scene: Scene, number: int) -> list[Sample]:
     if scene.style.extended:
         makers += _extended(scene)
     makers = scene.shuffled(makers)
+    if scene.style.extended:  # images with few facts do not get more questions about what is absent
+        number = min(number, max(1, math.ceil(len(makers) / (1 - scene.style.absent_share))))
     samples = []
     for _ in range(number):
         absent = scene.absent_entity(known=True) if scene.rng.random() < scene.style.absent_share else None
@@ -53,7 +56,7 @@ def _sharing(scene: Scene, facts_of) -> dict[str, list[str]]:
 
 def _function(scene: Scene, entities: list[str]) -> Sample:
     fact = KNOWLEDGE[entities[0]]
-    return _fact_sample(scene, "function", scene.pick(fact.asks), "{The} " + fact.verb(len(entities)) + ".", entities)
+    return _fact_sample(scene, "function", scene.pick(fact.asks), "{The} " + fact.verb(1 + scene.several(entities)) + ".", entities)
 
 
 def _fact_sample(scene: Scene, kind: str, question: str, answer: str, entities: list[str]) -> Sample:
@@ -61,7 +64,7 @@ def _fact_sample(scene: Scene, kind: str, question: str, answer: str, entities: 
         "III",
         kind,
         question,
-        scene.ground_names(placeholders(answer, len(entities)), scene.spans(sorted(entities))),
+        scene.ground_names(placeholders(answer, len(entities)), scene.worded_spans(sorted(entities))),
         kb=_source(scene, entities[0]),
     )
 
@@ -73,8 +76,12 @@ def _source(scene: Scene, entity: str) -> dict[str, str]:
 
 def _contains(scene: Scene, lesion: str) -> Sample:
     hosts = scene.hosts(lesion)
-    answer = grounded(f"The {{}} lies in {placeholders('{the}', len(hosts))}.", scene.spans([lesion, *hosts]))
-    return scene.sample("III", "contains", scene.pick(scene.style.contains).format(lesion), answer)
+    verb, named = "lie" if scene.several([lesion]) else "lies", scene.words(lesion)
+    answer = grounded(f"The {{}} {verb} in {placeholders('{the}', len(hosts))}.", [*scene.worded_spans([lesion]), *scene.spans(hosts)])
+    asks = scene.pick(scene.style.contains)
+    if scene.several([lesion]):
+        asks = asks.replace("does the {} lie", "do the {} lie").replace("is the {}", "are the {}")
+    return scene.sample("III", "contains", asks.format(named), answer)
 
 
 def _nearest(scene: Scene, lesion: str) -> Sample:
@@ -105,7 +112,7 @@ def _by_group(groups: dict[str, list[str]]) -> dict[tuple[str, ...], list[str]]:
 
 
 def _asked(scene: Scene, kind: str, asks: tuple[str, ...], text: str, answer: str, entities: list[str]) -> Sample:
-    answer = answer.replace("{lies}", "lies" if len(entities) == 1 else "lie")
+    answer = answer.replace("{lies}", "lie" if scene.several(entities) else "lies")
     return _fact_sample(scene, kind, scene.pick(asks).format(text), answer, entities)
 
 
@@ -126,8 +133,8 @@ def _hidden(scene: Scene, entity: str) -> bool:
 
 
 def _neighbour(scene: Scene, other: str, entities: list[str]) -> Sample:
-    verb = "lies" if len(entities) == 1 else "lie"
-    spans = scene.spans(sorted(entities))
+    verb = "lie" if scene.several(entities) else "lies"
+    spans = scene.worded_spans(sorted(entities))
     answer = placeholders("{The} usually " + verb + " next to the ", len(entities))
     if other in scene.masks:
         answer, spans = answer + "{}.", spans + scene.spans([other])
@@ -156,10 +163,10 @@ def _about(scene: Scene, mask: Mask, fact: Fact) -> Sample:
     related = _related(scene, mask, fact)
     if related and scene.rng.random() < RELATION_SHARE:
         kind, questions, template, spans = scene.pick(related)
-        answer, kb = grounded(template, spans), {}
+        answer, kb = grounded(scene.this(mask, template), spans), {}
     else:
         kind, questions, template, spans = _fact_about(scene, mask, fact)
-        answer, kb = scene.ground_names(template, spans), _source(scene, mask.entity)
+        answer, kb = scene.ground_names(scene.this(mask, template), spans), _source(scene, mask.entity)
     return scene.sample("IV", kind, scene.pick(questions), answer, [mask.mask_id], kb=kb)
 
 

@@ -3,6 +3,7 @@
 A *key* is a (dataset, modality). The labels of an image are *complete* if every entity that its key is labelled with is labelled in it.
 In other images a missing mask means nothing, and only entities that are listed as absent are known to be absent. If a structure is shown,
 neither the wholes that it is part of nor its parts are known to be absent ("lung" in an image with a "left lung").
+Entities of other keys are *foreign* to an image if they are known to be absent from all images of its key.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
+from mimo_jax.data.builder.body_regions import cannot_show
 from mimo_jax.data.builder.entities import ENTITIES, ancestors
 from mimo_jax.data.schema import Record
 
@@ -76,19 +78,24 @@ def _related(entity: str) -> tuple[str, ...]:
 
 @dataclass
 class LabelStats:
-    """Shares of images by key. `absence` and `fully_labelled` are by default those of complete labels."""
+    """Shares of images by key. `absence` and `fully_labelled` are by default those of complete labels; `foreign_to` follows from
+    `elsewhere`."""
 
     share: dict[Key, float] = field(default_factory=dict)  # of all images
     presence: dict[Key, dict[str, float]] = field(default_factory=dict)  # entity → share of that key's images
     elsewhere: bool = False  # whether an entity that a key is not labelled with is known to be absent from its images
     absence: dict[Key, dict[str, float]] | None = None  # entity → share of that key's images that are known to lack it
     fully_labelled: dict[Key, frozenset[str]] | None = None  # entities that complete images of that key are labelled with
+    foreign_to: dict[Key, frozenset[str]] | None = None  # entities of other keys that no image of that key shows
 
     def __post_init__(self):
         if self.absence is None:
             self.absence = {key: {entity: 1 - share for entity, share in shares.items()} for key, shares in self.presence.items()}
         if self.fully_labelled is None:
             self.fully_labelled = {key: frozenset(shares) for key, shares in self.presence.items()}
+        if self.foreign_to is None:
+            others = self.entities if self.elsewhere else ()
+            self.foreign_to = {key: frozenset(others) - here.keys() for key, here in self.presence.items()}
 
     @staticmethod
     def from_records(records: Iterable[Record], elsewhere: bool = False, absent: Mapping[str, Iterable[str]] | None = None) -> LabelStats:
@@ -101,7 +108,8 @@ class LabelStats:
         return LabelStats.from_counts(counts, elsewhere)
 
     @staticmethod
-    def from_counts(counts: LabelCounts, elsewhere: bool = False) -> LabelStats:
+    def from_counts(counts: LabelCounts, elsewhere: bool = False, by_region: bool = False) -> LabelStats:
+        """elsewhere: as the field. by_region: of other keys' entities, those are foreign that `body_regions.cannot_show` rules out."""
         total = sum(counts.images.values())
         presence: dict[Key, dict[str, float]] = {key: {} for key in counts.images}
         absence: dict[Key, dict[str, float]] = {key: {} for key in counts.images}
@@ -109,7 +117,15 @@ class LabelStats:
             presence[key][entity] = counts.shown[key, entity] / counts.images[key]
             unmentioned = counts.complete[key] - counts.determined[key, entity] if counts.labelled[key, entity] else 0
             absence[key][entity] = (unmentioned + counts.absent[key, entity]) / counts.images[key]
+        foreign_to = None
+        if by_region:
+            entities = {entity for here in presence.values() for entity in here}
+            foreign_to = {}
+            for key, here in presence.items():
+                labelled = [entity for entity, share in here.items() if share] or list(here)
+                foreign_to[key] = frozenset(entity for entity in entities - here.keys() if cannot_show(key[1], labelled, entity))
         return LabelStats(
+            foreign_to=foreign_to,
             share={key: n / total for key, n in counts.images.items()},
             presence=presence,
             elsewhere=elsewhere,
@@ -137,8 +153,19 @@ class LabelStats:
 
     def foreign(self, record: Record) -> list[str]:
         """Entities that are known to be absent from the record's image because they occur only in other keys."""
-        here = self.presence.get((record.dataset, record.modality), {})
-        return [entity for entity in self.entities if entity not in here] if self.elsewhere else []
+        key = (record.dataset, record.modality)
+        foreign = self.foreign_to.get(key, frozenset(self.entities) if self.elsewhere else frozenset())
+        return [entity for entity in self.entities if entity in foreign]
+
+    def foreign_odds(self, entity: str) -> float:
+        """The number of images that show the entity, divided by that of images to whose key it is foreign; 0 if there are none."""
+        return self._shown(entity) / foreign if (foreign := self._foreign(entity)) else 0.0
+
+    def _shown(self, entity: str) -> float:
+        return sum(self.share[k] * p.get(entity, 0.0) for k, p in self.presence.items())
+
+    def _foreign(self, entity: str) -> float:
+        return sum(self.share[k] for k, foreign in self.foreign_to.items() if entity in foreign)
 
     @cached_property
     def entities(self) -> list[str]:
@@ -152,9 +179,8 @@ class LabelStats:
         return {entity: self._asking_rates(entity) for entity in self.entities}
 
     def _asking_rates(self, entity: str) -> tuple[float, float, float]:
-        shows = sum(self.share[k] * p.get(entity, 0.0) for k, p in self.presence.items())
+        shows, others = self._shown(entity), self._foreign(entity)
         lacks = sum(self.share[k] * p.get(entity, 0.0) for k, p in self.absence.items())
-        others = sum(self.share[k] for k, p in self.presence.items() if entity not in p) if self.elsewhere else 0.0
         half = min(PRESENCE_PER_IMAGE / len(self.entities) / 2, shows, lacks + others)
         if half <= 0:
             return 0.0, 0.0, 0.0

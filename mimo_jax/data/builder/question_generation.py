@@ -55,7 +55,7 @@ class QuestionGeneration:
         if record.samples:
             return record.samples
         known_absent = self.label_stats.known_absent(record, absent, complete)
-        return ask(record, record_rng(self.seed, record.id), self.label_stats, known_absent, FULL)
+        return ask(record, record_rng(self.seed, record.id), self.label_stats, known_absent, FULL, complete)
 
     def _written(self, record: Record, complete: bool, absent: Sequence[str]) -> tuple[Record, Counter[str]]:
         rejects: Counter[str] = Counter()

@@ -9,7 +9,7 @@ import hashlib
 import io
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from mimo_jax.data.images.image import DicomGrid, MedicalImage, NiftiGrid, Volum
 from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.images.series import ALONE
 from mimo_jax.data.images.volume import open_volume
-from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn, encode_mask
+from mimo_jax.data.schema import ASPECT_CHANGED, Mask, Record, Sample, Target, Turn, encode_mask
 from mimo_jax.data.transforms import CHOICES, FORMATS, decode_picture
 from mimo_jax.errors import UserError
 
@@ -34,6 +34,7 @@ MAX_MASK_SHARE = 0.9  # a mask that covers more of its image is probably the bac
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # chunks in which a PNG may store its rotation
 _BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}  # bits per value of Pillow's modes; other modes have 8
+_BLACK, _BLACK_LINE = 12, 0.02  # a row or column is a black border if at most this share of it is brighter than this grey level
 _FLAT = 2.0  # standard deviation in grey levels; the perceptual hash of a flatter image says nothing
 
 # Texts of warnings; dataset_info.json counts them.
@@ -80,10 +81,17 @@ def _build_record(item: Item) -> BuiltRecord:
         source = _read(item)
     messages += [text for text in (BURNED_IN, ALONE, *CHOICES) if any(text in str(warning.message) for warning in caught)]
     pixels = source.image.pixels
-    masks = _masks(item, source.image, messages)
+    to_square = None
+    if item.square:
+        to_square = _squaring(pixels, item.square)
+        pixels = to_square(pixels)
+    masks = _masks(item, source.image, messages, to_square)
+    if item.square:
+        source = _repaired(MedicalImage(pixels), source.bits)
     phash, fine_hash = perceptual_hash(pixels)
     unique = {mask.mask_id: mask for mask in masks if mask is not None}
-    spacing = source.image.spacing_mm or item.pixel_spacing_mm
+    spacing = None if item.square else source.image.spacing_mm or item.pixel_spacing_mm
+    flags = dict.fromkeys((*item.flags, *[ASPECT_CHANGED] * bool(item.square)))
     limits = window_limits(item.window)
     record = Record(
         id=pixel_hash(pixels), image=source.data, format=source.format, height=pixels.shape[0], width=pixels.shape[1],
@@ -93,7 +101,7 @@ def _build_record(item: Item) -> BuiltRecord:
         window=None if limits is None else [float(value) for value in limits],
         # The patient's left is on the right of these planes; the orientation of any other image is unknown.
         orientation="radiological" if _plane(source.image) in ("axial", "coronal") else "",
-        phash64=phash, licence=item.licence, source=item.source or item.id,
+        phash64=phash, licence=item.licence, source=item.source or item.id, flags=list(flags),
     )  # fmt: skip
     record.samples = [sample for i, given in enumerate(item.samples) if (sample := _sample(given, i, masks, messages)) is not None]
     for number, sample in enumerate(record.samples):
@@ -159,6 +167,20 @@ def _repaired(image: MedicalImage, bits: int) -> _SourceImage:
     return _SourceImage(image, stream.getvalue(), "png", 1 if grey else 3, bits)
 
 
+def _squaring(pixels: np.ndarray, side: int) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes the image uint8 [H, W, 3], and its masks bool [H, W], a square of this side without the image's black borders."""
+    bright = pixels.max(2) > _BLACK
+    rows, columns = (np.flatnonzero(bright.mean(axis) > _BLACK_LINE) for axis in (1, 0))
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows.size and columns.size else None
+
+    def squared(values: np.ndarray) -> np.ndarray:
+        grey = values.astype(np.uint8) * 255 if values.dtype == bool else values
+        resized = np.asarray(Image.fromarray(grey).resize((side, side), Image.Resampling.BILINEAR, box=box))
+        return resized >= 128 if values.dtype == bool else resized
+
+    return squared
+
+
 def _bits(image: MedicalImage) -> int:
     if isinstance(image.grid, DicomGrid):
         return int(image.grid.dataset.BitsStored)
@@ -211,8 +233,9 @@ def perceptual_hash(pixels: np.ndarray) -> tuple[str, bytes]:
 # --- masks and samples
 
 
-def _masks(item: Item, image: MedicalImage, messages: list[str]) -> list[Mask | None]:
-    """The mask of each MaskRef: that of an earlier one if both are equal, None if it is empty. Appends warnings to `messages`."""
+def _masks(item: Item, image: MedicalImage, messages: list[str], to_square: Callable[[np.ndarray], np.ndarray] | None) -> list[Mask | None]:
+    """The mask of each MaskRef: that of an earlier one if both are equal, None if it is empty. Appends warnings to `messages`. to_square:
+    as `_squaring` returns it, or None."""
     found: list[Mask | None] = []
     count: dict[str, int] = defaultdict(int)
     named: dict[str, dict[str, Mask]] = defaultdict(dict)  # RLE -> entity -> mask
@@ -220,6 +243,7 @@ def _masks(item: Item, image: MedicalImage, messages: list[str]) -> list[Mask | 
     for ref in item.masks:
         entity = canonical(ref.class_raw, item.dataset, item.modality)
         pixels = read_mask(ref, image)
+        pixels = to_square(pixels) if to_square else pixels
         wholes[entity.name] = {entity.parent, entity.site} - {""}
         if not pixels.any():
             messages.append(EMPTY_MASK)

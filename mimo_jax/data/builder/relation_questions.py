@@ -62,7 +62,7 @@ def _touching_pair(scene: Scene) -> tuple[str, str, str] | None:
 
 
 def _larger(scene: Scene) -> Sample | None:
-    for a, b in _pairs(scene):
+    for a, b in _pairs(scene) if scene.sizes_known else ():
         if scene.layout.comparable(a, b):
             largest = scene.rng.random() < 0.5
             first, second = (a, b) if (scene.layout.ratio(a, b) > 1) == largest else (b, a)
@@ -103,7 +103,7 @@ def _surrounding(scene: Scene) -> Sample | None:
 
 
 def _size_of_this(scene: Scene) -> Sample | None:
-    for a, b in _pairs(scene):
+    for a, b in _pairs(scene) if scene.sizes_known else ():
         if _alone(scene, a) and scene.layout.comparable(a, b):
             word = "larger" if scene.layout.ratio(a, b) > 1 else "smaller"
             answer = grounded(f"This is the {{}}, which is {word} here than the {{}}.", scene.spans([a, b]))

@@ -24,8 +24,15 @@ MIN_AREA_RATIO, MAX_AREA_RATIO = (
     4.0,
 )  # ratio of areas between which sizes are compared: below, the difference is unclear; above, obvious
 GAP = 0.005  # share of the longer side: structures this close touch
+MIN_PIECE = 0.2  # share of the larger piece from which the second largest is the other one of a pair
 FAR = 0.05  # share of the longer side: structures farther apart do not touch
 APART = 0.02  # share of the width: if boxes overlap along x by more, neither is left or right of the other
+
+
+def unsure_sides(record: Record) -> bool:
+    """Whether the source of an image doubts that its left and right are where they are usually displayed: one of its flags says something
+    of the orientation other than that it was corrected."""
+    return any(flag.startswith("orientation:") and flag != "orientation:corrected" for flag in record.flags)
 
 
 class Layout:
@@ -104,6 +111,14 @@ class Layout:
         grown = ndimage.binary_dilation(self.pixels(a)[y0:y1, x0:x1], np.ones((3, 3), bool), iterations=reach)
         return bool((grown & self.pixels(b)[y0:y1, x0:x1]).any())
 
+    def in_two(self, entity: str) -> bool:
+        """Whether an entity's only mask is in two large pieces, such as both kidneys."""
+        if len(self.masks[entity]) > 1:
+            return False
+        pieces = ndimage.label(self.pixels(entity), np.ones((3, 3), int))[0]
+        sizes = np.sort(np.bincount(pieces.ravel())[1:])[::-1]
+        return len(sizes) > 1 and sizes[1] >= MIN_PIECE * sizes[0]
+
     def far(self, a: str, b: str) -> bool:
         """Whether two entities are so far apart that they certainly do not touch."""
         (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = self.boxes[self.index[a]], self.boxes[self.index[b]]
@@ -118,7 +133,10 @@ class Layout:
     @cached_property
     def patients_left(self) -> int:
         """+1 if the patient's left is on the image's right, -1 if it is on the image's left, 0 if unknown. All pairs of a left and a right
-        structure that lie clearly next to each other must agree, and so must the record's orientation."""
+        structure that lie clearly next to each other must agree, and so must the record's orientation; a source that doubts the
+        orientation has the last word."""
+        if unsure_sides(self.record):
+            return 0
         signs = {1} if self.record.orientation == "radiological" else set()
         for name in self.names:
             twin = "right " + name.removeprefix("left ")

@@ -13,8 +13,8 @@ from mimo_jax.data.builder.entities import ancestors
 from mimo_jax.data.builder.knowledge import KNOWLEDGE
 from mimo_jax.data.builder.label_stats import LabelStats, is_lesion, overlapping
 from mimo_jax.data.builder.relations import Layout
-from mimo_jax.data.builder.templates import TemplateSet
-from mimo_jax.data.schema import Mask, Record, Sample, Target, Turn
+from mimo_jax.data.builder.templates import TemplateSet, with_article
+from mimo_jax.data.schema import ASPECT_CHANGED, Mask, Record, Sample, Target, Turn
 
 NEARER = 1.2  # minimum ratio of the distances to the second nearest and the nearest landmark
 ABSENT_FROM_HERE = 0.75  # share of absent entities that are of this kind of image, not of another
@@ -23,13 +23,15 @@ T = TypeVar("T")
 Answer = tuple[str, list[Target]]
 
 
-def grounded(template: str, spans: Iterable[tuple[str, list[str]]], turn: int = 1) -> Answer:
-    """A sentence whose placeholders `{}` are filled with the (entity, mask ids) of `spans`, and the targets of these spans."""
+def grounded(template: str, spans: Iterable[tuple], turn: int = 1) -> Answer:
+    """A sentence whose placeholders `{}` are filled with the spans, and the targets of these. A span is (entity, mask ids), or (entity,
+    mask ids, words) if the sentence calls the entity by other words than its name, such as a plural."""
     pieces = template.split("{}")
     text, targets = pieces[0], []
-    for (entity, mask_ids), piece in zip(spans, pieces[1:], strict=True):
-        targets.append(Target(turn=turn, entity=entity, span=[len(text), len(text) + len(entity)], mask_ids=list(mask_ids)))
-        text += entity + piece
+    for (entity, mask_ids, *words), piece in zip(spans, pieces[1:], strict=True):
+        words = words[0] if words else entity
+        targets.append(Target(turn=turn, entity=entity, span=[len(text), len(text) + len(words)], mask_ids=list(mask_ids)))
+        text += words + piece
     return text, targets
 
 
@@ -40,8 +42,16 @@ def names_pattern(names: tuple[str, ...]) -> re.Pattern:
 
 
 class Scene:
-    def __init__(self, record: Record, rng: np.random.Generator, label_stats: LabelStats, absent: Iterable[str] | None, style: TemplateSet):
-        self.record, self.rng, self.label_stats, self.style = record, rng, label_stats, style
+    def __init__(
+        self,
+        record: Record,
+        rng: np.random.Generator,
+        label_stats: LabelStats,
+        absent: Iterable[str] | None,
+        style: TemplateSet,
+        complete: bool = True,
+    ):
+        self.record, self.rng, self.label_stats, self.style, self.complete = record, rng, label_stats, style, complete
         self.masks: dict[str, list[Mask]] = {}
         for mask in record.masks:
             self.masks.setdefault(mask.entity, []).append(mask)
@@ -49,6 +59,11 @@ class Scene:
         self.known_absent = [entity for entity in lacking if entity not in self.masks]
         self.determined = sorted({*self.masks, *self.known_absent})  # entities known to be present or absent
         self.foreign = [entity for entity in label_stats.foreign(record) if entity not in self.masks]
+
+    @cached_property
+    def sizes_known(self) -> bool:
+        """Whether sizes may be compared: not in an image whose sides were scaled differently."""
+        return ASPECT_CHANGED not in self.record.flags
 
     @cached_property
     def layout(self) -> Layout:
@@ -62,8 +77,10 @@ class Scene:
 
     @cached_property
     def pointable(self) -> list[str]:
-        """The entities that a prompt can identify: no whole of which a part is also shown, and no two names of one place."""
-        return [entity for entity in self.finest if not self.layout.has_near_copy(entity)]
+        """The entities that a prompt can identify: no whole of which a part is also shown, no two names of one place, and no single mask
+        that holds many things; a tree of vessels is one."""
+        crowds = [e for e, masks in self.masks.items() if len(masks) == 1 and (f := KNOWLEDGE.get(e)) and f.numerous and f.kind != "vessel"]
+        return [entity for entity in self.finest if entity not in crowds and not self.layout.has_near_copy(entity)]
 
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self.rng.integers(len(options)))]
@@ -79,11 +96,45 @@ class Scene:
         """The spans for `grounded`: each entity with all of its masks."""
         return [(entity, self.ids(entity)) for entity in entities]
 
-    def ground_names(self, template: str, spans: list[tuple[str, list[str]]]) -> Answer:
+    def worded_spans(self, entities: Iterable[str]) -> list[tuple[str, list[str], str]]:
+        """Like `spans`, with the plural of an entity of which the image shows several."""
+        return [(entity, self.ids(entity), self.words(entity)) for entity in entities]
+
+    def words(self, entity: str) -> str:
+        """The name of a shown entity, in the plural if the image shows several of it."""
+        return self._plurals.get(entity, entity)
+
+    def several(self, entities: Sequence[str]) -> bool:
+        """Whether a sentence about these entities has its verb in the plural."""
+        return len(entities) > 1 or any(entity in self._plurals for entity in entities)
+
+    def this(self, mask: Mask, template: str) -> str:
+        """A template that begins with "This is the {}", with "a" in place of "the" if the mask is one of several of its kind."""
+        fact = KNOWLEDGE.get(mask.entity)
+        if not self.style.extended or len(self.masks[mask.entity]) == 1 and not (fact and fact.numerous):
+            return template
+        article = with_article(mask.entity, bool(fact and fact.mass)).removesuffix(mask.entity)
+        return template.replace("This is the {}", f"This is {article}{{}}", 1)
+
+    @cached_property
+    def _plurals(self) -> dict[str, str]:
+        """Entity → its plural, of entities of which the image shows several; both sides of a pair may be in one mask."""
+        if not self.style.extended:
+            return {}
+        plurals = {}
+        for entity, masks in self.masks.items():
+            fact = KNOWLEDGE.get(entity)
+            if fact and fact.plural and (len(masks) > 1 or fact.numerous):
+                plurals[entity] = fact.plural
+            elif fact and f"left {entity}" in KNOWLEDGE and self.layout.in_two(entity):
+                plurals[entity] = f"{entity}s"
+        return plurals
+
+    def ground_names(self, template: str, spans: list[tuple]) -> Answer:
         """Like `grounded`, but also grounds the entities of the image that the template itself names: what an answer names is segmented,
         except a whole of which a part is segmented."""
         pieces, filled = [], []
-        done = {entity for entity, _ in spans}
+        done = {entity for entity, *_ in spans}
         for piece, span in zip(template.split("{}"), [*spans, None], strict=True):
             for match in self._named.finditer(piece):
                 if not any(overlapping(match[0], other) for other in done):
@@ -116,17 +167,27 @@ class Scene:
     def absent_entity(self, known: bool) -> str | None:
         """A random absent entity, preferably of this kind of image; None if there is none. known: only an entity with an entry in
         KNOWLEDGE that no structure of the image could be mistaken for."""
-        allowed = [[e for e in group if not known or self._asks_alone(e)] for group in (self.known_absent, self.foreign)]
+        allowed = [[e for e in group if not known or self.asks_alone(e)] for group in (self.known_absent, self.foreign)]
         first, second = allowed if self.rng.random() < ABSENT_FROM_HERE else allowed[::-1]
-        group = first or second
         if not self.style.even:
+            group = first or second
             return self.pick(group) if group else None
-        weights = np.array([self.label_stats.odds(self.record, entity) for entity in group])
-        return group[int(self.rng.choice(len(group), p=weights / weights.sum()))] if weights.any() else None
+        for group in (first, second):
+            weights = np.array([self._absent_odds(entity) for entity in group])
+            # Where others could be asked for, an entity that few images show is asked for in few of those that lack it.
+            share = weights.sum() if allowed[1] else float(weights.any())
+            if share >= 1 or self.rng.random() < share:
+                return group[int(self.rng.choice(len(group), p=weights / weights.sum()))]
+        return None
 
-    def _asks_alone(self, entity: str) -> bool:
+    def _absent_odds(self, entity: str) -> float:
+        """How much oftener an absent entity is shown than absent: in this kind of image, or, if it is foreign to that, in all."""
+        return self.label_stats.odds(self.record, entity) if entity in self.known_absent else self.label_stats.foreign_odds(entity)
+
+    def asks_alone(self, entity: str) -> bool:
+        """Whether what an entity does identifies it: no structure of the image, nor its twin, does the same."""
         fact = KNOWLEDGE.get(entity)
-        here = {KNOWLEDGE[other].does for other in self.masks if other in KNOWLEDGE}
+        here = {KNOWLEDGE[other].does for other in self.masks if other in KNOWLEDGE and other != entity}
         return fact is not None and not fact.twin and fact.does not in here
 
     @staticmethod

@@ -117,6 +117,17 @@ FULL = replace(
     inventory=(*CORE.inventory, "What can be made out in this image?", "Name all the structures that you can see."),
 )
 
+# Only in the extended style.
+SHOWN_ONE = "This is {a}."  # in place of SHOWN if the image shows several of a kind
+SEEN = ("What does this image show?", "What can be seen here?", "What is seen in this image?")  # inventory of labels that are not complete
+HALVES = {  # axis -> questions with the names of the two halves
+    0: ("Is the {} in the left or the right half of the image?", "In which half of the image is the {}, left or right?"),
+    1: ("Is the {} in the upper or the lower half of the image?", "In which half of the image is the {}, upper or lower?"),
+}
+ABOUT_HOW_MANY = ("About how many {} are there?", "Roughly how many {} does this image show?")
+SHOWS_ONE_THAT = ("Is there a structure in this image that {}?", "Does this image show a structure that {}?")
+FACT = ("What is known of the {}?", "What should I know about the {}?", "Tell me about the {}.")
+
 # Only in the extended style. Questions of III about structures that are not named; `{}` is a fact about them.
 LOCATION = ("Which structure lies {}?", "What lies {}?")
 FINDINGS = ("Where may {} be found?", "Which structure may show {}?")
@@ -147,14 +158,15 @@ SIDE_OF_THIS = (
 INSIDE_THIS = ("What lies inside the marked structure?", "What does the marked region enclose?")
 
 
-def render(phrase: str, entities: list[str]) -> str:
-    """A phrase with the entities named in it: "Where {is} {the}?" → "Where are the liver and the spleen?"."""
-    return phrase.format(**_words(f"the {entity}" for entity in entities))
+def render(phrase: str, entities: list[str], plural: bool = False) -> str:
+    """A phrase with the entities named in it: "Where {is} {the}?" → "Where are the liver and the spleen?". plural: whether the name
+    of a single one is in the plural."""
+    return phrase.format(**_words([f"the {entity}" for entity in entities], plural))
 
 
-def placeholders(phrase: str, number: int) -> str:
+def placeholders(phrase: str, number: int, plural: bool = False) -> str:
     """A phrase with a placeholder `{}` for each of `number` entities: "Here {is} {the}." → "Here are the {} and the {}."."""
-    return phrase.format(**_words(["the {}"] * number))
+    return phrase.format(**_words(["the {}"] * number, plural))
 
 
 def listed(texts: list[str], last: str = "and") -> str:
@@ -168,7 +180,6 @@ def with_article(name: str, mass: bool = False) -> str:
     return f"{'an' if name[0] in 'aeiou' and not name.startswith(('ut', 'ur', 'eu', 'uni')) else 'a'} {name}"
 
 
-def _words(names) -> dict[str, str]:
-    names = list(names)
+def _words(names: list[str], plural: bool) -> dict[str, str]:
     text = listed(names)
-    return {"the": text, "The": text[0].upper() + text[1:], "is": "is" if len(names) == 1 else "are"}
+    return {"the": text, "The": text[0].upper() + text[1:], "is": "is" if len(names) == 1 and not plural else "are"}

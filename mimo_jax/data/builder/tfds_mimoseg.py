@@ -51,6 +51,7 @@ class MimoSeg(tfds.core.GeneratorBasedBuilder):
             **dict.fromkeys(_TEXTS, text),
             **dict.fromkeys(_NUMBERS, integer),
             **dict.fromkeys(_LISTS, number),
+            "flags": tfds.features.Sequence(text),
         }
         licences = sorted({licence for split in self._dataset_info["splits"].values() for licence in split["licences"]})
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), license="; ".join(licences))
@@ -72,6 +73,7 @@ def _example(record: Record) -> dict[str, Any]:
         "image": io.BytesIO(record.image),
         "masks": masks,
         "samples": samples,
+        "flags": record.flags,
     }  # TensorFlow would be needed to encode an array
 
 
@@ -91,7 +93,8 @@ def record_of(example: Mapping[str, Any], split: str) -> Record:
         Sample(**{**s, "turns": [Turn(**t) for t in s["turns"]], "targets": [Target(**t) for t in s["targets"]]})
         for s in json.loads(_text(example["samples"]))
     ]
-    return Record(image=b"", height=height, width=width, split=split, masks=masks, samples=samples, **values)
+    flags = [_text(flag) for flag in example["flags"]]
+    return Record(image=b"", height=height, width=width, split=split, masks=masks, samples=samples, flags=flags, **values)
 
 
 def _text(value: Any) -> str:

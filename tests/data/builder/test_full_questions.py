@@ -30,7 +30,7 @@ KINDS = {
     "III": {"function", "contains", "absent", "location", "findings", "neighbor", "larger", "side", "adjacent", "within"},
     "IV": {"function", "lies_in", "twin", "holds", "unmarked", "location", "findings", "neighbor", "imaged", "kind", "larger", "side"}
     | {"adjacent", "within"},
-    "vqa": {"yes_no", "count", "modality", "compare", "list"},
+    "vqa": {"yes_no", "knowledge", "count", "modality", "compare", "half", "fact", "list"},
 }
 
 
@@ -57,7 +57,7 @@ def asked():
     """(record, its samples) of complete labels."""
     records = bodies(200)
     label_stats = LabelStats.from_records(records)
-    return [(record, ask(record, record_rng(0, record.id), label_stats, style=FULL)) for record in records]
+    return [(record, ask(record, record_rng(1, record.id), label_stats, style=FULL)) for record in records]
 
 
 def samples_of(asked, *perspectives):

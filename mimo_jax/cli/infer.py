@@ -279,7 +279,7 @@ the same as that of an uninterrupted job. Without --resume, the folder OUT must 
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from mimo_jax.infer.batch.job import FAILED, SUMMARY
+    from mimo_jax.infer.batch.job import FAILED, SUMMARY, WARNINGS
     from mimo_jax.infer.batch.run_batch import run_batch
 
     names = ("frame", "slice", "series", "window", "mask_threshold", "max_new_tokens", "save", "volumes", "resume")
@@ -288,7 +288,7 @@ def _batch(args: argparse.Namespace) -> int:
     if done.burned_in:
         print(f"mimo: warning: {done.burned_in} images may contain burned-in text, such as a patient's name", file=sys.stderr)
     for choice, count in done.choices.items():
-        print(f"mimo: warning: {count} images: {choice}; mimo ask says how each is shown", file=sys.stderr)
+        print(f"mimo: warning: {count} images: {choice}; see {os.path.join(args.out, WARNINGS)}", file=sys.stderr)
     if done.failed:
         print(f"{done.failed} requests failed at least in part; see the reasons in {os.path.join(args.out, FAILED)}", file=sys.stderr)
     if done.stopped:

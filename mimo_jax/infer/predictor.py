@@ -43,7 +43,6 @@ from mimo_jax.infer.engine.decode_batch import DecodeBatch, bucket, cache_bucket
 from mimo_jax.infer.engine.device_cache import DeviceCache
 from mimo_jax.infer.engine.requests import EncodedImage, EncodedTurn, Request, Sampling, TurnCache, TurnHistory, encode_request
 
-_EXTREME_RATIO = 16  # of the sides of an image, from which its shorter side has few pixels
 _IMAGE_COST = 4  # encoding an image needs about as much memory as this many answers
 _FIRST_STEP, _NEXT_STEP = 1, 4  # tokens per decoding step of a streamed answer
 _WARM_UP_MASKS = (1, 2, 4)  # numbers of masks in an answer that `warm_up` compiles for
@@ -122,7 +121,8 @@ class Mimo:
         opened = [image if isinstance(image, MedicalImage) else MedicalImage(image) for image in images]
         encoded = [EncodedImage(image, *self._frames(image.pixels)) for image in opened]
         for image in encoded:
-            _warn_of_extreme_shape(image)
+            for line in image.shape_warnings():
+                warnings.warn(line, stacklevel=3)
         self._encode(encoded)
         self.device_cache.keep(*encoded)
         return encoded
@@ -318,14 +318,6 @@ class Chat:
     def _append_turn(self, answer: Answer, past: TurnHistory) -> None:
         self.answers.append(answer)
         self._past.append(past)
-
-
-def _warn_of_extreme_shape(image: EncodedImage) -> None:
-    height, width = image.pixels.shape[:2]
-    if max(height, width) >= _EXTREME_RATIO * min(height, width):
-        seen, outlined = (f"{frame.size[1]}x{frame.size[0]}" for frame in (image.vision_frame, image.sam_frame))
-        what = f"extreme shape: the model sees {width}x{height} pixels as {seen}, and outlines structures in {outlined}"
-        warnings.warn(f"{what}; cut the image into parts", stacklevel=4)
 
 
 def read_image(image: str | os.PathLike | np.ndarray | MedicalImage, **chosen: Any) -> MedicalImage:

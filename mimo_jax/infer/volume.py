@@ -122,13 +122,21 @@ class VolumeAnswer:
             lines.append(f"{s.phrase or 'unnamed'}: {size}, {where}, score {s.score:.2f}{', uncertain' * s.uncertain}")
         empty = len(self.texts) - len(self.segmented_slices())
         lines.append(f"nothing segmented on {empty} of {len(self.texts)} slices")
+        return "\n".join(lines + self._own_warnings())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may be wrong, a line each: as `Answer.warnings`, for all slices together."""
+        return (*self.volume.warnings, *self._own_warnings())
+
+    def _own_warnings(self) -> list[str]:
         unlike = sum(likeness.image_unlike for likeness in self.likeness)
-        lines += [f"({unlike} of {len(self.texts)} slices are unlike the training data)"] * bool(unlike)
+        lines = [f"({unlike} of {len(self.texts)} slices are unlike the training data)"] * bool(unlike)
         lines += self.likeness[0].notes()[-1:] if self.likeness and not self.likeness[0].question else []
         lines += left_out_notes(self.question, self.unanswered, self.max_segs)
         if self.truncated:
             lines.append(f"cut off at the token limit on {len(self.truncated)} of {len(self.texts)} slices")
-        return "\n".join(lines)
+        return lines
 
     def to_json(self) -> dict:
         """The fields as a plain dict."""
@@ -142,6 +150,7 @@ class VolumeAnswer:
             "understood": self.understood,
             "truncated": self.truncated,
             "calibrated": self.calibrated,
+            "warnings": list(self.warnings),
             "structures": [s.to_json() for s in self.structures],
         }
 

@@ -166,7 +166,7 @@ def test_entities_follow_from_mask_iou_and_probability(mimo, tokenizer):
     values = json.loads(json.dumps(answer.to_json()))
     for e, row in zip(answer.entities, values["entities"], strict=True):
         assert (coco.decode(row["rle"]).astype(bool) == e.mask).all()
-    assert set(values) == {"text", "parts", "entities", "unanswered", "understood", "truncated", "calibrated"}
+    assert set(values) == {"text", "parts", "entities", "unanswered", "understood", "truncated", "calibrated", "warnings"}
     assert set(values["entities"][0]) == {"id", "phrase", "entity", "rle", "box_xyxy", "area_px", "iou", "score", "uncertain"}
 
 

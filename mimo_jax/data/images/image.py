@@ -10,6 +10,7 @@ import gzip
 import importlib
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -72,12 +73,13 @@ Grid = NiftiGrid | DicomGrid
 @dataclass(frozen=True)
 class MedicalImage:
     """pixels: uint8 RGB [H, W, 3]. spacing_mm: distance of neighbouring rows and of neighbouring columns, None if unknown.
-    grid: position in the medical file, None for other image files. choices: lines on how such a file is displayed, of `decode_picture`."""
+    grid: position in the medical file, None for other image files. warnings: what was decided about the file and may be wrong, such as
+    how its values are displayed, a line each."""
 
     pixels: np.ndarray
     spacing_mm: tuple[float, float] | None = None
     grid: Grid | None = None
-    choices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Volume(Sequence[MedicalImage]):
 
     size: (H, W). grids: position of each slice. load_slice: index -> image. spacing_mm: distance of neighbouring slices, rows and
     columns; voxel_mm3: volume of a voxel in mm³; both None if the files do not give them or the slices are not evenly spaced. files:
-    those of the slices. num_skipped: number of files of the folder that have no image or cannot be read.
+    those of the slices. num_skipped: number of files of the folder that have no image or cannot be read. warnings: as in `MedicalImage`.
     """
 
     size: tuple[int, int]
@@ -96,12 +98,19 @@ class Volume(Sequence[MedicalImage]):
     voxel_mm3: float | None
     files: Sequence[Path] = field(repr=False)
     num_skipped: int = 0
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.grids)
 
     def __getitem__(self, k: int) -> MedicalImage:
         return self.load_slice(range(len(self))[k])
+
+
+def warn_of(opened: MedicalImage | Volume) -> None:
+    """Issue the warnings of an image or volume that was opened, for the caller of the function that opened it."""
+    for line in opened.warnings:
+        warnings.warn(line, stacklevel=3)
 
 
 def parse_window(text: str) -> str | tuple[float, float]:

@@ -9,9 +9,8 @@ No message contains header values about a patient.
 from __future__ import annotations
 
 import os
-import warnings
 
-from mimo_jax.data.images.image import MedicalImage, Window, check_window, file_kind, local_path
+from mimo_jax.data.images.image import MedicalImage, Window, check_window, file_kind, local_path, warn_of
 from mimo_jax.data.images.nifti import open_slice
 from mimo_jax.data.images.series import open_frame
 from mimo_jax.data.transforms import decode_picture
@@ -25,8 +24,8 @@ def open_image(path: str | os.PathLike, *, frame: int | None = None, slice: str 
     coronal or sagittal (the nearest file axis); INDEX counts along that file axis, from 0. window: (low, high), the values shown as
     black and white, in the file's units (CT: HU), or a name of WINDOWS; the default is the file's first window or VOI LUT, else the
     0.5 and 99.5 percentiles of the whole scan, also of the other slices. Warns if a DICOM slice needs them and its scan is not in the
-    same folder, and if a DICOM file may contain burned-in text;
-    of any other image, if its values are stretched or pixels are transparent.
+    same folder, and if a DICOM file may contain burned-in text; of any other image, if its values are stretched or pixels are
+    transparent. The lines are also `MedicalImage.warnings`.
     Raises UserError, one line, for a file that cannot be read or a missing or wrong choice.
     """
     check_window(window)
@@ -37,12 +36,14 @@ def open_image(path: str | os.PathLike, *, frame: int | None = None, slice: str 
     if frame is not None and kind != "DICOM":
         raise UserError(f"{path}: is not a DICOM file; omit frame {frame}" + " and give a slice" * (kind == "NIfTI"))
     if kind == "DICOM":
-        return open_frame(path, frame, window)
+        image = open_frame(path, frame, window)
+        warn_of(image)
+        return image
     if kind == "NIfTI":
         return open_slice(path, slice, window)
     if isinstance(window, str):
         raise UserError(f"{path}: window {window} is in Hounsfield units, which only DICOM and NIfTI files have; give LOW,HIGH")
     pixels, choices = decode_picture(path, window=window)
-    for choice in choices:
-        warnings.warn(choice, stacklevel=2)
-    return MedicalImage(pixels, choices=tuple(choices))
+    image = MedicalImage(pixels, warnings=tuple(choices))
+    warn_of(image)
+    return image

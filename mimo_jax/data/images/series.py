@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +36,7 @@ _TAGS = (
 )  # fmt: skip
 _DERIVED_MODALITIES = ("SEG", "RTDOSE")  # modalities whose pixels are derived from an image
 _SLICES = ("CT", "MR", "PT")  # modalities of which one file is a part of a scan
+_BURNED_IN = "may contain burned-in text, such as a patient's name"
 ALONE = "the grey values follow this slice alone: no window is in the file"
 _MAX_KNOWN = 64
 _known_limits: dict[tuple, Limits] = {}  # of the scans of single images, by their files and stamps
@@ -91,11 +91,10 @@ def open_series(folder: Path, number: int | None, window: Window) -> Volume:
         volume = open_frames(chosen.files[0], window)
     else:
         check_size(folder, len(chosen.files), *chosen.size)
-        slices, limits = _read(folder, chosen.files, window, skipped)
-        volume = _volume([path for path, _ in slices], [grid for _, grid in slices], window, limits)
-    if skipped["damaged"]:
-        warnings.warn(f"skipped damaged or unreadable files: {skipped['damaged']}; slices may be missing", stacklevel=3)
-    return replace(volume, num_skipped=skipped.total())
+        slices, limits, lines = _read(folder, chosen.files, window, skipped)
+        volume = _volume([path for path, _ in slices], [grid for _, grid in slices], window, limits, lines)
+    damaged = [f"skipped damaged or unreadable files: {skipped['damaged']}; slices may be missing"] * bool(skipped["damaged"])
+    return replace(volume, num_skipped=skipped.total(), warnings=(*volume.warnings, *damaged))
 
 
 def open_frame(path: Path, frame: int | None, window: Window) -> MedicalImage:
@@ -114,24 +113,23 @@ def open_frame(path: Path, frame: int | None, window: Window) -> MedicalImage:
 
     image = file.image(frame, window, scan_limits)
     is_slice = file.position(frame) or get_value(file.header, "Modality") in _SLICES
+    lines = [f"the image {_BURNED_IN}"] * file.may_have_burned_in_text()
     if len(files) == 1 and file.frames == 1 and is_slice:
-        warnings.warn(f"{ALONE}; give --window, or put the other files of its series into its folder", stacklevel=3)
-    if file.may_have_burned_in_text():
-        warnings.warn("the image may contain burned-in text, such as a patient's name", stacklevel=3)
-    return image
+        lines.insert(0, f"{ALONE}; give --window, or put the other files of its series into its folder")
+    return replace(image, warnings=tuple(lines))
 
 
 def open_frames(path: Path, window: Window) -> Volume:
     """All frames of a DICOM file as a Volume, in order."""
     file = DicomFile(path)
     check_size(path, file.frames, *file.size)
-    _warn_of_burned_in_text(file.may_have_burned_in_text())
+    lines = _burned_in(file.may_have_burned_in_text())
     counts = ValueCounts()
     needed = [_check_frame(file, frame, window, counts) for frame in range(file.frames)]
     grids = [file.grid(frame) for frame in range(file.frames)]
     if len({grid.display.swap(file.size) for grid in grids}) > 1:
         raise UserError(f"{path}: its frames have several directions, and sizes once they are turned; choose one, such as frame 0")
-    return _volume([path] * file.frames, grids, window, _limits(path, counts) if any(needed) else None, file)
+    return _volume([path] * file.frames, grids, window, _limits(path, counts) if any(needed) else None, lines, file)
 
 
 def _scan(folder: Path) -> tuple[list[_Series], Counter]:
@@ -178,9 +176,11 @@ def _header(path: Path) -> _Series | None:
         return _Series(uid, number, modality, size, position and position[0], frames)
 
 
-def _read(folder: Path, files: Sequence[Path], window: Window, skipped: Counter) -> tuple[list[tuple[Path, DicomGrid]], Limits | None]:
-    """(the readable files with their grids, sorted; the limits of all, if a slice needs them). All are decoded here, so that damage is
-    found before any further work."""
+def _read(
+    folder: Path, files: Sequence[Path], window: Window, skipped: Counter
+) -> tuple[list[tuple[Path, DicomGrid]], Limits | None, list[str]]:
+    """(the readable files with their grids, sorted; the limits of all, if a slice needs them; warnings). All are decoded here, so that
+    damage is found before any further work."""
     slices, text, needed, counts = [], False, False, ValueCounts()
     for path in files:
         try:
@@ -192,8 +192,8 @@ def _read(folder: Path, files: Sequence[Path], window: Window, skipped: Counter)
             skipped["damaged"] += 1
     if not slices:
         raise UserError(f"{folder}: all {len(files)} images are damaged or truncated; copy them again from their origin")
-    _warn_of_burned_in_text(text)
-    return _sorted(slices), _limits(folder, counts) if needed else None
+    slices, lines = _sorted(slices)
+    return slices, _limits(folder, counts) if needed else None, _burned_in(text) + lines
 
 
 def _check_frame(file: DicomFile, frame: int, window: Window, counts: ValueCounts) -> bool:
@@ -250,8 +250,9 @@ def _limits(path: Path, counts: ValueCounts) -> Limits:
     return limits
 
 
-def _sorted(slices: list[tuple[Path, DicomGrid]]) -> list[tuple[Path, DicomGrid]]:
-    """Sort by position along the normal of the slices, else by InstanceNumber, else by file name."""
+def _sorted(slices: list[tuple[Path, DicomGrid]]) -> tuple[list[tuple[Path, DicomGrid]], list[str]]:
+    """(the slices by position along their normal, else by InstanceNumber, else by file name; warnings)."""
+    lines = []
     positions = [directions_and_position(grid.dataset) for _, grid in slices]
     if all(positions):
         directions = positions[0][0]
@@ -261,16 +262,18 @@ def _sorted(slices: list[tuple[Path, DicomGrid]]) -> list[tuple[Path, DicomGrid]
         if not all(isinstance(key, int) for key in keys):
             keys, how = [path.name for path, _ in slices], "file name"
         if len(slices) > 1:
-            warnings.warn(f"the files do not give the positions of their slices; they are sorted by {how}", stacklevel=5)
-    return [slices[n] for n in sorted(range(len(slices)), key=keys.__getitem__)]
+            lines = [f"the files do not give the positions of their slices; they are sorted by {how}"]
+    return [slices[n] for n in sorted(range(len(slices)), key=keys.__getitem__)], lines
 
 
-def _volume(files: list[Path], grids: list[DicomGrid], window: Window, limits: Limits | None, file: DicomFile | None = None) -> Volume:
-    """limits: those of the scan, if a slice needs them. file: the open file of all slices; without it, each of `files` is read when its
-    slice is loaded."""
+def _volume(
+    files: list[Path], grids: list[DicomGrid], window: Window, limits: Limits | None, lines: list[str], file: DicomFile | None = None
+) -> Volume:
+    """limits: those of the scan, if a slice needs them. lines: warnings so far. file: the open file of all slices; without it, each of
+    `files` is read when its slice is loaded."""
     affine = stack_affine(grids)
     if affine is None:
-        _warn_of_gaps(grids)
+        lines = lines + _gaps(grids)
     known = affine is not None and len(grids) > 1
     between, rows, columns = (float(np.linalg.norm(affine[:3, n])) for n in (2, 1, 0)) if known else (0, 0, 0)
     display = grids[0].display
@@ -285,13 +288,14 @@ def _volume(files: list[Path], grids: list[DicomGrid], window: Window, limits: L
         spacing_mm=(between, *display.swap((rows, columns))) if known else None,
         voxel_mm3=float(abs(np.linalg.det(affine[:3, :3]))) if known else None,
         files=list(dict.fromkeys(files)),
+        warnings=tuple(lines),
     )
 
 
-def _warn_of_gaps(grids: Sequence[DicomGrid]) -> None:
-    """Warn why slices with known positions are not evenly spaced."""
+def _gaps(grids: Sequence[DicomGrid]) -> list[str]:
+    """The line that says why slices with known positions are not evenly spaced."""
     if any(grid.affine is None for grid in grids):
-        return
+        return []
     affines = np.array([grid.affine for grid in grids])
     normal = np.cross(affines[0, :3, 0], affines[0, :3, 1])
     steps = np.abs(np.diff(affines[:, :3, 3] @ (normal / np.linalg.norm(normal))))
@@ -301,9 +305,8 @@ def _warn_of_gaps(grids: Sequence[DicomGrid]) -> None:
     reasons = [f"slices with the same position as another one: {same} (several phases or echoes?)"] * (same > 0)
     reasons += [f"distances other than the usual {usual:g} mm: {odd} of {len(steps)} (slices missing?)"] * (odd > 0)
     what = "; ".join(reasons) or "the slices are not stacked along one direction"
-    warnings.warn(f"{what}; mm³ are unknown, and .nii cannot be written", stacklevel=5)
+    return [f"{what}; mm³ are unknown, and .nii cannot be written"]
 
 
-def _warn_of_burned_in_text(possible: bool) -> None:
-    if possible:
-        warnings.warn("the slices may contain burned-in text, such as a patient's name", stacklevel=5)
+def _burned_in(possible: bool) -> list[str]:
+    return [f"the slices {_BURNED_IN}"] * possible

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from mimo_jax.data.images.image import MedicalImage, Volume, Window, check_window, file_kind, local_path
+from mimo_jax.data.images.image import MedicalImage, Volume, Window, check_window, file_kind, local_path, warn_of
 from mimo_jax.data.images.nifti import open_slices
 from mimo_jax.data.images.open_image import open_image
 from mimo_jax.data.images.orientation import PLANES
@@ -41,7 +42,9 @@ def open_volume(path: str | os.PathLike, *, axis: str | None = None, series: int
         return open_slices(path, axis, window)
     if kind == "picture":
         raise UserError(f"{path}: is one image, not a volume; give a NIfTI file, a multi-frame DICOM file, or a folder of DICOM files")
-    return open_series(path, series, window) if kind == "folder" else open_frames(path, window)
+    volume = open_series(path, series, window) if kind == "folder" else open_frames(path, window)
+    warn_of(volume)
+    return volume
 
 
 def open_scan(
@@ -58,7 +61,7 @@ def open_scan(
             raise UserError(f"{path}: is a folder; omit frame {frame}, or select a slice instead")
         volume = open_volume(path, series=series, window=window)
         index = None if slice is None else _index(path, volume, slice)
-        return volume if index is None else volume[index]
+        return volume if index is None else replace(volume[index], warnings=volume.warnings)
     axis = re.fullmatch(r"(\w+):all", slice, re.IGNORECASE) if slice else None
     if axis and frame is None:
         return open_volume(path, axis=axis[1].lower(), series=series, window=window)

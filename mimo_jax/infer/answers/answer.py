@@ -105,7 +105,8 @@ class Answer:
     limit was reached before the end of the answer. image uint8 [H, W, 3], question, prompts: the request, which the overlay shows.
     grid: the position of the image in the medical file that it comes from. calibrated: whether scores are expected IoUs. max_segs: the
     number of structures that an answer of the model's training may mark; None if it is unknown. likeness: of the request to the training
-    data, None if nothing was fitted. read_as: the question in words that the model knows, "" if it was read as it is written."""
+    data, None if nothing was fitted. read_as: the question in words that the model knows, "" if it was read as it is written.
+    image_warnings: what was decided about the image and may be wrong, a line each."""
 
     text: str
     parts: list[dict]
@@ -119,6 +120,7 @@ class Answer:
     max_segs: int | None = None
     likeness: Likeness | None = None
     read_as: str = ""
+    image_warnings: tuple[str, ...] = ()
 
     @property
     def understood(self) -> bool | None:
@@ -135,13 +137,21 @@ class Answer:
         return "\n".join([self.text, *self.notes()])
 
     def notes(self) -> list[str]:
-        """What is to be known about the answer, a line each: that nothing is segmented, that the image or the question is unlike
-        the training data, how the question was read, what is left out and why, that it was cut off."""
+        """What is to be known about the answer, a line each: that nothing is segmented, and `warnings` but those of the image, which are
+        printed when it is opened."""
+        return [NO_MASKS] * (not self.entities) + self._own_warnings()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may be wrong, a line each: what was decided about the image and its file, such as how its values are displayed; that the
+        image or the question is unlike the training data; how the question was read; what is left out and why; that it was cut off."""
+        return (*self.image_warnings, *self._own_warnings())
+
+    def _own_warnings(self) -> list[str]:
         read_as = [f"(read as: {self.read_as})"] if self.read_as else []
         unlike = self.likeness.notes() if self.likeness else []
         cut_off = ["(cut off at the token limit)"] * self.truncated
-        nothing = [NO_MASKS] * (not self.entities)
-        return nothing + unlike + read_as + left_out_notes(self.question, self.unanswered, self.max_segs) + cut_off
+        return unlike + read_as + left_out_notes(self.question, self.unanswered, self.max_segs) + cut_off
 
     def to_json(self) -> dict:
         return {
@@ -154,6 +164,7 @@ class Answer:
             **({"read_as": self.read_as} if self.read_as else {}),
             "truncated": self.truncated,
             "calibrated": self.calibrated,
+            "warnings": list(self.warnings),
         }
 
     def save(self, *paths: str | Path) -> None:

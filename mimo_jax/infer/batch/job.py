@@ -7,6 +7,7 @@ OUT/answers.jsonl   one line per request that was answered, in the order of the 
 OUT/failed.jsonl    one line per request that failed, or whose files could not be saved: {"id", "file", "line"?, "reason"}
 OUT/ID.png, …       the files saved for each answer; for the second turn of a conversation ID@2.png, and so on
 OUT/summary.csv     one row per segmented structure, written at the end
+OUT/warnings.jsonl  one line per image with warnings: {"image", "warnings"}, those of `Answer.warnings`; written with answers.jsonl
 OUT/batch.json      the definition of the job, and at its end the numbers of its requests; the windows are then removed
 """
 
@@ -28,6 +29,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.infer.answers.answer import NO_MASKS
 
 ANSWERS, FAILED, SUMMARY, STATE, WINDOWS = "answers.jsonl", "failed.jsonl", "summary.csv", "batch.json", "windows"
+WARNINGS = "warnings.jsonl"
 COLUMNS = (
     *("id", "image", "question", "phrase", "entity", "area_px", "area_mm2", "box"),  # area and box only for images
     *("voxels", "volume_mm3", "slices", "score", "uncertain"),  # the first three only for volumes
@@ -153,13 +155,14 @@ class BatchJob:
         self.state |= {"done": window.last, "answered": self.answered + len(answers), "failed": self.failed + failed}
 
     def join_windows(self) -> None:
-        """Write the lines of all windows so far to answers.jsonl and failed.jsonl."""
+        """Write the lines of all windows so far to answers.jsonl and failed.jsonl, and the warnings among them to warnings.jsonl."""
         with disk_errors(self.out):
             for name in (ANSWERS, FAILED):
                 with files.atomic_write(self.out / name, durable=True) as part, open(part, "w", encoding="utf-8") as file:
                     for window in self._windows:
                         lines = json.loads((self.out / WINDOWS / window.file).read_bytes())[name]
                         file.writelines(json.dumps(line) + "\n" for line in lines)
+        write_warnings(self.out)
 
     def end(self) -> None:
         """Write all files of a job whose requests are all done, record its end, and remove the windows."""
@@ -189,6 +192,18 @@ def write_summary(out: Path) -> None:
                     rows.writerows(map(_cell, (*head, name, *[""] * (len(COLUMNS) - 4))) for name in left_out)
                     if not entities:
                         rows.writerow(map(_cell, (*head, NO_MASKS, *[""] * (len(COLUMNS) - 4))))
+
+
+def write_warnings(out: Path) -> None:
+    """Write warnings.jsonl from answers.jsonl: the different warnings of the answers about each image."""
+    found: dict[str, dict[str, None]] = {}
+    with disk_errors(out), files.atomic_write(out / WARNINGS) as part:
+        with open(out / ANSWERS, encoding="utf-8") as answers, open(part, "w", encoding="utf-8") as file:
+            for answer in map(json.loads, answers):
+                for turn in answer.get("turns", [answer]):
+                    if lines := turn.get("warnings"):
+                        found.setdefault(answer["image"], {}).update(dict.fromkeys(lines))
+            file.writelines(json.dumps({"image": image, "warnings": list(lines)}) + "\n" for image, lines in found.items())
 
 
 def _row(id: str, image: str, question: str, entity: dict) -> Iterator[str]:

@@ -196,7 +196,7 @@ def _one_line(error: Exception) -> str:
 def _choices(opened: Sequence[tuple[OpenedImage, int] | None]) -> Iterator[str]:
     """The CHOICES made for each picture."""
     shown = {id(found[0].picture): found[0].picture for found in opened if found and isinstance(found[0].picture, MedicalImage)}
-    return (choice.partition(":")[0] for picture in shown.values() for choice in picture.choices)
+    return (choice.partition(":")[0] for picture in shown.values() for choice in picture.warnings if choice.startswith(CHOICES))
 
 
 def _count_burned_in(opened: Sequence[tuple[OpenedImage, int] | None]) -> int:

@@ -239,7 +239,7 @@ class DecodeBatch:
             context = (request.question, image.pixels, turn.prompts, image.picture.grid)
             known = self.familiarity.likeness(turn.question, image.pooled) if self.familiarity else None
             read_as = turn.question if turn.question != request.question else ""
-            rest = (bool(self.calibration), self.config.model.max_segs, known, read_as)
+            rest = (bool(self.calibration), self.config.model.max_segs, known, read_as, image.warnings)
             answer = Answer(text, parts, self.entities[b], truncated, *context, *rest)
             results.append((answer, self._turn_history(b)))
         turn_cache = self.requests[0].cache if self.rows == 1 else None

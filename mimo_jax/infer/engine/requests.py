@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_TURNS = 32  # per conversation
 MAX_STOPS = 8  # maximum number of stop strings per request
+_EXTREME_RATIO = 16  # of the sides of an image, from which its shorter side has few pixels
 _MAX_SEED = 2**32
 _MAX_CHARACTERS_PER_TOKEN = 64  # upper bound of the average number of characters per token
 
@@ -52,6 +53,20 @@ class EncodedImage:
     @property
     def nbytes(self) -> int:
         return 0 if self.x_img is None else sum(leaf.nbytes for leaf in jax.tree.leaves((self.x_img, self.features)))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Those of the picture, and the one about its shape."""
+        return (*self.picture.warnings, *self.shape_warnings())
+
+    def shape_warnings(self) -> list[str]:
+        """The line about an image so long or high that little of it is left in the frames of the model."""
+        height, width = self.pixels.shape[:2]
+        if max(height, width) < _EXTREME_RATIO * min(height, width):
+            return []
+        seen, outlined = (f"{frame.size[1]}x{frame.size[0]}" for frame in (self.vision_frame, self.sam_frame))
+        what = f"extreme shape: the model sees {width}x{height} pixels as {seen}, and outlines structures in {outlined}"
+        return [f"{what}; cut the image into parts"]
 
     def release(self) -> None:
         self.x_img = self.features = None

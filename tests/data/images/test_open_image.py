@@ -207,16 +207,17 @@ def test_spacing_and_place_may_be_missing(tmp_path):
 def test_a_stretched_picture_is_warned_of(tmp_path):
     Image.fromarray(np.arange(100, dtype=np.uint16).reshape(10, 10) * 40).save(tmp_path / "deep.png")
     with pytest.warns(UserWarning, match="^values of more than 8 bits are stretched: 19.8 is shown as black and 3940.2 as white; give"):
-        assert len(open_image(tmp_path / "deep.png").choices) == 1
+        assert len(open_image(tmp_path / "deep.png").warnings) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert open_image(tmp_path / "deep.png", window=(0, 4000)).choices == ()
+        assert open_image(tmp_path / "deep.png", window=(0, 4000)).warnings == ()
 
 
 def test_burned_in_text_is_warned_of_unless_it_is_ruled_out(tmp_path):
     for name, attributes in {"yes": {"BurnedInAnnotation": "YES"}, "unsaid": {"without": ["BurnedInAnnotation"]}}.items():
         with pytest.warns(UserWarning, match="^the image may contain burned-in text"):
-            open_image(saved(dicom(ramp(), **attributes), tmp_path / name))
+            image = open_image(saved(dicom(ramp(), **attributes), tmp_path / name))
+        assert image.warnings[-1] == "the image may contain burned-in text, such as a patient's name"
 
 
 def test_a_dicom_that_cannot_be_used_is_one_line(tmp_path):

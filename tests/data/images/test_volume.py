@@ -207,8 +207,9 @@ def test_a_damaged_file_among_good_ones_is_skipped_with_a_warning(tmp_path, dama
     else:
         broken.write_bytes(data[: 140 if damage == "header" else len(data) - 9])
     with pytest.warns(UserWarning, match="^skipped damaged or unreadable files: 1; slices may be missing$"):
-        volume = open_volume(tmp_path / "s")
-    assert len(volume) == 3 and volume.num_skipped == 1
+        volume, one = open_volume(tmp_path / "s"), open_scan(tmp_path / "s", slice="0")
+    assert len(volume) == 3 and volume.num_skipped == 1 and volume.warnings == one.warnings
+    assert volume.warnings[-1] == "skipped damaged or unreadable files: 1; slices may be missing"
     for path in paths[:3]:
         path.write_bytes(path.read_bytes()[:-9])
     fails(f"s: all {3 if damage == 'header' else 4} images are damaged or truncated", tmp_path / "s")

@@ -38,3 +38,12 @@ def test_structures_that_were_asked_for_and_are_left_out_are_named():
     two = Answer(text, [], entities[:1], False, "Segment the liver and the spleen.", image, Prompts(), max_segs=2)
     assert two.unanswered == ["liver"] and "(not answered: liver)" in two.describe()
     assert not Answer(text, [], entities, False, "Segment the spleen.", image, Prompts()).unanswered
+
+
+def test_warnings_are_those_of_the_image_and_the_lines_on_the_screen():
+    entities = [Entity.of(0, "spleen", np.ones((4, 4), bool), SURE)]
+    question, image = "Segment the liver and the spleen.", np.zeros((4, 4, 3), np.uint8)
+    answer = Answer("The spleen is outlined.", [], entities, True, question, image, Prompts(), image_warnings=("transparent pixels: …",))
+    assert answer.warnings == ("transparent pixels: …", "(not answered: liver)", "(cut off at the token limit)")
+    assert answer.to_json()["warnings"] == list(answer.warnings) and answer.notes() == list(answer.warnings[1:])
+    assert Answer("No.", [], [], False, "Is it?", image, Prompts()).warnings == ()

@@ -217,6 +217,9 @@ def test_a_folder_with_medical_files_is_saved_on_their_grids(mimo, tmp_path):
     assert "not an image of a supported format" in failed[1]["reason"]
     lines = read(tmp_path / "out" / "answers.jsonl")
     assert [line["files"] for line in lines] == [[], *([f"0000{n}-{name}.nii.gz"] for n, name in ((2, "a"), (3, "b"), (4, "c")))]
+    warned = {line["image"]: line["warnings"] for line in read(tmp_path / "out" / "warnings.jsonl")}
+    assert warned == {line["image"]: line["warnings"] for line in lines if line["warnings"]}
+    assert "the image may contain burned-in text, such as a patient's name" in warned["a.dcm"]
 
     done = run_batch(lambda: mimo, folder, tmp_path / "seg", "Segment the liver.", save=(".dcm",), max_new_tokens=12)
     refused = [failure["file"] for failure in read(tmp_path / "seg" / "failed.jsonl")]

@@ -60,8 +60,9 @@ def quiet_orbax() -> None:
 def _is_worth_logging(record: logging.LogRecord) -> bool:
     if record.name == "asyncio":
         return "Handler._open_and_write" not in record.getMessage()
-    orbax = f"{os.sep}orbax{os.sep}" in record.pathname
-    return not orbax or (record.levelno < logging.ERROR and "Skipping merge of OCDBT" not in str(record.msg))
+    if "Skipping merge of OCDBT" in str(record.msg):  # the path may be that of absl, through which orbax logs
+        return False
+    return f"{os.sep}orbax{os.sep}" not in record.pathname or record.levelno < logging.ERROR
 
 
 def _unraisable_hook(unraisable: Any) -> None:

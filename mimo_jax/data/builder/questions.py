@@ -91,7 +91,7 @@ def segmentations(scene: Scene, number: int) -> list[Sample]:
         if absent:
             sample = scene.sample("I", "absent", render(question, [absent]), scene.absent_answer(absent))
         elif not queue:
-            break
+            continue
         elif len(scene.masks) > 1 and scene.rng.random() < PAIR_SHARE:
             pair = scene.shuffled(scene.masks)[:2]
             if not scene.separate(*pair):

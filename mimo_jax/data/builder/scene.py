@@ -17,6 +17,7 @@ from mimo_jax.data.builder.templates import TemplateSet, with_article
 from mimo_jax.data.schema import ASPECT_CHANGED, Mask, Record, Sample, Target, Turn
 
 NEARER = 1.2  # minimum ratio of the distances to the second nearest and the nearest landmark
+NOTHING_SHOWN = 0.5  # least share of those draws that ask an image without any mask for what its kind of image might show
 ABSENT_FROM_HERE = 0.75  # share of absent entities that are of this kind of image, not of another
 
 T = TypeVar("T")
@@ -176,6 +177,8 @@ class Scene:
             weights = np.array([self._absent_odds(entity) for entity in group])
             # Where others could be asked for, an entity that few images show is asked for in few of those that lack it.
             share = weights.sum() if allowed[1] else float(weights.any())
+            if not self.masks and group is allowed[0] and weights.any():  # the image can be asked about nothing else of its kind
+                share = max(share, NOTHING_SHOWN)
             if share >= 1 or self.rng.random() < share:
                 return group[int(self.rng.choice(len(group), p=weights / weights.sum()))]
         return None

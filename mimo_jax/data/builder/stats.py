@@ -18,17 +18,21 @@ if TYPE_CHECKING:
 
 WORDS = (0, 4, 6, 8, 10, 15, 20, 40)  # words of a user turn; lower edges of the bins
 AREAS = (0.0, 0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5)  # area of a mask as a share of its image; lower edges of the bins
-_MAX_ROWS = 30  # maximum number of bars of a plot and lines of a table
+_BY_TARGET = ("structure", "absent")  # of targets that are shown, and of those that are not
+_MAX_ROWS = 50  # maximum number of bars of a plot and lines of a table
 _MAX_LABEL = 50  # maximum characters of the name next to a bar
 _BAR_COLOR = "#3c78be"
 
 
 def statistics(folder: str | os.PathLike, progress: bool = True) -> dict:
     """Counts of a record folder by split, and over all of it by perspective, modality, data set, entity, kind of question,
-    length of a question in words, and area of a mask. Reads every record; raises DataError for one that cannot be read."""
-    names = ("images", "groups", "masks", "samples")
+    structure that a question of I to IV segments or that it asks for in vain, length of a question in words, and area of a mask. Reads
+    every record; raises DataError for one that cannot be read."""
+    names = ("images", "groups", "masks", "samples", "no_target")
     splits: dict[str, dict] = {}
-    by: dict[str, Counter] = {key: Counter() for key in ("perspective", "modality", "dataset", "entity", "kind", "words", "area")}
+    by: dict[str, Counter] = {
+        key: Counter() for key in ("perspective", "modality", "dataset", "entity", "kind", *_BY_TARGET, "words", "area")
+    }
     of_modality: dict[str, Counter] = {}
     info = read_info(folder)
     total = sum(split["records"] for split in info["splits"].values())
@@ -47,6 +51,10 @@ def statistics(folder: str | os.PathLike, progress: bool = True) -> dict:
                 for sample in record.samples:
                     by["perspective"][sample.perspective] += 1
                     by["kind"][f"{sample.perspective} {sample.kind}".strip()] += 1
+                    if sample.perspective != "vqa":
+                        for absent, key in enumerate(_BY_TARGET):
+                            by[key].update({target.entity for target in sample.targets if target.absent == bool(absent)})
+                        counts["no_target"] += any(target.absent for target in sample.targets)
                     of_modality.setdefault(record.modality, Counter())[sample.perspective] += 1
                     by["words"].update(_bin(len(turn.text.split()), WORDS) for turn in sample.turns if turn.role == "user")
                 bar.update()
@@ -85,17 +93,22 @@ def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def describe(stats: Mapping) -> str:
     """The tables of `statistics` as text, each cut to its first lines."""
-    head = f"{'':8}{'images':>10}{'groups':>10}{'masks':>10}{'samples':>10}"
-    rows = [f"{name:8}" + "".join(f"{n:10}" for n in row.values()) for name, row in {**stats["splits"], "all": stats["all"]}.items()]
-    lines = [head, *rows]
+    head = f"{'':8}{'images':>10}{'groups':>10}{'masks':>10}{'samples':>10}{'no target':>11}"
+    counts = {**stats["splits"], "all": stats["all"]}
+    rows = [f"{name:8}" + "".join(f"{row[key]:10}" for key in _COLUMNS) + f"{row['no_target']:11}" for name, row in counts.items()]
+    asked = sum(n for perspective, n in stats["perspective"].items() if perspective != "vqa")
+    share = f"no target: {stats['all']['no_target'] / max(1, asked):.1%} of the samples of I to IV ask for what is not in the image"
+    lines = [head, *rows, share]
     for key, title in TITLES.items():
         lines += ["", title, *_table(stats[key])]
     return "\n".join(lines)
 
 
+_COLUMNS = ("images", "groups", "masks", "samples")
 TITLES = {
     "perspective": "samples by perspective", "kind": "samples by kind of question", "modality": "images by modality",
-    "dataset": "images by data set", "entity": "masks by entity", "words": "questions by number of words",
+    "dataset": "images by data set", "entity": "masks by entity", "structure": "samples of I to IV by structure",
+    "absent": "samples of I to IV by structure that is not in the image", "words": "questions by number of words",
     "area": "masks by share of their image", "licences": "images by licence", "warnings": "warnings of the builder",
 }  # fmt: skip
 

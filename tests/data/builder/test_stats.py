@@ -18,8 +18,8 @@ def stats(tmp_path):
 
 
 def test_counts(stats):
-    assert stats["splits"]["train"] == {"images": 5, "groups": 5, "masks": 10, "samples": 45}
-    assert stats["all"] == {"images": 7, "groups": 7, "masks": 14, "samples": 63}
+    assert stats["splits"]["train"] == {"images": 5, "groups": 5, "masks": 10, "samples": 45, "no_target": 0}
+    assert stats["all"] == {"images": 7, "groups": 7, "masks": 14, "samples": 63, "no_target": 0}
     assert stats["perspective"] == {"I": 28, "II": 14, "III": 7, "IV": 7, "vqa": 7}
     assert stats["modality"] == {"CT": 6, "MR": 1} and stats["perspective_by_modality"]["MR"]["I"] == 4
     assert stats["entity"] == {"liver": 7, "spleen": 7} and stats["licences"] == {"CC0-1.0": 7}

@@ -90,7 +90,7 @@ def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         dict.keys(values["model"]["vocab"])
-        return values | {"added_tokens": values.get("added_tokens", []), "post_processor": None}
+        return values | {"added_tokens": values.get("added_tokens", [])}
     except (ValueError, KeyError, TypeError):
         raise VocabularyError(f"{path}: is not a tokenizer.json with a BPE model; give the checkpoint's own") from None
 

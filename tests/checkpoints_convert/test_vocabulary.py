@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
@@ -17,6 +18,7 @@ from checkpoints_convert.vocabulary import VocabularyError, find_tokenizer, read
 from mimo_jax.data.tokenizer import Tokenizer, add_grounding
 from mimo_jax.model_config import GROUNDING_TOKENS
 from tests.checkpoints_convert import originals
+from tests.data import handmade
 
 ROWS, SEG = originals.PIECES, ("<SEG>",)
 
@@ -231,6 +233,17 @@ def test_damaged_files(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(VocabularyError, match=f"^{tmp_path / name}: {said}$"):
         read_vocabulary(tmp_path, ROWS, SEG)
+
+
+def test_the_first_token_of_a_byte_level_file_is_kept(tmp_path):
+    """As <|begin_of_text|> of Llama 3, which its file names only in the post-processor."""
+    handmade.byte_level_tokenizer(tmp_path)
+    values = json.loads((tmp_path / "base.json").read_text())
+    backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    made = read_vocabulary(tmp_path / "tokenizer.json", 512, GROUNDING_TOKENS)
+    assert add_grounding(made.tokenizer, tmp_path / "made.json", 512).bos == 1
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {}}', '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}', "\xff"])

@@ -41,11 +41,15 @@ def test_it_is_the_average_over_cells_and_every_stage_is_normalised(stages):
     params, model_of = build(config)
     views = images(config)
     assert views.keys() == {"sam_image", "sam_size", "vision_size"} and np.array_equal(views["sam_size"], views["vision_size"])
-    model = model_of(params)
-    x_img, features = model.encode(views)
-    pixels = mimo.normalize(jnp.asarray(views["sam_image"]), views["sam_size"], sam_encoder.MEAN, sam_encoder.STD, jnp.float32)
-    *outputs, again = model.sam_encoder.feature_maps(pixels)
-    np.testing.assert_allclose(features, model.sam_encoder(pixels), rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def run(params, views):
+        model = model_of(params)
+        pixels = mimo.normalize(views["sam_image"], views["sam_size"], sam_encoder.MEAN, sam_encoder.STD, jnp.float32)
+        return model.encode(views), model.sam_encoder.feature_maps(pixels), model.sam_encoder(pixels)
+
+    (x_img, features), (*outputs, again), alone = run(params, views)
+    np.testing.assert_allclose(features, alone, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(features, again, rtol=1e-5, atol=1e-5)
     wanted = []
     for number in [-1, *(int(n) for n in stages.split(",") if n)]:
@@ -78,16 +82,17 @@ def test_a_batch_of_stored_features_is_that_of_pictures(stages):
     config = config_of(stages)
     params, model_of = build(config)
     views = images(config)
-    model = model_of(params)
-    made = model.image_features(views)
+    made = jax.jit(lambda params, views: model_of(params).image_features(views))(params, views)
     shapes = mimo.feature_shapes(config)
     assert shapes == {"sam_features": (8, 8, 32)} | ({"sam_stages": (16, 32)} if stages else {})
     assert {name: array.shape[1:] for name, array in made.items()} == shapes
     stored = {name: jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16) for name, array in made.items()}
-    for one, two in zip(model.encode(stored), model.encode(views), strict=True):
+    batch = {name: array for name, array in random_batch(config).items() if not name.endswith("_image")}
+    run = jax.jit(lambda params, views: (model_of(params).encode(views), model_of(params)({**batch, **views})))
+    (encoded, *outputs), (again, *more) = run(params, views), run(params, stored)
+    for one, two in zip(again, encoded, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-2, atol=2e-2)
-    batch = random_batch(config)
-    outputs = [model({**{k: v for k, v in batch.items() if not k.endswith("_image")}, **rest}) for rest in (views, stored)]
+    outputs += more
     assert outputs[0]["attention_map"].shape == (4, 1, 4, 4)
     for name in outputs[0]:
         scale = float(jnp.abs(outputs[0][name]).max())
@@ -105,7 +110,7 @@ def test_gradients_reach_the_encoder_through_x_img_only_if_it_trains():
     config = config_of("1")
     params, model_of = build(config)
     views = images(config)
-    made = jax.grad(lambda params: jnp.square(model_of(params).encode(views)[0]).sum())(params)
+    made = jax.jit(jax.grad(lambda params: jnp.square(model_of(params).encode(views)[0]).sum()))(params)
     moved = {path.split("/")[0] for path, leaf in pathtree.flatten(made).items() if np.abs(leaf).max() > 0}
     assert moved == {"sam_encoder"}
     frozen = flops.step(config, 96)

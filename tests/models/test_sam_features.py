@@ -14,6 +14,8 @@ from mimo_jax.models import mimo, sam_encoder, scan
 from tests.tiny_config import frozen_config, random_batch, random_params
 
 SAM = {"image_size": 64, "patch_size": 8, "width": 16, "layers": 4, "heads": 2, "window": 4, "global_every": 2}
+# Without stages the same code is run, less of it.
+SETTINGS = [pytest.param("", marks=pytest.mark.slow), "1,0"]
 DECODER = {"decoder_width": 32, "decoder_heads": 2, "decoder_mlp_width": 32, "iou_head_width": 16}
 
 
@@ -35,7 +37,7 @@ def images(config, count: int = 2) -> dict[str, np.ndarray]:
     return {name: np.stack([one[name] for one in made]) for name in made[0]}
 
 
-@pytest.mark.parametrize("stages", ["", "1,0"])
+@pytest.mark.parametrize("stages", SETTINGS)
 def test_it_is_the_average_over_cells_and_every_stage_is_normalised(stages):
     config = config_of(stages)
     params, model_of = build(config)
@@ -76,7 +78,7 @@ def test_the_encoder_runs_once_for_the_words_and_the_masks(stages):
     assert masks < both < 1.15 * masks, "averages and the normalisation of pixels, and no second encoder"
 
 
-@pytest.mark.parametrize("stages", ["", "1,0"])
+@pytest.mark.parametrize("stages", SETTINGS)
 def test_a_batch_of_stored_features_is_that_of_pictures(stages):
     """Bar: 1e-2 in features of size 1, which are stored in bfloat16; what is stored has SAM's features once."""
     config = config_of(stages)

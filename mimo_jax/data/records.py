@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -112,6 +112,7 @@ class Shard:
     entities: dict[str, int]  # entity -> number of records
     modalities: dict[str, int]
     licences: dict[str, int]
+    entity_groups: dict[str, list[str]]  # entity -> its groups
 
 
 class ShardWriter:
@@ -122,7 +123,8 @@ class ShardWriter:
         with disk_errors(path, DataError):
             self._records = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
             self._samples = array_record_module.ArrayRecordWriter(f"{path}{SAMPLES}", _WRITER_OPTIONS)
-        self._shard = Shard(path.name, "", 0, IndexBuilder(), 0, Counter(), Counter(), Counter())
+        self._shard = Shard(path.name, "", 0, IndexBuilder(), 0, Counter(), Counter(), Counter(), {})
+        self._entity_groups: dict[str, set[str]] = defaultdict(set)
 
     def add(self, record: Record) -> None:
         record.check()
@@ -136,11 +138,14 @@ class ShardWriter:
         shard.entities.update({mask.entity for mask in record.masks})
         shard.modalities[record.modality] += 1
         shard.licences[record.licence or "unknown"] += 1
+        for mask in record.masks:
+            self._entity_groups[mask.entity].add(record.group)
 
     def close(self) -> Shard:
         with disk_errors(self.path, DataError):
             self._records.close()
             self._samples.close()
+        self._shard.entity_groups = {entity: sorted(groups) for entity, groups in self._entity_groups.items()}
         self._shard.bytes, self._shard.sha256 = self.path.stat().st_size, sha256(self.path)
         return self._shard
 
@@ -169,6 +174,7 @@ def _join_split(folder: Path, split: str, shards: Sequence[Shard]) -> dict:
     writer.close()
     index = builder.build()
     index.save(folder / f"{split}.index.npz")
+    entities = sorted({entity for shard in shards for entity in shard.entity_groups})
     side_files = [samples, folder / f"{split}.index.npz"]
     return {
         "records": len(index.ids),
@@ -177,6 +183,7 @@ def _join_split(folder: Path, split: str, shards: Sequence[Shard]) -> dict:
         "samples": len(index.perspective),
         "perspectives": index.counts(),
         **{name: _totals(getattr(shard, name) for shard in shards) for name in ("modalities", "entities", "licences")},
+        "entity_groups": {entity: len(set().union(*(shard.entity_groups.get(entity, ()) for shard in shards))) for entity in entities},
         "shards": files,
         "files": [{"file": path.name, "sha256": sha256(path)} for path in side_files],
     }
@@ -261,6 +268,8 @@ class RecordFolder:
             raise DataError(f"{path}: has no split {split!r}; it has {', '.join(sorted(splits))}")
         self.index = Index.load(self.path / f"{split}.index.npz")
         self.bad: dict[str, str] = {}  # always empty: records were checked when they were written
+        # Entity -> number of its groups; None in a folder of an earlier version.
+        self.entity_groups: dict[str, int] | None = splits[split].get("entity_groups")
         self._shards = splits[split]["shards"]
         self._ends = np.cumsum([shard["records"] for shard in self._shards])
         names = [shard["file"] for shard in self._shards]

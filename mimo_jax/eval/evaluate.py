@@ -171,7 +171,10 @@ def evaluate_checkpoint(
     if isinstance(records, Manifest):
         report["not_evaluable"] = records.not_evaluable
     elif train is not None:
-        report["not_evaluable"] = not_evaluable(ConcatSource([train, records]))
+        if train.entity_groups is None or records.entity_groups is None:
+            print(f"{data}: was built by an earlier version; build it again to list structures of one patient alone")
+        else:
+            report["not_evaluable"] = not_evaluable(train.entity_groups, records.entity_groups)
     report |= {"checkpoint": str(checkpoint), "origin": mimo.origin, "data": str(data), "split": split, "limit": limit}
     write_samples(values_by_sample(results), out)
     write_report(report, out)

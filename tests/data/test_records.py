@@ -7,12 +7,14 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 
 import numpy as np
 import pytest
 
 from mimo_jax.config import PERSPECTIVES
-from mimo_jax.data.records import DataError, damaged_files, open_records, read_info, write_records
+from mimo_jax.data.loading.sources import not_evaluable
+from mimo_jax.data.records import DataError, RecordFolder, damaged_files, open_records, read_info, write_records
 from mimo_jax.data.schema import RecordError
 from mimo_jax.errors import UserError
 from tests.data import handmade
@@ -65,6 +67,7 @@ def test_info_counts_and_hashes(folder):
     assert (train["records"], train["groups"], train["masks"], train["samples"]) == (5, 5, 10, 45)
     assert train["perspectives"] == {"vqa": 5, "I": 20, "II": 10, "III": 5, "IV": 5}
     assert (train["modalities"], train["licences"], train["entities"]) == ({"CT": 5}, {"CC0-1.0": 5}, {"liver": 5, "spleen": 5})
+    assert train["entity_groups"] == {"liver": 5, "spleen": 5}
     assert len(train["shards"]) > 1 and sum(s["records"] for s in train["shards"]) == 5
     for shard in train["shards"]:
         data = (folder / shard["file"]).read_bytes()
@@ -176,3 +179,23 @@ def test_opening_a_path_that_is_not_a_record_folder(tmp_path, folder):
     (folder / "val.index.npz").write_bytes(b"PK")
     with pytest.raises(DataError, match="val.index.npz: index cannot be read"):
         open_records(folder, "val")
+
+
+def test_groups_of_entities_are_counted_over_all_shards_without_reading_a_record(tmp_path, monkeypatch):
+    """Against a count of 1,000 records, of which several have the same group."""
+    rng, records, wanted = np.random.default_rng(0), [], defaultdict(set)
+    for i in range(1000):
+        record = handmade.record(0)
+        record.id, record.group, record.samples = f"r{i}", f"g{i // 3}", []
+        for mask in record.masks:
+            mask.entity = f"structure {rng.integers(400)}"
+            wanted[mask.entity].add(record.group)
+        records.append(record)
+    write_records(tmp_path / "data", records, {"name": "handmade"}, shard_bytes=200_000)
+    monkeypatch.setattr(RecordFolder, "__getitem__", None)
+    folder = open_records(tmp_path / "data", "train")
+    assert len(read_info(tmp_path / "data")["splits"]["train"]["shards"]) > 2
+    assert folder.entity_groups == {entity: len(groups) for entity, groups in wanted.items()}
+    alone = sorted(entity for entity, groups in wanted.items() if len(groups) == 1)
+    assert alone and not_evaluable(folder.entity_groups) == alone
+    assert not_evaluable(folder.entity_groups, dict.fromkeys(alone, 1)) == []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from mimo_jax import pathtree
 from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import Config, SourceConfig
-from mimo_jax.data.records import write_records
+from mimo_jax.data.records import RecordFolder, write_records
 from mimo_jax.data.schema import Sample, Target, Turn
 from mimo_jax.errors import UserError
 from mimo_jax.eval import evaluate as ev
@@ -266,7 +267,7 @@ def test_unusable_samples_are_listed_not_hidden(mimo):
     assert report["n"]["samples"]["II"] == 4 and "could not be used" in table(report)
 
 
-def test_from_checkpoint_and_data_to_report_and_pictures(mimo, tmp_path, capsys):
+def test_from_checkpoint_and_data_to_report_and_pictures(mimo, tmp_path, capsys, monkeypatch):
     records = [record(i, "test") for i in range(2)] + [handmade.record(i, "train") for i in range(2, 5)]
     write_records(tmp_path / "data", records, {"name": "handmade"})
     run = tmp_path / "run"
@@ -297,8 +298,17 @@ def test_from_checkpoint_and_data_to_report_and_pictures(mimo, tmp_path, capsys)
     with pytest.raises(UserError, match="held_out: has no split 'val'; it has test"):
         ev.evaluate_checkpoint(run, tmp_path / "held_out", "val", out)
 
+    read, get = Counter(), RecordFolder.__getitem__
+
+    def counted(self, position):
+        record = get(self, position)  # raises IndexError at the end of an iteration
+        read[self.split] += 1
+        return record
+
+    monkeypatch.setattr(RecordFolder, "__getitem__", counted)
     limited = ev.evaluate_checkpoint(run, tmp_path / "data", "test", out, limit=5)
-    assert sum(limited["n"]["samples"].values()) == 5
+    assert sum(limited["n"]["samples"].values()) == 5 and limited["not_evaluable"] == report["not_evaluable"]
+    assert read == {"test": 1, "train": 3}, "of test what is asked, of train each record once, for the baselines"
     with pytest.raises(UserError, match="nowhere"):
         ev.evaluate_checkpoint(run, tmp_path / "data", "test", tmp_path / "nowhere" / "report.json")
 

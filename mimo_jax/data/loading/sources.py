@@ -11,7 +11,7 @@ import os
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,7 +73,8 @@ class Manifest:
     relative to it. The `absent_entities` of a line are known to be absent, and questions may ask for them. Groups whose lines name a
     `split` are in it; the others are divided by SPLIT_FRACTIONS.
 
-    bad: record id -> reason why it is unusable and omitted. not_evaluable: entities with fewer than two groups in all splits."""
+    bad: record id -> reason why it is unusable and omitted. entity_groups: entity -> number of its groups in the split. not_evaluable:
+    entities with fewer than two groups in all splits."""
 
     def __init__(self, path: str | os.PathLike, split: str, seed: int = 0, max_bad: float = 0.01):
         self.path, self.split = Path(path), split
@@ -82,7 +83,7 @@ class Manifest:
         lines = list(manifest_lines(self.path))
         outlines = [_outline(line) for line in lines]
         splits = split_groups(outlines, seed, SPLIT_FRACTIONS, _given_splits(self.path, lines, outlines))
-        self.not_evaluable = not_evaluable(outlines)
+        self.not_evaluable = not_evaluable(_entity_groups(outlines))
         split_lines = [(line, o) for line, o in zip(lines, outlines, strict=True) if splits[o.group] == split]
         if not split_lines:
             raise DataError(f"{path}: split {split} is empty; {len(splits)} groups are too few for train, val and test")
@@ -109,6 +110,7 @@ class Manifest:
                 f"{path}: {len(self.bad)} of {len(split_lines)} records of {split} are unusable ({shown}); "
                 "repair them or raise config.train.max_bad_samples"
             )
+        self.entity_groups = _entity_groups(self._records)
         builder = IndexBuilder()
         for record in self._records:
             builder.add(record.id, record.group, record.samples)
@@ -184,10 +186,19 @@ def _outline(line: dict) -> Record:
     )  # fmt: skip
 
 
-def not_evaluable(records: Iterable[Record]) -> list[str]:
-    """Entities with fewer than two groups: no split can both train on them and test them."""
+def _entity_groups(records: Iterable[Record]) -> dict[str, int]:
+    """Entity -> number of its groups."""
     groups: dict[str, set[str]] = defaultdict(set)
     for record in records:
         for mask in record.masks:
             groups[mask.entity].add(record.group)
-    return sorted(entity for entity, of in groups.items() if len(of) < 2)
+    return {entity: len(of) for entity, of in groups.items()}
+
+
+def not_evaluable(*splits: Mapping[str, int]) -> list[str]:
+    """Entities with fewer than two groups in all splits together, each given as its `entity_groups` (a group is in one split): no split
+    can both train on them and test them."""
+    total: Counter[str] = Counter()
+    for split in splits:
+        total.update(split)
+    return sorted(entity for entity, count in total.items() if count < 2)

@@ -30,7 +30,7 @@ def get_config() -> Config:
     )
     config.data.batch_size = 16
     config.data.samples_per_image = 2
-    config.data.buckets = "64,96,128"
+    config.data.buckets = "48,64,128"  # a question with its answer and X_q has 40 tokens on average
     config.data.chat_template = "chatml"
     config.data.system_prompt = ""
     config.data.features = True

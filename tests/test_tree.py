@@ -4,7 +4,10 @@ import ast
 import subprocess
 import sys
 from collections import defaultdict
+from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("mimo_jax", "checkpoints_convert", "configs", "launch", "benchmarks")
@@ -14,6 +17,14 @@ def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
+def test_no_folder_of_tests_is_one_that_pytest_skips(pytestconfig):
+    skipped = pytestconfig.getini("norecursedirs")
+    for path in sources("tests"):
+        folders = path.relative_to(ROOT).parts[:-1]
+        assert not [part for part in folders for pattern in skipped if fnmatch(part, pattern)], path
+
+
+@pytest.mark.slow
 def test_every_test_file_is_collected():
     """pytest enters no folder whose name it takes for build output, and says nothing of it."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n0", "-m", "", "-p", "no:cacheprovider"]

@@ -101,7 +101,7 @@ class _Safetensors:
         return np.memmap(self.path, dtype, "r", self._offsets[key], shape or (1,)).reshape(shape)
 
 
-class _Plain:
+class _TorchZip:
     """Tensors of a torch file that were read without torch."""
 
     def __init__(self, tensors: dict[str, np.ndarray]):
@@ -182,7 +182,7 @@ def _open(path: Path) -> _Shard:
     if path.suffix == ".safetensors":
         raise ReadError(f"{path}: is not a safetensors file, or is truncated; fetch it again")
     plain = torch_zip.load(path)
-    return _Torch(path) if plain is None else _Plain(_unwrapped(path, plain, np.ndarray))
+    return _Torch(path) if plain is None else _TorchZip(_unwrapped(path, plain, np.ndarray))
 
 
 def open_tensors(path: str | Path) -> Tensors:

@@ -17,7 +17,7 @@ from mimo_jax.data.builder.templates import TemplateSet, with_article
 from mimo_jax.data.schema import ASPECT_CHANGED, Mask, Record, Sample, Target, Turn
 
 NEARER = 1.2  # minimum ratio of the distances to the second nearest and the nearest landmark
-NOTHING_SHOWN = 0.5  # least share of those draws that ask an image without any mask for what its kind of image might show
+NOTHING_SHOWN = 0.7  # least share of those draws that ask an image without any mask for what its kind of image might show
 ABSENT_FROM_HERE = 0.75  # share of absent entities that are of this kind of image, not of another
 
 T = TypeVar("T")

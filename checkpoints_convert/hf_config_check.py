@@ -170,6 +170,11 @@ def check_settings(name: str, path: Path, parts: set[str], config: Config, ignor
     if gguf:
         wrong, remark = _check_chat_template(open_gguf(gguf).metadata.get(_CHAT_TEMPLATE), config, ignored)
         problems += wrong
+        if (context := settings.get("max_position_embeddings", math.inf)) < config.model.llm.max_length:
+            problems.append(
+                f"context_length is {context}, the configuration has {config.model.llm.max_length} tokens: "
+                f"set --config.model.llm.max_length={context}"
+            )
     if problems:
         raise SettingsError(_listed(gguf or folder, problems))
     if not settings and parts & {"clip", "clip_open", "llama"}:

@@ -35,7 +35,7 @@ class ByteLevelBpe(Tokenizer):
         missing = {byte: letter for letter, byte in _BYTE_OF.items() if letter not in ids}
         if wrong := [letter for byte, letter in missing.items() if byte not in _RARE]:
             raise TokenizerError(f"{self.path}: lacks the bytes {', '.join(wrong[:3])}; give a byte-level BPE with all of them")
-        planes = [f"{chr(max(i << 18, 0x10000))}-{chr(min((i << 18) + 0x3FFFF, 0x10FFFF))}" for i in range(1, 5) if 0xF0 + i in missing]
+        planes = [f"{chr(i << 18)}-{chr(min((i << 18) + 0x3FFFF, 0x10FFFF))}" for i in range(1, 5) if 0xF0 + i in missing]
         lost = "".join([*(re.escape(chr(byte)) for byte in missing if byte < 128), *planes])
         self._lost = re.compile(f"[{lost}]" if lost else r"(?!)")
         self.eos = next((ids[name] for name in _ENDS if name in ids), -1)

@@ -207,6 +207,7 @@ def test_settings_that_change_nothing_are_known_and_a_chat_template_of_another_k
     ({"llama.rope.dimension_count": 32}, "partial_rotary_factor is 0.5: such models cannot be converted"),
     ({"llama.attention.value_length": 32, "llama.attention.key_length": 64}, "llama.attention.value_length is 32, an unknown setting"),
     ({"llama.expert_count": 8}, "llama.expert_count is 8, an unknown setting: .* give --ignore-setting llama.expert_count"),
+    ({"llama.context_length": 192}, "context_length is 192, the configuration has 256 tokens: set --config.model.llm.max_length=192"),
     ({"llama.attention.sliding_window": 32}, "sliding_window is 32, the configuration has 256 tokens"),
     ({"tokenizer.chat_template": "USER: {{ text }} ASSISTANT:"}, "chat_template is vicuna, .* set --config.data.chat_template=vicuna"),
     ({"general.architecture": "qwen2"}, r"\.gguf: is a model of architecture qwen2; only those of architecture llama can be converted$"),

@@ -65,7 +65,7 @@ class GgufFile:
         try:
             from gguf import GGUFReader
         except ImportError:
-            raise GgufError(f'{path}: is a GGUF file, but gguf is not installed; pip install gguf') from None
+            raise GgufError(f"{path}: is a GGUF file, but gguf is not installed; pip install gguf") from None
         try:
             reader = GGUFReader(path)
             self.metadata = {key: field.contents() for key, field in reader.fields.items()}

@@ -24,12 +24,15 @@ from mimo_jax.models.scan import SCAN, ScanConfig, ScannedLayers
 
 EPS = 1e-5
 STAGES = 4
+_SHIFTS = [(i, j) for i in range(3) for j in range(3)]
 
 
 class DepthwiseConv(nnx.Module):
     """A 3 x 3 convolution of each channel by itself, with zeros around the image, [N, g, g, D] -> [N, ⌈g/stride⌉, ⌈g/stride⌉, D].
 
-    It is a sum of nine shifted products, because XLA's grouped convolution on the CPU is ten times slower."""
+    It is a sum of nine shifted products, because XLA's grouped convolution on the CPU is ten times slower. The shifts are slices of the
+    padded image with its rows in one axis. Slices of rows and columns take half as long again: XLA sees that the one in the middle is
+    the image without padding, and computes what made the image once more in each place."""
 
     def __init__(self, width: int, *, stride: int = 1, dtype, param_dtype, rngs: nnx.Rngs):
         self.stride, self.dtype = stride, dtype
@@ -38,9 +41,15 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        side, s = x.shape[1], self.stride
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return sum(x[:, i : i + side : s, j : j + side : s] * kernel[i, j] for i in range(3) for j in range(3)) + bias
+        n, side, _, width = x.shape
+        if self.stride > 1:
+            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            parts = (x[:, i : i + side : self.stride, j : j + side : self.stride] * kernel[i, j] for i, j in _SHIFTS)
+            return sum(parts) + bias
+        row = side + 2
+        x = jnp.pad(x, ((0, 0), (1, 2), (1, 1), (0, 0))).reshape(n, -1, width)  # one more row, which the last slice reaches into
+        made = sum(x[:, i * row + j : (i + side) * row + j] * kernel[i, j] for i, j in _SHIFTS) + bias
+        return made.reshape(n, side, row, width)[:, :, :side]  # the last two of a row are of no place in the image
 
 
 class ConvBlock(nnx.Module):
@@ -116,8 +125,9 @@ class TinyVit(nnx.Module):
                 return ConvBlock(widths[0], cfg.mlp_ratio * widths[0], rngs=r, **types)
             return WindowBlock(widths[stage], heads[stage], windows[stage], cfg.mlp_ratio, rngs=r, **types)
 
+        loop = ScanConfig(scan.remat, unroll=True)  # few blocks; on the CPU, XLA's matrix products are slower in a loop than outside
         for i in range(STAGES):
-            setattr(self, f"stage{i}", ScannedLayers(lambda r, i=i: block(i, r), depths[i], rngs=rngs, scan=scan))
+            setattr(self, f"stage{i}", ScannedLayers(lambda r, i=i: block(i, r), depths[i], rngs=rngs, scan=loop))
         for i, stride in enumerate(cfg.stages("strides")):
             setattr(self, f"merge{i}", Merge(widths[i], widths[i + 1], stride, rngs=rngs, **types))
         c = cfg.decoder_width

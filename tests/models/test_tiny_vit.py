@@ -108,7 +108,7 @@ def test_the_published_encoders_have_their_sizes():
         ({"depths": "2,2,x,2"}, "depths"),
         ({"heads": "2,4,5,7"}, "heads"),
         ({"windows": "7,7,0,7"}, "windows"),
-        ({"patch_stride": 3}, "patch_stride"),
+        ({"patch_stride": 3, "image_size": 36}, "patch_stride"),
         ({"image_size": 30, "patch_stride": 2}, "image_size"),
     ],
 )

@@ -43,13 +43,13 @@ class Attention(nn.Module):
         self.heads, self.window = heads, window
         self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
+        places = [(i, j) for i in range(window) for j in range(window)]
+        self.index = torch.tensor([[abs(a - c) * window + abs(b - d) for c, d in places] for a, b in places])
 
     def forward(self, x: Tensor) -> Tensor:
         windows, tokens, width = x.shape
         packed = self.qkv(self.norm(x)).view(windows, tokens, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
-        places = [(i, j) for i in range(self.window) for j in range(self.window)]
-        index = torch.tensor([[abs(a - c) * self.window + abs(b - d) for c, d in places] for a, b in places])
-        made = F.scaled_dot_product_attention(*packed, attn_mask=self.attention_biases[:, index][None])
+        made = F.scaled_dot_product_attention(*packed, attn_mask=self.attention_biases[:, self.index][None])
         return self.proj(made.transpose(1, 2).reshape(windows, tokens, width))
 
 

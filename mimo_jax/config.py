@@ -50,7 +50,7 @@ class DataConfig:
     chat_template: str = "vicuna"  # text around the turns: a row of chat_templates.py
     system_prompt: str = "template"  # text before the first turn; "template": that of the chat template; empty: none
     image_tokens: str = ""  # two added tokens of the base vocabulary around X_q, e.g. "<im_start>,<im_end>" (LLaVA, LISA, GLaMM)
-    augment: bool = False  # random rotation, scale, shift and intensity; never a flip
+    augment: bool = False  # random rotation, scale, shift and intensity; a flip only where nothing has sides
     features: bool = False  # read the outputs of the frozen image encoders that `mimo data encode` wrote, instead of images
     seed: int = 0
     workers: int = 0  # Grain worker processes

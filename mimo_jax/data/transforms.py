@@ -343,7 +343,7 @@ def augment(image: np.ndarray, masks: Sequence[np.ndarray], rng: np.random.Gener
     """One random variant of uint8 RGB [H, W, 3] and its bool masks [H, W]: rotation up to 10 degrees, scale 0.9 to 1.1,
     shift up to 6 % of each side, applied to the image and all masks; then gain, gamma and noise of the intensities.
 
-    The image is never flipped: left and right are anatomy. If more than half of a mask would leave the image, it is not moved.
+    It is not flipped (see `flips`): left and right are anatomy. If more than half of a mask would leave the image, it is not moved.
     """
     affine = _random_affine(*image.shape[:2], rng)
     intensities = rng.uniform((0.85, 0.8, 0.0), (1.15, 1.25, 4.0))

@@ -9,6 +9,7 @@ import numpy as np
 
 from mimo_jax.config import Config
 from mimo_jax.data.conversation import Rendered, render
+from mimo_jax.data.flips import flip, free_flips
 from mimo_jax.data.loading.collate import (
     feature_views,
     needs_image,
@@ -134,7 +135,11 @@ class ExampleBuilder:
                 wanted |= {mask_id: masks[mask_id] for mask_id in required_mask_ids(self._rendered(cached, number))}
             except UserError:  # reported when the sample is made
                 continue
-        image, moved = augment(cached.image, list(wanted.values()), np.random.default_rng([sampled.seed, len(sampled.samples)]))
+        rng = np.random.default_rng([sampled.seed, len(sampled.samples)])
+        image, moved = augment(cached.image, list(wanted.values()), rng)
+        record = cached.record
+        texts = [turn.text for number in sampled.samples for turn in record.samples[number].turns]
+        image, moved = flip(image, moved, free_flips(record.modality, {mask.entity for mask in record.masks}, texts), rng)
         return preprocess(image, self.config.model), dict(zip(wanted, moved, strict=True))
 
 

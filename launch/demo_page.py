@@ -12,7 +12,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; background: #fff }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem }
 .warning { background: #fff4d6; border-left: 4px solid #b07800; padding: .6rem 1rem }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.2rem }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.2rem }
 figure { margin: 0 } img { width: 100%; border-radius: 4px } figcaption { font-size: .9rem; color: #454c55 }
 pre { background: #f2f4f7; padding: .8rem 1rem; overflow-x: auto }
 """
@@ -31,7 +31,8 @@ class Figure:
         alt = f"{self.caption}. Question: {self.question} Answer: {self.answer}" if self.question else self.caption
         data = base64.b64encode(self.path.read_bytes()).decode()
         image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
-        return f"<figure>{image}<figcaption>{html.escape(self.caption)}</figcaption></figure>"
+        words = f"<br>{html.escape(self.question)}<br><strong>{html.escape(self.answer)}</strong>" if self.question else ""
+        return f"<figure>{image}<figcaption>{html.escape(self.caption)}{words}</figcaption></figure>"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ PERSPECTIVES = {"I": "named structures (I)", "II": "pointed at (II)", "III": "kn
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the data and of the run")
-    parser.add_argument("--images", type=int, default=4000, help="number of phantoms (default: 4000)")
+    parser.add_argument("--images", type=int, default=6000, help="number of phantoms (default: 6000)")
     parser.add_argument("--steps", type=int, default=2000, help="number of steps (default: 2000)")
     parser.add_argument("--samples", type=int, default=500, help="number of questions of the figures (default: 500)")
     args = parser.parse_args()

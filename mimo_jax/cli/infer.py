@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def checkpoint_flags(command: argparse.ArgumentParser, required: bool = True) -> None:
     """Add the flags that select a checkpoint."""
-    what = "a run directory (its newest complete step), one step, or an import"
+    what = "a run directory (its newest complete step), one step, an import, or a named model (mimo fetch --list)"
     command.add_argument("--checkpoint", type=InputPath, required=required, metavar="PATH", help=what)
     command.add_argument("--base", type=InputPath, metavar="DIR", help="folder of the frozen base, if it was moved")
     command.add_argument("--allow-untrained", action="store_true", help="accept a checkpoint with randomly initialised parameters")

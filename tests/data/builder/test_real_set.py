@@ -202,6 +202,10 @@ def test_complete_labels_of_a_manifest_vouch_for_what_they_leave_out(made, tmp_p
     numbered = line | {"masks": [{"file": "m.png", "entity": "cell nucleus", "instances": "n.png"}]}
     with pytest.raises(DataError, match="n_instances its largest number"):
         list(open_reader("manifest", write_lines(tmp_path / "manifest.jsonl", [numbered])).items())
+    numbered["masks"][0]["n_instances"] = 3
+    with pytest.warns(UserWarning, match="1 pictures of instances are missing; their masks are taken whole"):
+        items = list(open_reader("manifest", write_lines(tmp_path / "manifest.jsonl", [numbered])).items())
+    assert [(mask.file, mask.value) for mask in items[0].masks] == [(str(tmp_path / "m.png"), None)]
 
 
 @pytest.mark.slow

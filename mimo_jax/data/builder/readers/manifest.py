@@ -4,6 +4,7 @@ things may name a picture of their numbers: {file, entity, instances, n_instance
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -104,6 +105,7 @@ class ManifestReader(DatasetReader):
         return self.values["dataset"] or line.get("dataset") or line.get("source_repo") or self.dataset
 
     def items(self) -> Iterator[Item]:
+        missing = 0  # pictures of instances
         for line in manifest_lines(self.index):
             flags = tuple(line.get("flags") or ())
             if self.excluded.intersection(flags):
@@ -112,7 +114,9 @@ class ManifestReader(DatasetReader):
             count: Counter[str] = Counter()
             masks = []
             for mask in line["masks"]:
-                refs = self._instances(mask) if "instances" in mask else [self._whole(mask, line.get("mask_threshold"))]
+                numbered = "instances" in mask and Path(self._at(mask["instances"])).is_file()
+                missing += "instances" in mask and not numbered
+                refs = self._instances(mask) if numbered else [self._whole(mask, line.get("mask_threshold"))]
                 for ref in refs:
                     masks.append(replace(ref, instance=count[mask["entity"]]))
                     count[mask["entity"]] += 1
@@ -126,6 +130,8 @@ class ManifestReader(DatasetReader):
                 licence=line.get("licence") or self.licence, source=line.get("source_path") or "", flags=flags,
                 square=self.sides.get(dataset, 0),
             )  # fmt: skip
+        if missing:
+            warnings.warn(f"{self.index}: {missing} pictures of instances are missing; their masks are taken whole", stacklevel=2)
 
     def _whole(self, mask: dict, threshold: float | None) -> MaskRef:
         annotation = mask.get("annotation") or ""

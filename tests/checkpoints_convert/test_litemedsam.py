@@ -93,12 +93,12 @@ def test_the_export_loads_strictly_and_comes_back_with_the_same_bits(weights, th
     assert again.keys() == here.keys() and all(again[path].tobytes() == here[path].tobytes() for path in here)
     pixels = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     wanted = there.image_encoder(pixels)
-    back = wheels_tiny_vit().eval().requires_grad_(False)
+    back = wheels_tiny_vit().requires_grad_(False)
     own = {
         key.removeprefix("image_encoder."): value for key, value in torch.load(tmp_path / "lite_medsam.pth").items() if "image_enc" in key
     }
     back.load_state_dict(own, strict=True)
-    assert oracles.relative_l2(back(pixels), wanted) <= 1e-5
+    assert oracles.relative_l2(back.eval()(pixels), wanted) <= 1e-5  # eval() keeps the attention biases as they are then
 
 
 @pytest.mark.skipif(not (REAL / "manifest.jsonl").is_file(), reason="MIMO_REAL_DATA names no folder of real images")

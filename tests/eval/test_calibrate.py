@@ -1,5 +1,7 @@
 """From a checkpoint and a split to a calibration beside the step, and into the next answers."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -7,10 +9,13 @@ from checkpoints_convert.export import export_checkpoint
 from mimo_jax import pathtree
 from mimo_jax.checkpoints import checkpoint
 from mimo_jax.config import Config, SourceConfig
+from mimo_jax.data.loading.sources import open_source
 from mimo_jax.data.records import write_records
 from mimo_jax.errors import UserError
 from mimo_jax.eval import calibrate as cal
-from mimo_jax.eval.evaluate import evaluate_checkpoint
+from mimo_jax.eval.evaluate import collect_results, evaluate_checkpoint, evaluate_params
+from mimo_jax.eval.selection import select_samples
+from mimo_jax.eval.standard_metrics import GROUNDED
 from mimo_jax.infer.answers.calibration import UNCALIBRATED, Calibration, CalibrationError
 from mimo_jax.infer.predictor import Mimo
 from tests.data import handmade
@@ -104,6 +109,42 @@ def test_at_the_end_of_training_it_reads_the_runs_own_sources(folder, capsys):
     config.train.calibrate_samples = 10
     assert cal.calibrate_params(config, mimo.engine.params, mimo.tokenizer) is UNCALIBRATED
     assert "not calibrated" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_on_other_patients_than_its_scores_are_calibrated_on(folder, capsys):
+    """The fit is that of the other patients' masks alone, and Brier and ECE of the report are those of the evaluated ones, by hand."""
+    mimo = Mimo.load(folder / "run")
+    config = Config.from_dict(mimo.config.to_dict())
+    config.data.sources, config.data.weights = {"a": SourceConfig(str(folder / "data"))}, dict.fromkeys(GROUNDED, 1.0)
+    config.train.calibrate_samples, config.train.eval_samples = 1000, 4
+    made = cal.calibrate_params(config, mimo.engine.params, mimo.tokenizer)
+    report = evaluate_params(config, mimo.engine.params, mimo.tokenizer, limit=4, calibration=made)
+    assert made.fitted["in_sample"] is report["score"]["in_sample"] is False
+
+    records = list(open_source(folder / "data", "val"))
+    evaluated = select_samples(records, 4, GROUNDED)
+    others = [record for record in records if record.group not in {records[i].group for i in evaluated}]
+    assert 0 < len(others) == len(records) - len(evaluated)
+    assert made.fitted["samples"] == sum(sample.perspective in GROUNDED for record in others for sample in record.samples)
+    known = collect_results(mimo, others, select_samples(others, None, GROUNDED)).segmented
+    fit = Calibration.fit(known, {})
+    assert made.fitted["entities"] == len(known) and made.fitted["mean_iou"] == pytest.approx(np.mean([iou for _, iou in known]))
+    for name in ("weights", "places", "expected", "uncertain_below"):
+        np.testing.assert_allclose(getattr(made, name), getattr(fit, name), rtol=1e-6, atol=1e-9)
+
+    scores, right = [], []
+    for evidence, iou in collect_results(mimo, records, evaluated).segmented:
+        clipped = (min(max(value, 0.01), 0.99) for value in (evidence.iou, evidence.seg_prob, evidence.word_prob, evidence.pixel_iou))
+        total = sum(weight * math.log(p / (1 - p)) for weight, p in zip(made.weights, clipped, strict=True))
+        scores.append(float(np.interp(total, made.places, made.expected)))
+        right.append(float(iou >= 0.5))
+    assert report["score"]["n"] == len(scores)
+    assert report["score"]["calibrated"]["brier"] == pytest.approx(np.mean((np.array(scores) - right) ** 2), abs=1e-4)  # rounded in the report
+
+    config.train.eval_samples = 1000  # every patient is evaluated
+    both = cal.calibrate_params(config, mimo.engine.params, mimo.tokenizer)
+    assert both.fitted["in_sample"] is True and both.fitted["samples"] > made.fitted["samples"]
+    assert "scores are calibrated on patients or cases that the run's evaluation also has" in capsys.readouterr().err
 
 
 def test_a_folder_that_may_not_be_written_is_said_first(folder, monkeypatch):

@@ -21,6 +21,7 @@ from mimo_jax.model_config import LoraConfig
 from mimo_jax.train import loop
 from mimo_jax.train.guard import NotFinite
 from mimo_jax.train.state import TrainSetup
+from tests.data import handmade
 from tests.tiny_config import quick_config, random_params, tiny_config
 
 LORA_TABLE = {r"lora_[ab]$|/grounding$": 1.0, r"^(aligner|prompt|seg_projection|sam_decoder)/": 1.0, r".": None}
@@ -33,8 +34,8 @@ def phantoms(tmp_path_factory):
     return folder
 
 
-def config_for(phantoms, config=None, **train):
-    config = config or tiny_config()
+def config_for(phantoms, **train):
+    config = quick_config()
     config.data.sources = {"phantom": SourceConfig(path=str(phantoms))}
     for name, value in train.items():
         setattr(config.train, name, value)
@@ -81,7 +82,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(phantoms, tmp_p
     script = (
         "import sys; from tests.train.test_loop import *; from pathlib import Path; wait = checkpoint.Checkpoints.wait;"
         "checkpoint.Checkpoints.wait = lambda self: os.kill(os.getpid(), signal.SIGTERM) or wait(self);"
-        f"sys.exit(loop.train(config_for({str(phantoms)!r}, quick_config(), steps=100000, checkpoint_every=100000), Path({str(run)!r})))"
+        f"sys.exit(loop.train(config_for({str(phantoms)!r}, steps=100000, checkpoint_every=100000), Path({str(run)!r})))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
@@ -94,7 +95,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(phantoms, tmp_p
     assert b"run the same command to resume" in errors
     done = checkpoint.Checkpoints(run).latest()
     assert done is not None and done >= 3
-    more = config_for(phantoms, quick_config(), steps=done + 1)
+    more = config_for(phantoms, steps=done + 1)
     assert loop.train(more, run) == 0
     assert max(rows(run)) == done + 1
 
@@ -130,23 +131,27 @@ def test_grounding_tokens_that_a_base_lacks_are_drawn_like_its_rows(tmp_path):
     np.testing.assert_array_equal(made["lm_head/base"], params["lm_head/base"])
 
 
-def test_init_refuses_another_model_and_names_the_parameters(phantoms, whole, tmp_path):
-    config = config_for(phantoms)
+def test_init_refuses_another_model_and_names_the_parameters(phantoms, tmp_path):
+    config, base = config_for(phantoms), tmp_path / "base"
+    checkpoint.start_run(base, config, {})
+    checkpoint.write_step(base, 0, iter(pathtree.flatten(random_params(config)).items()), {})
+    handmade.tokenizer(base)
     config.model.llm.mlp_width *= 2
-    config.init.path, config.tokenizer = str(whole), ""
+    config.init.path, config.tokenizer = str(base), ""
     with pytest.raises(CheckpointError, match="llm/layers/block/down/kernel"):
         loop.train(config, tmp_path / "run")
 
 
-def test_a_run_directory_of_another_config_is_refused(phantoms, whole):
+def test_a_run_directory_of_another_config_is_refused(phantoms, tmp_path):
     config = config_for(phantoms, steps=5)
+    checkpoint.open_run(tmp_path / "run", config)
     config.model.llm.width *= 2
     with pytest.raises(UserError, match="llm.width"):
-        loop.train(config, whole)
+        loop.train(config, tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(phantoms, tmp_path):
-    config = config_for(phantoms, quick_config(), steps=30, learning_rate=1e38, warmup_steps=2, checkpoint_every=1, max_grad_norm=1e30)
+    config = config_for(phantoms, steps=30, learning_rate=1e38, warmup_steps=2, checkpoint_every=1, max_grad_norm=1e30)
     with pytest.raises(NotFinite, match=r"last good checkpoint is step \d+"):
         loop.train(config, tmp_path / "run")
     good = checkpoint.Checkpoints(tmp_path / "run").latest()
@@ -174,7 +179,7 @@ def test_what_cannot_run_is_said_before_any_work(phantoms, tmp_path, change, mes
 
 
 def test_a_run_writes_metrics_overlays_and_a_report(phantoms, tmp_path, capsys):
-    config = config_for(phantoms, quick_config(), steps=2, eval_samples=6, num_overlays=2, calibrate_samples=6)
+    config = config_for(phantoms, steps=2, eval_samples=6, num_overlays=2, calibrate_samples=6)
     assert loop.train(config, tmp_path / "run") == 0
     assert "scores are not calibrated" in capsys.readouterr().err  # one image of val has too few structures
     out = tmp_path / "run" / "eval" / "00000002"

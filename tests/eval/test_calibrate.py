@@ -139,7 +139,9 @@ def test_a_run_is_evaluated_on_other_patients_than_its_scores_are_calibrated_on(
         scores.append(float(np.interp(total, made.places, made.expected)))
         right.append(float(iou >= 0.5))
     assert report["score"]["n"] == len(scores)
-    assert report["score"]["calibrated"]["brier"] == pytest.approx(np.mean((np.array(scores) - right) ** 2), abs=1e-4)  # rounded in the report
+    assert report["score"]["calibrated"]["brier"] == pytest.approx(
+        np.mean((np.array(scores) - right) ** 2), abs=1e-4
+    )  # rounded in the report
 
     config.train.eval_samples = 1000  # every patient is evaluated
     both = cal.calibrate_params(config, mimo.engine.params, mimo.tokenizer)

@@ -161,7 +161,9 @@ def test_the_command_imports_the_modules_of_mimo_plugins(run, tmp_path):
     there = {**os.environ, "PYTHONPATH": str(ROOT)}
     without = subprocess.run([*ask, str(tmp_path / "a")], env=there, capture_output=True, text=True)
     assert without.returncode == 2
-    assert "config.model.vision.kind: is 'mixer'; use one of clip, sam, or name the module that registers it in MIMO_PLUGINS" in without.stderr
+    assert (
+        "config.model.vision.kind: is 'mixer'; use one of clip, sam, or name the module that registers it in MIMO_PLUGINS" in without.stderr
+    )
     subprocess.run([*ask, str(tmp_path / "b")], env=there | {"MIMO_PLUGINS": "tests.seams.toy_parts"}, check=True, capture_output=True)
     wrong = subprocess.run([*ask, str(tmp_path / "c")], env=there | {"MIMO_PLUGINS": "no_such_module"}, capture_output=True, text=True)
     assert wrong.returncode == 2

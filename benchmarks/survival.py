@@ -224,6 +224,7 @@ def signals(runs: Runs, count: int, rng: random.Random) -> Iterator[str]:
             runs.finish(run, **settings)
         if not code or sent == count:
             finished, same = finished + 1, same + same_end(alone, run, last)
+            print(f"runs at their end: {finished}, bit-identical: {same}", file=sys.stderr)
     codes = ", ".join(f"{name}: {number}" for name, number in sorted(ended.items()))
     yield f"signals: {sent} times SIGTERM, every other time twice; moment and exit code: {codes}"
     yield f"signals: {finished} runs made of these starts; steps, reports and final parameters bit-identical: {same} of {finished}"

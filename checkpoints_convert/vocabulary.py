@@ -16,6 +16,7 @@ import numpy as np
 from checkpoints_convert.gguf_vocabulary import tokenizer_of
 from checkpoints_convert.readers import gguf_of
 from checkpoints_convert.sentencepiece_vocabulary import VocabularyError, read_sentencepiece
+from mimo_jax.data.byte_level_bpe import is_byte_level
 
 # Names of the grounding tokens in other projects.
 ALIASES = {"<p>": ("<p>",), "</p>": ("</p>",), "<SEG>": ("<SEG>", "[SEG]")}
@@ -90,7 +91,9 @@ def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         dict.keys(values["model"]["vocab"])
-        return values | {"added_tokens": values.get("added_tokens", [])}
+        # A byte-level file names the token before a text there alone; that of a sentencepiece model is <s>, however the file is made.
+        opening = values.get("post_processor") if is_byte_level(values) else None
+        return values | {"added_tokens": values.get("added_tokens", []), "post_processor": opening}
     except (ValueError, KeyError, TypeError):
         raise VocabularyError(f"{path}: is not a tokenizer.json with a BPE model; give the checkpoint's own") from None
 

@@ -39,7 +39,7 @@ OUTSIDE = {
     "configs": ["config", "model_config"],
     "checkpoints_convert": [
         *("errors", "files", "pathtree", "chat_templates", "config", "model_config", "parameters"),
-        *("models", "checkpoints", "data.tokenizer"),
+        *("models", "checkpoints", "data.tokenizer", "data.byte_level_bpe"),
     ],
 }
 HEAVY = {"torch", "transformers", "peft", "tensorflow"}

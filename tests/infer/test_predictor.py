@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from mimo_jax.geometry import sam_frame, vision_frame
 from mimo_jax.infer.answers import answer as answers
 from mimo_jax.infer.engine.decode_batch import bucket, cache_bucket
 from mimo_jax.infer.engine.requests import EncodedImage, Request, Sampling
-from mimo_jax.infer.predictor import Mimo, _warn_of_extreme_shape
+from mimo_jax.infer.predictor import Mimo
 from tests.data.handmade import lisa_tokenizer
 from tests.data.handmade import tokenizer as make_tokenizer
 from tests.data.medical_files import dicom, nifti, saved
@@ -500,8 +499,6 @@ def test_an_extreme_shape_is_warned_of():
         pixels = MedicalImage(np.zeros((height, width, 3), np.uint8))
         return EncodedImage(pixels, vision_frame(height, width, 336, "pad"), sam_frame(height, width, 1024, "pad"))
 
-    with pytest.warns(UserWarning, match="extreme shape: the model sees 20000x30 pixels as 336x1, and outlines structures in 1024x2; cut"):
-        _warn_of_extreme_shape(image(30, 20000))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _warn_of_extreme_shape(image(100, 1500))
+    (line,) = image(30, 20000).warnings
+    assert line.startswith("extreme shape: the model sees 20000x30 pixels as 336x1, and outlines structures in 1024x2; cut")
+    assert image(100, 1500).warnings == ()

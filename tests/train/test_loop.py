@@ -144,7 +144,7 @@ def test_init_refuses_another_model_and_names_the_parameters(phantoms, tmp_path)
 
 def test_a_run_directory_of_another_config_is_refused(phantoms, tmp_path):
     config = config_for(phantoms, steps=5)
-    checkpoint.open_run(tmp_path / "run", config)
+    checkpoint.start_run(tmp_path / "run", config, {})
     config.model.llm.width *= 2
     with pytest.raises(UserError, match="llm.width"):
         loop.train(config, tmp_path / "run")

